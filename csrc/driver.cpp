@@ -1,0 +1,93 @@
+#include "driver.hpp"
+
+#include <algorithm>
+
+#include "parallel.hpp"
+
+namespace fusedopt {
+namespace {
+
+// Below this many elements one thread does it all: see benchmarks/README.md for the measurement.
+constexpr std::size_t SERIAL = 1 << 17;
+// A part is at least this long, so that handing parts out costs nothing ...
+constexpr std::size_t SMALLEST_PART = 1 << 14;
+// ... and there are several for each thread, so that a thread that was held up is waited for less.
+constexpr std::size_t PARTS_PER_THREAD = 16;
+
+// Elements [from, to) of a leaf, tile by tile: decode, then the program.
+void run_leaf(const Leaf& leaf, std::size_t from, std::size_t to) {
+  alignas(64) char scratch[MAX_OPERANDS][TILE * sizeof(double)];
+  bool direct = leaf.step_count == 1;
+  for (int k = 0; k < leaf.operand_count; ++k) direct = direct && !leaf.operands[k].decode;
+  // With nothing to decode and nothing to keep in cache between operations, a tile may be long.
+  const std::size_t tile = direct ? to - from : TILE;
+  for (std::size_t at = from; at < to; at += tile) {
+    const std::size_t n = std::min(tile, to - at);
+    void* decoded[MAX_OPERANDS];
+    for (int k = 0; k < leaf.operand_count; ++k) {
+      const Operand& operand = leaf.operands[k];
+      decoded[k] = operand.data + at * operand.size;
+      if (operand.decode) {
+        operand.decode(decoded[k], scratch[k], n);
+        decoded[k] = scratch[k];
+      }
+    }
+    for (int s = 0; s < leaf.step_count; ++s) {
+      const Step& step = leaf.steps[s];
+      void* operands[MAX_OPERANDS];
+      for (int k = 0; k < step.operand_count; ++k) operands[k] = decoded[step.operands[k]];
+      step.run(operands, step.scalars, n);
+    }
+  }
+}
+
+struct Work {
+  const std::vector<Leaf>& leaves;
+  std::vector<std::size_t> starts;  // of each leaf, in the concatenation of all; total at the end
+  std::size_t parts;
+};
+
+// Cuts fall on tiles of their leaf, so that no tile is shared between two threads.
+std::size_t cut(const Leaf& leaf, std::size_t start, std::size_t position) {
+  if (position <= start) return 0;
+  if (position >= start + leaf.elements) return leaf.elements;
+  return (position - start) / TILE * TILE;
+}
+
+void run_part(void* context, std::size_t part) {
+  const Work& work = *static_cast<const Work*>(context);
+  const std::size_t total = work.starts.back();
+  // Two divisions instead of part * total / parts: that product could overflow.
+  const std::size_t each = total / work.parts, rest = total % work.parts;
+  const std::size_t from = part * each + std::min(part, rest);
+  const std::size_t to = from + each + (part < rest);
+  std::size_t k =
+      std::upper_bound(work.starts.begin(), work.starts.end(), from) - work.starts.begin() - 1;
+  for (; k < work.leaves.size() && work.starts[k] < to; ++k) {
+    const Leaf& leaf = work.leaves[k];
+    const std::size_t low = cut(leaf, work.starts[k], from), high = cut(leaf, work.starts[k], to);
+    if (low < high) run_leaf(leaf, low, high);
+  }
+}
+
+}  // namespace
+
+void run(const std::vector<Leaf>& leaves, int threads) {
+  std::size_t total = 0;
+  for (const Leaf& leaf : leaves) total += leaf.elements;
+  threads = std::min(threads, parallel_limit());
+  if (threads <= 1 || total < SERIAL) {
+    for (const Leaf& leaf : leaves)
+      if (leaf.elements) run_leaf(leaf, 0, leaf.elements);
+    return;
+  }
+  Work work{leaves, {}, 0};
+  work.starts.reserve(leaves.size() + 1);
+  work.starts.push_back(0);
+  for (const Leaf& leaf : leaves) work.starts.push_back(work.starts.back() + leaf.elements);
+  work.parts = std::max<std::size_t>(
+      1, std::min<std::size_t>(total / SMALLEST_PART, threads * PARTS_PER_THREAD));
+  parallel_for(work.parts, threads, run_part, &work);
+}
+
+}  // namespace fusedopt

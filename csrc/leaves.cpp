@@ -1,0 +1,505 @@
+#include "leaves.hpp"
+
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "cpu.hpp"
+#include "driver.hpp"
+
+namespace py = pybind11;
+
+namespace fusedopt {
+namespace {
+
+// Operand slots of a program: what comes anew with each step, then the leaf's own arrays
+// (parameter, states, work space).
+enum Slot { GRADIENT, HESSIAN, INPUTS, PARAMETER = INPUTS };
+
+std::atomic<int> thread_count{1};
+
+// ---------------------------------------------------------------- arrays
+
+using Proxy = py::detail::PyArray_Proxy;
+
+struct Numpy {
+  PyTypeObject* ndarray;
+  PyObject* dtypes[FORMATS];
+};
+
+// Never destroyed: module teardown and interpreter exit race otherwise.
+const Numpy& numpy() {
+  static const Numpy* names = [] {
+    const py::module_ np = py::module_::import("numpy");
+    const auto dtype = [&](const char* name) {
+      return py::object(np.attr("dtype")(name)).release().ptr();
+    };
+    return new Numpy{reinterpret_cast<PyTypeObject*>(py::object(np.attr("ndarray")).release().ptr()),
+                     {dtype("float32"), dtype("float64")}};
+  }();
+  return *names;
+}
+
+constexpr std::size_t SIZES[FORMATS] = {4, 8};
+constexpr int DENSE = 0x1 | 0x2, ALIGNED = 0x100, WRITEABLE = 0x400;  // NumPy's C and F order
+
+// The array behind a Python object, or null: subclasses and unusual dtype objects take the slow
+// way, through Python.
+const Proxy* as_array(PyObject* o) {
+  return Py_TYPE(o) == numpy().ndarray ? py::detail::array_proxy(o) : nullptr;
+}
+
+int format_of(const Proxy* a) {
+  for (int f = 0; f < FORMATS; ++f)
+    if (a->descr == numpy().dtypes[f]) return f;
+  return -1;
+}
+
+std::size_t elements_of(const Proxy* a) {
+  std::size_t n = 1;
+  for (int k = 0; k < a->nd; ++k) n *= static_cast<std::size_t>(a->dimensions[k]);
+  return n;
+}
+
+// The same shape, and element i of one stands where element i of the other stands.
+bool same_layout(const Proxy* a, std::size_t a_size, const Proxy* b, std::size_t b_size) {
+  if (a->nd != b->nd) return false;
+  bool empty = false;
+  for (int k = 0; k < a->nd; ++k) {
+    if (a->dimensions[k] != b->dimensions[k]) return false;
+    empty = empty || a->dimensions[k] == 0;
+  }
+  for (int k = 0; k < a->nd && !empty; ++k)
+    if (a->dimensions[k] > 1 && a->strides[k] * static_cast<py::ssize_t>(b_size) !=
+                                    b->strides[k] * static_cast<py::ssize_t>(a_size))
+      return false;
+  return true;
+}
+
+bool is_target(const Proxy* a) {
+  const int needed = ALIGNED | WRITEABLE;
+  return (a->flags & needed) == needed && (a->flags & DENSE);
+}
+
+struct Range {
+  const char *begin, *end;
+};
+
+bool overlap(const Range& a, const Range& b) { return a.begin < b.end && b.begin < a.end; }
+
+// A gradient that fits the parameter becomes an operand.
+bool read_input(PyObject* o, const Proxy* parameter, int compute, Operand& out) {
+  const Proxy* a = as_array(o);
+  if (!a || !(a->flags & ALIGNED)) return false;
+  const int format = format_of(a);
+  if (format < 0 || !same_layout(a, SIZES[format], parameter, SIZES[compute])) return false;
+  out = {a->data, level().table->decode[format][compute], SIZES[format]};
+  return true;
+}
+
+// ---------------------------------------------------------------- programs
+
+// One rule's operations, by their place in the table.
+struct Program {
+  struct Op {
+    int index, mode, phase, input;
+    std::vector<std::uint8_t> operands;
+  };
+  std::vector<Op> ops;
+  int scalar_count = 0, phases = 1, arrays = 0;
+  bool takes_hessian = false;
+
+  // Rows: (name, mode, phase, input that it needs or -1, operand slots).
+  explicit Program(const py::list& rows) {
+    const Table& table = *level().table;
+    for (const py::handle row : rows) {
+      const auto [name, mode, phase, input, slots] =
+          row.cast<std::tuple<std::string, int, int, int, std::vector<int>>>();
+      const Operation* const end = table.operations + table.count;
+      const Operation* const op = std::find_if(
+          table.operations, end, [&n = name](const Operation& o) { return n == o.name; });
+      if (op == end) throw py::key_error(name);
+      const bool peek = mode == PEEK || mode == PEEK_L2;
+      if (mode < 0 || mode >= MODES || !op->compute[0].mode[mode] || phase < 0 || phase > 1 ||
+          static_cast<int>(slots.size()) != op->operands + peek)
+        throw py::value_error("operation '" + name + "' cannot be used so");
+      std::vector<std::uint8_t> operands;
+      for (const int slot : slots) {
+        if (slot < 0 || slot >= MAX_OPERANDS) throw py::value_error("no such operand slot");
+        arrays = std::max(arrays, slot + 1 - INPUTS);
+        operands.push_back(static_cast<std::uint8_t>(slot));
+      }
+      ops.push_back({static_cast<int>(op - table.operations), mode, phase, input, operands});
+      scalar_count += op->scalars;
+      phases = std::max(phases, phase + 1);
+      takes_hessian = takes_hessian || input == HESSIAN;
+    }
+  }
+};
+
+// The scalars of a program in float64, as Python folded them, cast once to the compute type.
+class Scalars {
+ public:
+  Scalars(const Program& program, int compute, PyObject* values) {
+    const py::object fast = py::reinterpret_steal<py::object>(
+        PySequence_Fast(values, "scalars: expected a sequence of numbers"));
+    if (!fast) throw py::error_already_set();
+    if (PySequence_Fast_GET_SIZE(fast.ptr()) != program.scalar_count)
+      throw py::value_error("a rule returned " +
+                            std::to_string(PySequence_Fast_GET_SIZE(fast.ptr())) +
+                            " scalars where its operations take " +
+                            std::to_string(program.scalar_count));
+    cast_.resize(static_cast<std::size_t>(program.scalar_count));
+    for (int k = 0; k < program.scalar_count; ++k) {
+      const double value = PyFloat_AsDouble(PySequence_Fast_GET_ITEM(fast.ptr(), k));
+      if (value == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+      char* place = reinterpret_cast<char*>(cast_.data()) + SIZES[compute] * k;
+      if (compute == F32) {
+        const float narrow = static_cast<float>(value);
+        std::memcpy(place, &narrow, sizeof narrow);
+      } else {
+        std::memcpy(place, &value, sizeof value);
+      }
+    }
+  }
+  const void* at(int index, int compute) const {
+    return reinterpret_cast<const char*>(cast_.data()) + SIZES[compute] * index;
+  }
+
+ private:
+  std::vector<double> cast_;  // raw storage, aligned for either type
+};
+
+// Appends the steps of one phase for one leaf.
+void append_steps(const Program& program, int phase, int compute, const Scalars& scalars,
+                  const Operand* operands, std::vector<Step>& steps) {
+  const Table& table = *level().table;
+  int first = 0;
+  for (const Program::Op& op : program.ops) {
+    const Operation& operation = table.operations[op.index];
+    if (op.phase == phase && (op.input < 0 || operands[op.input].data))
+      steps.push_back({operation.compute[compute].mode[op.mode], scalars.at(first, compute),
+                       op.operands.data(), static_cast<int>(op.operands.size())});
+    first += operation.scalars;
+  }
+}
+
+// One tensor, one step, in place; false where the arrays do not fit, and nothing was written then.
+bool update(const Program& program, const py::object& values, const py::object& gradient,
+            const py::object& hessian, const py::tuple& arrays) {
+  if (static_cast<int>(arrays.size()) != program.arrays || program.phases != 1) return false;
+  const Proxy* parameter = as_array(arrays[0].ptr());
+  const int compute = parameter ? format_of(parameter) : -1;
+  if (compute < 0 || compute >= COMPUTE_TYPES) return false;
+  Operand operands[MAX_OPERANDS] = {};
+  Range ranges[MAX_OPERANDS];
+  const std::size_t n = elements_of(parameter);
+  for (int k = 0; k < program.arrays; ++k) {
+    const Proxy* a = as_array(PyTuple_GET_ITEM(arrays.ptr(), k));
+    if (!a || format_of(a) != compute || !is_target(a) ||
+        !same_layout(a, SIZES[compute], parameter, SIZES[compute]))
+      return false;
+    operands[PARAMETER + k] = {a->data, nullptr, SIZES[compute]};
+    ranges[k] = {a->data, a->data + n * SIZES[compute]};
+    for (int j = 0; j < k; ++j)
+      if (n && overlap(ranges[k], ranges[j])) return false;
+  }
+  const PyObject* inputs[INPUTS] = {gradient.ptr(), hessian.ptr()};
+  for (int i = 0; i < INPUTS; ++i) {
+    if (inputs[i] == Py_None) {
+      if (i == GRADIENT) return false;
+      continue;
+    }
+    if ((i == HESSIAN && !program.takes_hessian) ||
+        !read_input(const_cast<PyObject*>(inputs[i]), parameter, compute, operands[i]))
+      return false;
+    const Range range{operands[i].data, operands[i].data + n * operands[i].size};
+    for (int k = 0; k < program.arrays; ++k)
+      if (n && overlap(range, ranges[k])) return false;
+  }
+  const Scalars scalars(program, compute, values.ptr());
+  std::vector<Step> steps;
+  append_steps(program, 0, compute, scalars, operands, steps);
+  const std::vector<Leaf> leaves{{n, operands, steps.data(), INPUTS + program.arrays,
+                                  static_cast<int>(steps.size())}};
+  const int threads = thread_count.load();
+  const py::gil_scoped_release unlocked;  // the arguments hold every array alive
+  run(leaves, threads);
+  return true;
+}
+
+// ---------------------------------------------------------------- trees
+
+// The shape of the parameters' tree; a leaf's index is its place in depth-first order.
+struct Node {
+  std::vector<Node> children;
+  std::vector<py::object> keys;  // of a dict
+  bool leaf = false, mapping = false;
+
+  // An int is a leaf, (keys, children) a dict, a list a list or tuple.
+  explicit Node(const py::handle spec) {
+    if (py::isinstance<py::int_>(spec)) {
+      leaf = true;
+      return;
+    }
+    mapping = py::isinstance<py::tuple>(spec);
+    if (mapping)
+      for (const py::handle key : spec[py::int_(0)]) keys.push_back(py::reinterpret_borrow<py::object>(key));
+    const py::object list =
+        mapping ? py::object(spec[py::int_(1)]) : py::reinterpret_borrow<py::object>(spec);
+    for (const py::handle child : list) children.emplace_back(child);
+  }
+};
+
+// Collects the leaves of a tree of the same shape, in order; false where it differs.
+bool collect(const Node& node, PyObject* o, std::vector<py::object>& out) {
+  if (node.leaf) {
+    out.push_back(py::reinterpret_borrow<py::object>(o));
+    return true;
+  }
+  const auto count = static_cast<Py_ssize_t>(node.children.size());
+  if (node.mapping) {
+    if (!PyDict_Check(o) || PyDict_Size(o) != count) return false;
+    for (Py_ssize_t k = 0; k < count; ++k) {
+      PyObject* const value = PyDict_GetItemWithError(o, node.keys[k].ptr());
+      if (!value && PyErr_Occurred()) throw py::error_already_set();
+      if (!value || !collect(node.children[k], value, out)) return false;
+    }
+    return true;
+  }
+  if (!PyList_Check(o) && !PyTuple_Check(o)) return false;
+  for (Py_ssize_t k = 0; k < count; ++k)
+    if (PySequence_Fast_GET_SIZE(o) != count ||
+        !collect(node.children[k], PySequence_Fast_GET_ITEM(o, k), out))
+      return false;
+  return PySequence_Fast_GET_SIZE(o) == count;
+}
+
+// ---------------------------------------------------------------- plans
+
+// Everything about an optimizer that does not change from step to step.
+class Plan {
+ public:
+  // arrays: for each leaf its parameter, states and work space. batches: for each leaf -1, or the
+  // number of the batch of matrices whose products come between its two phases. counters: the
+  // optimizer's step number, then each leaf's. scalars(group, t) and between(batch, leaves) are
+  // called with the lock held; threads 0 means no limit of its own.
+  Plan(const py::object& tree, const py::list& arrays, std::vector<int> groups,
+       std::vector<int> batches, const py::list& programs, py::object counters, py::object scalars,
+       py::object between, int threads)
+      : tree_(tree),
+        groups_(std::move(groups)),
+        batches_(std::move(batches)),
+        counters_(std::move(counters)),
+        scalars_(std::move(scalars)),
+        between_(std::move(between)),
+        threads_(threads) {
+    for (const py::handle program : programs) {
+      held_.push_back(py::reinterpret_borrow<py::object>(program));
+      programs_.push_back(program.cast<const Program*>());
+    }
+    const Proxy* const counts = as_array(counters_.ptr());
+    if (!counts || elements_of(counts) != arrays.size() + 1 || groups_.size() != arrays.size() ||
+        batches_.size() != arrays.size())
+      throw py::value_error("plan: the lists differ in length");
+    counts_ = reinterpret_cast<std::int64_t*>(counts->data);
+    for (std::size_t k = 0; k < arrays.size(); ++k) add_leaf(arrays[k], k);
+    std::sort(written_.begin(), written_.end(),
+              [](const Range& a, const Range& b) { return a.begin < b.begin; });
+    for (const int batch : batches_) batch_count_ = std::max(batch_count_, batch + 1);
+  }
+
+  // One step. None where something does not fit; nothing was written then. `flat`: the trees are
+  // lists of leaves already.
+  py::object step(const py::object& gradients, const py::object& hessian, bool flat) {
+    if (busy_.exchange(true))
+      throw std::runtime_error(
+          "this optimizer is stepping in another thread: give each thread its own optimizer");
+    const std::unique_ptr<std::atomic<bool>, void (*)(std::atomic<bool>*)> release(
+        &busy_, [](std::atomic<bool>* flag) { flag->store(false); });
+    refs_.clear();
+    if (!read_tree(GRADIENT, gradients, flat) || !read_tree(HESSIAN, hessian, flat))
+      return py::none();
+    if (!prepare()) return py::none();
+    for (int batch = 0; batch < batch_count_; ++batch) {
+      py::list members;
+      for (const std::size_t k : active_)
+        if (batches_[k] == batch) members.append(k);
+      if (members.empty()) continue;
+      run_phase(batch, 0);
+      between_(batch, members);
+      run_phase(batch, 1);
+    }
+    run_phase(-1, 0);
+    for (const std::size_t k : active_) ++counts_[k + 1];
+    refs_.clear();
+    return py::int_(++counts_[0]);
+  }
+
+ private:
+  struct Own {
+    const Proxy* parameter;
+    char* data;  // where the parameter was when the plan was made
+    std::size_t elements;
+    int compute;
+  };
+
+  void add_leaf(const py::handle arrays, std::size_t k) {
+    const Program& program = *programs_.at(static_cast<std::size_t>(groups_[k]));
+    const auto list = arrays.cast<std::vector<py::object>>();
+    if (static_cast<int>(list.size()) != program.arrays)
+      throw py::value_error("plan: a leaf's arrays do not fit its program");
+    const Proxy* const parameter = as_array(list[0].ptr());
+    const int compute = parameter ? format_of(parameter) : -1;
+    if (compute < 0 || compute >= COMPUTE_TYPES) throw py::value_error("plan: no such dtype");
+    const std::size_t n = elements_of(parameter);
+    operands_.resize(operands_.size() + MAX_OPERANDS);
+    for (std::size_t j = 0; j < list.size(); ++j) {
+      const Proxy* const a = as_array(list[j].ptr());
+      if (!a || format_of(a) != compute || !is_target(a) ||
+          !same_layout(a, SIZES[compute], parameter, SIZES[compute]))
+        throw py::value_error("plan: an array does not fit its parameter");
+      operands_[k * MAX_OPERANDS + PARAMETER + j] = {a->data, nullptr, SIZES[compute]};
+      // Work space is shared between leaves, which is no overlap: each is done with it in turn.
+      if (n) written_.push_back({a->data, a->data + n * SIZES[compute]});
+      held_.push_back(list[j]);
+    }
+    own_.push_back({parameter, parameter->data, n, compute});
+  }
+
+  bool overlaps_written(const Operand& input, std::size_t n) const {
+    const Range range{input.data, input.data + n * input.size};
+    auto it = std::partition_point(written_.begin(), written_.end(),
+                                   [&](const Range& w) { return w.begin < range.end; });
+    return n && it != written_.begin() && overlap(*--it, range);
+  }
+
+  bool read_tree(Slot slot, const py::object& tree, bool flat) {
+    const std::size_t first = refs_.size();
+    if (slot == HESSIAN && tree.is_none()) {
+      for (std::size_t k = 0; k < own_.size(); ++k) operands_[k * MAX_OPERANDS + slot] = {};
+      return true;
+    }
+    if (flat)
+      for (const py::handle leaf : tree) refs_.push_back(py::reinterpret_borrow<py::object>(leaf));
+    else if (!collect(tree_, tree.ptr(), refs_))
+      return false;
+    if (refs_.size() - first != own_.size()) return false;
+    for (std::size_t k = 0; k < own_.size(); ++k) {
+      Operand& operand = operands_[k * MAX_OPERANDS + slot];
+      operand = {};
+      PyObject* const o = refs_[first + k].ptr();
+      if (o == Py_None) continue;
+      if ((slot == HESSIAN && !program(k).takes_hessian) ||
+          !read_input(o, own_[k].parameter, own_[k].compute, operand) ||
+          overlaps_written(operand, own_[k].elements))
+        return false;
+    }
+    return true;
+  }
+
+  // Which leaves take part, and their scalars: once for each group, compute type and t.
+  bool prepare() {
+    active_.clear();
+    scalar_cache_.clear();
+    leaf_scalars_.assign(own_.size(), nullptr);
+    const Scalars* last = nullptr;
+    std::tuple<int, int, std::int64_t> last_key;
+    for (std::size_t k = 0; k < own_.size(); ++k) {
+      const Own& own = own_[k];
+      const Proxy* const p = own.parameter;
+      if (!is_target(p) || p->data != own.data || elements_of(p) != own.elements) return false;
+      if (!operands_[k * MAX_OPERANDS + GRADIENT].data) continue;
+      const std::tuple<int, int, std::int64_t> key{groups_[k], own.compute, counts_[k + 1] + 1};
+      if (!last || key != last_key) {
+        auto found = scalar_cache_.find(key);
+        if (found == scalar_cache_.end()) {
+          const py::object values = scalars_(groups_[k], std::get<2>(key));
+          found = scalar_cache_.emplace(key, Scalars(program(k), own.compute, values.ptr())).first;
+        }
+        last = &found->second;
+        last_key = key;
+      }
+      leaf_scalars_[k] = last;
+      active_.push_back(k);
+    }
+    return true;
+  }
+
+  void run_phase(int batch, int phase) {
+    steps_.clear();
+    leaves_.clear();
+    for (const std::size_t k : active_) {
+      if (batches_[k] != batch) continue;
+      const Operand* const operands = &operands_[k * MAX_OPERANDS];
+      const std::size_t before = steps_.size();
+      append_steps(program(k), phase, own_[k].compute, *leaf_scalars_[k], operands, steps_);
+      // The steps' places are known only when all are there: their number stands in for now.
+      leaves_.push_back({own_[k].elements, operands, nullptr, INPUTS + program(k).arrays,
+                         static_cast<int>(steps_.size() - before)});
+    }
+    const Step* next = steps_.data();
+    for (Leaf& leaf : leaves_) {
+      leaf.steps = next;
+      next += leaf.step_count;
+    }
+    const int limit = thread_count.load();
+    const int threads = threads_ > 0 ? std::min(threads_, limit) : limit;
+    const py::gil_scoped_release unlocked;  // refs_ and held_ keep every array alive
+    run(leaves_, threads);
+  }
+
+  const Program& program(std::size_t k) const {
+    return *programs_[static_cast<std::size_t>(groups_[k])];
+  }
+
+  Node tree_;
+  std::vector<int> groups_, batches_;
+  py::object counters_, scalars_, between_;
+  const int threads_;
+  int batch_count_ = 0;
+  std::int64_t* counts_ = nullptr;
+  std::vector<py::object> held_;  // programs and arrays
+  std::vector<const Program*> programs_;
+  std::vector<Own> own_;
+  std::vector<Operand> operands_;  // MAX_OPERANDS for each leaf
+  std::vector<Range> written_;     // by address
+  std::atomic<bool> busy_{false};
+  // Of the step in progress; members so that their memory is kept.
+  std::vector<py::object> refs_;
+  std::vector<std::size_t> active_;
+  std::map<std::tuple<int, int, std::int64_t>, Scalars> scalar_cache_;
+  std::vector<const Scalars*> leaf_scalars_;
+  std::vector<Step> steps_;
+  std::vector<Leaf> leaves_;
+};
+
+}  // namespace
+
+void bind_leaves(py::module_& module) {
+  numpy();
+  py::class_<Program>(module, "Program")
+      .def(py::init<const py::list&>(), py::arg("rows"))
+      .def_readonly("scalars", &Program::scalar_count);
+  py::class_<Plan>(module, "Plan")
+      .def(py::init<const py::object&, const py::list&, std::vector<int>, std::vector<int>,
+                    const py::list&, py::object, py::object, py::object, int>(),
+           py::kw_only(), py::arg("tree"), py::arg("arrays"), py::arg("groups"),
+           py::arg("batches"), py::arg("programs"), py::arg("counters"), py::arg("scalars"),
+           py::arg("between"), py::arg("threads"))
+      .def("step", &Plan::step);
+  module.def("update", &update);
+  module.def("set_threads", [](int n) { thread_count.store(n); });
+  module.def("get_threads", [] { return thread_count.load(); });
+}
+
+}  // namespace fusedopt

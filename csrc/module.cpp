@@ -1,0 +1,51 @@
+// The binding: a list.
+#include <pybind11/pybind11.h>
+
+#include "cpu.hpp"
+#include "leaves.hpp"
+#include "parallel.hpp"
+
+namespace py = pybind11;
+
+namespace {
+
+std::string compiler() {
+#if defined(__clang__)
+  return "clang " __clang_version__;
+#elif defined(__GNUC__)
+  return "gcc " __VERSION__;
+#elif defined(_MSC_VER)
+  return "msvc " + std::to_string(_MSC_VER);
+#else
+  return "unknown";
+#endif
+}
+
+// (name, operands, scalars) of everything in the table: Python compares it with its registry.
+py::list operations() {
+  py::list rows;
+  const fusedopt::Table& table = *fusedopt::level().table;
+  for (int k = 0; k < table.count; ++k) {
+    const fusedopt::Operation& op = table.operations[k];
+    rows.append(py::make_tuple(op.name, op.operands, op.scalars));
+  }
+  return rows;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
+  fusedopt::guard_forks();
+  fusedopt::bind_leaves(module);
+  module.def("operations", &operations);
+  module.def("levels", [] {
+    py::list names;
+    for (const fusedopt::Level& l : fusedopt::levels()) names.append(l.name);
+    return names;
+  });
+  module.def("get_level", [] { return fusedopt::level().name; });
+  module.def("set_level", &fusedopt::force_level);
+  module.def("parallel_limit", &fusedopt::parallel_limit);
+  module.attr("parallel") = fusedopt::parallel_name();
+  module.attr("compiler") = compiler();
+}

@@ -1,0 +1,20 @@
+// One parallel loop, in the form that the build chose: OpenMP, std::thread or serial.
+#pragma once
+#include <cstddef>
+
+namespace fusedopt {
+
+// Calls body(context, i) once for each i in [0, count), on at most `threads` threads. The body
+// must not throw, and its result must not depend on which thread runs it.
+void parallel_for(std::size_t count, int threads, void (*body)(void*, std::size_t), void* context);
+
+// "openmp", "threads" or "serial".
+const char* parallel_name();
+
+// How many threads the runtime would allow now (threadpoolctl and omp_set_num_threads lower it).
+int parallel_limit();
+
+// Makes a fork safe; called once at import.
+void guard_forks();
+
+}  // namespace fusedopt

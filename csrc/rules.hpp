@@ -1,0 +1,265 @@
+// Every update rule, simplest first. A rule is a struct of per-step scalars with one call operator
+// that takes one element's parameter, gradient and states, updates the states and returns the
+// delta: what is subtracted from the parameter. Weight decay, the sign for `maximize`, clipping
+// and storage formats are the business of the loop around it. Python folds the scalars in float64
+// (fusedopt/rules/*.py, same names) and they are cast once.
+//
+// Only + - * / sqrt, comparison and selection: that is what makes the bits the same everywhere.
+#pragma once
+#include <math.h>
+
+namespace {
+
+inline float root(float x) {
+#if defined(__GNUC__)
+  return __builtin_sqrtf(x);
+#else
+  return sqrtf(x);
+#endif
+}
+inline double root(double x) {
+#if defined(__GNUC__)
+  return __builtin_sqrt(x);
+#else
+  return sqrt(x);
+#endif
+}
+
+// No step, rather than NaN, where nothing was ever accumulated and eps is zero.
+template <class T>
+inline T ratio(T numerator, T denominator) {
+  const T quotient = numerator / denominator;
+  return denominator == T(0) ? T(0) : quotient;
+}
+
+// A NaN in either operand stays visible.
+template <class T>
+inline T maximum(T a, T b) {
+  return (b > a || b != b) ? b : a;
+}
+
+template <class T>
+struct SGD {
+  static constexpr const char* name = "sgd";
+  static constexpr int states = 0;
+  T lr;
+  T operator()(T, T g) const { return lr * g; }
+};
+
+// Every form of momentum: (a, b) are (1 - mu, lr), (lr, 1) or (1 - dampening, lr).
+template <class T>
+struct Momentum {
+  static constexpr const char* name = "momentum";
+  static constexpr int states = 1;
+  T mu, a, b;
+  T operator()(T, T g, T& v) const {
+    v = mu * v + a * g;
+    return b * v;
+  }
+};
+
+template <class T>
+struct Nesterov {
+  static constexpr const char* name = "nesterov";
+  static constexpr int states = 1;
+  T mu, a, b, c;
+  T operator()(T, T g, T& v) const {
+    v = mu * v + a * g;
+    return b * g + c * v;
+  }
+};
+
+template <class T>
+struct AdaGrad {
+  static constexpr const char* name = "adagrad";
+  static constexpr int states = 1;
+  T lr, eps_root, eps;
+  T operator()(T, T g, T& G) const {
+    G = G + g * g;
+    return ratio(lr * g, root(G + eps_root) + eps);
+  }
+};
+
+template <class T>
+struct RMSProp {
+  static constexpr const char* name = "rmsprop";
+  static constexpr int states = 1;
+  T rho, one_rho, lr, eps_root, eps;
+  T operator()(T, T g, T& v) const {
+    v = rho * v + one_rho * (g * g);
+    return ratio(lr * g, root(v + eps_root) + eps);
+  }
+};
+
+// The variance about the mean; cancellation can make it negative, hence the clamp. k is 1, or
+// 1 / (1 - rho^t) where the means are bias-corrected.
+template <class T>
+struct CenteredRMSProp {
+  static constexpr const char* name = "rmsprop_centered";
+  static constexpr int states = 2;
+  T rho, one_rho, lr, eps_root, eps, k;
+  T operator()(T, T g, T& v, T& a) const {
+    v = rho * v + one_rho * (g * g);
+    a = rho * a + one_rho * g;
+    const T w = v - k * (a * a);
+    return ratio(lr * g, root((w < T(0) ? T(0) : w) + eps_root) + eps);
+  }
+};
+
+// A momentum buffer over the delta u of a normalising rule: x u + y b covers plain and Nesterov
+// momentum, with the learning rate inside or outside of the buffer.
+template <class T, template <class> class Inner>
+struct Buffered : Inner<T> {
+  static constexpr int states = Inner<T>::states + 1;
+  T mu, x, y;
+  template <class... S>
+  T operator()(T p, T g, T& b, S&... inner) const {
+    const T u = Inner<T>::operator()(p, g, inner...);
+    b = mu * b + u;
+    return x * u + y * b;
+  }
+};
+template <class T>
+struct BufferedRMSProp : Buffered<T, RMSProp> {
+  static constexpr const char* name = "rmsprop_momentum";
+};
+template <class T>
+struct BufferedCenteredRMSProp : Buffered<T, CenteredRMSProp> {
+  static constexpr const char* name = "rmsprop_centered_momentum";
+};
+
+// step = lr sqrt(c2) / c1, and both eps are scaled to match: sqrt(v/c2 + r) + e is
+// (sqrt(v + r c2) + e sqrt(c2)) / sqrt(c2).
+template <class T>
+struct Adam {
+  static constexpr const char* name = "adam";
+  static constexpr int states = 2;
+  T b1, one_b1, b2, one_b2, step, eps_root, eps;
+  T operator()(T, T g, T& m, T& v) const {
+    m = b1 * m + one_b1 * g;
+    v = b2 * v + one_b2 * (g * g);
+    return ratio(step * m, root(v + eps_root) + eps);
+  }
+};
+
+// The first moment looks one step ahead: step m + step_g g.
+template <class T>
+struct NesterovAdam {
+  static constexpr const char* name = "adam_nesterov";
+  static constexpr int states = 2;
+  T b1, one_b1, b2, one_b2, step, eps_root, eps, step_g;
+  T operator()(T, T g, T& m, T& v) const {
+    m = b1 * m + one_b1 * g;
+    v = b2 * v + one_b2 * (g * g);
+    return ratio(step * m + step_g * g, root(v + eps_root) + eps);
+  }
+};
+
+// The largest second moment so far divides: raw (k = 1) or bias-corrected (k = 1/c2).
+template <class T>
+struct AMSGrad {
+  static constexpr const char* name = "adam_amsgrad";
+  static constexpr int states = 3;
+  T b1, one_b1, b2, one_b2, step, eps_root, eps, k;
+  T operator()(T, T g, T& m, T& v, T& x) const {
+    m = b1 * m + one_b1 * g;
+    v = b2 * v + one_b2 * (g * g);
+    x = maximum(x, k * v);
+    return ratio(step * m, root(x + eps_root) + eps);
+  }
+};
+
+// The sign of zero is zero, and of NaN NaN.
+template <class T>
+struct Lion {
+  static constexpr const char* name = "lion";
+  static constexpr int states = 1;
+  T b1, one_b1, b2, one_b2, lr;
+  T operator()(T, T g, T& m) const {
+    const T c = b1 * m + one_b1 * g;
+    m = b2 * m + one_b2 * g;
+    return c > T(0) ? lr : (c < T(0) ? -lr : c);
+  }
+};
+
+template <class T>
+inline T clamp(T x, T limit) {
+  return x > limit ? limit : (x < -limit ? -limit : x);
+}
+
+// The official code's denominator; k = 1, or 1/c1 where the first moment is bias-corrected.
+template <class T>
+struct Sophia {
+  static constexpr const char* name = "sophia";
+  static constexpr int states = 2;
+  T b1, one_b1, lr, gamma, eps, clip, k;
+  T operator()(T, T g, T& m, T& h) const {
+    m = b1 * m + one_b1 * g;
+    return lr * clamp(k * m / (gamma * h + eps), clip);
+  }
+};
+
+// The paper's denominator: safe where the curvature is negative.
+template <class T>
+struct PaperSophia {
+  static constexpr const char* name = "sophia_paper";
+  static constexpr int states = 2;
+  T b1, one_b1, lr, gamma, eps, clip, k;
+  T operator()(T, T g, T& m, T& h) const {
+    m = b1 * m + one_b1 * g;
+    return lr * clamp(k * m / maximum(eps, gamma * h), clip);
+  }
+};
+
+// The second half of Muon: `o` holds the orthogonalised direction, which a Momentum or Nesterov
+// rule wrote in a PEEK mode and Python's matrix products then replaced.
+template <class T>
+struct Muon {
+  static constexpr const char* name = "muon";
+  static constexpr int states = 2;
+  T mu, a, lr;
+  T operator()(T, T g, T& m, T& o) const {
+    m = mu * m + a * g;
+    return lr * o;
+  }
+};
+
+template <template <class> class...>
+struct List {};
+
+using Rules = List<SGD, Momentum, Nesterov, AdaGrad, RMSProp, CenteredRMSProp, BufferedRMSProp,
+                   BufferedCenteredRMSProp, Adam, NesterovAdam, AMSGrad, Lion, Sophia, PaperSophia,
+                   Muon>;
+
+// Operations that are no rule: operands are theirs alone, the first `written` are written.
+
+// Sophia's refresh from a gradient at sampled labels (Gauss-Newton-Bartlett) ...
+template <class T>
+struct SquareRefresh {
+  static constexpr const char* name = "sophia_refresh_square";
+  static constexpr int operands = 2, written = 1;
+  T b2, k;
+  void operator()(T& h, T e) const { h = b2 * h + k * (e * e); }
+};
+
+// ... and from a product with the Hessian (Hutchinson).
+template <class T>
+struct Refresh {
+  static constexpr const char* name = "sophia_refresh";
+  static constexpr int operands = 2, written = 1;
+  T b2, k;
+  void operator()(T& h, T e) const { h = b2 * h + k * e; }
+};
+
+// Nesterov's look-ahead: the point at which the gradient is wanted.
+template <class T>
+struct LookAhead {
+  static constexpr const char* name = "lookahead";
+  static constexpr int operands = 2, written = 1;
+  T mu;
+  void operator()(T& p, T v) const { p = p - mu * v; }
+};
+
+using Others = List<SquareRefresh, Refresh, LookAhead>;
+
+}  // namespace

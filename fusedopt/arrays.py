@@ -1,0 +1,147 @@
+"""What may be a parameter or a gradient, and the explanation of every refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from .rules import Rule
+
+FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+DTYPES = (FLOAT32, FLOAT64)
+
+
+def _check_array(label: str, a: Any) -> np.ndarray:
+    if not isinstance(a, np.ndarray):
+        raise TypeError(
+            f"{label}: expected an ndarray, got a {type(a).__name__}; convert it with np.asarray"
+        )
+    if isinstance(a, np.ma.MaskedArray):
+        raise TypeError(f"{label}: masks are not supported; pass a.filled(0) or a.data")
+    if a.dtype not in DTYPES:
+        if a.dtype.newbyteorder() in DTYPES:
+            raise TypeError(
+                f"{label}: expected native byte order, got {a.dtype.str}; convert it with"
+                " a.astype(a.dtype.newbyteorder('='))"
+            )
+        raise TypeError(
+            f"{label}: expected float32 or float64, got {a.dtype}; pass an array of one of these"
+            " dtypes"
+        )
+    return a
+
+
+def _plain(a: np.ndarray) -> np.ndarray:
+    """The same memory as an exact ndarray under NumPy's own dtype object (equal ones can differ)."""
+    if type(a) is np.ndarray and any(a.dtype is dtype for dtype in DTYPES):
+        return a
+    c_order = a.flags.c_contiguous
+    plain = np.ndarray(a.shape if c_order else a.shape[::-1], a.dtype.name, a if c_order else a.T)
+    return plain if c_order else plain.T
+
+
+def check_target(label: str, a: Any) -> np.ndarray:
+    """An array that will be updated in place, as a plain ndarray over the same memory.
+
+    Raises TypeError for another kind or dtype, ValueError where it is read-only, unaligned or not
+    dense.
+    """
+    a = _check_array(label, a)
+    if not a.flags.writeable:
+        raise ValueError(f"{label}: is read-only, and is to be updated in place; pass a copy")
+    if not a.flags.aligned:
+        raise ValueError(f"{label}: is not aligned in memory; pass a copy")
+    if not (a.flags.c_contiguous or a.flags.f_contiguous):
+        raise ValueError(
+            f"{label}: is not dense (shape {a.shape}, strides {a.strides}), and a copy would be"
+            " updated instead of it; pass an array made with np.ascontiguousarray, and copy it back"
+        )
+    return _plain(a)
+
+
+def check_parameter(label: str, a: Any, rule: Rule) -> np.ndarray:
+    """A parameter that this rule can update; raises as `check_target`, and where it cannot."""
+    a = check_target(label, a)
+    reason = rule.refuses(a)
+    if reason:
+        raise ValueError(f"{label}: {reason}")
+    return a
+
+
+def check_apart(labels: Sequence[str], arrays: Sequence[np.ndarray]) -> None:
+    """ValueError where two of these dense arrays share memory."""
+    ranges = sorted((*_range(a), k) for k, a in enumerate(arrays) if a.size)
+    for (_, end, first), (begin, _, second) in zip(ranges, ranges[1:], strict=False):
+        if begin < end:
+            a, b = sorted((first, second))
+            raise ValueError(
+                f"{labels[b]}: shares memory with {labels[a]}, so that one update would disturb the"
+                " other; pass each array once, or a copy"
+            )
+
+
+def _range(dense: np.ndarray) -> tuple[int, int]:
+    begin = dense.__array_interface__["data"][0]
+    return begin, begin + dense.nbytes
+
+
+class Fit:
+    """Checks gradients against the arrays that a step writes, and lays them out alike.
+
+    labels, parameters: of each leaf. written: of each leaf all the arrays that the step writes.
+    """
+
+    def __init__(
+        self,
+        labels: Sequence[str],
+        parameters: Sequence[np.ndarray],
+        written: Sequence[Sequence[np.ndarray]],
+    ) -> None:
+        self._labels, self._parameters = labels, parameters
+        ranges = sorted(
+            (*_range(a), k, j) for k, group in enumerate(written) for j, a in enumerate(group)
+        )
+        self._ranges = [r for r in ranges if r[0] < r[1]]
+        self._written = written
+
+    def check_unmoved(self) -> None:
+        """ValueError where the caller made a parameter unfit after it was handed over."""
+        for label, p in zip(self._labels, self._parameters, strict=True):
+            check_target(label, p)
+
+    def gradient(self, k: int, label: str, g: Any) -> np.ndarray | None:
+        """The k-th leaf's gradient in its parameter's layout: itself, or a scratch copy.
+
+        None stays None. Raises TypeError for another kind or dtype, ValueError for another shape
+        or for memory that the step writes.
+        """
+        if g is None:
+            return None
+        g, p = _check_array(label, g), self._parameters[k]
+        if g.shape != p.shape:
+            raise ValueError(
+                f"{label}: expected the shape {p.shape} of {self._labels[k]}, got {g.shape}"
+            )
+        self._check_apart(label, g)
+        order = "C" if p.flags.c_contiguous else "F"
+        dense = g.flags.c_contiguous if order == "C" else g.flags.f_contiguous
+        if dense and g.flags.aligned:
+            return _plain(g)
+        return np.array(g, dtype=g.dtype.name, order=order, subok=False)
+
+    def _check_apart(self, label: str, g: np.ndarray) -> None:
+        if not g.size:
+            return
+        low, high = np.lib.array_utils.byte_bounds(g)
+        for begin, end, k, j in self._ranges:
+            if begin >= high:
+                break
+            if end > low and np.shares_memory(g, self._written[k][j]):
+                what = "" if j == 0 else "a state of "
+                raise ValueError(
+                    f"{label}: shares memory with {what}{self._labels[k]}, which this step writes;"
+                    " pass a copy"
+                )

@@ -1,0 +1,44 @@
+"""The backends, and the choice between them."""
+
+from __future__ import annotations
+
+import warnings
+
+from ..environment import choice
+from .base import Backend, Group, Layout, Plan
+from .native import NativeBackend, check_registry
+from .reference import ReferenceBackend
+
+BACKENDS: dict[str, Backend] = {b.name: b for b in (NativeBackend(), ReferenceBackend())}
+"""Every backend, the preferred first."""
+
+FORCED = choice("FUSEDOPT_BACKEND", ("auto", *BACKENDS))
+
+
+def get_backend(name: str = "auto") -> Backend:
+    """A backend by name; "auto" takes FUSEDOPT_BACKEND, else the first that can be used.
+
+    Raises ValueError for an unknown name and RuntimeError where it cannot be used here. Warns
+    where nothing but the NumPy reference is left.
+    """
+    if name == "auto":
+        name = FORCED or "auto"
+    if name == "auto":
+        name = next(n for n, backend in BACKENDS.items() if backend.unavailable() is None)
+        if name == "reference":
+            warnings.warn(
+                "fusedopt runs on its NumPy reference, which is slow:"
+                f" {BACKENDS['native'].unavailable()}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected one of auto, {', '.join(BACKENDS)}; got {name!r}")
+    backend = BACKENDS[name]
+    reason = backend.unavailable()
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} cannot be used here: {reason}")
+    return backend
+
+
+__all__ = ["BACKENDS", "Backend", "Group", "Layout", "Plan", "check_registry", "get_backend"]

@@ -1,0 +1,90 @@
+"""What a backend is: plans for optimizers, and single steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..rules import Rule
+
+
+@dataclass
+class Group:
+    """The leaves of one rule, and the learning rate of the step in progress.
+
+    label: the pattern that chose them, or the rule's name.
+    """
+
+    label: str
+    rule: Rule
+    lr: float = 0.0
+
+    def scalars(self, t: int) -> tuple[float, ...]:
+        return self.rule.program.scalars(t, self.lr)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Everything about an optimizer that a plan needs.
+
+    tree: the parameters' `Tree.spec`. arrays: of each leaf its parameter and states. groups: the
+    rules; group_of: of each leaf its place among them. counters: int64, the optimizer's step and
+    then each leaf's; a plan advances them. threads: at most so many, or None.
+    """
+
+    tree: Any
+    arrays: Sequence[Sequence[np.ndarray]]
+    groups: Sequence[Group]
+    group_of: Sequence[int]
+    counters: np.ndarray
+    threads: int | None
+
+
+class Plan(Protocol):
+    """One optimizer on one backend."""
+
+    def step(self, grads: Any, hessian: Any, flat: bool) -> int | None:
+        """Updates every leaf that has a gradient, and its counter, in place; the step's number.
+
+        flat: grads and hessian are lists of leaves, checked and laid out like their parameters;
+        otherwise trees, and None comes back, with nothing written, where something is to be
+        checked or explained first.
+        """
+
+    @property
+    def work_bytes(self) -> int:
+        """Memory beside parameters and states."""
+
+
+class Backend(Protocol):
+    """A way to run programs."""
+
+    name: str
+    checks_arrays: bool
+    """Whether `update` finds arrays that do not fit, and then returns False."""
+
+    def unavailable(self) -> str | None:
+        """Why it cannot be used here; None where it can."""
+
+    def describe(self) -> str:
+        """The variant in use, such as the instruction set."""
+
+    def plan(self, layout: Layout) -> Plan:
+        """Prepares an optimizer's steps."""
+
+    def update(
+        self,
+        rule: Rule,
+        t: int,
+        lr: float,
+        arrays: tuple[np.ndarray, ...],
+        g: np.ndarray,
+        hessian: np.ndarray | None,
+    ) -> bool:
+        """One step of one tensor (arrays: parameter, then states), in place; see checks_arrays."""
+
+    def shift(self, rule: Any, p: np.ndarray, v: np.ndarray) -> None:
+        """Moves a parameter to where a look-ahead rule wants its gradient."""

@@ -1,0 +1,156 @@
+"""The compiled core."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..newton_schulz import Workspace, as_matrix
+from ..rules import RULES, Nesterov, Rule
+from ..rules.base import Program
+from .base import Group, Layout, Plan
+
+try:
+    from .. import _core
+except ImportError as error:
+    _core = None  # type: ignore[assignment]
+    _reason: str | None = f"the compiled core could not be imported ({error}); it was not built"
+else:
+    _reason = None
+
+INPUTS = ("g", "hessian")
+
+
+def _compile(program: Program) -> Any:
+    """The program in the core's terms, made once for each rule object."""
+    if program.native is None:
+        slots = {name: k for k, name in enumerate((*INPUTS, *program.arrays))}
+        program.native = _core.Program(
+            [
+                (
+                    op.kernel,
+                    program.MODES.index(program.mode(op)),
+                    op.phase,
+                    INPUTS.index(op.needs) if op.needs else -1,
+                    [slots[name] for name in op.operands],
+                )
+                for op in program.operations
+            ]
+        )
+    return program.native
+
+
+def check_registry() -> None:
+    """ImportError where the compiled table is not the one that the rules were written for."""
+    table = {name: (operands, scalars) for name, operands, scalars in _core.operations()}
+    for cls in RULES.values():
+        rule = cls()
+        for op in rule.operations():
+            operands = len(op.operands) - (op.loop == "peek")
+            scalars = len(op.scalars(1, 0.1)) + 2 * (op.loop != "other")
+            if table.get(op.kernel) != (operands, scalars):
+                raise ImportError(
+                    f"stale extension, rebuild: {cls.__name__} needs the kernel {op.kernel!r} with"
+                    f" (operands, scalars) = {(operands, scalars)}, the compiled core has"
+                    f" {table.get(op.kernel)}"
+                )
+
+
+class NativeBackend:
+    """C++ kernels on NumPy arrays."""
+
+    name = "native"
+    checks_arrays = True
+
+    def unavailable(self) -> str | None:
+        return _reason
+
+    def describe(self) -> str:
+        return f"{_core.get_level()}, {_core.parallel}"
+
+    def plan(self, layout: Layout) -> Plan:
+        return NativePlan(layout)
+
+    def update(
+        self,
+        rule: Rule,
+        t: int,
+        lr: float,
+        arrays: tuple[np.ndarray, ...],
+        g: np.ndarray,
+        hessian: np.ndarray | None,
+    ) -> bool:
+        program = rule.program
+        if program.phases > 1:
+            return self._update_matrix(rule, t, lr, arrays, g)
+        compiled = program.native or _compile(program)
+        return _core.update(compiled, program.scalars(t, lr), g, hessian, arrays)
+
+    def _update_matrix(
+        self, rule: Rule, t: int, lr: float, arrays: tuple[np.ndarray, ...], g: np.ndarray
+    ) -> bool:
+        group = Group(rule.name, rule, lr)
+        counters = np.array([0, t - 1])
+        plan = NativePlan(Layout(0, [arrays], [group], [0], counters, None))
+        return plan.step(g, None, False) is not None
+
+    def shift(self, rule: Nesterov, p: np.ndarray, v: np.ndarray) -> None:
+        program = rule.shift
+        if not _core.update(_compile(program), program.scalars(1, 0.0), v, None, (p,)):
+            raise RuntimeError("the core refused the look-ahead; please report this")
+
+
+class NativePlan:
+    """The core's plan of an optimizer, and the matrix products between its phases."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        matrices = [
+            k for k in range(len(layout.arrays)) if self._rule(k).program.phases > 1
+        ]
+        self._spaces = self._workspaces(matrices)
+        arrays = [list(a) for a in layout.arrays]
+        self._work: dict[int, np.ndarray] = {}
+        for k in matrices:
+            p = arrays[k][0]
+            flat = self._spaces[p.dtype].direction[: p.size]
+            order = "C" if p.flags.c_contiguous else "F"
+            self._work[k] = flat.reshape(p.shape, order=order)
+            arrays[k].append(self._work[k])
+        batches = {k: batch for batch, k in enumerate(matrices)}
+        self._plan = _core.Plan(
+            tree=layout.tree,
+            arrays=arrays,
+            groups=list(layout.group_of),
+            batches=[batches.get(k, -1) for k in range(len(arrays))],
+            programs=[_compile(group.rule.program) for group in layout.groups],
+            counters=layout.counters,
+            scalars=lambda group, t: layout.groups[group].scalars(t),
+            between=self._between,
+            threads=layout.threads or 0,
+        )
+        self.step = self._plan.step
+
+    @property
+    def work_bytes(self) -> int:
+        return sum(space.nbytes for space in self._spaces.values())
+
+    def _rule(self, k: int) -> Rule:
+        return self._layout.groups[self._layout.group_of[k]].rule
+
+    def _workspaces(self, matrices: Sequence[int]) -> dict[np.dtype, Workspace]:
+        parameters = [self._layout.arrays[k][0] for k in matrices]
+        return {
+            dtype: Workspace([as_matrix(p.shape) for p in parameters if p.dtype == dtype], dtype)
+            for dtype in {p.dtype for p in parameters}
+        }
+
+    def _between(self, batch: int, leaves: Sequence[int]) -> None:
+        for k in leaves:
+            work = self._work[k]
+            u = work.reshape(as_matrix(work.shape))
+            self._rule(k).between(u, self._spaces[work.dtype])
+            if not np.shares_memory(u, work):  # a filter in Fortran order
+                work[...] = u.reshape(work.shape)

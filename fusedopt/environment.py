@@ -1,0 +1,24 @@
+"""The environment variables, read at import; a bad value raises then."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+
+
+def choice(name: str, accepted: Collection[str]) -> str | None:
+    """The variable's value, None where it is unset or empty; ValueError where not accepted."""
+    value = os.environ.get(name) or None
+    if value is not None and value not in accepted:
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(accepted)}")
+    return value
+
+
+def positive_integer(name: str) -> int | None:
+    """The variable's value, None where it is unset or empty; ValueError where it is none."""
+    value = os.environ.get(name, "").strip()
+    if not value:
+        return None
+    if not value.isascii() or not value.isdigit() or int(value) < 1:
+        raise ValueError(f"{name}={value!r}: expected an integer >= 1")
+    return int(value)

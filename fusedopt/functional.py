@@ -1,0 +1,70 @@
+"""One step of one tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .arrays import Fit, check_apart, check_parameter, check_target
+from .backends import get_backend
+from .rules import Rule
+
+
+def update(
+    rule: Rule, step: int, p: np.ndarray, g: np.ndarray, *states: np.ndarray, hessian: Any = None
+) -> None:
+    """Updates a parameter and its states in place.
+
+    rule: its hyperparameters. step: 1 for the first. p: float32 or float64, dense. g: gradient of
+    p's shape, float32 or float64, left alone. states: as `rule.init(p)` made them, in its order.
+    hessian: for Sophia, an estimate of p's shape that refreshes h after the update.
+
+    Raises TypeError for a value of the wrong kind, ValueError for one that does not fit; nothing
+    was written then.
+    """
+    if not isinstance(step, (int, np.integer)) or isinstance(step, bool) or step < 1:
+        raise ValueError(f"step: expected an integer >= 1, got {step!r}")
+    if not isinstance(rule, Rule):
+        raise TypeError(f"rule: expected a fusedopt rule such as fo.AdamW(), got {rule!r}")
+    backend = get_backend()
+    lr = rule.lr_at(step)
+    arrays = (p, *states)
+    if backend.checks_arrays and backend.update(rule, step, lr, arrays, g, hessian):
+        return
+    arrays, g, hessian = _check(rule, arrays, g, hessian)
+    if not backend.update(rule, step, lr, arrays, g, hessian):
+        raise RuntimeError("the core refused arrays that passed the checks; please report this")
+
+
+def _check(
+    rule: Rule, arrays: tuple[np.ndarray, ...], g: Any, hessian: Any
+) -> tuple[tuple[np.ndarray, ...], np.ndarray, np.ndarray | None]:
+    p = check_parameter("p", arrays[0], rule)
+    if len(arrays) - 1 != len(rule.states):
+        names = f" ({', '.join(rule.states)})" if rule.states else ""
+        raise TypeError(
+            f"states: {type(rule).__name__} has {len(rule.states)}{names}, got {len(arrays) - 1};"
+            " make them with rule.init(p)"
+        )
+    checked = [p]
+    for name, state in zip(rule.states, arrays[1:], strict=True):
+        state = check_target(name, state)
+        same = state.flags.c_contiguous == p.flags.c_contiguous
+        if state.dtype != p.dtype or state.shape != p.shape or not same:
+            raise ValueError(
+                f"{name}: expected {p.dtype} of shape {p.shape} in p's memory order, got"
+                f" {state.dtype} of shape {state.shape}; make it with rule.init(p)"
+            )
+        checked.append(state)
+    labels = ["p", *rule.states]
+    check_apart(labels, checked)
+    fit = Fit(["p"], [p], [checked])
+    gradient = fit.gradient(0, "g", g)
+    if gradient is None:
+        raise TypeError("g: expected an ndarray, got None")
+    if hessian is not None:
+        if not rule.takes_hessian:
+            raise ValueError(f"hessian: {type(rule).__name__} takes none")
+        hessian = fit.gradient(0, "hessian", hessian)
+    return tuple(checked), gradient, hessian

@@ -1,0 +1,62 @@
+"""Hessian estimates for Sophia: what `opt.step(grads, hessian=...)` takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from .interrupts import deferred
+from .trees import Tree
+
+
+def gauss_newton_bartlett(
+    logits: np.ndarray, backward: Callable[[np.ndarray], Any], rng: np.random.Generator
+) -> Any:
+    """The gradient at labels that the model itself draws, for Sophia(estimator="gnb").
+
+    logits: of shape (..., classes). backward: from labels (int64, of shape logits.shape[:-1]) to
+    the tree of gradients of the mean loss. Returns that tree; the refresh squares it.
+
+    Source: Liu et al. 2023, algorithm 2.
+    """
+    # The largest of logits plus independent Gumbel noise is a draw from their softmax.
+    return backward(np.argmax(logits + rng.gumbel(size=logits.shape), axis=-1))
+
+
+def hutchinson(
+    gradient: Callable[[], Any], params: Any, rng: np.random.Generator, *, step: float = 1e-3
+) -> Any:
+    """u times the Hessian's product with u, for Sophia(estimator="hutchinson").
+
+    gradient: returns the tree of gradients at the current values of params (None where a leaf has
+    none). params: the tree of arrays that the model uses; they are shifted in place by
+    plus and minus `step` u, u standard normal, and their exact bits restored. The Hessian-vector
+    product is the central difference of the two gradients. Returns a tree like the gradients.
+
+    Source: Liu et al. 2023, algorithm 1, with the product by finite differences.
+    """
+    tree = Tree(params)
+    arrays = [leaf.value for leaf in tree.leaves]
+    backup = [a.copy() for a in arrays]
+    noise = [rng.standard_normal(a.shape).astype(a.dtype) for a in arrays]
+
+    def shifted(sign: float) -> list[Any]:
+        for a, original, u in zip(arrays, backup, noise, strict=True):
+            a[...] = original + a.dtype.type(sign * step) * u
+        # Copies: a trainer may write its next gradients over these.
+        leaves = tree.flatten(gradient(), "gradient()")
+        return [None if g is None else np.array(g) for g in leaves]
+
+    try:
+        above, below = shifted(1.0), shifted(-1.0)
+    finally:
+        with deferred():
+            for a, original in zip(arrays, backup, strict=True):
+                a[...] = original
+    products = [
+        None if g is None else u * ((g - h) / g.dtype.type(2 * step))
+        for u, g, h in zip(noise, above, below, strict=True)
+    ]
+    return tree.build(products)

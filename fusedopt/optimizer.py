@@ -1,0 +1,367 @@
+"""The optimizer: many tensors, one rule or several, one step in place."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .arrays import Fit, check_apart, check_parameter
+from .backends import Layout, get_backend
+from .groups import RuleChoice, assign
+from .interrupts import deferred
+from .rules.base import allocate
+from .threads import check_threads
+from .trees import Tree
+
+STATE_FORMAT = 1
+
+
+class StepInfo(NamedTuple):
+    """What a step did.
+
+    step: its number, 1 for the first. lr: the learning rate that it used; with several rules a
+    dict of them, by pattern (or by rule name where a callable chose).
+    """
+
+    step: int
+    lr: float | dict[str, float]
+
+
+class Optimizer:
+    """Updates nested parameters in place, all of them in one fused pass.
+
+    params: a float32 or float64 ndarray, or any nesting of dicts, lists and tuples of them: dense
+    (C or Fortran order), aligned, writable, none overlapping another. Empty and zero-dimensional
+    arrays are legal. rule: a rule for all; a mapping of path patterns to rules, of which the first
+    that matches a leaf's dotted path (`block.0.w`) takes it; or a callable of path and array.
+
+    backend: "auto", "native" or "reference". threads: at most so many, where the process may use
+    more. verify: run every step on copies first, compare with the float64 reference, and commit
+    only what agrees (`VerificationError` otherwise).
+
+    Raises TypeError for a value of the wrong kind, ValueError for one that does not fit,
+    RuntimeError where the backend cannot be used.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        rule: RuleChoice,
+        *,
+        backend: str = "auto",
+        threads: int | None = None,
+        verify: bool = False,
+    ) -> None:
+        self.params = params
+        self.rule = rule
+        self._backend = get_backend(backend)
+        self._options = {
+            "backend": backend,
+            "threads": None if threads is None else check_threads("threads", threads),
+            "verify": bool(verify),
+        }
+        self._tree = Tree(params)
+        leaves = self._tree.leaves
+        self._groups, self._group_of = assign(leaves, rule)
+        self._scheduled = [group for group in self._groups if callable(group.rule.lr)]
+        for group in self._groups:
+            if group not in self._scheduled:
+                group.lr = group.rule.lr_at(1)
+        self._counters = np.zeros(1 + len(leaves), np.int64)
+        parameters = self._check_parameters()
+        self._states = [
+            tuple(allocate(p, rule.initial(name)) for name in rule.states)
+            for p, rule in zip(parameters, self._rules, strict=True)
+        ]
+        self._shifted = False
+        self._prepare(parameters)
+
+    @property
+    def _rules(self) -> list[Any]:
+        return [self._groups[k].rule for k in self._group_of]
+
+    def _check_parameters(self) -> list[np.ndarray]:
+        leaves = self._tree.leaves
+        parameters = [
+            check_parameter(leaf.label, leaf.value, rule)
+            for leaf, rule in zip(leaves, self._rules, strict=True)
+        ]
+        check_apart([leaf.label for leaf in leaves], parameters)
+        return parameters
+
+    def _prepare(self, parameters: Sequence[np.ndarray]) -> None:
+        self._parameters = parameters
+        self._arrays = [
+            (p, *states) for p, states in zip(parameters, self._states, strict=True)
+        ]
+        self._fit = Fit([leaf.label for leaf in self._tree.leaves], parameters, self._arrays)
+        layout = Layout(
+            self._tree.spec,
+            self._arrays,
+            self._groups,
+            self._group_of,
+            self._counters,
+            self._options["threads"],
+        )
+        if self._options["verify"]:
+            from .verify import VerifiedPlan  # an optimizer may run without the module
+
+            self._plan: Any = VerifiedPlan(self._backend, layout, self._tree.leaves)
+        else:
+            self._plan = self._backend.plan(layout)
+        # One native call is as a whole anyway; several are not.
+        whole = all(group.rule.program.phases == 1 for group in self._groups)
+        self._guard = nullcontext if whole and self._backend.checks_arrays else deferred
+
+    def step(self, grads: Any, *, hessian: Any = None) -> StepInfo:
+        """One step, in place.
+
+        grads: nested like the parameters, float32 or float64, of their shapes; a None leaf leaves
+        its parameter, its states and its step count alone. Read-only; gradients may overlap each
+        other but not a parameter or state. A gradient in another memory layout than its
+        parameter's is copied first. hessian: for Sophia, Hessian estimates nested likewise.
+
+        Raises TypeError or ValueError for what does not fit, RuntimeError inside of `lookahead`
+        or while another thread steps this optimizer; nothing has changed then.
+        """
+        if self._shifted:
+            raise RuntimeError("step inside of lookahead(): leave the context first")
+        for group in self._scheduled:
+            group.lr = group.rule.lr_at(self.step_count + 1)
+        if self._guard is nullcontext:
+            number = self._plan.step(grads, hessian, False)
+            if number is None:
+                number = self._explained_step(grads, hessian)
+        else:
+            with self._guard():
+                number = self._plan.step(grads, hessian, False)
+                if number is None:
+                    number = self._explained_step(grads, hessian)
+        return StepInfo(number, self._rates())
+
+    def _explained_step(self, grads: Any, hessian: Any) -> int:
+        """What the plan did not take: refused with the reason, or laid out so that it will be."""
+        self._fit.check_unmoved()
+        fitted = self._fitted(grads, "grads")
+        estimates = None
+        if hessian is not None:
+            estimates = self._fitted(hessian, "hessian")
+            for leaf, rule, e in zip(self._tree.leaves, self._rules, estimates, strict=True):
+                if e is not None and not rule.takes_hessian:
+                    raise ValueError(
+                        f"hessian: {leaf.label} is updated by {type(rule).__name__}, which takes"
+                        " none; give None there"
+                    )
+        number = self._plan.step(fitted, estimates, True)
+        if number is None:
+            raise RuntimeError(
+                "the core refused arrays that passed the checks; if a parameter was resized, call"
+                " rebind(params), otherwise please report this"
+            )
+        return int(number)
+
+    def _fitted(self, tree: Any, what: str) -> list[np.ndarray | None]:
+        values = self._tree.flatten(tree, what)
+        labels = [what + leaf.label.removeprefix("params") for leaf in self._tree.leaves]
+        return [
+            self._fit.gradient(k, label, value)
+            for k, (label, value) in enumerate(zip(labels, values, strict=True))
+        ]
+
+    def _rates(self) -> float | dict[str, float]:
+        if len(self._groups) == 1:
+            return self._groups[0].lr
+        return {group.label: group.lr for group in self._groups}
+
+    @property
+    def lr(self) -> float | dict[str, float]:
+        """The learning rate of the next step; with several rules a dict, as in `StepInfo`."""
+        rates = {g.label: g.rule.lr_at(self.step_count + 1) for g in self._groups}
+        return next(iter(rates.values())) if len(rates) == 1 else rates
+
+    @property
+    def step_count(self) -> int:
+        """How many steps have been taken."""
+        return int(self._counters[0])
+
+    @property
+    def state(self) -> dict[str, dict[str, np.ndarray]]:
+        """The live state arrays: path -> name -> array."""
+        return {
+            leaf.path: dict(zip(rule.states, states, strict=True))
+            for leaf, rule, states in zip(
+                self._tree.leaves, self._rules, self._states, strict=True
+            )
+        }
+
+    @contextmanager
+    def lookahead(self) -> Iterator[None]:
+        """Moves the parameters to p - mu v, where Nesterov's look-ahead form wants its gradient.
+
+        On leaving, by an exception too, their exact bits are restored. Leaves of other rules stay
+        where they are. Raises ValueError where no leaf has that form, RuntimeError when nested.
+        """
+        moving = [k for k, rule in enumerate(self._rules) if getattr(rule, "form", "") == LOOKAHEAD]
+        if not moving:
+            raise ValueError("lookahead(): no leaf is updated by Nesterov(form='lookahead')")
+        if self._shifted:
+            raise RuntimeError("lookahead(): already inside of one")
+        backup = [self._parameters[k].copy(order="A") for k in moving]
+        self._shifted = True
+        try:
+            for k in moving:
+                self._backend.shift(self._rules[k], *self._arrays[k])
+            yield
+        finally:
+            with deferred():
+                for k, original in zip(moving, backup, strict=True):
+                    self._parameters[k][...] = original
+                self._shifted = False
+
+    def rebind(self, params: Any) -> None:
+        """Takes new arrays in place of the old ones, for trainers that write `W = W - ...`.
+
+        params: nested as before, with the same shapes, dtypes and memory orders. Raises TypeError
+        or ValueError where they differ; the optimizer keeps the old ones then.
+        """
+        tree = Tree(params)
+        fresh = [leaf.value for leaf in tree.leaves]
+        self._tree.flatten(params, "params")
+        for leaf, value, old, rule in zip(
+            tree.leaves, fresh, self._parameters, self._rules, strict=True
+        ):
+            p = check_parameter(leaf.label, value, rule)
+            same_order = p.flags.c_contiguous == old.flags.c_contiguous
+            if p.shape != old.shape or p.dtype != old.dtype or not same_order:
+                raise ValueError(
+                    f"{leaf.label}: expected {old.dtype} of shape {old.shape} in"
+                    f" {'C' if old.flags.c_contiguous else 'Fortran'} order, got {p.dtype} of shape"
+                    f" {p.shape}; make a new optimizer for other arrays"
+                )
+        check_apart([leaf.label for leaf in tree.leaves], fresh)
+        self._tree, self.params = tree, params
+        self._prepare(self._check_parameters())
+
+    def describe(self) -> str:
+        """A table of what updates which leaf, and of the memory that it takes."""
+        rows = [("path", "shape", "dtype", "rule", "states")]
+        for leaf, p, rule in zip(self._tree.leaves, self._parameters, self._rules, strict=True):
+            states = ", ".join(f"{name} {p.dtype}" for name in rule.states) or "-"
+            rows.append((leaf.path, str(p.shape), str(p.dtype), repr(rule), states))
+        widths = [max(len(row[k]) for row in rows) for k in range(5)]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
+        held = sum(p.nbytes for p in self._parameters)
+        states_held = sum(a.nbytes for states in self._states for a in states)
+        lines.append(
+            f"{held} bytes of parameters, {states_held} of states, {self._plan.work_bytes} of work"
+            f" space; backend {self._backend.name} ({self._backend.describe()}), step"
+            f" {self.step_count}"
+        )
+        return "\n".join(line.rstrip() for line in lines)
+
+    def fingerprint(self) -> str:
+        """A digest of parameters, states and counters: equal where all bits are.
+
+        Any NaN counts as any other. The same on every machine, in hexadecimal digits.
+        """
+        digest = hashlib.sha256()
+        for leaf, arrays, t in zip(
+            self._tree.leaves, self._arrays, self._counters[1:], strict=True
+        ):
+            digest.update(f"{leaf.path} {arrays[0].shape} {t}".encode())
+            for a in arrays:
+                little = np.ascontiguousarray(a, dtype=a.dtype.newbyteorder("<"))
+                digest.update(np.where(np.isnan(little), np.nan, little).astype(little.dtype))
+        digest.update(str(self.step_count).encode())
+        return digest.hexdigest()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and copies of the states; the parameters are the caller's to keep.
+
+        {"format": 1, "step": ..., "leaves": {path: {"rule", "t", "shape", "dtype", "state"}}}
+        """
+        leaves = {}
+        for k, (leaf, rule) in enumerate(zip(self._tree.leaves, self._rules, strict=True)):
+            p, *states = self._arrays[k]
+            leaves[leaf.path] = {
+                "rule": rule.name,
+                "t": int(self._counters[k + 1]),
+                "shape": p.shape,
+                "dtype": p.dtype.name,
+                "state": {
+                    name: a.copy(order="A") for name, a in zip(rule.states, states, strict=True)
+                },
+            }
+        return {"format": STATE_FORMAT, "step": self.step_count, "leaves": leaves}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a `state_dict`, copying its arrays; with equal parameters, bit for bit.
+
+        Raises ValueError that lists every difference in paths, rules, shapes, dtypes and states;
+        nothing has changed then.
+        """
+        problems = self._differences(state)
+        if problems:
+            raise ValueError("state_dict does not fit: " + "; ".join(problems))
+        with deferred():
+            for k, leaf in enumerate(self._tree.leaves):
+                saved = state["leaves"][leaf.path]
+                for name, a in zip(self._rules[k].states, self._states[k], strict=True):
+                    a[...] = saved["state"][name]
+                self._counters[k + 1] = saved["t"]
+            self._counters[0] = state["step"]
+
+    def _differences(self, state: Any) -> list[str]:
+        if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
+            found = state.get("format") if isinstance(state, dict) else type(state).__name__
+            return [f"expected the format {STATE_FORMAT}, got {found!r}"]
+        saved = state["leaves"]
+        own = {leaf.path: k for k, leaf in enumerate(self._tree.leaves)}
+        problems = [f"{path}: is not in it" for path in own if path not in saved]
+        problems += [f"{path}: is no leaf here" for path in saved if path not in own]
+        for path, k in own.items():
+            if path not in saved:
+                continue
+            p, rule, entry = self._parameters[k], self._rules[k], saved[path]
+            here = {"rule": rule.name, "shape": p.shape, "dtype": p.dtype.name}
+            for what, value in here.items():
+                found = tuple(entry[what]) if what == "shape" else entry[what]
+                if found != value:
+                    problems.append(f"{path}: {what} {value} here, {found} there")
+            if set(entry["state"]) != set(rule.states):
+                problems.append(
+                    f"{path}: states {list(rule.states)} here, {list(entry['state'])} there"
+                )
+            for name, a in entry["state"].items():
+                if (a.shape, a.dtype) != (p.shape, p.dtype):
+                    problems.append(
+                        f"{path}.{name}: {p.dtype} of shape {p.shape} here, {a.dtype} of shape"
+                        f" {a.shape} there"
+                    )
+        return problems
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Pickled or deep-copied together with a tree that holds the same arrays, both copies go
+        # on sharing them; on its own, an optimizer takes its arrays along.
+        if self._shifted:
+            raise RuntimeError("an optimizer inside of lookahead() cannot be copied")
+        return _rebuild, (self.params, self.rule, self._options, self.state_dict())
+
+    def __copy__(self) -> Optimizer:
+        raise TypeError(
+            "two optimizers would update the same arrays; copy.deepcopy makes one with its own"
+        )
+
+
+LOOKAHEAD = "lookahead"
+
+
+def _rebuild(params: Any, rule: Any, options: dict[str, Any], state: dict[str, Any]) -> Optimizer:
+    optimizer = Optimizer(params, rule, **options)
+    optimizer.load_state_dict(state)
+    return optimizer

@@ -1,0 +1,168 @@
+"""Adam and AdamW."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from .base import REQUIRED, Array, Convention, DecayForm, Rule, correction, ratio, textbook_correction
+from .fields import Betas, LearningRate, NonNegative
+
+_TORCH = {
+    "lr": 1e-3,
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "amsgrad": False,
+    "maximize": False,
+}
+_OPTAX = {
+    "lr": REQUIRED,
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "eps_root": 0.0,
+    "nesterov": False,
+}
+_KERAS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-7, "amsgrad": False}
+_RAW = {"amsgrad": {False: False, True: "raw", "raw": "raw"}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adam(Rule):
+    """Adaptive moment estimation. States: m, v, and x with `amsgrad`.
+
+        m := b1 m + (1 - b1) g,  v := b2 v + (1 - b2) g^2,  c1 = 1 - b1^t,  c2 = 1 - b2^t
+        p := p - lr (m / c1) / (sqrt(v / c2 + eps_root) + eps)
+
+    `hat`: p := p - lr (sqrt(c2) / c1) m / (sqrt(v + eps_root) + eps), the paper's efficient form
+    and Keras's. `amsgrad`: "raw" divides by the largest v so far (PyTorch, Keras), "corrected" by
+    the largest v / c2 (optax). `nesterov`: b1 m / (1 - b1^(t+1)) + (1 - b1) g / c1 stands for
+    m / c1. `bias_correction=False`: c1 = c2 = 1.
+
+    Sources: "The Evolution of AdamW", eq. (14)-(17); Kingma & Ba 2015, algorithm 1; Reddi et al.
+    2018 (amsgrad); Dozat 2016 (nesterov).
+
+    >>> import numpy as np, fusedopt as fo
+    >>> p, g = np.array([1.0, 1.0]), np.array([0.01, 100.0])
+    >>> rule = fo.Adam(lr=0.1)
+    >>> fo.update(rule, 1, p, g, *rule.init(p))
+    >>> print(p.round(6))
+    [0.9 0.9]
+    """
+
+    name = "adam"
+    conventions = {
+        "torch": Convention({**_TORCH, "weight_decay": 0.0}, spelled=_RAW),
+        "optax": Convention(
+            {**_OPTAX, "amsgrad": False},
+            spelled={"amsgrad": {False: False, True: "corrected", "corrected": "corrected"}},
+        ),
+        "keras": Convention(
+            {**_KERAS, "weight_decay": 0.0}, {"hat": True, "decay": "decoupled"}, _RAW
+        ),
+    }
+    examples = (
+        {},
+        {"eps_root": 1e-6},
+        {"hat": True},
+        {"amsgrad": "raw"},
+        {"amsgrad": "corrected", "eps_root": 1e-6},
+        {"nesterov": True},
+        {"bias_correction": False},
+    )
+
+    lr: LearningRate = 1e-3
+    betas: Betas = (0.9, 0.999)
+    eps: NonNegative = 1e-8
+    eps_root: NonNegative = 0.0
+    hat: bool = False
+    amsgrad: Literal[False, "raw", "corrected"] = False
+    nesterov: bool = False
+    bias_correction: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for other in ("nesterov", "hat"):
+            if getattr(self, other) and self.amsgrad and (other, self.amsgrad) != ("hat", "raw"):
+                raise ValueError(
+                    f"{type(self).__name__}(amsgrad): {self.amsgrad!r} does not go with {other}"
+                )
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        return ("m", "v", "x") if self.amsgrad else ("m", "v")
+
+    @property
+    def kernel(self) -> str:
+        return "adam" + "_amsgrad" * bool(self.amsgrad) + "_nesterov" * self.nesterov
+
+    def scalars(self, t: int, lr: float) -> tuple[float, ...]:
+        b1, b2 = self.betas
+        c1 = c2 = 1.0
+        if self.bias_correction:
+            c1, c2 = correction(b1, t), correction(b2, t)
+        # The constants move out of the root: see the struct.
+        inner = 1.0 if self.amsgrad == "corrected" else c2
+        root = math.sqrt(inner)
+        step = lr * root / c1
+        scale, root_scale = (1.0, 1.0) if self.hat else (root, inner)
+        head = b1, 1.0 - b1, b2, 1.0 - b2
+        eps = self.eps_root * root_scale, self.eps * scale
+        if self.nesterov:
+            ahead = correction(b1, t + 1) if self.bias_correction else 1.0
+            return *head, lr * root * b1 / ahead, *eps, step * (1.0 - b1)
+        if self.amsgrad:
+            return *head, step, *eps, inner / c2
+        return *head, step, *eps
+
+    def textbook(
+        self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float
+    ) -> tuple[Array, tuple[Array, ...]]:
+        b1, b2 = self.betas
+        m = b1 * states[0] + (1 - b1) * g
+        v = b2 * states[1] + (1 - b2) * g * g
+        c1 = c2 = c1_next = 1.0
+        if self.bias_correction:
+            c1, c2, c1_next = (
+                textbook_correction(b, s) for b, s in ((b1, t), (b2, t), (b1, t + 1))
+            )
+        m_hat = b1 * m / c1_next + (1 - b1) * g / c1 if self.nesterov else m / c1
+        new, largest = (m, v), v
+        if self.amsgrad:
+            largest = np.maximum(states[2], v if self.amsgrad == "raw" else v / c2)
+            new += (largest,)
+        if self.hat:
+            alpha = lr * c2**0.5
+            return ratio(alpha * m_hat, np.sqrt(largest + self.eps_root) + self.eps), new
+        v_hat = largest if self.amsgrad == "corrected" else largest / c2
+        return ratio(lr * m_hat, np.sqrt(v_hat + self.eps_root) + self.eps), new
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW(Adam):
+    """Adam with decoupled weight decay: p := p - lr (adam's step) - lr lambda p.
+
+    States and hyperparameters as Adam's. Sources: "The Evolution of AdamW", eq. (18); Loshchilov &
+    Hutter 2019.
+
+    >>> import numpy as np, fusedopt as fo
+    >>> p, g = np.array([1.0, 1.0]), np.array([0.0, 100.0])
+    >>> rule = fo.AdamW(lr=0.1, weight_decay=0.5)
+    >>> fo.update(rule, 1, p, g, *rule.init(p))
+    >>> print(p.round(6))
+    [0.95 0.85]
+    """
+
+    name = "adamw"
+    conventions = {
+        "torch": Convention({**_TORCH, "weight_decay": 1e-2}, {"decay": "decoupled_first"}, _RAW),
+        "optax": Convention({**_OPTAX, "weight_decay": 1e-4}, {"decay": "decoupled"}),
+        "keras": Convention(
+            {**_KERAS, "weight_decay": 4e-3}, {"hat": True, "decay": "decoupled"}, _RAW
+        ),
+    }
+
+    weight_decay: NonNegative = 1e-2
+    decay: DecayForm = "decoupled"

@@ -1,0 +1,292 @@
+"""What every rule has: hyperparameters, weight decay, scalars, reference and program."""
+
+from __future__ import annotations
+
+import functools
+import math
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
+
+import numpy as np
+
+from .fields import LearningRate, NonNegative, Number, check_field
+
+if TYPE_CHECKING:
+    from ..newton_schulz import Workspace
+
+Array = Any
+"""In a reference: an ndarray, or `verify`'s array that carries the bound of its rounding."""
+
+DecayForm = Literal["l2", "decoupled", "decoupled_first", "independent"]
+
+
+class Convention(NamedTuple):
+    """A library's form of a rule.
+
+    free: the hyperparameters that the library has, with its defaults (`REQUIRED`: it has none).
+    fixed: the settings that make a rule the library's.
+    spelled: what a value is called there, by hyperparameter (`amsgrad=True`).
+    """
+
+    free: Mapping[str, Any]
+    fixed: Mapping[str, Any] = {}
+    spelled: Mapping[str, Mapping[Any, Any]] = {}
+
+
+REQUIRED = object()
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation of a rule's program, run on each tile (csrc/rules.hpp holds the kernels).
+
+    operands: names; "g" and "hessian" come anew with each step, "p" is the parameter, "work" the
+    matrix between two phases, every other name a state. loop: what the loop around the kernel
+    does: "rule" applies the delta, "peek" only writes it to the last operand, "other" is no rule.
+    needs: run only where this input was given.
+    """
+
+    kernel: str
+    operands: tuple[str, ...]
+    scalars: Callable[[int, float], tuple[float, ...]]
+    loop: Literal["rule", "peek", "other"] = "rule"
+    phase: int = 0
+    needs: Literal["hessian"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """An update rule: frozen hyperparameters, and the arithmetic that they select.
+
+    lr: learning rate, a number >= 0 or a callable of the optimizer's step number (1 first).
+    weight_decay: lambda >= 0, applied as `decay` says: "l2" adds lambda p to the gradient,
+    "decoupled" subtracts lr lambda p together with the update, "decoupled_first" multiplies p by
+    1 - lr lambda before it (PyTorch's order), "independent" subtracts lambda p times lr divided
+    by its base value, so that lr itself does not scale it. maximize: ascend instead of descend.
+
+    Raises TypeError for a value of the wrong kind and ValueError for one out of range.
+    """
+
+    name: ClassVar[str]
+    conventions: ClassVar[Mapping[str, Convention]] = {}
+    takes_hessian: ClassVar[bool] = False
+    examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
+    """Hyperparameters that between them select every kernel and every branch of `scalars`."""
+
+    lr: LearningRate
+    weight_decay: NonNegative = 0.0
+    decay: DecayForm = "l2"
+    maximize: bool = False
+
+    def __post_init__(self) -> None:
+        kinds = _kinds(type(self))
+        for field in fields(self):
+            where = f"{type(self).__name__}({field.name})"
+            value = check_field(where, kinds[field.name], getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+        if self.decay == "independent" and callable(self.lr) and not hasattr(self.lr, "base"):
+            raise ValueError(
+                f"{type(self).__name__}(decay): 'independent' divides lr by its base value, and the"
+                " schedule given has none; give it an attribute `base`, its peak learning rate"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def like(cls, library: str, **hyperparameters: Any) -> Self:
+        """The rule in another library's convention, with that library's defaults.
+
+        library: "torch", "optax" or "keras". hyperparameters: fusedopt's names for those that the
+        library has. Raises ValueError where the library lacks the rule, or the rule there the
+        name, or where the library has no default for a name that is not given.
+        """
+        if library not in cls.conventions:
+            known = ", ".join(map(repr, cls.conventions)) or "none"
+            raise ValueError(
+                f"{cls.__name__}.like: {library!r} has no such rule; libraries that have: {known}"
+            )
+        convention = cls.conventions[library]
+        for name in hyperparameters:
+            if name not in convention.free:
+                raise ValueError(
+                    f"{cls.__name__}.like({library!r}): {name!r} does not apply there; names that"
+                    f" do: {', '.join(convention.free)}"
+                )
+        values = {**convention.free, **hyperparameters}
+        for name, value in values.items():
+            if value is REQUIRED:
+                raise ValueError(
+                    f"{cls.__name__}.like({library!r}): {library} has no default for {name!r}; give"
+                    " one"
+                )
+            spelling = convention.spelled.get(name)
+            if spelling is not None:
+                if value not in spelling:
+                    raise ValueError(
+                        f"{cls.__name__}.like({library!r}): {name}={value!r} is not to be had"
+                        f" there; values that are: {', '.join(map(repr, spelling))}"
+                    )
+                values[name] = spelling[value]
+        return cls(**{**convention.fixed, **values})
+
+    # What a rule defines.
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """The names of the state arrays, in the order of `init`."""
+        return ()
+
+    def initial(self, state: str) -> float:
+        """The value with which a state array is filled."""
+        return 0.0
+
+    @property
+    def kernel(self) -> str:
+        """The name of the struct in csrc/rules.hpp."""
+        return self.name
+
+    def scalars(self, t: int, lr: float) -> tuple[float, ...]:
+        """The struct's fields, folded in float64, for the leaf's t-th step (1 first)."""
+        raise TypeError(f"{type(self).__name__} defines no scalars")
+
+    def textbook(
+        self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float
+    ) -> tuple[Array, tuple[Array, ...]]:
+        """The delta to subtract and the new states, as the source's equation writes them."""
+        raise TypeError(f"{type(self).__name__} defines no textbook form")
+
+    def operations(self) -> tuple[Operation, ...]:
+        """The program of one step."""
+        return (Operation(self.kernel, ("p", "g", *self.states), self.scalars),)
+
+    def absorb(self, states: tuple[Array, ...], hessian: Array) -> tuple[Array, ...]:
+        """The textbook form of what a step does with a Hessian estimate."""
+        raise TypeError(f"{type(self).__name__} takes no Hessian")
+
+    def between(self, direction: np.ndarray, space: Workspace) -> None:
+        """What a rule of two phases does to the direction, a matrix, in place, between them."""
+        raise TypeError(f"{type(self).__name__} has one phase")
+
+    def refuses(self, p: np.ndarray) -> str | None:
+        """Why this parameter cannot be updated by this rule, with the remedy; None where it can."""
+        return None
+
+    # What follows from it.
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of a step; ValueError where the schedule's value is no rate."""
+        if not callable(self.lr):
+            return self.lr
+        where = f"{type(self).__name__}(lr) at step {step}"
+        return float(Number().accept(where, self.lr(step)))
+
+    def decay_coefficient(self, lr: float) -> float:
+        """What the loop around the rule multiplies the parameter with."""
+        if self.decay == "l2":
+            return self.weight_decay
+        if self.decay == "decoupled":
+            return lr * self.weight_decay
+        if self.decay == "decoupled_first":
+            return 1.0 - lr * self.weight_decay
+        base = self.lr.base if callable(self.lr) else self.lr  # type: ignore[attr-defined]
+        return self.weight_decay * (lr / base if base else 1.0)
+
+    def reference(
+        self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float
+    ) -> tuple[Array, tuple[Array, ...]]:
+        """The step in plain NumPy: the new parameter and the new states.
+
+        p, g, states: arrays of one shape, left alone; the arithmetic has their dtype. t: the
+        leaf's step, 1 first. lr: the learning rate of this step.
+        """
+        if self.maximize:
+            g = -g
+        decays = self.weight_decay != 0.0
+        if decays and self.decay == "l2":
+            g = g + self.weight_decay * p
+        if decays and self.decay == "decoupled_first":
+            p = p * (1.0 - lr * self.weight_decay)
+        delta, states = self.textbook(p, g, states, t=t, lr=lr)
+        if decays and self.decay in ("decoupled", "independent"):
+            return p - delta - self.decay_coefficient(lr) * p, states
+        return p - delta, states
+
+    def init(self, p: np.ndarray) -> tuple[np.ndarray, ...]:
+        """New state arrays for a parameter, with its shape, dtype and memory order."""
+        from ..arrays import check_parameter  # the arrays module knows rules
+
+        p = check_parameter("p", p, self)
+        return tuple(allocate(p, self.initial(name)) for name in self.states)
+
+    @functools.cached_property
+    def program(self) -> Program:
+        operations = self.operations()
+        work = ("work",) if any(op.phase for op in operations) else ()
+        return Program(self, operations, ("p", *self.states, *work))
+
+
+def allocate(like: np.ndarray, value: float) -> np.ndarray:
+    # zeros_like writes the pages at once; zeros leaves them to the first step.
+    order: Literal["C", "F"] = "C" if like.flags.c_contiguous else "F"
+    if value == 0.0:
+        return np.zeros(like.shape, like.dtype, order)
+    return np.full(like.shape, value, like.dtype, order)
+
+
+class Program:
+    """Operations on a rule's arrays, and the scalars of all of them in order."""
+
+    MODES: ClassVar = ("plain", "l2", "decoupled", "first", "peek", "peek_l2")  # csrc/table.h
+
+    def __init__(
+        self, rule: Rule, operations: tuple[Operation, ...], arrays: tuple[str, ...]
+    ) -> None:
+        self.operations, self.arrays = operations, arrays
+        self.phases = 1 + max(op.phase for op in operations)
+        decay = {"independent": "decoupled", "decoupled_first": "first"}.get(rule.decay, rule.decay)
+        self._decay = decay if rule.weight_decay else "plain"
+        self._rule = rule
+        self._factor = -1.0 if rule.maximize else 1.0
+        self.native: Any = None  # what the native backend compiled it to
+
+    def mode(self, op: Operation) -> str:
+        """How the loop around an operation treats weight decay and the delta."""
+        if op.loop == "peek":
+            return "peek_l2" if self._decay == "l2" else "peek"
+        return self._decay if op.loop == "rule" else "plain"
+
+    def scalars(self, t: int, lr: float) -> tuple[float, ...]:
+        """Of all operations: a rule's are (gradient factor, decay coefficient, its fields)."""
+        rule = self._rule
+        head = (self._factor, rule.decay_coefficient(lr) if rule.weight_decay else 0.0)
+        values: tuple[float, ...] = ()
+        for op in self.operations:
+            values += (() if op.loop == "other" else head) + op.scalars(t, lr)
+        return values
+
+
+@functools.cache
+def _kinds(cls: type[Rule]) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+def correction(beta: float, t: int) -> float:
+    """1 - beta^t without cancellation."""
+    return -math.expm1(t * math.log(beta)) if beta else 1.0
+
+
+def textbook_correction(beta: float, t: int) -> float:
+    """1 - beta^t for the references, by another way than `correction`: in 28 decimal digits."""
+    from decimal import Decimal  # only where a reference runs
+
+    return float(1 - Decimal(beta) ** t)
+
+
+def ratio(numerator: Array, denominator: Array) -> Array:
+    """The quotient, 0 where the denominator is 0: no step where nothing was accumulated."""
+    if isinstance(denominator, np.ndarray):
+        return numerator / np.where(denominator == 0, np.inf, denominator).astype(denominator.dtype)
+    return denominator.divides(numerator)

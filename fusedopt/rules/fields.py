@@ -1,0 +1,78 @@
+"""The kinds of hyperparameters: what each accepts, and how a refusal reads."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+Schedule = Callable[[int], float]
+"""The learning rate of a step, from the optimizer's step number (1 for the first step)."""
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number in [low, high)."""
+
+    low: float = 0.0
+    high: float = math.inf
+    integer: bool = False
+
+    def __str__(self) -> str:
+        kind = "an integer" if self.integer else "a number"
+        bound = f">= {self.low:g}" if self.high == math.inf else f"in [{self.low:g}, {self.high:g})"
+        return f"{kind} {bound}"
+
+    def accept(self, where: str, value: Any) -> float | int:
+        kind = numbers.Integral if self.integer else numbers.Real
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise TypeError(f"{where}: expected {self}, got {value!r}")
+        if not self.low <= value < self.high:  # NaN compares false
+            raise ValueError(f"{where}: expected {self}, got {value!r}")
+        # NumPy's float32 scalars would drag the folding of constants down to float32.
+        return int(value) if self.integer else float(value)
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A tuple of so many numbers of one kind."""
+
+    length: int
+    each: Number
+
+    def accept(self, where: str, value: Any) -> tuple[float, ...]:
+        if not isinstance(value, (tuple, list)) or len(value) != self.length:
+            raise TypeError(f"{where}: expected {self.length} numbers, got {value!r}")
+        return tuple(self.each.accept(f"{where}[{k}]", v) for k, v in enumerate(value))
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A learning rate: a number, or a schedule."""
+
+    def accept(self, where: str, value: Any) -> float | Schedule:
+        return value if callable(value) else Number().accept(where, value)
+
+
+NonNegative = Annotated[float, Number()]
+Fraction = Annotated[float, Number(high=1.0)]
+Betas = Annotated[tuple[float, float], Numbers(2, Number(high=1.0))]
+Quintic = Annotated[tuple[float, float, float], Numbers(3, Number(low=-math.inf))]
+Count = Annotated[int, Number(low=1, integer=True)]
+LearningRate = Annotated[float | Schedule, Rate()]
+
+
+def check_field(where: str, annotation: Any, value: Any) -> Any:
+    """`value` as the field's kind stores it; TypeError or ValueError where it does not fit."""
+    if typing.get_origin(annotation) is Annotated:
+        return typing.get_args(annotation)[1].accept(where, value)
+    if typing.get_origin(annotation) is Literal:
+        accepted = typing.get_args(annotation)
+        if not any(value is a or (isinstance(a, str) and value == a) for a in accepted):
+            raise ValueError(f"{where}: expected one of {accepted}, got {value!r}")
+    elif not isinstance(value, bool):
+        raise TypeError(f"{where}: expected True or False, got {value!r}")
+    return value

@@ -1,0 +1,55 @@
+"""Lion."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .base import REQUIRED, Array, Convention, DecayForm, Rule
+from .fields import Betas, LearningRate, NonNegative
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lion(Rule):
+    """Evolved sign momentum. State: m.
+
+        c = b1 m + (1 - b1) g,  p := p - lr sign(c),  m := b2 m + (1 - b2) g
+
+    sign(0) = 0; c is made of the old m. Sources: "The Evolution of AdamW", eq. (19); Chen et al.
+    2023, algorithm 2 (the state's own beta, decoupled decay).
+
+    >>> import numpy as np, fusedopt as fo
+    >>> p, g = np.array([1.0, 1.0, 1.0]), np.array([0.01, -100.0, 0.0])
+    >>> rule = fo.Lion(lr=0.1)
+    >>> fo.update(rule, 1, p, g, *rule.init(p))
+    >>> print(p)
+    [0.9 1.1 1. ]
+    """
+
+    name = "lion"
+    conventions = {
+        "optax": Convention({"lr": REQUIRED, "betas": (0.9, 0.99), "weight_decay": 1e-3}),
+        "keras": Convention({"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.0}),
+    }
+
+    lr: LearningRate = 1e-4
+    betas: Betas = (0.9, 0.99)
+    weight_decay: NonNegative = 0.0
+    decay: DecayForm = "decoupled"
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        return ("m",)
+
+    def scalars(self, t: int, lr: float) -> tuple[float, ...]:
+        b1, b2 = self.betas
+        return b1, 1.0 - b1, b2, 1.0 - b2, lr
+
+    def textbook(
+        self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float
+    ) -> tuple[Array, tuple[Array, ...]]:
+        (m,) = states
+        b1, b2 = self.betas
+        c = b1 * m + (1 - b1) * g
+        return lr * np.sign(c), (b2 * m + (1 - b2) * g,)

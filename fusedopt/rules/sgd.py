@@ -1,0 +1,41 @@
+"""Stochastic gradient descent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .base import REQUIRED, Array, Convention, Rule
+from .fields import LearningRate
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGD(Rule):
+    """Stochastic gradient descent: no state.
+
+        p := p - lr g
+
+    Source: "The Evolution of AdamW", eq. (2).
+
+    >>> import numpy as np, fusedopt as fo
+    >>> p, g = np.array([1.0, -2.0]), np.array([0.5, 0.5])
+    >>> fo.update(fo.SGD(lr=0.1), 1, p, g)
+    >>> p
+    array([ 0.95, -2.05])
+    """
+
+    name = "sgd"
+    conventions = {
+        "torch": Convention({"lr": 1e-3, "weight_decay": 0.0, "maximize": False}),
+        "optax": Convention({"lr": REQUIRED}),
+        "keras": Convention({"lr": 1e-2, "weight_decay": 0.0}, {"decay": "decoupled"}),
+    }
+
+    lr: LearningRate = 1e-2
+
+    def scalars(self, t: int, lr: float) -> tuple[float, ...]:
+        return (lr,)
+
+    def textbook(
+        self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float
+    ) -> tuple[Array, tuple[Array, ...]]:
+        return lr * g, ()

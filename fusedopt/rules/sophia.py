@@ -1,0 +1,132 @@
+"""Sophia."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from .base import REQUIRED, Array, Convention, DecayForm, Operation, Rule, correction, textbook_correction
+from .fields import Betas, Count, LearningRate, NonNegative
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sophia(Rule):
+    """Second-order clipped steps. States: m, h.
+
+        m := b1 m + (1 - b1) g
+        "official"  p := p - lr clip(m / (rho bs h + eps))    the authors' code
+        "paper"     p := p - lr clip(m / max(rho h, eps))     algorithm 3
+
+    clip(r) limits |r| to `clip`. h changes only in steps that get `hessian=`, after the update:
+
+        estimator="gnb"         h := b2 h + (1 - b2) e^2     e: gradient at sampled labels; the
+                                                             paper's form has bs e^2
+        estimator="hutchinson"  h := b2 h + (1 - b2) e       e: u times the Hessian's product with u
+
+    bs is the number of tokens (samples) in the batch. `bias_correction` divides m by 1 - b1^t
+    (optax). A Hutchinson estimate can be negative, where only the paper's form is safe, so the
+    official one refuses it. `fusedopt.hessian` makes both estimates.
+
+    Sources: Liu et al. 2023, algorithms 1-3; the authors' code.
+
+    >>> import numpy as np, fusedopt as fo
+    >>> p, g = np.array([1.0, 1.0]), np.array([0.01, -0.01])
+    >>> opt = fo.Optimizer(p, fo.Sophia(lr=0.1, bs=100, weight_decay=0.0))
+    >>> _ = opt.step(g, hessian=np.array([0.1, 0.2]))  # h was still zero: a clipped step
+    >>> _ = opt.step(g)
+    >>> print(p.round(6))
+    [0.827375 1.143156]
+    """
+
+    name = "sophia"
+    takes_hessian = True
+    conventions = {
+        "optax": Convention(
+            {
+                "lr": REQUIRED,
+                "betas": (0.965, 0.99),
+                "eps": 1e-8,
+                "weight_decay": 1e-4,
+                "rho": 0.01,
+                "clip": 1.0,
+            },
+            {"form": "paper", "estimator": "hutchinson", "bias_correction": True},
+        ),
+    }
+    examples = (
+        {"bs": 100},
+        {"form": "paper", "rho": 0.05, "eps": 1e-12, "bs": 100},
+        {"form": "paper", "estimator": "hutchinson", "bias_correction": True, "clip": 0.5},
+    )
+
+    lr: LearningRate = 1e-4
+    betas: Betas = (0.965, 0.99)
+    rho: NonNegative = 0.04
+    bs: Count = 5120
+    eps: NonNegative = 1e-15
+    clip: NonNegative = 1.0
+    form: Literal["official", "paper"] = "official"
+    estimator: Literal["gnb", "hutchinson"] = "gnb"
+    bias_correction: bool = False
+    weight_decay: NonNegative = 0.1
+    decay: DecayForm = "decoupled"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.estimator == "hutchinson" and self.form == "official":
+            raise ValueError(
+                "Sophia(estimator): 'hutchinson' can be negative, which the official form does not"
+                " survive; take form='paper'"
+            )
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        return ("m", "h")
+
+    @property
+    def kernel(self) -> str:
+        return "sophia" if self.form == "official" else "sophia_paper"
+
+    def scalars(self, t: int, lr: float) -> tuple[float, ...]:
+        b1 = self.betas[0]
+        gamma = self.rho * self.bs if self.form == "official" else self.rho
+        k = 1.0 / correction(b1, t) if self.bias_correction else 1.0
+        return b1, 1.0 - b1, lr, gamma, self.eps, self.clip, k
+
+    def operations(self) -> tuple[Operation, ...]:
+        b2 = self.betas[1]
+        gnb = self.estimator == "gnb"
+        k = (1.0 - b2) * (self.bs if gnb and self.form == "paper" else 1)
+        refresh = Operation(
+            "sophia_refresh_square" if gnb else "sophia_refresh",
+            ("h", "hessian"),
+            lambda t, lr: (b2, k),
+            loop="other",
+            needs="hessian",
+        )
+        return (*super().operations(), refresh)
+
+    def absorb(self, states: tuple[Array, ...], hessian: Array) -> tuple[Array, ...]:
+        m, h = states
+        b2 = self.betas[1]
+        if self.estimator == "hutchinson":
+            return m, b2 * h + (1 - b2) * hessian
+        estimate = hessian * hessian
+        if self.form == "paper":
+            estimate = float(self.bs) * estimate
+        return m, b2 * h + (1 - b2) * estimate
+
+    def textbook(
+        self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float
+    ) -> tuple[Array, tuple[Array, ...]]:
+        m, h = states
+        b1 = self.betas[0]
+        m = b1 * m + (1 - b1) * g
+        m_hat = m / textbook_correction(b1, t) if self.bias_correction else m
+        if self.form == "official":
+            r = m_hat / (self.rho * self.bs * h + self.eps)
+        else:
+            r = m_hat / np.maximum(self.rho * h, self.eps)
+        return lr * np.minimum(np.maximum(r, -self.clip), self.clip), (m, h)

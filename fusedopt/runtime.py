@@ -1,0 +1,93 @@
+"""What this process runs on: backends, instruction sets, threads."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import numpy as np
+
+from .backends import BACKENDS, FORCED, check_registry
+from .backends.native import _core
+from .environment import choice
+from .threads import available, check_threads
+
+
+def get_isa() -> str:
+    """The instruction set of the compiled core in use; "none" where there is no core."""
+    return _core.get_level() if _core else "none"
+
+
+def isas() -> list[str]:
+    """The instruction sets that this build and this machine both have, lowest first."""
+    return list(_core.levels()) if _core else []
+
+
+def set_isa(name: str) -> None:
+    """Makes every later step run on this instruction set.
+
+    Raises ValueError, with the valid names, for one that is unknown or that this machine lacks.
+    """
+    if not _core or not _core.set_level(name):
+        valid = ", ".join(isas()) or "none: there is no compiled core"
+        raise ValueError(f"isa {name!r} is not to be had here; valid: {valid}")
+
+
+def get_threads() -> int:
+    """How many threads a step may use."""
+    return int(_core.get_threads()) if _core else 1
+
+
+def set_threads(n: int) -> None:
+    """Lets every later step use up to n threads, at most what the process was granted.
+
+    Raises TypeError or ValueError where n is no integer >= 1.
+    """
+    n = check_threads("set_threads", n)
+    if _core:
+        _core.set_threads(min(n, *available().values()))
+
+
+def info() -> dict[str, Any]:
+    """What was chosen and why the rest was not; every value goes into JSON."""
+    from . import __version__  # defined after this module is imported
+
+    reasons = {name: backend.unavailable() for name, backend in BACKENDS.items()}
+    usable = [name for name, reason in reasons.items() if reason is None]
+    limits = available()
+    return {
+        "version": __version__,
+        "backend": FORCED if FORCED not in (None, "auto") else usable[0],
+        "backends": {name: reason or "available" for name, reason in reasons.items()},
+        "isa": get_isa(),
+        "isas": isas(),
+        "threads": get_threads(),
+        "thread_limits": limits,
+        "parallel": _core.parallel if _core else "none",
+        "compiler": _core.compiler if _core else "none",
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown"
+
+
+def _start() -> None:
+    if not _core:
+        return
+    check_registry()
+    _core.set_threads(min(available().values()))
+    forced = choice("FUSEDOPT_ISA", isas())
+    if forced is not None:
+        set_isa(forced)
+
+
+_start()

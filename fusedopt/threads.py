@@ -1,0 +1,51 @@
+"""How many threads a step may use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from .environment import positive_integer
+
+
+def available() -> dict[str, int]:
+    """Every limit on the number of threads that applies to this process, by its name."""
+    limits = {"processors": os.cpu_count() or 1}
+    if hasattr(os, "sched_getaffinity"):
+        limits["affinity"] = len(os.sched_getaffinity(0))
+    container = _container_limit()
+    if container is not None:
+        limits["container"] = container
+    # OpenMP's own variable can be a list, one number for each level of nesting.
+    outermost = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if outermost.isdigit() and int(outermost) > 0:
+        limits["OMP_NUM_THREADS"] = int(outermost)
+    own = positive_integer("FUSEDOPT_THREADS")
+    if own is not None:
+        limits["FUSEDOPT_THREADS"] = own
+    return limits
+
+
+def _container_limit() -> int | None:
+    """The processors that a control group grants, rounded up; None without a limit."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()  # version 2
+    except (OSError, ValueError):
+        try:
+            group = Path("/sys/fs/cgroup/cpu")
+            quota = (group / "cpu.cfs_quota_us").read_text()
+            period = (group / "cpu.cfs_period_us").read_text()
+        except OSError:
+            return None
+    if not quota.strip().isdigit() or int(quota) <= 0:
+        return None
+    return max(1, -(-int(quota) // int(period)))
+
+
+def check_threads(where: str, n: object) -> int:
+    """A number of threads; TypeError or ValueError where it is none."""
+    if not isinstance(n, int) or isinstance(n, bool):
+        raise TypeError(f"{where}: expected an integer >= 1, got {n!r}")
+    if n < 1:
+        raise ValueError(f"{where}: expected an integer >= 1, got {n}")
+    return n

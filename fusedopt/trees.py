@@ -1,0 +1,119 @@
+"""Nested parameters: their leaves, the leaves' names, and trees that must fit them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+ROOT = "params"
+
+
+class Leaf(NamedTuple):
+    """A leaf's dotted path (`block.0.w`), how messages call it, and what stands there."""
+
+    path: str
+    label: str
+    value: Any
+
+
+class Tree:
+    """The shape of a nesting of dicts, lists and tuples, taken from the parameters.
+
+    spec: the shape as the compiled core reads it: an int for a leaf, (keys, children) for a dict,
+    a list for a list or tuple. Raises ValueError where two leaves get the same path, or where
+    there is no leaf.
+    """
+
+    def __init__(self, params: Any) -> None:
+        self.leaves = list(_walk(params, "", ROOT))
+        if not self.leaves:
+            raise ValueError(f"{ROOT}: found no arrays; give an ndarray or a nesting of them")
+        self.spec = _spec(params, iter(range(len(self.leaves))))
+        self._params = params
+        seen: dict[str, str] = {}
+        for leaf in self.leaves:
+            if leaf.path in seen:
+                raise ValueError(
+                    f"{leaf.label}: has the path {leaf.path!r} of {seen[leaf.path]}; rename one of"
+                    " the keys"
+                )
+            seen[leaf.path] = leaf.label
+
+    def flatten(self, tree: Any, what: str) -> list[Any]:
+        """The leaves of a tree of this shape, in order; `what` names it in messages.
+
+        Raises TypeError or ValueError where its shape differs.
+        """
+        return list(_zip(self._params, tree, what))
+
+    def build(self, leaves: Sequence[Any]) -> Any:
+        """A tree of this shape with other leaves."""
+        return _rebuild(self._params, iter(leaves))
+
+
+def _rebuild(like: Any, leaves: Iterator[Any]) -> Any:
+    children = _children(like)
+    if children is None:
+        return next(leaves)
+    built = [_rebuild(child, leaves) for _, child in children]
+    return dict(zip(like, built, strict=True)) if isinstance(like, dict) else built
+
+
+def _children(node: Any) -> list[tuple[Any, Any]] | None:
+    """(key, child) pairs of a container; None for a leaf."""
+    if isinstance(node, dict):
+        return list(node.items())
+    if isinstance(node, (list, tuple)):
+        return list(enumerate(node))
+    return None
+
+
+def _walk(node: Any, path: str, label: str) -> Iterator[Leaf]:
+    children = _children(node)
+    if children is None:
+        yield Leaf(path or ROOT, label, node)
+        return
+    for key, child in children:
+        yield from _walk(child, f"{path}.{key}" if path else str(key), f"{label}[{key!r}]")
+
+
+def _spec(node: Any, numbers: Iterator[int]) -> Any:
+    children = _children(node)
+    if children is None:
+        return next(numbers)
+    specs = [_spec(child, numbers) for _, child in children]
+    return (list(node), specs) if isinstance(node, dict) else specs
+
+
+def _zip(like: Any, tree: Any, label: str) -> Iterator[Any]:
+    children = _children(like)
+    if children is None:
+        if _children(tree) is not None:
+            raise TypeError(f"{label}: expected one array, got a {type(tree).__name__}")
+        yield tree
+        return
+    if isinstance(like, dict):
+        if not isinstance(tree, dict):
+            raise TypeError(
+                f"{label}: expected a dict with the keys {list(like)}, got"
+                f" {_describe(tree)}; give None for each array that is to be left alone"
+            )
+        missing, surplus = [k for k in like if k not in tree], [k for k in tree if k not in like]
+        if missing or surplus:
+            raise ValueError(
+                f"{label}: the keys differ from the parameters': missing {missing}, unknown"
+                f" {surplus}; give None for an array that is to be left alone"
+            )
+    elif not isinstance(tree, (list, tuple)) or len(tree) != len(like):
+        raise (ValueError if isinstance(tree, (list, tuple)) else TypeError)(
+            f"{label}: expected a list or tuple of length {len(like)}, got {_describe(tree)}"
+        )
+    for key, child in children:
+        yield from _zip(child, tree[key], f"{label}[{key!r}]")
+
+
+def _describe(tree: Any) -> str:
+    if tree is None:
+        return "None"
+    name = type(tree).__name__
+    return f"a {name} of length {len(tree)}" if isinstance(tree, (list, tuple)) else f"a {name}"
