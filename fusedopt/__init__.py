@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from . import hessian
-from .backends import check_registry
 from .estimate import Estimate, estimate
 from .functional import update
 from .optimizer import Optimizer, StepInfo

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -14,11 +15,18 @@ FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 DTYPES = (FLOAT32, FLOAT64)
 
 
-def _check_array(label: str, a: Any) -> np.ndarray:
-    if not isinstance(a, np.ndarray):
+def memory_order(dense: np.ndarray) -> Literal["C", "F"]:
+    """C where a dense array is in both orders."""
+    return "C" if dense.flags.c_contiguous else "F"
+
+
+def _check_array(label: str, array: Any) -> np.ndarray:
+    if not isinstance(array, np.ndarray):
         raise TypeError(
-            f"{label}: expected an ndarray, got a {type(a).__name__}; convert it with np.asarray"
+            f"{label}: expected an ndarray, got a {type(array).__name__}; convert it"
+            " with np.asarray"
         )
+    a: np.ndarray = array
     if isinstance(a, np.ma.MaskedArray):
         raise TypeError(f"{label}: masks are not supported; pass a.filled(0) or a.data")
     if a.dtype not in DTYPES:
@@ -35,7 +43,7 @@ def _check_array(label: str, a: Any) -> np.ndarray:
 
 
 def _plain(a: np.ndarray) -> np.ndarray:
-    """The same memory as an exact ndarray under NumPy's own dtype object (equal ones can differ)."""
+    """The same memory as an exact ndarray under NumPy's own dtype object; equal ones can differ."""
     if type(a) is np.ndarray and any(a.dtype is dtype for dtype in DTYPES):
         return a
     c_order = a.flags.c_contiguous
@@ -43,13 +51,13 @@ def _plain(a: np.ndarray) -> np.ndarray:
     return plain if c_order else plain.T
 
 
-def check_target(label: str, a: Any) -> np.ndarray:
+def check_target(label: str, array: Any) -> np.ndarray:
     """An array that will be updated in place, as a plain ndarray over the same memory.
 
     Raises TypeError for another kind or dtype, ValueError where it is read-only, unaligned or not
     dense.
     """
-    a = _check_array(label, a)
+    a = _check_array(label, array)
     if not a.flags.writeable:
         raise ValueError(f"{label}: is read-only, and is to be updated in place; pass a copy")
     if not a.flags.aligned:
@@ -62,9 +70,9 @@ def check_target(label: str, a: Any) -> np.ndarray:
     return _plain(a)
 
 
-def check_parameter(label: str, a: Any, rule: Rule) -> np.ndarray:
+def check_parameter(label: str, array: Any, rule: Rule) -> np.ndarray:
     """A parameter that this rule can update; raises as `check_target`, and where it cannot."""
-    a = check_target(label, a)
+    a = check_target(label, array)
     reason = rule.refuses(a)
     if reason:
         raise ValueError(f"{label}: {reason}")
@@ -74,7 +82,7 @@ def check_parameter(label: str, a: Any, rule: Rule) -> np.ndarray:
 def check_apart(labels: Sequence[str], arrays: Sequence[np.ndarray]) -> None:
     """ValueError where two of these dense arrays share memory."""
     ranges = sorted((*_range(a), k) for k, a in enumerate(arrays) if a.size)
-    for (_, end, first), (begin, _, second) in zip(ranges, ranges[1:], strict=False):
+    for (_, end, first), (begin, _, second) in pairwise(ranges):
         if begin < end:
             a, b = sorted((first, second))
             raise ValueError(
@@ -126,7 +134,7 @@ class Fit:
                 f"{label}: expected the shape {p.shape} of {self._labels[k]}, got {g.shape}"
             )
         self._check_apart(label, g)
-        order = "C" if p.flags.c_contiguous else "F"
+        order = memory_order(p)
         dense = g.flags.c_contiguous if order == "C" else g.flags.f_contiguous
         if dense and g.flags.aligned:
             return _plain(g)

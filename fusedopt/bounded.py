@@ -12,9 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy.lib.mixins import NDArrayOperatorsMixin
 
 
-class Bounded:
+class Bounded(NDArrayOperatorsMixin):
     """value: float64; error: the bound, of the same shape; dtype: the kernel's.
 
     `np.sign` returns four candidates along a new first axis: the value's own sign, and -1, 0 and 1
@@ -36,7 +37,7 @@ class Bounded:
 
     @classmethod
     def exact(cls, array: np.ndarray, dtype: np.dtype) -> Bounded:
-        """What an array holds, as an operand of arithmetic in dtype; rounded once if it is wider."""
+        """What an array holds, rounded once to dtype if it is wider."""
         value = array.astype(np.float64)
         with np.errstate(over="ignore", under="ignore"):
             return cls(value, np.abs(value.astype(dtype).astype(np.float64) - value), dtype)
@@ -54,9 +55,7 @@ class Bounded:
         zero = self.value == 0
         quotient = numerator / self._like(np.where(zero, np.inf, self.value), self.error)
         # Where the kernel may have seen something else than a zero, anything goes.
-        return self._like(
-            quotient.value, np.where(zero & (self.error > 0), np.inf, quotient.error)
-        )
+        return self._like(quotient.value, np.where(zero & (self.error > 0), np.inf, quotient.error))
 
     def through(self, function: Callable[[np.ndarray], np.ndarray], gain: float) -> Bounded:
         """`function` of the value, for one that amplifies rounding up to `gain` times."""
@@ -82,33 +81,6 @@ class Bounded:
             return NotImplemented
         with np.errstate(all="ignore"):
             return operation(*(self._lift(x) for x in inputs))
-
-    def __add__(self, other: Any) -> Any:
-        return np.add(self, other)
-
-    def __radd__(self, other: Any) -> Any:
-        return np.add(other, self)
-
-    def __sub__(self, other: Any) -> Any:
-        return np.subtract(self, other)
-
-    def __rsub__(self, other: Any) -> Any:
-        return np.subtract(other, self)
-
-    def __mul__(self, other: Any) -> Any:
-        return np.multiply(self, other)
-
-    def __rmul__(self, other: Any) -> Any:
-        return np.multiply(other, self)
-
-    def __truediv__(self, other: Any) -> Any:
-        return np.divide(self, other)
-
-    def __rtruediv__(self, other: Any) -> Any:
-        return np.divide(other, self)
-
-    def __neg__(self) -> Any:
-        return np.negative(self)
 
 
 MATRIX_FACTOR = 8.0

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import Fit, check_apart, check_parameter, check_target
+from .arrays import Fit, check_apart, check_parameter, check_target, memory_order
 from .backends import get_backend
 from .rules import Rule
 
@@ -50,7 +50,7 @@ def _check(
     checked = [p]
     for name, state in zip(rule.states, arrays[1:], strict=True):
         state = check_target(name, state)
-        same = state.flags.c_contiguous == p.flags.c_contiguous
+        same = memory_order(state) == memory_order(p)
         if state.dtype != p.dtype or state.shape != p.shape or not same:
             raise ValueError(
                 f"{name}: expected {p.dtype} of shape {p.shape} in p's memory order, got"

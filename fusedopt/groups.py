@@ -42,9 +42,7 @@ def assign(leaves: Sequence[Leaf], rule: RuleChoice) -> tuple[list[Group], list[
     return groups, group_of
 
 
-def _by_pattern(
-    leaves: Sequence[Leaf], rules: Mapping[str, Rule]
-) -> tuple[list[Group], list[int]]:
+def _by_pattern(leaves: Sequence[Leaf], rules: Mapping[str, Rule]) -> tuple[list[Group], list[int]]:
     groups = [
         Group(pattern, _check_rule(f"rule[{pattern!r}]", rule)) for pattern, rule in rules.items()
     ]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .arrays import Fit, check_apart, check_parameter
+from .arrays import Fit, check_apart, check_parameter, memory_order
 from .backends import Layout, get_backend
 from .groups import RuleChoice, assign
 from .interrupts import deferred
@@ -30,6 +28,14 @@ class StepInfo(NamedTuple):
 
     step: int
     lr: float | dict[str, float]
+
+
+class Options(NamedTuple):
+    """The keyword arguments of an optimizer."""
+
+    backend: str
+    threads: int | None
+    verify: bool
 
 
 class Optimizer:
@@ -60,11 +66,9 @@ class Optimizer:
         self.params = params
         self.rule = rule
         self._backend = get_backend(backend)
-        self._options = {
-            "backend": backend,
-            "threads": None if threads is None else check_threads("threads", threads),
-            "verify": bool(verify),
-        }
+        self._options = Options(
+            backend, None if threads is None else check_threads("threads", threads), verify
+        )
         self._tree = Tree(params)
         leaves = self._tree.leaves
         self._groups, self._group_of = assign(leaves, rule)
@@ -96,9 +100,7 @@ class Optimizer:
 
     def _prepare(self, parameters: Sequence[np.ndarray]) -> None:
         self._parameters = parameters
-        self._arrays = [
-            (p, *states) for p, states in zip(parameters, self._states, strict=True)
-        ]
+        self._arrays = [(p, *states) for p, states in zip(parameters, self._states, strict=True)]
         self._fit = Fit([leaf.label for leaf in self._tree.leaves], parameters, self._arrays)
         layout = Layout(
             self._tree.spec,
@@ -106,9 +108,9 @@ class Optimizer:
             self._groups,
             self._group_of,
             self._counters,
-            self._options["threads"],
+            self._options.threads,
         )
-        if self._options["verify"]:
+        if self._options.verify:
             from .verify import VerifiedPlan  # an optimizer may run without the module
 
             self._plan: Any = VerifiedPlan(self._backend, layout, self._tree.leaves)
@@ -194,9 +196,7 @@ class Optimizer:
         """The live state arrays: path -> name -> array."""
         return {
             leaf.path: dict(zip(rule.states, states, strict=True))
-            for leaf, rule, states in zip(
-                self._tree.leaves, self._rules, self._states, strict=True
-            )
+            for leaf, rule, states in zip(self._tree.leaves, self._rules, self._states, strict=True)
         }
 
     @contextmanager
@@ -236,12 +236,11 @@ class Optimizer:
             tree.leaves, fresh, self._parameters, self._rules, strict=True
         ):
             p = check_parameter(leaf.label, value, rule)
-            same_order = p.flags.c_contiguous == old.flags.c_contiguous
-            if p.shape != old.shape or p.dtype != old.dtype or not same_order:
+            expected, got = ((a.shape, a.dtype.name, memory_order(a)) for a in (old, p))
+            if got != expected:
                 raise ValueError(
-                    f"{leaf.label}: expected {old.dtype} of shape {old.shape} in"
-                    f" {'C' if old.flags.c_contiguous else 'Fortran'} order, got {p.dtype} of shape"
-                    f" {p.shape}; make a new optimizer for other arrays"
+                    f"{leaf.label}: expected (shape, dtype, memory order) {expected}, got {got};"
+                    " make a new optimizer for other arrays"
                 )
         check_apart([leaf.label for leaf in tree.leaves], fresh)
         self._tree, self.params = tree, params
@@ -269,14 +268,16 @@ class Optimizer:
 
         Any NaN counts as any other. The same on every machine, in hexadecimal digits.
         """
+        import hashlib  # 3 ms, for this alone
+
         digest = hashlib.sha256()
         for leaf, arrays, t in zip(
             self._tree.leaves, self._arrays, self._counters[1:], strict=True
         ):
             digest.update(f"{leaf.path} {arrays[0].shape} {t}".encode())
             for a in arrays:
-                little = np.ascontiguousarray(a, dtype=a.dtype.newbyteorder("<"))
-                digest.update(np.where(np.isnan(little), np.nan, little).astype(little.dtype))
+                canonical = np.where(np.isnan(a), np.nan, a).astype(a.dtype.newbyteorder("<"))
+                digest.update(canonical.tobytes())
         digest.update(str(self.step_count).encode())
         return digest.hexdigest()
 
@@ -361,7 +362,7 @@ class Optimizer:
 LOOKAHEAD = "lookahead"
 
 
-def _rebuild(params: Any, rule: Any, options: dict[str, Any], state: dict[str, Any]) -> Optimizer:
-    optimizer = Optimizer(params, rule, **options)
+def _rebuild(params: Any, rule: Any, options: Options, state: dict[str, Any]) -> Optimizer:
+    optimizer = Optimizer(params, rule, **options._asdict())
     optimizer.load_state_dict(state)
     return optimizer

@@ -7,20 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from .backends import BACKENDS, FORCED, check_registry
-from .backends.native import _core
+from .backends import BACKENDS, FORCED, check_registry, core
 from .environment import choice
 from .threads import available, check_threads
 
 
 def get_isa() -> str:
     """The instruction set of the compiled core in use; "none" where there is no core."""
-    return _core.get_level() if _core else "none"
+    return core.get_level() if core else "none"
 
 
 def isas() -> list[str]:
     """The instruction sets that this build and this machine both have, lowest first."""
-    return list(_core.levels()) if _core else []
+    return list(core.levels()) if core else []
 
 
 def set_isa(name: str) -> None:
@@ -28,14 +27,14 @@ def set_isa(name: str) -> None:
 
     Raises ValueError, with the valid names, for one that is unknown or that this machine lacks.
     """
-    if not _core or not _core.set_level(name):
+    if not core or not core.set_level(name):
         valid = ", ".join(isas()) or "none: there is no compiled core"
         raise ValueError(f"isa {name!r} is not to be had here; valid: {valid}")
 
 
 def get_threads() -> int:
     """How many threads a step may use."""
-    return int(_core.get_threads()) if _core else 1
+    return int(core.get_threads()) if core else 1
 
 
 def set_threads(n: int) -> None:
@@ -44,8 +43,8 @@ def set_threads(n: int) -> None:
     Raises TypeError or ValueError where n is no integer >= 1.
     """
     n = check_threads("set_threads", n)
-    if _core:
-        _core.set_threads(min(n, *available().values()))
+    if core:
+        core.set_threads(min(n, *available().values()))
 
 
 def info() -> dict[str, Any]:
@@ -63,8 +62,8 @@ def info() -> dict[str, Any]:
         "isas": isas(),
         "threads": get_threads(),
         "thread_limits": limits,
-        "parallel": _core.parallel if _core else "none",
-        "compiler": _core.compiler if _core else "none",
+        "parallel": core.parallel if core else "none",
+        "compiler": core.compiler if core else "none",
         "numpy": np.__version__,
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
@@ -81,10 +80,10 @@ def _processor() -> str:
 
 
 def _start() -> None:
-    if not _core:
+    if not core:
         return
     check_registry()
-    _core.set_threads(min(available().values()))
+    core.set_threads(min(available().values()))
     forced = choice("FUSEDOPT_ISA", isas())
     if forced is not None:
         set_isa(forced)

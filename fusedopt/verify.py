@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .arrays import memory_order
 from .backends import BACKENDS, Backend, Layout
 from .bounded import Bounded
 from .interrupts import deferred
@@ -87,7 +88,7 @@ def judge(
     lr: float,
 ) -> list[Worst]:
     """Compares a step's parameter and states (before, after) with the reference's."""
-    dtype, order = before[0].dtype, "C" if before[0].flags.c_contiguous else "F"
+    dtype, order = before[0].dtype, memory_order(before[0])
     whole = rule.program.phases > 1  # a matrix, which the reference needs in its shape
 
     def lift(a: np.ndarray) -> Bounded:
@@ -193,7 +194,8 @@ def verify(
     span many orders of magnitude, with exact zeros, and are drawn from `seed`. Raises ValueError
     for unknown names.
     """
-    from .runtime import get_isa, isas as available_isas, set_isa
+    from .runtime import get_isa, set_isa
+    from .runtime import isas as available_isas
 
     names = list(RULES) if rules is None else list(rules)
     for name in names:

@@ -6,7 +6,7 @@ import warnings
 
 from ..environment import choice
 from .base import Backend, Group, Layout, Plan
-from .native import NativeBackend, check_registry
+from .native import NativeBackend, check_registry, core
 from .reference import ReferenceBackend
 
 BACKENDS: dict[str, Backend] = {b.name: b for b in (NativeBackend(), ReferenceBackend())}
@@ -41,4 +41,13 @@ def get_backend(name: str = "auto") -> Backend:
     return backend
 
 
-__all__ = ["BACKENDS", "Backend", "Group", "Layout", "Plan", "check_registry", "get_backend"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Group",
+    "Layout",
+    "Plan",
+    "check_registry",
+    "core",
+    "get_backend",
+]

@@ -7,18 +7,20 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays import memory_order
 from ..newton_schulz import Workspace, as_matrix
 from ..rules import RULES, Nesterov, Rule
 from ..rules.base import Program
 from .base import Group, Layout, Plan
 
+_reason: str | None = None
 try:
-    from .. import _core
+    from .. import _core as core
 except ImportError as error:
-    _core = None  # type: ignore[assignment]
-    _reason: str | None = f"the compiled core could not be imported ({error}); it was not built"
-else:
-    _reason = None
+    core = None  # type: ignore[assignment]
+    _reason = f"the compiled core could not be imported ({error}); it was not built"
+
+__all__ = ["NativeBackend", "check_registry", "core"]
 
 INPUTS = ("g", "hessian")
 
@@ -27,7 +29,7 @@ def _compile(program: Program) -> Any:
     """The program in the core's terms, made once for each rule object."""
     if program.native is None:
         slots = {name: k for k, name in enumerate((*INPUTS, *program.arrays))}
-        program.native = _core.Program(
+        program.native = core.Program(
             [
                 (
                     op.kernel,
@@ -44,9 +46,9 @@ def _compile(program: Program) -> Any:
 
 def check_registry() -> None:
     """ImportError where the compiled table is not the one that the rules were written for."""
-    table = {name: (operands, scalars) for name, operands, scalars in _core.operations()}
+    table = {name: (operands, scalars) for name, operands, scalars in core.operations()}
     for cls in RULES.values():
-        rule = cls()
+        rule = cls()  # type: ignore[call-arg]  # every subclass has a default for lr
         for op in rule.operations():
             operands = len(op.operands) - (op.loop == "peek")
             scalars = len(op.scalars(1, 0.1)) + 2 * (op.loop != "other")
@@ -68,7 +70,7 @@ class NativeBackend:
         return _reason
 
     def describe(self) -> str:
-        return f"{_core.get_level()}, {_core.parallel}"
+        return f"{core.get_level()}, {core.parallel}"
 
     def plan(self, layout: Layout) -> Plan:
         return NativePlan(layout)
@@ -86,7 +88,7 @@ class NativeBackend:
         if program.phases > 1:
             return self._update_matrix(rule, t, lr, arrays, g)
         compiled = program.native or _compile(program)
-        return _core.update(compiled, program.scalars(t, lr), g, hessian, arrays)
+        return core.update(compiled, program.scalars(t, lr), g, hessian, arrays)
 
     def _update_matrix(
         self, rule: Rule, t: int, lr: float, arrays: tuple[np.ndarray, ...], g: np.ndarray
@@ -98,7 +100,7 @@ class NativeBackend:
 
     def shift(self, rule: Nesterov, p: np.ndarray, v: np.ndarray) -> None:
         program = rule.shift
-        if not _core.update(_compile(program), program.scalars(1, 0.0), v, None, (p,)):
+        if not core.update(_compile(program), program.scalars(1, 0.0), v, None, (p,)):
             raise RuntimeError("the core refused the look-ahead; please report this")
 
 
@@ -107,20 +109,17 @@ class NativePlan:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        matrices = [
-            k for k in range(len(layout.arrays)) if self._rule(k).program.phases > 1
-        ]
+        matrices = [k for k in range(len(layout.arrays)) if self._rule(k).program.phases > 1]
         self._spaces = self._workspaces(matrices)
         arrays = [list(a) for a in layout.arrays]
         self._work: dict[int, np.ndarray] = {}
         for k in matrices:
             p = arrays[k][0]
             flat = self._spaces[p.dtype].direction[: p.size]
-            order = "C" if p.flags.c_contiguous else "F"
-            self._work[k] = flat.reshape(p.shape, order=order)
+            self._work[k] = flat.reshape(p.shape, order=memory_order(p))
             arrays[k].append(self._work[k])
         batches = {k: batch for batch, k in enumerate(matrices)}
-        self._plan = _core.Plan(
+        self._plan = core.Plan(
             tree=layout.tree,
             arrays=arrays,
             groups=list(layout.group_of),

@@ -8,7 +8,16 @@ from typing import Literal
 
 import numpy as np
 
-from .base import REQUIRED, Array, Convention, DecayForm, Rule, correction, ratio, textbook_correction
+from .base import (
+    REQUIRED,
+    Array,
+    Convention,
+    DecayForm,
+    Rule,
+    correction,
+    ratio,
+    textbook_correction,
+)
 from .fields import Betas, LearningRate, NonNegative
 
 _TORCH = {
@@ -129,7 +138,8 @@ class Adam(Rule):
                 textbook_correction(b, s) for b, s in ((b1, t), (b2, t), (b1, t + 1))
             )
         m_hat = b1 * m / c1_next + (1 - b1) * g / c1 if self.nesterov else m / c1
-        new, largest = (m, v), v
+        new: tuple[Array, ...] = (m, v)
+        largest = v
         if self.amsgrad:
             largest = np.maximum(states[2], v if self.amsgrad == "raw" else v / c2)
             new += (largest,)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 
+from ..arrays import check_parameter, memory_order
 from .fields import LearningRate, NonNegative, Number, check_field
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class Rule:
     maximize: bool = False
 
     def __post_init__(self) -> None:
-        kinds = _kinds(type(self))
+        kinds = _kinds(type(self))  # type: ignore[arg-type]  # typeshed: a class is no Hashable
         for field in fields(self):
             where = f"{type(self).__name__}({field.name})"
             value = check_field(where, kinds[field.name], getattr(self, field.name))
@@ -216,8 +217,6 @@ class Rule:
 
     def init(self, p: np.ndarray) -> tuple[np.ndarray, ...]:
         """New state arrays for a parameter, with its shape, dtype and memory order."""
-        from ..arrays import check_parameter  # the arrays module knows rules
-
         p = check_parameter("p", p, self)
         return tuple(allocate(p, self.initial(name)) for name in self.states)
 
@@ -230,7 +229,7 @@ class Rule:
 
 def allocate(like: np.ndarray, value: float) -> np.ndarray:
     # zeros_like writes the pages at once; zeros leaves them to the first step.
-    order: Literal["C", "F"] = "C" if like.flags.c_contiguous else "F"
+    order = memory_order(like)
     if value == 0.0:
         return np.zeros(like.shape, like.dtype, order)
     return np.full(like.shape, value, like.dtype, order)

@@ -27,8 +27,8 @@ class Number:
         return f"{kind} {bound}"
 
     def accept(self, where: str, value: Any) -> float | int:
-        kind = numbers.Integral if self.integer else numbers.Real
-        if not isinstance(value, kind) or isinstance(value, bool):
+        kind: Any = numbers.Integral if self.integer else numbers.Real
+        if isinstance(value, bool) or not isinstance(value, kind):
             raise TypeError(f"{where}: expected {self}, got {value!r}")
         if not self.low <= value < self.high:  # NaN compares false
             raise ValueError(f"{where}: expected {self}, got {value!r}")

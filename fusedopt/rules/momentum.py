@@ -58,9 +58,7 @@ class Momentum(Rule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.dampening and self.form != "buffer":
-            raise ValueError(
-                f"Momentum(dampening): form {self.form!r} has none; only 'buffer' has"
-            )
+            raise ValueError(f"Momentum(dampening): form {self.form!r} has none; only 'buffer' has")
 
     @property
     def states(self) -> tuple[str, ...]:

@@ -111,8 +111,9 @@ class Muon(Rule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.bias_correction and self.form != "ema":
-            raise ValueError("Muon(bias_correction): only the form 'ema' has a bias; got "
-                             f"{self.form!r}")
+            raise ValueError(
+                f"Muon(bias_correction): only the form 'ema' has a bias; got {self.form!r}"
+            )
 
     @property
     def states(self) -> tuple[str, ...]:
@@ -176,7 +177,8 @@ class Muon(Rule):
         for _ in range(self.ns_steps):
             gram = x @ x.T
             x = a * x + (b * gram + c * gram @ gram) @ x
-        return (self.factor(*matrix.shape) * (x if wide else x.T)).reshape(u.shape)
+        o: np.ndarray = self.factor(*matrix.shape) * (x if wide else x.T)
+        return o.reshape(u.shape)
 
     @property
     def amplification(self) -> float:

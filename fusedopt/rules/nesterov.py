@@ -34,9 +34,7 @@ class Nesterov(Rule):
 
     name = "nesterov"
     conventions = {
-        "torch": Convention(
-            {"lr": 1e-3, "momentum": 0.9, "weight_decay": 0.0, "maximize": False}
-        ),
+        "torch": Convention({"lr": 1e-3, "momentum": 0.9, "weight_decay": 0.0, "maximize": False}),
         "optax": Convention({"lr": REQUIRED, "momentum": 0.9}),
         "keras": Convention(
             {"lr": 1e-2, "momentum": 0.9, "weight_decay": 0.0},

@@ -7,7 +7,16 @@ from typing import Literal
 
 import numpy as np
 
-from .base import REQUIRED, Array, Convention, DecayForm, Operation, Rule, correction, textbook_correction
+from .base import (
+    REQUIRED,
+    Array,
+    Convention,
+    DecayForm,
+    Operation,
+    Rule,
+    correction,
+    textbook_correction,
+)
 from .fields import Betas, Count, LearningRate, NonNegative
 
 

@@ -1,0 +1,5 @@
+"""`python -m fusedopt` is the `fusedopt` command."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,43 @@
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+parallel: str
+compiler: str
+
+class Program:
+    scalars: int
+    def __init__(self, rows: list[tuple[str, int, int, int, list[int]]]) -> None: ...
+
+class Plan:
+    def __init__(
+        self,
+        *,
+        tree: Any,
+        arrays: list[list[np.ndarray]],
+        groups: list[int],
+        batches: list[int],
+        programs: list[Program],
+        counters: np.ndarray,
+        scalars: Callable[[int, int], Sequence[float]],
+        between: Callable[[int, Sequence[int]], None],
+        threads: int,
+    ) -> None: ...
+    def step(self, gradients: Any, hessian: Any, flat: bool, /) -> int | None: ...
+
+def update(
+    program: Program,
+    values: Sequence[float],
+    gradient: Any,
+    hessian: Any,
+    arrays: tuple[Any, ...],
+    /,
+) -> bool: ...
+def operations() -> list[tuple[str, int, int]]: ...
+def levels() -> list[str]: ...
+def get_level() -> str: ...
+def set_level(name: str, /) -> bool: ...
+def set_threads(n: int, /) -> None: ...
+def get_threads() -> int: ...
+def parallel_limit() -> int: ...

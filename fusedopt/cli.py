@@ -1,0 +1,172 @@
+"""The command line: `fusedopt info`, `verify`, `train`."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import numpy as np
+
+import fusedopt as fo
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ImportError as error:
+    raise SystemExit(
+        f"fusedopt: the command line needs {error.name}; install it with"
+        " pip install 'fusedopt[cli]'"
+    ) from None
+
+if TYPE_CHECKING:
+    from .verify import Check
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
+console = Console(highlight=False)
+
+RULES, BACKENDS = (f"One of {', '.join(names)}." for names in (fo.RULES, fo.info()["backends"]))
+Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this file too.")]
+
+
+@app.callback()
+def _about() -> None:
+    """Fused in-place optimizer steps for NumPy arrays, from SGD to Muon."""
+
+
+@app.command()
+def info(json: Json = None) -> None:
+    """What fusedopt runs on here, and why not on the rest.
+
+    Example: `fusedopt info`
+    """
+    found = fo.info()
+    for key, value in found.items():
+        for line in _lines(key, value):
+            console.print(line, markup=False)
+    if found["isa"] == "none":
+        console.print("There is no compiled core: steps run on the slow NumPy reference.")
+    _write(json, found)
+
+
+@app.command()
+def verify(
+    rule: Annotated[
+        list[str] | None, typer.Option(help=f"Repeatable; all without. {RULES}")
+    ] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(help=f"Repeatable; all without. {BACKENDS}")
+    ] = None,
+    size: Annotated[int, typer.Option(min=1, help="Elements of each array.")] = 1009,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each variant.")] = 3,
+    seed: Annotated[int, typer.Option(min=0, help="Of the data.")] = 0,
+    json: Json = None,
+) -> None:
+    """Check every rule on this machine, element by element, against the float64 reference.
+
+    Exit code 1 where an element leaves its bound.
+
+    Example: `fusedopt verify --rule adamw --size 100003`
+    """
+    try:
+        checks = fo.verify(rule, backends=backend, size=size, steps=steps, seed=seed)
+    except (ValueError, RuntimeError) as error:
+        _stop("verify", error)
+    _print_checks(checks)
+    _write(json, [_check_row(check) for check in checks])
+    failed = [check for check in checks if not check.passed]
+    for check in failed:
+        console.print(f"FAILED {check.rule}: {check.worst}, with {check.settings}", markup=False)
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def train(
+    data: Annotated[
+        Path | None, typer.Option(help="A UTF-8 text; Python's own reference without.")
+    ] = None,
+    rule: Annotated[str, typer.Option(help=RULES)] = "adamw",
+    steps: Annotated[int, typer.Option(help="Updates.")] = 4000,
+    lr: Annotated[
+        float | None, typer.Option(help="Peak learning rate; the rule's own without.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Windows of text in each update.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of parameters, batches and sample.")] = 0,
+    out: Annotated[Path, typer.Option(help="Where the report goes.")] = Path("runs/train"),
+    backend: Annotated[str, typer.Option(help=f"auto, or {BACKENDS.lower()}")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Of the optimizer.")] = None,
+    json: Json = None,
+) -> None:
+    """Train a small character-level GPT, in NumPy, with one of the rules.
+
+    Writes `run.json` and `loss.png` into the directory; Ctrl-C ends it with what it has.
+
+    Example: `fusedopt train --rule lion --steps 1000 --out runs/lion`
+    """
+    from .train import TrainOptions
+    from .train import train as run  # brings in matplotlib
+
+    try:
+        options = TrainOptions(
+            data=data,
+            rule=rule,
+            steps=steps,
+            lr=lr,
+            batch=batch,
+            seed=seed,
+            out=out,
+            json=json,
+            backend=backend,
+            threads=threads,
+        )
+        run(options, console)
+    except (OSError, ValueError, RuntimeError) as error:
+        _stop("train", error)
+
+
+def _stop(command: str, error: Exception) -> NoReturn:
+    console.print(f"fusedopt {command}: {error}", markup=False)
+    raise typer.Exit(2) from None
+
+
+def _lines(key: str, value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [f"{key + ':':15}", *(f"  {k + ':':20}{v}" for k, v in value.items())]
+    return [f"{key + ':':15}{', '.join(value) if isinstance(value, list) else value}"]
+
+
+def _print_checks(checks: list[Check]) -> None:
+    names = ("rule", "backend", "isa", "dtype", "variants", "worst, of its bound", "ulps", "")
+    table = Table(*names)
+    for c in checks:
+        worst = c.worst
+        table.add_row(
+            c.rule,
+            c.backend,
+            c.isa,
+            c.dtype,
+            str(c.variants),
+            f"{worst.share:.2f} at {worst.array}\\[{worst.index}]",
+            f"{worst.ulps:.2f}",
+            "ok" if c.passed else "FAILED",
+        )
+    console.print(table)
+
+
+def _check_row(check: Check) -> dict[str, Any]:
+    return {
+        **{name: value for name, value in vars(check).items() if name != "worst"},
+        **{f"worst_{name}": value for name, value in vars(check.worst).items()},
+        "passed": check.passed,
+    }
+
+
+def _write(file: Path | None, value: Any) -> None:
+    if file is not None:
+        file.write_text(jsonlib.dumps(value, indent=1, default=np.generic.item) + "\n")
+
+
+def main() -> None:
+    """The console script."""
+    app()
