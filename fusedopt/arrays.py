@@ -138,7 +138,7 @@ class Fit:
         dense = g.flags.c_contiguous if order == "C" else g.flags.f_contiguous
         if dense and g.flags.aligned:
             return _plain(g)
-        return np.array(g, dtype=g.dtype.name, order=order, subok=False)
+        return _plain(np.array(g, order=order, subok=False))
 
     def _check_apart(self, label: str, g: np.ndarray) -> None:
         if not g.size:

@@ -133,7 +133,7 @@ def _minimum(a: Bounded, b: Bounded) -> Bounded:
 
 def _sign(a: Bounded) -> Bounded:
     sign = np.sign(a.value)
-    undecided = np.abs(a.value) <= a.error
+    undecided = (np.abs(a.value) <= a.error) & (a.error > 0)
     candidates = [np.where(undecided, c, sign) for c in (-1.0, 0.0, 1.0)]
     return a._like(np.stack([sign, *candidates]), 0.0)
 

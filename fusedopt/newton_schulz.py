@@ -43,8 +43,6 @@ class Workspace:
         u: matrix of the workspace's dtype, in any layout. coefficients: (a, b, c) of each
         iteration x := a x + (b A + c A^2) x, A = x x^T, from x = u / (||u|| + eps).
         """
-        if u.size == 0:
-            return
         wide = u.shape[0] <= u.shape[1]
         n, m = u.shape if wide else u.shape[::-1]
         x, y = (b[: n * m].reshape(n, m) for b in (self._x, self._y))

@@ -10,13 +10,13 @@ import numpy as np
 
 from .arrays import Fit, check_apart, check_parameter, memory_order
 from .backends import Layout, get_backend
+from .checkpoint import Snapshot
 from .groups import RuleChoice, assign
 from .interrupts import deferred
+from .rules import Nesterov
 from .rules.base import allocate
 from .threads import check_threads
 from .trees import Tree
-
-STATE_FORMAT = 1
 
 
 class StepInfo(NamedTuple):
@@ -66,9 +66,10 @@ class Optimizer:
         self.params = params
         self.rule = rule
         self._backend = get_backend(backend)
-        self._options = Options(
-            backend, None if threads is None else check_threads("threads", threads), verify
-        )
+        if not isinstance(verify, bool):
+            raise TypeError(f"verify: expected True or False, got {verify!r}")
+        threads = None if threads is None else check_threads("threads", threads)
+        self._options = Options(backend, threads, verify)
         self._tree = Tree(params)
         leaves = self._tree.leaves
         self._groups, self._group_of = assign(leaves, rule)
@@ -206,7 +207,11 @@ class Optimizer:
         On leaving, by an exception too, their exact bits are restored. Leaves of other rules stay
         where they are. Raises ValueError where no leaf has that form, RuntimeError when nested.
         """
-        moving = [k for k, rule in enumerate(self._rules) if getattr(rule, "form", "") == LOOKAHEAD]
+        moving = [
+            k
+            for k, rule in enumerate(self._rules)
+            if isinstance(rule, Nesterov) and rule.form == "lookahead"
+        ]
         if not moving:
             raise ValueError("lookahead(): no leaf is updated by Nesterov(form='lookahead')")
         if self._shifted:
@@ -286,19 +291,7 @@ class Optimizer:
 
         {"format": 1, "step": ..., "leaves": {path: {"rule", "t", "shape", "dtype", "state"}}}
         """
-        leaves = {}
-        for k, (leaf, rule) in enumerate(zip(self._tree.leaves, self._rules, strict=True)):
-            p, *states = self._arrays[k]
-            leaves[leaf.path] = {
-                "rule": rule.name,
-                "t": int(self._counters[k + 1]),
-                "shape": p.shape,
-                "dtype": p.dtype.name,
-                "state": {
-                    name: a.copy(order="A") for name, a in zip(rule.states, states, strict=True)
-                },
-            }
-        return {"format": STATE_FORMAT, "step": self.step_count, "leaves": leaves}
+        return self._snapshot.take()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a `state_dict`, copying its arrays; with equal parameters, bit for bit.
@@ -306,45 +299,12 @@ class Optimizer:
         Raises ValueError that lists every difference in paths, rules, shapes, dtypes and states;
         nothing has changed then.
         """
-        problems = self._differences(state)
-        if problems:
-            raise ValueError("state_dict does not fit: " + "; ".join(problems))
         with deferred():
-            for k, leaf in enumerate(self._tree.leaves):
-                saved = state["leaves"][leaf.path]
-                for name, a in zip(self._rules[k].states, self._states[k], strict=True):
-                    a[...] = saved["state"][name]
-                self._counters[k + 1] = saved["t"]
-            self._counters[0] = state["step"]
+            self._snapshot.restore(state)
 
-    def _differences(self, state: Any) -> list[str]:
-        if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
-            found = state.get("format") if isinstance(state, dict) else type(state).__name__
-            return [f"expected the format {STATE_FORMAT}, got {found!r}"]
-        saved = state["leaves"]
-        own = {leaf.path: k for k, leaf in enumerate(self._tree.leaves)}
-        problems = [f"{path}: is not in it" for path in own if path not in saved]
-        problems += [f"{path}: is no leaf here" for path in saved if path not in own]
-        for path, k in own.items():
-            if path not in saved:
-                continue
-            p, rule, entry = self._parameters[k], self._rules[k], saved[path]
-            here = {"rule": rule.name, "shape": p.shape, "dtype": p.dtype.name}
-            for what, value in here.items():
-                found = tuple(entry[what]) if what == "shape" else entry[what]
-                if found != value:
-                    problems.append(f"{path}: {what} {value} here, {found} there")
-            if set(entry["state"]) != set(rule.states):
-                problems.append(
-                    f"{path}: states {list(rule.states)} here, {list(entry['state'])} there"
-                )
-            for name, a in entry["state"].items():
-                if (a.shape, a.dtype) != (p.shape, p.dtype):
-                    problems.append(
-                        f"{path}.{name}: {p.dtype} of shape {p.shape} here, {a.dtype} of shape"
-                        f" {a.shape} there"
-                    )
-        return problems
+    @property
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(self._tree.leaves, self._rules, self._arrays, self._counters)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Pickled or deep-copied together with a tree that holds the same arrays, both copies go
@@ -357,9 +317,6 @@ class Optimizer:
         raise TypeError(
             "two optimizers would update the same arrays; copy.deepcopy makes one with its own"
         )
-
-
-LOOKAHEAD = "lookahead"
 
 
 def _rebuild(params: Any, rule: Any, options: Options, state: dict[str, Any]) -> Optimizer:

@@ -286,6 +286,6 @@ def textbook_correction(beta: float, t: int) -> float:
 
 def ratio(numerator: Array, denominator: Array) -> Array:
     """The quotient, 0 where the denominator is 0: no step where nothing was accumulated."""
-    if isinstance(denominator, np.ndarray):
+    if isinstance(denominator, (np.ndarray, np.generic)):
         return numerator / np.where(denominator == 0, np.inf, denominator).astype(denominator.dtype)
     return denominator.divides(numerator)

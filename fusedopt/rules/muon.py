@@ -21,6 +21,8 @@ from .base import (
 )
 from .fields import Count, Fraction, LearningRate, NonNegative, Quintic
 
+_SCALES = {"scale": {"original": "original", "match_rms_adamw": "match_rms_adamw"}}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Muon(Rule):
@@ -33,9 +35,10 @@ class Muon(Rule):
     Newton-Schulz: `ns_steps` times x := a x + (b A + c A^2) x with A = x x^T, (a, b, c) the
     `ns_coefficients`. Parameters of more than two dimensions are flattened to
     (shape[0], the rest). s by `scale`: "original" sqrt(max(1, rows/cols)), "match_rms_adamw"
-    0.2 sqrt(max(rows, cols)), "spectral" sqrt(rows/cols), "none" 1. `bias_correction` (optax)
-    divides g by 1 - mu^t and m by 1 - mu^(t+1) in u. eps only guards a zero gradient. Vectors are
-    refused: send them to AdamW by a pattern.
+    0.2 sqrt(max(rows, cols)), "spectral" sqrt(rows/cols), "none" 1. Rows are outputs; in optax's
+    own layout they are the columns, unless its `MuonDimensionNumbers` says otherwise.
+    `bias_correction` (optax) divides g by 1 - mu^t and m by 1 - mu^(t+1) in u. eps only guards a
+    zero gradient. Vectors are refused: send them to AdamW by a pattern.
 
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/.
 
@@ -62,7 +65,7 @@ class Muon(Rule):
                 "scale": "original",
             },
             {"decay": "decoupled_first"},
-            {"scale": {"original": "original", "match_rms_adamw": "match_rms_adamw"}},
+            _SCALES,
         ),
         "optax": Convention(
             {
@@ -73,8 +76,10 @@ class Muon(Rule):
                 "ns_steps": 5,
                 "eps": 1e-8,
                 "weight_decay": 0.0,
+                "scale": "original",
             },
             {"bias_correction": True},
+            _SCALES,
         ),
         "keras": Convention(
             {
@@ -82,10 +87,12 @@ class Muon(Rule):
                 "momentum": 0.95,
                 "nesterov": True,
                 "ns_coefficients": (3.4445, -4.7750, 2.0315),
-                "ns_steps": 6,
+                "ns_steps": 5,
                 "weight_decay": 4e-3,
+                "scale": "match_rms_adamw",
             },
-            {"form": "heavy_ball", "scale": "match_rms_adamw", "eps": 1e-7},
+            {"form": "heavy_ball", "eps": 1e-7},
+            {"scale": {"match_rms_adamw": "match_rms_adamw", "none": "none"}},
         ),
     }
     examples = (
@@ -161,6 +168,8 @@ class Muon(Rule):
         return math.sqrt(rows / cols) if self.scale == "spectral" else 1.0
 
     def between(self, direction: np.ndarray, space: Workspace) -> None:
+        if direction.size == 0:
+            return
         factor = self.factor(*direction.shape)
         coefficients = [self.ns_coefficients] * self.ns_steps
         space.orthogonalize(direction, coefficients, self.eps, factor)

@@ -1,0 +1,1 @@
+"""What other libraries computed, recorded once; see ``record.py``."""

@@ -1,0 +1,231 @@
+"""The settings of PyTorch, optax and Keras whose trajectories ``record.py`` takes down."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from golden import problem
+
+Arguments = dict[str, Any]
+
+CLASSES = {
+    "sgd": "SGD",
+    "momentum": "SGD",
+    "nesterov": "SGD",
+    "adagrad": "Adagrad",
+    "rmsprop": "RMSprop",
+    "adam": "Adam",
+    "adamw": "AdamW",
+    "lion": "Lion",
+    "muon": "Muon",
+}
+FUNCTIONS = {
+    "torch": CLASSES,
+    "keras": CLASSES,
+    "optax": {"momentum": "sgd", "nesterov": "sgd"},
+}
+
+# fusedopt's name -> the library's, where they differ. Several names take a tuple apart; None
+# means that the library says it with other values, which the case gives itself.
+NAMES: dict[str, dict[str, str | tuple[str, ...] | None]] = {
+    "torch": {
+        "rho": "alpha",
+        "initial_accumulator": "initial_accumulator_value",
+        "amsgrad": None,
+        "scale": "adjust_lr_fn",
+    },
+    "optax": {
+        "lr": "learning_rate",
+        "betas": ("b1", "b2"),
+        "amsgrad": None,
+        "adagrad.eps_root": "eps",
+        "adagrad.initial_accumulator": "initial_accumulator_value",
+        "rmsprop.rho": "decay",
+        "rmsprop.eps_root": "eps",
+        "rmsprop.initial_accumulator": "initial_scale",
+        "sophia.rho": "gamma",
+        "clip": "clip_threshold",
+        "muon.momentum": "beta",
+        "ns_coefficients": "ns_coeffs",
+        "scale": None,
+    },
+    "keras": {
+        "lr": "learning_rate",
+        "betas": ("beta_1", "beta_2"),
+        "amsgrad": None,
+        "eps": "epsilon",
+        "eps_root": "epsilon",
+        "initial_accumulator": "initial_accumulator_value",
+        "ns_coefficients": ("muon_a", "muon_b", "muon_c"),
+        "scale": None,
+    },
+}
+
+COEFFICIENTS = (3.0, -4.0, 1.75)
+
+# torch.optim.Muon iterates in bfloat16 and keras.optimizers.Muon takes the norm in float32,
+# whatever the parameters are. An element may be off by this share of the tensor's largest
+# movement; the worst that was seen is 0.044 and 2.5e-7.
+LOOSE = {("torch", "muon"): 0.06, ("keras", "muon"): 1e-6}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One rule of a library under one setting.
+
+    ``function`` is the library's, ``hyperparameters`` are in fusedopt's names, and ``native``
+    adds what the library has to be told in other words. What is not given keeps the library's
+    default. ``schedule`` makes the learning rate vary by ``problem.learning_rate``.
+    """
+
+    library: str
+    rule: str
+    variant: str
+    function: str
+    hyperparameters: Arguments
+    native: Arguments
+    schedule: bool
+
+    @property
+    def tolerance(self) -> float | None:
+        """The entry of ``LOOSE``, or None where the library computes in float64."""
+        return LOOSE.get((self.library, self.rule))
+
+    def lr(self, step: int) -> float:
+        """The learning rate of a step, for a case that names one."""
+        base: float = self.hyperparameters["lr"]
+        return problem.learning_rate(base, step) if self.schedule else base
+
+    def arguments(self) -> Arguments:
+        """The library's arguments."""
+        names = NAMES[self.library]
+        arguments: Arguments = {"nesterov": True} if self.rule == "nesterov" else {}
+        for name, value in self.hyperparameters.items():
+            to = names.get(f"{self.rule}.{name}", names.get(name, name))
+            if isinstance(to, str):
+                arguments[to] = value
+            elif to is not None:
+                arguments |= zip(to, value, strict=True)
+        return arguments | self.native
+
+
+def case(
+    library: str,
+    rule: str,
+    variant: str = "defaults",
+    *,
+    native: Arguments | None = None,
+    function: str | None = None,
+    schedule: bool = False,
+    **hyperparameters: Any,
+) -> Case:
+    """A row of the table: a ``Case`` with its hyperparameters as keywords."""
+    name = function or FUNCTIONS[library].get(rule, rule)
+    return Case(library, rule, variant, name, hyperparameters, native or {}, schedule)
+
+
+AMSGRAD = {"amsgrad": True}
+EPS_OUTSIDE = {"eps_in_sqrt": False, "eps": 1e-4}
+MATCH_RMS = {"consistent_rms": 0.2}
+
+torch = partial(case, "torch")
+optax = partial(case, "optax")
+keras = partial(case, "keras")
+
+CASES = [
+    torch("sgd"),
+    torch("sgd", "decay", lr=0.1, weight_decay=0.05, schedule=True),
+    torch("sgd", "maximize", lr=0.1, weight_decay=0.05, maximize=True),
+    torch("momentum", "default-lr", momentum=0.9),
+    torch("momentum", "decay", lr=0.05, momentum=0.8, weight_decay=0.05, schedule=True),
+    torch("momentum", "dampening", lr=0.05, momentum=0.9, dampening=0.3, weight_decay=0.05),
+    torch("momentum", "maximize", lr=0.05, momentum=0.9, weight_decay=0.05, maximize=True),
+    torch("nesterov", "default-lr", momentum=0.9),
+    torch("nesterov", "decay", lr=0.05, momentum=0.8, weight_decay=0.05, schedule=True),
+    torch("nesterov", "maximize", lr=0.05, momentum=0.8, weight_decay=0.05, maximize=True),
+    torch("adagrad"),
+    torch("adagrad", "lr-decay", lr=0.05, lr_decay=0.1, eps=1e-5, weight_decay=0.05),
+    torch("adagrad", "accumulator", lr=0.05, initial_accumulator=1e-3, schedule=True),
+    torch("adagrad", "maximize", lr=0.05, lr_decay=0.1, weight_decay=0.05, maximize=True),
+    torch("rmsprop"),
+    torch("rmsprop", "decay", lr=3e-3, rho=0.95, eps=1e-4, weight_decay=0.05),
+    torch("rmsprop", "centered", lr=3e-3, centered=True, weight_decay=0.05),
+    torch("rmsprop", "momentum", lr=3e-3, momentum=0.9, eps=1e-4, schedule=True),
+    torch("rmsprop", "maximize", lr=3e-3, momentum=0.8, centered=True, maximize=True),
+    torch("adam"),
+    torch("adam", "decay", lr=0.01, betas=(0.8, 0.95), eps=1e-4, weight_decay=0.05),
+    torch("adam", "maximize", lr=0.01, weight_decay=0.05, maximize=True),
+    torch("adam", "amsgrad", native=AMSGRAD, amsgrad="raw", betas=(0.8, 0.9), weight_decay=0.05),
+    torch("adamw"),
+    torch("adamw", "decay", lr=0.01, betas=(0.8, 0.95), eps=1e-4, weight_decay=0.3),
+    torch("adamw", "maximize", lr=0.01, weight_decay=0.3, maximize=True, schedule=True),
+    torch("adamw", "amsgrad", native=AMSGRAD, amsgrad="raw", betas=(0.8, 0.9), weight_decay=0.3),
+    torch("muon"),
+    torch("muon", "plain-momentum", lr=0.02, momentum=0.8, nesterov=False, weight_decay=0.3),
+    torch("muon", "match-rms", lr=0.02, scale="match_rms_adamw", schedule=True),
+    torch("muon", "coefficients", lr=0.02, ns_steps=3, ns_coefficients=COEFFICIENTS),
+    optax("sgd", "constant-lr", lr=0.1),
+    optax("sgd", "schedule", lr=0.1, schedule=True),
+    optax("momentum", "constant-lr", lr=0.05, momentum=0.9),
+    optax("momentum", "schedule", lr=0.05, momentum=0.8, schedule=True),
+    optax("nesterov", "constant-lr", lr=0.05, momentum=0.9),
+    optax("nesterov", "schedule", lr=0.05, momentum=0.8, schedule=True),
+    optax("adagrad", lr=0.05),
+    optax("adagrad", "eps", lr=0.05, initial_accumulator=1e-3, eps_root=1e-5, schedule=True),
+    optax("adagrad", "zero-accumulator", lr=0.05, initial_accumulator=0.0, eps_root=0.0),
+    optax("rmsprop", lr=3e-3),
+    optax("rmsprop", "eps-outside", native=EPS_OUTSIDE, lr=3e-3, eps=1e-4, eps_root=0.0),
+    optax("rmsprop", "centered", lr=3e-3, rho=0.95, centered=True, initial_accumulator=0.5),
+    optax("rmsprop", "momentum", lr=3e-3, eps_root=1e-5, momentum=0.9, schedule=True),
+    optax("rmsprop", "nesterov", lr=3e-3, momentum=0.9, nesterov=True, schedule=True),
+    optax("rmsprop", "bias-correction", lr=3e-3, eps_root=1e-6, bias_correction=True),
+    # The first corrected variance is 0, up to a rounding that only a large eps_root hides.
+    optax(
+        "rmsprop",
+        "centered-bias-correction",
+        lr=3e-3,
+        eps_root=0.05,
+        centered=True,
+        bias_correction=True,
+    ),
+    optax("adam", lr=0.01),
+    optax("adam", "eps-root", lr=0.01, betas=(0.8, 0.95), eps=1e-4, eps_root=1e-6),
+    optax("adam", "nesterov", lr=0.01, nesterov=True, eps_root=1e-8, schedule=True),
+    optax("adam", "amsgrad", function="amsgrad", lr=0.01, betas=(0.8, 0.9), amsgrad="corrected"),
+    optax("adamw", lr=0.01),
+    optax("adamw", "eps-root", lr=0.01, betas=(0.8, 0.95), eps_root=1e-6, weight_decay=0.3),
+    optax("adamw", "nesterov", lr=0.01, nesterov=True, weight_decay=0.3, schedule=True),
+    optax("lion", lr=0.01),
+    optax("lion", "decay", lr=0.01, betas=(0.8, 0.95), weight_decay=0.3, schedule=True),
+    optax("sophia", lr=0.01),
+    optax("sophia", "decay", lr=0.01, betas=(0.8, 0.9), rho=0.5, eps=1e-5, weight_decay=0.3),
+    optax("sophia", "clip", lr=0.01, rho=0.5, clip=0.3, weight_decay=0.3, schedule=True),
+    optax("muon", lr=0.02),
+    optax("muon", "plain-momentum", lr=0.02, momentum=0.8, nesterov=False, weight_decay=0.3),
+    optax("muon", "match-rms", native=MATCH_RMS, lr=0.02, scale="match_rms_adamw", schedule=True),
+    optax("muon", "coefficients", lr=0.02, ns_steps=3, ns_coefficients=COEFFICIENTS),
+    keras("sgd"),
+    keras("sgd", "decay", lr=0.1, weight_decay=0.05, schedule=True),
+    keras("momentum", "default-lr", momentum=0.9),
+    keras("momentum", "decay", lr=0.05, momentum=0.8, weight_decay=0.05, schedule=True),
+    keras("nesterov", "default-lr", momentum=0.9),
+    keras("nesterov", "decay", lr=0.05, momentum=0.8, weight_decay=0.05, schedule=True),
+    keras("adagrad"),
+    keras("adagrad", "decay", lr=0.05, initial_accumulator=1e-3, eps_root=1e-5, weight_decay=0.3),
+    keras("rmsprop"),
+    keras("rmsprop", "decay", lr=3e-3, rho=0.95, eps_root=1e-4, weight_decay=0.3, schedule=True),
+    keras("rmsprop", "momentum", lr=3e-3, momentum=0.9, schedule=True),
+    keras("rmsprop", "centered", lr=3e-3, momentum=0.8, centered=True, weight_decay=0.3),
+    keras("adam"),
+    keras("adam", "decay", lr=0.01, betas=(0.8, 0.95), eps=1e-4, weight_decay=0.3, schedule=True),
+    keras("adam", "amsgrad", native=AMSGRAD, lr=0.01, betas=(0.8, 0.9), amsgrad="raw"),
+    keras("adamw"),
+    keras("adamw", "decay", lr=0.01, betas=(0.8, 0.95), eps=1e-4, weight_decay=0.3),
+    keras("adamw", "amsgrad", native=AMSGRAD, amsgrad="raw", betas=(0.8, 0.9), weight_decay=0.3),
+    keras("lion"),
+    keras("lion", "decay", lr=0.01, betas=(0.8, 0.95), weight_decay=0.3, schedule=True),
+    keras("muon"),
+    keras("muon", "plain-momentum", lr=0.02, momentum=0.8, nesterov=False, weight_decay=0.3),
+    keras("muon", "no-scale", native={"rms_rate": None}, lr=0.02, scale="none", schedule=True),
+    keras("muon", "coefficients", lr=0.02, ns_steps=3, ns_coefficients=COEFFICIENTS),
+]
