@@ -43,8 +43,9 @@ const Numpy& numpy() {
     const auto dtype = [&](const char* name) {
       return py::object(np.attr("dtype")(name)).release().ptr();
     };
-    return new Numpy{reinterpret_cast<PyTypeObject*>(py::object(np.attr("ndarray")).release().ptr()),
-                     {dtype("float32"), dtype("float64")}};
+    return new Numpy{
+        reinterpret_cast<PyTypeObject*>(py::object(np.attr("ndarray")).release().ptr()),
+        {dtype("float32"), dtype("float64")}};
   }();
   return *names;
 }
@@ -154,10 +155,9 @@ class Scalars {
         PySequence_Fast(values, "scalars: expected a sequence of numbers"));
     if (!fast) throw py::error_already_set();
     if (PySequence_Fast_GET_SIZE(fast.ptr()) != program.scalar_count)
-      throw py::value_error("a rule returned " +
-                            std::to_string(PySequence_Fast_GET_SIZE(fast.ptr())) +
-                            " scalars where its operations take " +
-                            std::to_string(program.scalar_count));
+      throw py::value_error(
+          "a rule returned " + std::to_string(PySequence_Fast_GET_SIZE(fast.ptr())) +
+          " scalars where its operations take " + std::to_string(program.scalar_count));
     cast_.resize(static_cast<std::size_t>(program.scalar_count));
     for (int k = 0; k < program.scalar_count; ++k) {
       const double value = PyFloat_AsDouble(PySequence_Fast_GET_ITEM(fast.ptr(), k));
@@ -229,8 +229,8 @@ bool update(const Program& program, const py::object& values, const py::object& 
   const Scalars scalars(program, compute, values.ptr());
   std::vector<Step> steps;
   append_steps(program, 0, compute, scalars, operands, steps);
-  const std::vector<Leaf> leaves{{n, operands, steps.data(), INPUTS + program.arrays,
-                                  static_cast<int>(steps.size())}};
+  const std::vector<Leaf> leaves{
+      {n, operands, steps.data(), INPUTS + program.arrays, static_cast<int>(steps.size())}};
   const int threads = thread_count.load();
   const py::gil_scoped_release unlocked;  // the arguments hold every array alive
   run(leaves, threads);
@@ -253,7 +253,8 @@ struct Node {
     }
     mapping = py::isinstance<py::tuple>(spec);
     if (mapping)
-      for (const py::handle key : spec[py::int_(0)]) keys.push_back(py::reinterpret_borrow<py::object>(key));
+      for (const py::handle key : spec[py::int_(0)])
+        keys.push_back(py::reinterpret_borrow<py::object>(key));
     const py::object list =
         mapping ? py::object(spec[py::int_(1)]) : py::reinterpret_borrow<py::object>(spec);
     for (const py::handle child : list) children.emplace_back(child);
@@ -324,9 +325,10 @@ class Plan {
     if (busy_.exchange(true))
       throw std::runtime_error(
           "this optimizer is stepping in another thread: give each thread its own optimizer");
-    const std::unique_ptr<std::atomic<bool>, void (*)(std::atomic<bool>*)> release(
-        &busy_, [](std::atomic<bool>* flag) { flag->store(false); });
-    refs_.clear();
+    const std::unique_ptr<Plan, void (*)(Plan*)> at_the_end(this, [](Plan* plan) {
+      plan->refs_.clear();
+      plan->busy_.store(false);
+    });
     if (!read_tree(GRADIENT, gradients, flat) || !read_tree(HESSIAN, hessian, flat))
       return py::none();
     if (!prepare()) return py::none();
@@ -341,7 +343,6 @@ class Plan {
     }
     run_phase(-1, 0);
     for (const std::size_t k : active_) ++counts_[k + 1];
-    refs_.clear();
     return py::int_(++counts_[0]);
   }
 
@@ -369,8 +370,9 @@ class Plan {
           !same_layout(a, SIZES[compute], parameter, SIZES[compute]))
         throw py::value_error("plan: an array does not fit its parameter");
       operands_[k * MAX_OPERANDS + PARAMETER + j] = {a->data, nullptr, SIZES[compute]};
-      // Work space is shared between leaves, which is no overlap: each is done with it in turn.
-      if (n) written_.push_back({a->data, a->data + n * SIZES[compute]});
+      // Work space comes last, is nobody's business, and is shared between leaves.
+      const bool work = batches_[k] >= 0 && j + 1 == list.size();
+      if (n && !work) written_.push_back({a->data, a->data + n * SIZES[compute]});
       held_.push_back(list[j]);
     }
     own_.push_back({parameter, parameter->data, n, compute});
@@ -493,9 +495,9 @@ void bind_leaves(py::module_& module) {
   py::class_<Plan>(module, "Plan")
       .def(py::init<const py::object&, const py::list&, std::vector<int>, std::vector<int>,
                     const py::list&, py::object, py::object, py::object, int>(),
-           py::kw_only(), py::arg("tree"), py::arg("arrays"), py::arg("groups"),
-           py::arg("batches"), py::arg("programs"), py::arg("counters"), py::arg("scalars"),
-           py::arg("between"), py::arg("threads"))
+           py::kw_only(), py::arg("tree"), py::arg("arrays"), py::arg("groups"), py::arg("batches"),
+           py::arg("programs"), py::arg("counters"), py::arg("scalars"), py::arg("between"),
+           py::arg("threads"))
       .def("step", &Plan::step);
   module.def("update", &update);
   module.def("set_threads", [](int n) { thread_count.store(n); });

@@ -227,9 +227,9 @@ struct Muon {
 template <template <class> class...>
 struct List {};
 
-using Rules = List<SGD, Momentum, Nesterov, AdaGrad, RMSProp, CenteredRMSProp, BufferedRMSProp,
-                   BufferedCenteredRMSProp, Adam, NesterovAdam, AMSGrad, Lion, Sophia, PaperSophia,
-                   Muon>;
+using Rules =
+    List<SGD, Momentum, Nesterov, AdaGrad, RMSProp, CenteredRMSProp, BufferedRMSProp,
+         BufferedCenteredRMSProp, Adam, NesterovAdam, AMSGrad, Lion, Sophia, PaperSophia, Muon>;
 
 // Operations that are no rule: operands are theirs alone, the first `written` are written.
 

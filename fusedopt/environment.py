@@ -10,7 +10,8 @@ def choice(name: str, accepted: Collection[str]) -> str | None:
     """The variable's value, None where it is unset or empty; ValueError where not accepted."""
     value = os.environ.get(name) or None
     if value is not None and value not in accepted:
-        raise ValueError(f"{name}={value!r}: expected one of {', '.join(accepted)}")
+        valid = ", ".join(accepted) or "none, there is no choice here"
+        raise ValueError(f"{name}={value!r}: expected one of {valid}")
     return value
 
 

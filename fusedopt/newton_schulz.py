@@ -48,17 +48,19 @@ class Workspace:
         x, y = (b[: n * m].reshape(n, m) for b in (self._x, self._y))
         gram, square = (b[: n * n].reshape(n, n) for b in (self._gram, self._square))
         np.copyto(x, u if wide else u.T)
-        _normalize(x, eps, y)
-        for a, b, c in coefficients:
-            np.matmul(x, x.T, out=gram)
-            np.matmul(gram, gram, out=square)
-            square *= c
-            gram *= b
-            gram += square
-            np.matmul(gram, x, out=y)
-            x *= a
-            x += y
-        x *= factor
+        # Whatever np.seterr says: an error here would leave a step half done.
+        with np.errstate(all="ignore"):
+            _normalize(x, eps, y)
+            for a, b, c in coefficients:
+                np.matmul(x, x.T, out=gram)
+                np.matmul(gram, gram, out=square)
+                square *= c
+                gram *= b
+                gram += square
+                np.matmul(gram, x, out=y)
+                x *= a
+                x += y
+            x *= factor
         np.copyto(u if wide else u.T, x)
 
 

@@ -80,13 +80,13 @@ def _processor() -> str:
 
 
 def _start() -> None:
-    if not core:
-        return
-    check_registry()
-    core.set_threads(min(available().values()))
+    limits = available()
     forced = choice("FUSEDOPT_ISA", isas())
-    if forced is not None:
-        set_isa(forced)
+    if core:
+        check_registry()
+        core.set_threads(min(limits.values()))
+        if forced is not None:
+            set_isa(forced)
 
 
 _start()

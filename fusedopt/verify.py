@@ -114,11 +114,7 @@ class VerifiedPlan:
         copies = [tuple(np.empty_like(a) for a in arrays) for arrays in layout.arrays]
         self._copies = replace(layout, arrays=copies, counters=layout.counters.copy())
         self._plan = backend.plan(self._copies)
-
-    @property
-    def work_bytes(self) -> int:
-        copies = sum(a.nbytes for arrays in self._copies.arrays for a in arrays)
-        return self._plan.work_bytes + copies
+        self.work_bytes = self._plan.work_bytes + sum(a.nbytes for arrays in copies for a in arrays)
 
     def step(self, grads: Any, hessian: Any, flat: bool) -> int | None:
         if not flat:  # the gradients are needed leaf by leaf

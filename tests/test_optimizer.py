@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections import OrderedDict
 from typing import Any
 
@@ -295,6 +297,20 @@ def test_update_is_a_step() -> None:
                 fo.update(rule, t, q, g, *states, hessian=h)
             np.testing.assert_array_equal(p, q)
             np.testing.assert_equal(tuple(opt.state["params"].values()), states)
+
+
+def test_nothing_keeps_a_dropped_optimizer_alive() -> None:
+    params = tree()
+    opt = fo.Optimizer(params, MIXED)
+    grads = tree(1)
+    opt.step(grads)
+    held = [weakref.ref(opt.state["embed"]["m"]), weakref.ref(params["embed"])]
+    gradient = weakref.ref(grads["embed"])
+    del grads
+    assert gradient() is None
+    del opt, params
+    gc.collect()
+    assert [ref() for ref in held] == [None, None]
 
 
 # Look-ahead

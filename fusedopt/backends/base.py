@@ -44,7 +44,9 @@ class Layout:
 
 
 class Plan(Protocol):
-    """One optimizer on one backend."""
+    """One optimizer on one backend. work_bytes: memory beside parameters and states."""
+
+    work_bytes: int
 
     def step(self, grads: Any, hessian: Any, flat: bool) -> int | None:
         """Updates every leaf that has a gradient, and its counter, in place; the step's number.
@@ -53,10 +55,6 @@ class Plan(Protocol):
         otherwise trees, and None comes back, with nothing written, where something is to be
         checked or explained first.
         """
-
-    @property
-    def work_bytes(self) -> int:
-        """Memory beside parameters and states."""
 
 
 class Backend(Protocol):

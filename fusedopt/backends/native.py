@@ -105,51 +105,58 @@ class NativeBackend:
 
 
 class NativePlan:
-    """The core's plan of an optimizer, and the matrix products between its phases."""
+    """The core's plan of an optimizer."""
 
     def __init__(self, layout: Layout) -> None:
-        self._layout = layout
-        matrices = [k for k in range(len(layout.arrays)) if self._rule(k).program.phases > 1]
-        self._spaces = self._workspaces(matrices)
-        arrays = [list(a) for a in layout.arrays]
-        self._work: dict[int, np.ndarray] = {}
-        for k in matrices:
-            p = arrays[k][0]
-            flat = self._spaces[p.dtype].direction[: p.size]
-            self._work[k] = flat.reshape(p.shape, order=memory_order(p))
-            arrays[k].append(self._work[k])
-        batches = {k: batch for batch, k in enumerate(matrices)}
-        self._plan = core.Plan(
+        matrices = _Matrices(layout)
+        self.work_bytes = matrices.work_bytes
+        # The core's objects are unknown to the garbage collector: what it calls must not lead back
+        # to this plan.
+        groups = layout.groups
+        self.step = core.Plan(
             tree=layout.tree,
-            arrays=arrays,
+            arrays=[[*a, *matrices.work.get(k, ())] for k, a in enumerate(layout.arrays)],
             groups=list(layout.group_of),
-            batches=[batches.get(k, -1) for k in range(len(arrays))],
-            programs=[_compile(group.rule.program) for group in layout.groups],
+            batches=[matrices.batches.get(k, -1) for k in range(len(layout.arrays))],
+            programs=[_compile(group.rule.program) for group in groups],
             counters=layout.counters,
-            scalars=lambda group, t: layout.groups[group].scalars(t),
-            between=self._between,
+            scalars=lambda group, t: groups[group].scalars(t),
+            between=matrices.between,
             threads=layout.threads or 0,
-        )
-        self.step = self._plan.step
+        ).step
+
+
+class _Matrices:
+    """The leaves whose rule has two phases, and the matrix products between these.
+
+    work: of each such leaf its view of the work space that all of one dtype share. batches: the
+    turn in which it comes.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        rules = [layout.groups[k].rule for k in layout.group_of]
+        self._rules = {k: rule for k, rule in enumerate(rules) if rule.program.phases > 1}
+        self.batches = {k: turn for turn, k in enumerate(self._rules)}
+        parameters = {k: layout.arrays[k][0] for k in self._rules}
+        self._spaces = {
+            dtype: Workspace(
+                [as_matrix(p.shape) for p in parameters.values() if p.dtype == dtype], dtype
+            )
+            for dtype in {p.dtype for p in parameters.values()}
+        }
+        self.work: dict[int, tuple[np.ndarray]] = {}
+        for k, p in parameters.items():
+            flat = self._spaces[p.dtype].direction[: p.size]
+            self.work[k] = (flat.reshape(p.shape, order=memory_order(p)),)
 
     @property
     def work_bytes(self) -> int:
         return sum(space.nbytes for space in self._spaces.values())
 
-    def _rule(self, k: int) -> Rule:
-        return self._layout.groups[self._layout.group_of[k]].rule
-
-    def _workspaces(self, matrices: Sequence[int]) -> dict[np.dtype, Workspace]:
-        parameters = [self._layout.arrays[k][0] for k in matrices]
-        return {
-            dtype: Workspace([as_matrix(p.shape) for p in parameters if p.dtype == dtype], dtype)
-            for dtype in {p.dtype for p in parameters}
-        }
-
-    def _between(self, batch: int, leaves: Sequence[int]) -> None:
+    def between(self, batch: int, leaves: Sequence[int]) -> None:
         for k in leaves:
-            work = self._work[k]
+            (work,) = self.work[k]
             u = work.reshape(as_matrix(work.shape))
-            self._rule(k).between(u, self._spaces[work.dtype])
+            self._rules[k].between(u, self._spaces[work.dtype])
             if not np.shares_memory(u, work):  # a filter in Fortran order
                 work[...] = u.reshape(work.shape)

@@ -46,7 +46,7 @@ class Sophia(Rule):
     >>> _ = opt.step(g, hessian=np.array([0.1, 0.2]))  # h was still zero: a clipped step
     >>> _ = opt.step(g)
     >>> print(p.round(6))
-    [0.827375 1.143156]
+    [0.8      1.142984]
     """
 
     name = "sophia"

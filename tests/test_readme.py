@@ -1,0 +1,51 @@
+"""The documentation runs."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import fusedopt
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    exec("\n".join(blocks("python")), {"__name__": "readme"})
+    found = re.fullmatch(r"step 200: loss (.*) -> (.*)\n", capsys.readouterr().out)
+    assert found
+    assert float(found[2]) < 0.1 * float(found[1])
+
+
+def test_ci_runs_the_readmes_test_command() -> None:
+    _, test_command = blocks("sh")
+    assert test_command in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_table_has_every_rule_and_its_states() -> None:
+    for cls in fusedopt.RULES.values():
+        row = next(line for line in README.splitlines() if line.startswith(f"| `{cls.__name__}`"))
+        cell = row.rsplit("|", 2)[1]
+        states = {name for example in cls.examples for name in cls(**example).states}
+        assert set(re.findall(r"\w+", cell)) == states
+
+
+MODULES = [m.name for m in pkgutil.walk_packages(fusedopt.__path__, "fusedopt.")]
+
+
+@pytest.mark.parametrize("name", [m for m in MODULES if not m.endswith(("__main__", "_core"))])
+def test_docstrings(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.failed == 0
+    if name.startswith("fusedopt.rules.") and name.rsplit(".", 1)[1] not in ("base", "fields"):
+        assert result.attempted > 0
