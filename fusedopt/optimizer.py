@@ -256,7 +256,7 @@ class Optimizer:
         rows = [("path", "shape", "dtype", "rule", "states")]
         for leaf, p, rule in zip(self._tree.leaves, self._parameters, self._rules, strict=True):
             states = ", ".join(f"{name} {p.dtype}" for name in rule.states) or "-"
-            rows.append((leaf.path, str(p.shape), str(p.dtype), repr(rule), states))
+            rows.append((leaf.path, str(p.shape), p.dtype.name, rule.summary(), states))
         widths = [max(len(row[k]) for row in rows) for k in range(5)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
         held = sum(p.nbytes for p in self._parameters)

@@ -259,7 +259,8 @@ def test_describe() -> None:
     opt = fo.Optimizer(tree(), MIXED)
     opt.step(tree(1))
     text = opt.describe()
-    for part in ("block.1.w", "(7, 3)", "Muon(", "Sophia(", "m float32, h float32", "step 1"):
+    sophia = "Sophia(lr=0.0001, bs=7)"
+    for part in ("block.1.w", "(7, 3)", "Muon(lr=0.01)", sophia, "m float32, h float32", "step 1"):
         assert part in text
     assert f"backend native ({fo.get_isa()}" in text
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import pickle
+import typing
 from decimal import Decimal
 from typing import Any
 
@@ -187,3 +189,46 @@ def test_states_start_as_the_rule_says() -> None:
     np.testing.assert_array_equal(v, np.float32(0.1))
     b, v, a = fo.RMSProp(momentum=0.9, centered=True, initial_accumulator=1.0).init(np.ones(2))
     np.testing.assert_array_equal((b, v, a), [[0, 0], [1, 1], [0, 0]])
+
+
+def trajectory(rule: fo.Rule) -> list[bytes]:
+    """All bits after each of three steps; the first two bring a Hessian where one is taken."""
+    rng = np.random.default_rng(3)
+    p = rng.standard_normal((3, 4))
+    opt = fo.Optimizer(p, rule)
+    bits = []
+    for t in range(3):
+        g = rng.standard_normal((3, 4)) * 10.0**-t
+        opt.step(g, hessian=g if rule.takes_hessian and t < 2 else None)
+        bits.append(opt.fingerprint().encode())
+    return bits
+
+
+def others(kind: Any, value: Any) -> list[Any]:
+    """Other legal values of a field."""
+    if isinstance(value, bool):
+        return [not value] + [a for a in typing.get_args(kind) if isinstance(a, str)]
+    if isinstance(value, str):
+        return [a for a in typing.get_args(kind) if a != value]
+    if isinstance(value, tuple):
+        return [(*value[:k], v / 2, *value[k + 1 :]) for k, v in enumerate(value)]
+    return [value + 1] if isinstance(value, int) else [value * 0.7 + 0.013]
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_no_hyperparameter_is_ignored(cls: type[fo.Rule]) -> None:
+    kinds = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        changed = set()
+        for example in cls.examples:
+            rule = cls(**{"weight_decay": 0.1, **example})
+            for k, other in enumerate(others(kinds[field.name], getattr(rule, field.name))):
+                try:
+                    changed_rule = dataclasses.replace(rule, **{field.name: other})
+                except ValueError:  # not with these others
+                    continue
+                if trajectory(changed_rule) != trajectory(rule):
+                    changed.add(k)
+        assert changed, f"{cls.__name__}({field.name}) changes nothing"
+        if isinstance(getattr(rule, field.name), tuple):
+            assert len(changed) == len(getattr(rule, field.name)), field.name

@@ -220,6 +220,15 @@ class Rule:
         p = check_parameter("p", p, self)
         return tuple(allocate(p, self.initial(name)) for name in self.states)
 
+    def summary(self) -> str:
+        """The rule with its learning rate and what differs from its defaults."""
+        shown = (
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in fields(self)
+            if field.name == "lr" or getattr(self, field.name) != field.default
+        )
+        return f"{type(self).__name__}({', '.join(shown)})"
+
     @functools.cached_property
     def program(self) -> Program:
         operations = self.operations()
