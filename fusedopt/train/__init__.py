@@ -1,0 +1,9 @@
+"""A small GPT in NumPy, trained with any rule: the work behind `fusedopt train`."""
+
+from __future__ import annotations
+
+from .recipes import LEARNING_RATES
+from .report import Result
+from .trainer import TrainOptions, train
+
+__all__ = ["LEARNING_RATES", "Result", "TrainOptions", "train"]

@@ -1,0 +1,65 @@
+"""How long one optimizer step takes, next to the same step written in NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+
+import fusedopt as fo
+
+from ..groups import assign
+from ..trees import Tree
+from .gpt import Params
+
+ROUNDS = 15
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTimes:
+    """Median seconds of one step on the same tensors: fused, and tensor by tensor in NumPy.
+
+    rounds: how many times both were timed, in turn.
+    """
+
+    fused_s: float
+    naive_s: float
+    rounds: int
+
+
+def compare(
+    params: Params,
+    grads: Params,
+    rules: Mapping[str, fo.Rule],
+    *,
+    backend: str,
+    threads: int | None,
+) -> StepTimes:
+    """Step copies of `params` by `fo.Optimizer` and by each rule's textbook form in turn.
+
+    params, grads: one nesting, both left as they are. rules: path pattern -> rule, as the optimizer
+    takes it. The first round only warms up.
+    """
+    fused_params = deepcopy(params)
+    optimizer = fo.Optimizer(fused_params, rules, backend=backend, threads=threads)
+    tree = Tree(params)
+    groups, group_of = assign(tree.leaves, rules)
+    naive = []
+    for leaf, k, g in zip(tree.leaves, group_of, tree.flatten(grads, "grads"), strict=True):
+        rule = groups[k].rule
+        naive.append((rule, leaf.value.copy(), g, rule.init(leaf.value)))
+    fused_times, naive_times = [], []
+    for t in range(1, ROUNDS + 2):
+        start = perf_counter()
+        optimizer.step(grads)
+        between = perf_counter()
+        for i, (rule, p, g, states) in enumerate(naive):
+            p, states = rule.reference(p, g, states, t=t, lr=rule.lr_at(t))
+            naive[i] = rule, p, g, states
+        fused_times.append(between - start)
+        naive_times.append(perf_counter() - between)
+    return StepTimes(
+        fused_s=median(fused_times[1:]), naive_s=median(naive_times[1:]), rounds=ROUNDS
+    )
