@@ -7,38 +7,57 @@
 namespace fusedopt {
 namespace {
 
-// Below this many elements one thread does it all: see benchmarks/README.md for the measurement.
-constexpr std::size_t SERIAL = 1 << 17;
+// benchmarks/README.md says how to measure these two.
+#ifndef FUSEDOPT_SERIAL
+#define FUSEDOPT_SERIAL (1 << 17)
+#endif
+#ifndef FUSEDOPT_SMALLEST_PART
+#define FUSEDOPT_SMALLEST_PART (1 << 14)
+#endif
+// Below this many elements one thread does it all.
+constexpr std::size_t SERIAL = FUSEDOPT_SERIAL;
 // A part is at least this long, so that handing parts out costs nothing ...
-constexpr std::size_t SMALLEST_PART = 1 << 14;
+constexpr std::size_t SMALLEST_PART = FUSEDOPT_SMALLEST_PART;
 // ... and there are several for each thread, so that a thread that was held up is waited for less.
 constexpr std::size_t PARTS_PER_THREAD = 16;
 
+void run_step(const Step& step, void* const* data, std::size_t n) {
+  void* operands[MAX_OPERANDS];
+  for (int k = 0; k < step.operand_count; ++k) operands[k] = data[step.operands[k]];
+  step.run(operands, step.scalars, n);
+}
+
 // Elements [from, to) of a leaf, tile by tile: decode, then the program.
-void run_leaf(const Leaf& leaf, std::size_t from, std::size_t to) {
+void run_tiles(const Leaf& leaf, std::size_t from, std::size_t to) {
   alignas(64) char scratch[MAX_OPERANDS][TILE * sizeof(double)];
-  bool direct = leaf.step_count == 1;
-  for (int k = 0; k < leaf.operand_count; ++k) direct = direct && !leaf.operands[k].decode;
-  // With nothing to decode and nothing to keep in cache between operations, a tile may be long.
-  const std::size_t tile = direct ? to - from : TILE;
-  for (std::size_t at = from; at < to; at += tile) {
-    const std::size_t n = std::min(tile, to - at);
-    void* decoded[MAX_OPERANDS];
+  for (std::size_t at = from; at < to; at += TILE) {
+    const std::size_t n = std::min(TILE, to - at);
+    void* data[MAX_OPERANDS];
     for (int k = 0; k < leaf.operand_count; ++k) {
       const Operand& operand = leaf.operands[k];
-      decoded[k] = operand.data + at * operand.size;
+      data[k] = operand.data + at * operand.size;
       if (operand.decode) {
-        operand.decode(decoded[k], scratch[k], n);
-        decoded[k] = scratch[k];
+        operand.decode(data[k], scratch[k], n);
+        data[k] = scratch[k];
       }
     }
-    for (int s = 0; s < leaf.step_count; ++s) {
-      const Step& step = leaf.steps[s];
-      void* operands[MAX_OPERANDS];
-      for (int k = 0; k < step.operand_count; ++k) operands[k] = decoded[step.operands[k]];
-      step.run(operands, step.scalars, n);
-    }
+    for (int s = 0; s < leaf.step_count; ++s) run_step(leaf.steps[s], data, n);
   }
+}
+
+void run_leaf(const Leaf& leaf, std::size_t from, std::size_t to) {
+  void* data[MAX_OPERANDS];
+  bool decodes = false;
+  for (int k = 0; k < leaf.operand_count; ++k) {
+    const Operand& operand = leaf.operands[k];
+    data[k] = operand.data + from * operand.size;
+    decodes |= operand.decode != nullptr;
+  }
+  // With nothing to decode and nothing to keep in cache between operations, a tile may be long.
+  if (decodes || leaf.step_count > 1)
+    run_tiles(leaf, from, to);
+  else
+    run_step(leaf.steps[0], data, to - from);
 }
 
 struct Work {

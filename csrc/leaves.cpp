@@ -98,12 +98,16 @@ struct Range {
 bool overlap(const Range& a, const Range& b) { return a.begin < b.end && b.begin < a.end; }
 
 // A gradient that fits the parameter becomes an operand.
-bool read_input(PyObject* o, const Proxy* parameter, int compute, Operand& out) {
+bool read_input(PyObject* o, const Proxy* parameter, int compute, const Table& table,
+                Operand& out) {
   const Proxy* a = as_array(o);
   if (!a || !(a->flags & ALIGNED)) return false;
   const int format = format_of(a);
   if (format < 0 || !same_layout(a, SIZES[format], parameter, SIZES[compute])) return false;
-  out = {a->data, level().table->decode[format][compute], SIZES[format]};
+  // Field by field: a struct made beside its place and copied stalls on its own stores.
+  out.data = a->data;
+  out.decode = table.decode[format][compute];
+  out.size = SIZES[format];
   return true;
 }
 
@@ -220,7 +224,8 @@ bool update(const Program& program, const py::object& values, const py::object& 
       continue;
     }
     if ((i == HESSIAN && !program.takes_hessian) ||
-        !read_input(const_cast<PyObject*>(inputs[i]), parameter, compute, operands[i]))
+        !read_input(const_cast<PyObject*>(inputs[i]), parameter, compute, *level().table,
+                    operands[i]))
       return false;
     const Range range{operands[i].data, operands[i].data + n * operands[i].size};
     for (int k = 0; k < program.arrays; ++k)
@@ -270,7 +275,12 @@ bool collect(const Node& node, PyObject* o, std::vector<py::object>& out) {
   const auto count = static_cast<Py_ssize_t>(node.children.size());
   if (node.mapping) {
     if (!PyDict_Check(o) || PyDict_Size(o) != count) return false;
-    for (Py_ssize_t k = 0; k < count; ++k) {
+    Py_ssize_t k = 0, at = 0;
+    PyObject *key, *next;
+    // Nearly always the same key objects in the same order: then nothing has to be looked up.
+    while (k < count && PyDict_Next(o, &at, &key, &next) && key == node.keys[k].ptr())
+      if (!collect(node.children[k++], next, out)) return false;
+    for (; k < count; ++k) {
       PyObject* const value = PyDict_GetItemWithError(o, node.keys[k].ptr());
       if (!value && PyErr_Occurred()) throw py::error_already_set();
       if (!value || !collect(node.children[k], value, out)) return false;
@@ -292,17 +302,17 @@ class Plan {
  public:
   // arrays: for each leaf its parameter, states and work space. batches: for each leaf -1, or the
   // number of the batch of matrices whose products come between its two phases. counters: the
-  // optimizer's step number, then each leaf's. scalars(group, t) and between(batch, leaves) are
+  // optimizer's step number, then each leaf's. scalars[group](t) and between(batch, leaves) are
   // called with the lock held; threads 0 means no limit of its own.
   Plan(const py::object& tree, const py::list& arrays, std::vector<int> groups,
-       std::vector<int> batches, const py::list& programs, py::object counters, py::object scalars,
-       py::object between, int threads)
+       std::vector<int> batches, const py::list& programs, py::object counters,
+       std::vector<py::object> scalars, py::object between, int threads)
       : tree_(tree),
         groups_(std::move(groups)),
         batches_(std::move(batches)),
         counters_(std::move(counters)),
-        scalars_(std::move(scalars)),
         between_(std::move(between)),
+        scalars_(std::move(scalars)),
         threads_(threads) {
     for (const py::handle program : programs) {
       held_.push_back(py::reinterpret_borrow<py::object>(program));
@@ -396,15 +406,25 @@ class Plan {
     else if (!collect(tree_, tree.ptr(), refs_))
       return false;
     if (refs_.size() - first != own_.size()) return false;
+    const Table& table = *level().table;
     for (std::size_t k = 0; k < own_.size(); ++k) {
       Operand& operand = operands_[k * MAX_OPERANDS + slot];
-      operand = {};
+      const char* const passed = operand.data;
+      const std::size_t passed_size = operand.size;
+      operand.data = nullptr;
       PyObject* const o = refs_[first + k].ptr();
       if (o == Py_None) continue;
       if ((slot == HESSIAN && !program(k).takes_hessian) ||
-          !read_input(o, own_[k].parameter, own_[k].compute, operand) ||
-          overlaps_written(operand, own_[k].elements))
+          !read_input(o, own_[k].parameter, own_[k].compute, table, operand)) {
+        operand.data = nullptr;
         return false;
+      }
+      // Memory that passed in the last step passes again.
+      const bool known = operand.data == passed && operand.size == passed_size;
+      if (!known && overlaps_written(operand, own_[k].elements)) {
+        operand.data = nullptr;
+        return false;
+      }
     }
     return true;
   }
@@ -413,47 +433,60 @@ class Plan {
   bool prepare() {
     active_.clear();
     scalar_cache_.clear();
-    leaf_scalars_.assign(own_.size(), nullptr);
-    const Scalars* last = nullptr;
-    std::tuple<int, int, std::int64_t> last_key;
+    leaf_scalars_.resize(own_.size());
+    std::size_t last = own_.size();  // the leaf before this one that takes part
     for (std::size_t k = 0; k < own_.size(); ++k) {
       const Own& own = own_[k];
       const Proxy* const p = own.parameter;
       if (!is_target(p) || p->data != own.data || elements_of(p) != own.elements) return false;
       if (!operands_[k * MAX_OPERANDS + GRADIENT].data) continue;
-      const std::tuple<int, int, std::int64_t> key{groups_[k], own.compute, counts_[k + 1] + 1};
-      if (!last || key != last_key) {
-        auto found = scalar_cache_.find(key);
-        if (found == scalar_cache_.end()) {
-          const py::object values = scalars_(groups_[k], std::get<2>(key));
-          found = scalar_cache_.emplace(key, Scalars(program(k), own.compute, values.ptr())).first;
-        }
-        last = &found->second;
-        last_key = key;
-      }
-      leaf_scalars_[k] = last;
+      const bool alike = last < k && groups_[k] == groups_[last] &&
+                         own.compute == own_[last].compute && counts_[k + 1] == counts_[last + 1];
+      leaf_scalars_[k] = alike ? leaf_scalars_[last] : &scalars_of(k);
       active_.push_back(k);
+      last = k;
     }
     return true;
   }
 
+  const Scalars& scalars_of(std::size_t k) {
+    const std::int64_t t = counts_[k + 1] + 1;
+    const std::tuple<int, int, std::int64_t> key{groups_[k], own_[k].compute, t};
+    auto found = scalar_cache_.find(key);
+    if (found == scalar_cache_.end()) {
+      const py::object values = scalars_[static_cast<std::size_t>(groups_[k])](t);
+      found = scalar_cache_.emplace(key, Scalars(program(k), own_[k].compute, values.ptr())).first;
+    }
+    return found->second;
+  }
+
   void run_phase(int batch, int phase) {
     steps_.clear();
-    leaves_.clear();
+    first_step_.clear();
+    leaves_.resize(active_.size());
+    const Scalars* scalars = nullptr;
+    bool refreshed = false;
+    std::size_t first = 0;
     for (const std::size_t k : active_) {
       if (batches_[k] != batch) continue;
       const Operand* const operands = &operands_[k * MAX_OPERANDS];
-      const std::size_t before = steps_.size();
-      append_steps(program(k), phase, own_[k].compute, *leaf_scalars_[k], operands, steps_);
-      // The steps' places are known only when all are there: their number stands in for now.
-      leaves_.push_back({own_[k].elements, operands, nullptr, INPUTS + program(k).arrays,
-                         static_cast<int>(steps_.size() - before)});
+      // Neighbours with the same scalars and inputs have the same steps.
+      if (leaf_scalars_[k] != scalars || refreshed != (operands[HESSIAN].data != nullptr)) {
+        scalars = leaf_scalars_[k];
+        refreshed = operands[HESSIAN].data != nullptr;
+        first = steps_.size();
+        append_steps(program(k), phase, own_[k].compute, *scalars, operands, steps_);
+      }
+      Leaf& leaf = leaves_[first_step_.size()];
+      leaf.elements = own_[k].elements;
+      leaf.operands = operands;
+      leaf.operand_count = INPUTS + program(k).arrays;
+      leaf.step_count = static_cast<int>(steps_.size() - first);
+      first_step_.push_back(first);
     }
-    const Step* next = steps_.data();
-    for (Leaf& leaf : leaves_) {
-      leaf.steps = next;
-      next += leaf.step_count;
-    }
+    leaves_.resize(first_step_.size());
+    // Only now do the steps stay where they are.
+    for (std::size_t j = 0; j < leaves_.size(); ++j) leaves_[j].steps = &steps_[first_step_[j]];
     const int limit = thread_count.load();
     const int threads = threads_ > 0 ? std::min(threads_, limit) : limit;
     const py::gil_scoped_release unlocked;  // refs_ and held_ keep every array alive
@@ -466,7 +499,8 @@ class Plan {
 
   Node tree_;
   std::vector<int> groups_, batches_;
-  py::object counters_, scalars_, between_;
+  py::object counters_, between_;
+  std::vector<py::object> scalars_;
   const int threads_;
   int batch_count_ = 0;
   std::int64_t* counts_ = nullptr;
@@ -483,6 +517,7 @@ class Plan {
   std::vector<const Scalars*> leaf_scalars_;
   std::vector<Step> steps_;
   std::vector<Leaf> leaves_;
+  std::vector<std::size_t> first_step_;  // of each leaf
 };
 
 }  // namespace
@@ -494,7 +529,7 @@ void bind_leaves(py::module_& module) {
       .def_readonly("scalars", &Program::scalar_count);
   py::class_<Plan>(module, "Plan")
       .def(py::init<const py::object&, const py::list&, std::vector<int>, std::vector<int>,
-                    const py::list&, py::object, py::object, py::object, int>(),
+                    const py::list&, py::object, std::vector<py::object>, py::object, int>(),
            py::kw_only(), py::arg("tree"), py::arg("arrays"), py::arg("groups"), py::arg("batches"),
            py::arg("programs"), py::arg("counters"), py::arg("scalars"), py::arg("between"),
            py::arg("threads"))

@@ -1,6 +1,7 @@
 // Every update rule, simplest first. A rule is a struct of per-step scalars with one call operator
 // that takes one element's parameter, gradient and states, updates the states and returns the
-// delta: what is subtracted from the parameter. Weight decay, the sign for `maximize`, clipping
+// delta: what is subtracted from the parameter. `states` is their number; where only the first few
+// of them are written, `written` says how many. Weight decay, the sign for `maximize`, clipping
 // and storage formats are the business of the loop around it. Python folds the scalars in float64
 // (fusedopt/rules/*.py, same names) and they are cast once.
 //
@@ -191,7 +192,7 @@ inline T clamp(T x, T limit) {
 template <class T>
 struct Sophia {
   static constexpr const char* name = "sophia";
-  static constexpr int states = 2;
+  static constexpr int states = 2, written = 1;
   T b1, one_b1, lr, gamma, eps, clip, k;
   T operator()(T, T g, T& m, T& h) const {
     m = b1 * m + one_b1 * g;
@@ -203,7 +204,7 @@ struct Sophia {
 template <class T>
 struct PaperSophia {
   static constexpr const char* name = "sophia_paper";
-  static constexpr int states = 2;
+  static constexpr int states = 2, written = 1;
   T b1, one_b1, lr, gamma, eps, clip, k;
   T operator()(T, T g, T& m, T& h) const {
     m = b1 * m + one_b1 * g;
@@ -216,7 +217,7 @@ struct PaperSophia {
 template <class T>
 struct Muon {
   static constexpr const char* name = "muon";
-  static constexpr int states = 2;
+  static constexpr int states = 2, written = 1;
   T mu, a, lr;
   T operator()(T, T g, T& m, T& o) const {
     m = mu * m + a * g;

@@ -20,7 +20,7 @@ class Plan:
         batches: list[int],
         programs: list[Program],
         counters: np.ndarray,
-        scalars: Callable[[int, int], Sequence[float]],
+        scalars: list[Callable[[int], Sequence[float]]],
         between: Callable[[int, Sequence[int]], None],
         threads: int,
     ) -> None: ...

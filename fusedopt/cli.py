@@ -121,7 +121,7 @@ def train(
             threads=threads,
         )
         run(options, console)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, FloatingPointError) as error:
         _stop("train", error)
 
 

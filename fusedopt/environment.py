@@ -3,7 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def sleepy_openmp() -> Iterator[None]:
+    """An OpenMP runtime that is loaded inside lets its threads sleep soon after a parallel region.
+
+    By default GNU's spin for milliseconds, and take a core from whatever the trainer does next:
+    SPIN
+    A wish in OMP_WAIT_POLICY or GOMP_SPINCOUNT stands; the runtime reads them once, when loaded.
+    """
+    wished = "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ
+    if wished:
+        yield
+        return
+    os.environ["GOMP_SPINCOUNT"] = "1000"
+    try:
+        yield
+    finally:
+        del os.environ["GOMP_SPINCOUNT"]
 
 
 def choice(name: str, accepted: Collection[str]) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .arrays import Fit, check_apart, check_parameter, check_target, memory_order
-from .backends import get_backend
+from .backends import default_backend
 from .rules import Rule
 
 
@@ -23,12 +23,12 @@ def update(
     Raises TypeError for a value of the wrong kind, ValueError for one that does not fit; nothing
     was written then.
     """
-    if not isinstance(step, (int, np.integer)) or isinstance(step, bool) or step < 1:
+    if (type(step) is not int and not isinstance(step, np.integer)) or step < 1:
         raise ValueError(f"step: expected an integer >= 1, got {step!r}")
     if not isinstance(rule, Rule):
         raise TypeError(f"rule: expected a fusedopt rule such as fo.AdamW(), got {rule!r}")
-    backend = get_backend()
-    lr = rule.lr_at(step)
+    backend = default_backend()
+    lr = rule.lr if type(rule.lr) is float else rule.lr_at(step)
     arrays = (p, *states)
     # The core finds misfits itself, but only Python knows what a rule of two phases refuses.
     quick = backend.checks_arrays and rule.program.phases == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ from .checkpoint import Snapshot
 from .groups import RuleChoice, assign
 from .interrupts import deferred
 from .rules import Nesterov
-from .rules.base import allocate
+from .states import allocate
 from .threads import check_threads
 from .trees import Tree
 
@@ -74,15 +74,13 @@ class Optimizer:
         leaves = self._tree.leaves
         self._groups, self._group_of = assign(leaves, rule)
         self._scheduled = [group for group in self._groups if callable(group.rule.lr)]
+        self._uniform = len(self._groups) == 1
         for group in self._groups:
             if group not in self._scheduled:
                 group.lr = group.rule.lr_at(1)
         self._counters = np.zeros(1 + len(leaves), np.int64)
         parameters = self._check_parameters()
-        self._states = [
-            tuple(allocate(p, rule.initial(name)) for name in rule.states)
-            for p, rule in zip(parameters, self._rules, strict=True)
-        ]
+        self._states = allocate(list(zip(self._rules, parameters, strict=True)))
         self._shifted = False
         self._prepare(parameters)
 
@@ -117,9 +115,9 @@ class Optimizer:
             self._plan: Any = VerifiedPlan(self._backend, layout, self._tree.leaves)
         else:
             self._plan = self._backend.plan(layout)
-        # One native call is as a whole anyway; several are not.
+        # One native call is a whole anyway; several are not.
         whole = all(group.rule.program.phases == 1 for group in self._groups)
-        self._guard = nullcontext if whole and self._backend.checks_arrays else deferred
+        self._deferring = not (whole and self._backend.checks_arrays)
 
     def step(self, grads: Any, *, hessian: Any = None) -> StepInfo:
         """One step, in place.
@@ -136,16 +134,16 @@ class Optimizer:
             raise RuntimeError("step inside of lookahead(): leave the context first")
         for group in self._scheduled:
             group.lr = group.rule.lr_at(self.step_count + 1)
-        if self._guard is nullcontext:
-            number = self._plan.step(grads, hessian, False)
-            if number is None:
-                number = self._explained_step(grads, hessian)
-        else:
-            with self._guard():
+        if self._deferring:
+            with deferred():
                 number = self._plan.step(grads, hessian, False)
                 if number is None:
                     number = self._explained_step(grads, hessian)
-        return StepInfo(number, self._rates())
+        else:
+            number = self._plan.step(grads, hessian, False)
+            if number is None:
+                number = self._explained_step(grads, hessian)
+        return StepInfo(number, self._groups[0].lr if self._uniform else self._rates())
 
     def _explained_step(self, grads: Any, hessian: Any) -> int:
         """What the plan did not take: refused with the reason, or laid out so that it will be."""
@@ -176,9 +174,7 @@ class Optimizer:
             for k, (label, value) in enumerate(zip(labels, values, strict=True))
         ]
 
-    def _rates(self) -> float | dict[str, float]:
-        if len(self._groups) == 1:
-            return self._groups[0].lr
+    def _rates(self) -> dict[str, float]:
         return {group.label: group.lr for group in self._groups}
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 from ..environment import choice
@@ -41,6 +42,12 @@ def get_backend(name: str = "auto") -> Backend:
     return backend
 
 
+@functools.cache
+def default_backend() -> Backend:
+    """What "auto" stands for: asked at every `update`, decided once."""
+    return get_backend()
+
+
 __all__ = [
     "BACKENDS",
     "Backend",
@@ -49,5 +56,6 @@ __all__ = [
     "Plan",
     "check_registry",
     "core",
+    "default_backend",
     "get_backend",
 ]

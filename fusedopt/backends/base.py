@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,8 +22,10 @@ class Group:
     rule: Rule
     lr: float = 0.0
 
-    def scalars(self, t: int) -> tuple[float, ...]:
-        return self.rule.program.scalars(t, self.lr)
+    def folding(self) -> Callable[[int], tuple[float, ...]]:
+        """From the leaf's t to the scalars of its program, at the learning rate of then."""
+        fold = self.rule.program.scalars
+        return lambda t: fold(t, self.lr)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays import memory_order
+from ..environment import sleepy_openmp
 from ..newton_schulz import Workspace, as_matrix
 from ..rules import RULES, Nesterov, Rule
 from ..rules.base import Program
@@ -15,7 +16,8 @@ from .base import Group, Layout, Plan
 
 _reason: str | None = None
 try:
-    from .. import _core as core
+    with sleepy_openmp():
+        from .. import _core as core
 except ImportError as error:
     core = None  # type: ignore[assignment]
     _reason = f"the compiled core could not be imported ({error}); it was not built"
@@ -112,15 +114,14 @@ class NativePlan:
         self.work_bytes = matrices.work_bytes
         # The core's objects are unknown to the garbage collector: what it calls must not lead back
         # to this plan.
-        groups = layout.groups
         self.step = core.Plan(
             tree=layout.tree,
             arrays=[[*a, *matrices.work.get(k, ())] for k, a in enumerate(layout.arrays)],
             groups=list(layout.group_of),
             batches=[matrices.batches.get(k, -1) for k in range(len(layout.arrays))],
-            programs=[_compile(group.rule.program) for group in groups],
+            programs=[_compile(group.rule.program) for group in layout.groups],
             counters=layout.counters,
-            scalars=lambda group, t: groups[group].scalars(t),
+            scalars=[group.folding() for group in layout.groups],
             between=matrices.between,
             threads=layout.threads or 0,
         ).step

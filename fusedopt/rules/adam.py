@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from math import expm1, log, sqrt
 from typing import Literal
 
 import numpy as np
@@ -110,21 +110,20 @@ class Adam(Rule):
     def scalars(self, t: int, lr: float) -> tuple[float, ...]:
         b1, b2 = self.betas
         c1 = c2 = 1.0
-        if self.bias_correction:
-            c1, c2 = correction(b1, t), correction(b2, t)
+        if self.bias_correction:  # `correction` spelled out: two calls are 5 % of a small step
+            c1 = -expm1(t * log(b1)) if b1 else 1.0
+            c2 = -expm1(t * log(b2)) if b2 else 1.0
         # The constants move out of the root: see the struct.
         inner = 1.0 if self.amsgrad == "corrected" else c2
-        root = math.sqrt(inner)
-        step = lr * root / c1
-        scale, root_scale = (1.0, 1.0) if self.hat else (root, inner)
-        head = b1, 1.0 - b1, b2, 1.0 - b2
-        eps = self.eps_root * root_scale, self.eps * scale
+        root = sqrt(inner)
+        eps_root, eps = self.eps_root, self.eps
+        if not self.hat:
+            eps_root, eps = eps_root * inner, eps * root
+        values = b1, 1.0 - b1, b2, 1.0 - b2, lr * root / c1, eps_root, eps
         if self.nesterov:
             ahead = correction(b1, t + 1) if self.bias_correction else 1.0
-            return *head, lr * root * b1 / ahead, *eps, step * (1.0 - b1)
-        if self.amsgrad:
-            return *head, step, *eps, inner / c2
-        return *head, step, *eps
+            return *values[:4], lr * root * b1 / ahead, eps_root, eps, values[4] * (1.0 - b1)
+        return (*values, inner / c2) if self.amsgrad else values
 
     def textbook(
         self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float

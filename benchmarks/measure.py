@@ -1,0 +1,72 @@
+"""Times of several contenders, taken in turn, so that whatever disturbs one disturbs all."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+
+from problems import Step
+
+PAUSE = 0.02
+"""Seconds before each sample: runtimes let their threads spin for some milliseconds after a call,
+and would take the processor from the next contender."""
+SAMPLE = 0.05
+"""Seconds that a sample of a short step takes at least, of many calls."""
+
+
+class Times:
+    """Seconds per call: of each contender one figure for each round."""
+
+    def __init__(self, seconds: Mapping[str, list[float]]) -> None:
+        self.seconds = seconds
+
+    def median(self, name: str) -> float:
+        return statistics.median(self.seconds[name])
+
+    def medians(self) -> dict[str, float]:
+        return {name: self.median(name) for name in self.seconds}
+
+    def ratio(self, a: str, b: str) -> float:
+        """How many times as long as b a takes: the median of the rounds' own ratios."""
+        pairs = zip(self.seconds[a], self.seconds[b], strict=True)
+        return statistics.median(x / y for x, y in pairs)
+
+    def difference(self, a: str, b: str) -> float:
+        """How many seconds longer than b a takes: the median of the rounds' own differences."""
+        pairs = zip(self.seconds[a], self.seconds[b], strict=True)
+        return statistics.median(x - y for x, y in pairs)
+
+
+def interleaved(steps: Mapping[str, Step], rounds: int, *, asleep: bool = False) -> Times:
+    """Times every contender once in each of the rounds, and begins each round with another.
+
+    asleep: time a single call after a pause, when all threads sleep; otherwise an untimed call
+    wakes the contender's own threads, and a short step is timed over many calls.
+    """
+    calls = {name: 1 if asleep else _calls(step) for name, step in steps.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    for k in range(rounds):
+        first = k % len(names)
+        for name in names[first:] + names[:first]:
+            step = steps[name]
+            time.sleep(PAUSE)
+            if not asleep:
+                step()
+            seconds[name].append(_timed(step, calls[name]) / calls[name])
+    return Times(seconds)
+
+
+def _calls(step: Step) -> int:
+    step()
+    # The first call after a pause can be much slower than the next ones.
+    once = min(_timed(step, 1) for _ in range(2))
+    return max(1, round(SAMPLE / once))
+
+
+def _timed(step: Step, calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        step()
+    return time.perf_counter() - start

@@ -1,0 +1,145 @@
+"""The tensors of a benchmark: made once, and given to every contender alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+import fusedopt as fo
+
+Array = npt.NDArray[Any]
+Shapes = Mapping[str, tuple[int, ...]]
+Step = Callable[[], object]
+
+SAMPLES = 1_000_000
+"""About so many elements of a problem are compared where a step is checked."""
+
+
+def gpt2_block(prefix: str = "h.0") -> dict[str, tuple[int, ...]]:
+    """The 12 parameters of one block of GPT-2 small, 7.1 million elements."""
+    d = 768
+    weights = {
+        "ln_1": (d,),
+        "attn.c_attn": (d, 3 * d),
+        "attn.c_proj": (d, d),
+        "ln_2": (d,),
+        "mlp.c_fc": (d, 4 * d),
+        "mlp.c_proj": (4 * d, d),
+    }
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in weights.items():
+        shapes |= {f"{prefix}.{name}.w": shape, f"{prefix}.{name}.b": shape[-1:]}
+    return shapes
+
+
+def gpt2_small() -> dict[str, tuple[int, ...]]:
+    """The 148 parameters of GPT-2 small, 124.4 million elements."""
+    shapes: dict[str, tuple[int, ...]] = {"wte": (50257, 768), "wpe": (1024, 768)}
+    for block in range(12):
+        shapes |= gpt2_block(f"h.{block}")
+    return shapes | {"ln_f.w": (768,), "ln_f.b": (768,)}
+
+
+def tensors(count: int, size: int) -> dict[str, tuple[int, ...]]:
+    """So many vectors of one size."""
+    return {f"t{k}": (size,) for k in range(count)}
+
+
+def rule_of(name: str) -> fo.Rule:
+    """The rule in PyTorch's convention where there is one, so that all contenders do equal work."""
+    cls: Any = fo.RULES[name]
+    # Without momentum, PyTorch's default, its SGD would keep no buffer.
+    settings = {"momentum": 0.9} if name in ("momentum", "nesterov") else {}
+    rule: fo.Rule = cls.like("torch", **settings) if "torch" in cls.conventions else cls()
+    return rule
+
+
+def elementwise_rules() -> list[str]:
+    """The rules whose step is one pass over the arrays, to which a sweep's speed is the limit."""
+    return [name for name in fo.RULES if rule_of(name).program.phases == 1]
+
+
+class Leaf(NamedTuple):
+    """One tensor: parameter, gradient and states, all of one shape and dtype."""
+
+    p: Array
+    g: Array
+    states: tuple[Array, ...]
+
+
+class Problem:
+    """Parameters, gradients and states of one rule; every contender steps these very arrays.
+
+    shapes: by name. dtype: float32 or float64, of everything. The states are those that `optimizer`
+    made. All values are random, the same in each run, and none is near a denormal.
+    """
+
+    def __init__(self, shapes: Shapes, rule: fo.Rule, dtype: type = np.float32) -> None:
+        rng = np.random.default_rng(0)
+
+        def normal() -> dict[str, Array]:
+            return {name: rng.standard_normal(shape, dtype) for name, shape in shapes.items()}
+
+        self.rule = rule
+        self.params, self.grads = normal(), normal()
+        self.optimizer = fo.Optimizer(self.params, rule)
+        self.leaves = [
+            Leaf(p, self.grads[name], tuple(self.optimizer.state[name].values()))
+            for name, p in self.params.items()
+        ]
+        for _, g, states in self.leaves:
+            for state in states:
+                np.abs(g, out=state)
+
+    @property
+    def written_states(self) -> list[int]:
+        """Which states a step changes: the reference hands back the others as it got them."""
+        p, g, *states = (np.ones(1) for _ in range(2 + len(self.rule.states)))
+        _, new = self.rule.reference(p, g, tuple(states), t=1, lr=0.1)
+        return [k for k, (a, b) in enumerate(zip(states, new, strict=True)) if a is not b]
+
+    @property
+    def bytes_per_step(self) -> int:
+        """What a step must read and write: each array once, and twice where it changes."""
+        passes = 3 + len(self.rule.states) + len(self.written_states)
+        return passes * sum(leaf.p.nbytes for leaf in self.leaves)
+
+    def sample(self) -> list[Array]:
+        """Every so manieth element of parameters, gradients and each state, in float64."""
+        # Odd, so that all lanes of a vector are seen.
+        stride = sum(leaf.p.size for leaf in self.leaves) // SAMPLES | 1
+        arrays = zip(*((p, g, *states) for p, g, states in self.leaves), strict=True)
+        return [
+            np.concatenate([a.reshape(-1)[::stride].astype(np.float64) for a in same])
+            for same in arrays
+        ]
+
+    def check_first(self, step: Step) -> None:
+        """Takes a contender's first step; AssertionError where it is not what the rule says.
+
+        Every sampled element must agree with the rule's reference within the rounding of a few
+        operations.
+        """
+        p, g, *states = self.sample()
+        step()
+        p_new, g_new, *states_new = self.sample()
+        expected, expected_states = self.rule.reference(
+            p, g, tuple(states), t=1, lr=self.rule.lr_at(1)
+        )
+        np.testing.assert_array_equal(g_new, g, "the gradients changed")
+        names = ("p", *self.rule.states)
+        olds, news = (p, *states), (p_new, *states_new)
+        eps = np.finfo(self.leaves[0].p.dtype).eps
+        for name, old, new, target in zip(
+            names, olds, news, (expected, *expected_states), strict=True
+        ):
+            size, change = np.maximum(np.abs(old), np.abs(target)), np.abs(target - old)
+            slack = eps * (4 * size + 64 * change)
+            wrong = np.flatnonzero(~(np.abs(new - target) <= slack))
+            assert not wrong.size, (
+                f"{name}: {wrong.size} of {new.size} sampled elements are wrong, the first is"
+                f" {new[wrong[0]]!r} instead of {target[wrong[0]]!r}"
+            )
