@@ -266,12 +266,11 @@ struct Node {
   }
 };
 
-// Collects the leaves of a tree of the same shape, in order; false where it differs.
-bool collect(const Node& node, PyObject* o, std::vector<py::object>& out) {
-  if (node.leaf) {
-    out.push_back(py::reinterpret_borrow<py::object>(o));
-    return true;
-  }
+// Visits the leaves of a tree of the same shape, in order; false where it differs or where a visit
+// says so.
+template <class Visit>
+bool walk(const Node& node, PyObject* o, const Visit& visit) {
+  if (node.leaf) return visit(o);
   const auto count = static_cast<Py_ssize_t>(node.children.size());
   if (node.mapping) {
     if (!PyDict_Check(o) || PyDict_Size(o) != count) return false;
@@ -279,20 +278,20 @@ bool collect(const Node& node, PyObject* o, std::vector<py::object>& out) {
     PyObject *key, *next;
     // Nearly always the same key objects in the same order: then nothing has to be looked up.
     while (k < count && PyDict_Next(o, &at, &key, &next) && key == node.keys[k].ptr())
-      if (!collect(node.children[k++], next, out)) return false;
+      if (!walk(node.children[k++], next, visit)) return false;
     for (; k < count; ++k) {
       PyObject* const value = PyDict_GetItemWithError(o, node.keys[k].ptr());
       if (!value && PyErr_Occurred()) throw py::error_already_set();
-      if (!value || !collect(node.children[k], value, out)) return false;
+      if (!value || !walk(node.children[k], value, visit)) return false;
     }
     return true;
   }
-  if (!PyList_Check(o) && !PyTuple_Check(o)) return false;
+  if ((!PyList_Check(o) && !PyTuple_Check(o)) || PySequence_Fast_GET_SIZE(o) != count) return false;
   for (Py_ssize_t k = 0; k < count; ++k)
     if (PySequence_Fast_GET_SIZE(o) != count ||
-        !collect(node.children[k], PySequence_Fast_GET_ITEM(o, k), out))
+        !walk(node.children[k], PySequence_Fast_GET_ITEM(o, k), visit))
       return false;
-  return PySequence_Fast_GET_SIZE(o) == count;
+  return true;
 }
 
 // ---------------------------------------------------------------- plans
@@ -341,7 +340,7 @@ class Plan {
     });
     if (!read_tree(GRADIENT, gradients, flat) || !read_tree(HESSIAN, hessian, flat))
       return py::none();
-    if (!prepare()) return py::none();
+    prepare();
     for (int batch = 0; batch < batch_count_; ++batch) {
       py::list members;
       for (const std::size_t k : active_)
@@ -396,57 +395,64 @@ class Plan {
   }
 
   bool read_tree(Slot slot, const py::object& tree, bool flat) {
-    const std::size_t first = refs_.size();
     if (slot == HESSIAN && tree.is_none()) {
-      for (std::size_t k = 0; k < own_.size(); ++k) operands_[k * MAX_OPERANDS + slot] = {};
+      for (std::size_t k = 0; k < own_.size(); ++k) clear(operands_[k * MAX_OPERANDS + slot]);
       return true;
     }
-    if (flat)
-      for (const py::handle leaf : tree) refs_.push_back(py::reinterpret_borrow<py::object>(leaf));
-    else if (!collect(tree_, tree.ptr(), refs_))
-      return false;
-    if (refs_.size() - first != own_.size()) return false;
     const Table& table = *level().table;
-    for (std::size_t k = 0; k < own_.size(); ++k) {
-      Operand& operand = operands_[k * MAX_OPERANDS + slot];
-      const char* const passed = operand.data;
-      const std::size_t passed_size = operand.size;
-      operand.data = nullptr;
-      PyObject* const o = refs_[first + k].ptr();
-      if (o == Py_None) continue;
-      if ((slot == HESSIAN && !program(k).takes_hessian) ||
-          !read_input(o, own_[k].parameter, own_[k].compute, table, operand)) {
-        operand.data = nullptr;
-        return false;
-      }
-      // Memory that passed in the last step passes again.
-      const bool known = operand.data == passed && operand.size == passed_size;
-      if (!known && overlaps_written(operand, own_[k].elements)) {
-        operand.data = nullptr;
-        return false;
-      }
-    }
-    return true;
+    std::size_t k = 0;
+    const auto visit = [&](PyObject* o) {
+      return k < own_.size() && (slot != GRADIENT || unmoved(own_[k])) &&
+             read_leaf(slot, k++, o, table);
+    };
+    if (!flat) return walk(tree_, tree.ptr(), visit) && k == own_.size();
+    for (const py::handle leaf : tree)
+      if (!visit(leaf.ptr())) return false;
+    return k == own_.size();
+  }
+
+  static bool unmoved(const Own& own) {
+    const Proxy* const p = own.parameter;
+    return is_target(p) && p->data == own.data && elements_of(p) == own.elements;
+  }
+
+  // Absent: no operation that needs it runs, and nothing is decoded.
+  static void clear(Operand& operand) {
+    operand.data = nullptr;
+    operand.decode = nullptr;
+  }
+
+  bool read_leaf(Slot slot, std::size_t k, PyObject* o, const Table& table) {
+    Operand& operand = operands_[k * MAX_OPERANDS + slot];
+    const char* const passed = operand.data;
+    const std::size_t passed_size = operand.size;
+    clear(operand);
+    if (o == Py_None) return true;
+    refs_.push_back(py::reinterpret_borrow<py::object>(o));
+    bool fits = (slot != HESSIAN || program(k).takes_hessian) &&
+                read_input(o, own_[k].parameter, own_[k].compute, table, operand);
+    // Memory that passed in the last step passes again.
+    if (operand.data != passed || operand.size != passed_size)
+      fits = fits && !overlaps_written(operand, own_[k].elements);
+    if (!fits) clear(operand);
+    return fits;
   }
 
   // Which leaves take part, and their scalars: once for each group, compute type and t.
-  bool prepare() {
+  void prepare() {
     active_.clear();
     scalar_cache_.clear();
     leaf_scalars_.resize(own_.size());
     std::size_t last = own_.size();  // the leaf before this one that takes part
     for (std::size_t k = 0; k < own_.size(); ++k) {
-      const Own& own = own_[k];
-      const Proxy* const p = own.parameter;
-      if (!is_target(p) || p->data != own.data || elements_of(p) != own.elements) return false;
       if (!operands_[k * MAX_OPERANDS + GRADIENT].data) continue;
       const bool alike = last < k && groups_[k] == groups_[last] &&
-                         own.compute == own_[last].compute && counts_[k + 1] == counts_[last + 1];
+                         own_[k].compute == own_[last].compute &&
+                         counts_[k + 1] == counts_[last + 1];
       leaf_scalars_[k] = alike ? leaf_scalars_[last] : &scalars_of(k);
       active_.push_back(k);
       last = k;
     }
-    return true;
   }
 
   const Scalars& scalars_of(std::size_t k) {

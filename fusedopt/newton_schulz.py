@@ -38,16 +38,20 @@ class Workspace:
         eps: float,
         factor: float,
     ) -> None:
-        """Replaces the matrix u by factor times its Newton-Schulz iterate.
+        """Replaces u by factor times its Newton-Schulz iterate, and allocates nothing for it.
 
-        u: matrix of the workspace's dtype, in any layout. coefficients: (a, b, c) of each
-        iteration x := a x + (b A + c A^2) x, A = x x^T, from x = u / (||u|| + eps).
+        u: array of the workspace's dtype, in any layout, treated as a matrix. coefficients:
+        (a, b, c) of each iteration x := a x + (b A + c A^2) x, A = x x^T, from
+        x = u / (||u|| + eps).
         """
-        wide = u.shape[0] <= u.shape[1]
-        n, m = u.shape if wide else u.shape[::-1]
+        rows, cols = as_matrix(u.shape)
+        n, m = sorted((rows, cols))
         x, y = (b[: n * m].reshape(n, m) for b in (self._x, self._y))
         gram, square = (b[: n * n].reshape(n, n) for b in (self._gram, self._square))
-        np.copyto(x, u if wide else u.T)
+        upright = x if rows <= cols else y.reshape(rows, cols)  # as u stands, in C order
+        np.copyto(upright.reshape(u.shape), u)
+        if upright is not x:
+            np.copyto(x, upright.T)
         # Whatever np.seterr says: an error here would leave a step half done.
         with np.errstate(all="ignore"):
             _normalize(x, eps, y)
@@ -61,7 +65,9 @@ class Workspace:
                 x *= a
                 x += y
             x *= factor
-        np.copyto(u if wide else u.T, x)
+        if upright is not x:
+            np.copyto(upright, x.T)
+        np.copyto(u, upright.reshape(u.shape))
 
 
 def _extents(shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -82,6 +83,7 @@ class Optimizer:
         parameters = self._check_parameters()
         self._states = allocate(list(zip(self._rules, parameters, strict=True)))
         self._shifted = False
+        self._lock = threading.Lock()
         self._prepare(parameters)
 
     @property
@@ -115,9 +117,10 @@ class Optimizer:
             self._plan: Any = VerifiedPlan(self._backend, layout, self._tree.leaves)
         else:
             self._plan = self._backend.plan(layout)
-        # One native call is a whole anyway; several are not.
-        whole = all(group.rule.program.phases == 1 for group in self._groups)
-        self._deferring = not (whole and self._backend.checks_arrays)
+        # One native call guards itself, and is a whole; whatever more there is must be made so.
+        native = self._backend.checks_arrays and not self._options.verify
+        one_phase = all(group.rule.program.phases == 1 for group in self._groups)
+        self._simple = native and one_phase and not self._scheduled
 
     def step(self, grads: Any, *, hessian: Any = None) -> StepInfo:
         """One step, in place.
@@ -132,18 +135,29 @@ class Optimizer:
         """
         if self._shifted:
             raise RuntimeError("step inside of lookahead(): leave the context first")
-        for group in self._scheduled:
-            group.lr = group.rule.lr_at(self.step_count + 1)
-        if self._deferring:
-            with deferred():
+        if not self._simple:
+            return self._guarded_step(grads, hessian)
+        number = self._plan.step(grads, hessian, False)
+        if number is None:
+            number = self._explained_step(grads, hessian)
+        return StepInfo(number, self._rates())
+
+    def _guarded_step(self, grads: Any, hessian: Any) -> StepInfo:
+        with deferred():
+            if not self._lock.acquire(blocking=False):
+                raise RuntimeError(
+                    "this optimizer is stepping in another thread: give each thread its own"
+                    " optimizer"
+                )
+            try:
+                for group in self._scheduled:
+                    group.lr = group.rule.lr_at(self.step_count + 1)
                 number = self._plan.step(grads, hessian, False)
                 if number is None:
                     number = self._explained_step(grads, hessian)
-        else:
-            number = self._plan.step(grads, hessian, False)
-            if number is None:
-                number = self._explained_step(grads, hessian)
-        return StepInfo(number, self._groups[0].lr if self._uniform else self._rates())
+                return StepInfo(number, self._rates())
+            finally:
+                self._lock.release()
 
     def _explained_step(self, grads: Any, hessian: Any) -> int:
         """What the plan did not take: refused with the reason, or laid out so that it will be."""
@@ -174,7 +188,9 @@ class Optimizer:
             for k, (label, value) in enumerate(zip(labels, values, strict=True))
         ]
 
-    def _rates(self) -> dict[str, float]:
+    def _rates(self) -> float | dict[str, float]:
+        if self._uniform:
+            return self._groups[0].lr
         return {group.label: group.lr for group in self._groups}
 
     @property

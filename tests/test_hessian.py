@@ -97,3 +97,14 @@ def test_refresh(rule: fo.Rule, expected: float, backend: str) -> None:
     np.testing.assert_allclose(p, 1 - 1e-4 - 1e-5, rtol=1e-13)
     opt.step(np.ones(3))
     np.testing.assert_allclose(opt.state["params"]["h"], expected, rtol=1e-13)
+
+
+def test_a_step_without_an_estimate_after_one_of_the_other_dtype() -> None:
+    p = np.ones(1000, np.float32)
+    opt = fo.Optimizer({"p": p, "q": np.ones(3)}, fo.Sophia())
+    g = {"p": np.ones(1000), "q": np.ones(3)}
+    opt.step(g, hessian=g)
+    h = opt.state["p"]["h"].copy()
+    opt.step(g, hessian={"p": None, "q": np.ones(3)})
+    opt.step(g)
+    np.testing.assert_array_equal(opt.state["p"]["h"], h)

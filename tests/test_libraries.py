@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from golden import problem
 
 import fusedopt as fo
+from golden import problem
 
 Entry = dict[str, Any]
 

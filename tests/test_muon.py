@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -102,6 +103,21 @@ def test_buffers_are_made_once_and_shared() -> None:
     opt.step([np.cos(np.arange(p.size)).reshape(p.shape) for p in params])
     for p, alone in zip(params, apart, strict=True):
         np.testing.assert_array_equal(p, alone)
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300), (40, 10, 5, 5)])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_the_products_allocate_nothing(shape: tuple[int, ...], order: Any) -> None:
+    # They come when other matrices have been updated already: too late to run out of memory.
+    p = np.zeros(shape, np.float32, order=order)
+    opt = fo.Optimizer(p, fo.Muon())
+    g = np.asarray(np.random.default_rng(2).standard_normal(shape), np.float32, order=order)
+    opt.step(g)
+    tracemalloc.start()
+    opt.step(g)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10_000
 
 
 def test_decay_is_not_scaled_by_the_shape() -> None:

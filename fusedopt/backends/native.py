@@ -49,16 +49,16 @@ def _compile(program: Program) -> Any:
 def check_registry() -> None:
     """ImportError where the compiled table is not the one that the rules were written for."""
     table = {name: (operands, scalars) for name, operands, scalars in core.operations()}
-    for cls in RULES.values():
-        rule = cls()  # type: ignore[call-arg]  # every subclass has a default for lr
-        for op in rule.operations():
+    rules = (cls(**example) for cls in RULES.values() for example in cls.examples)
+    for rule in rules:
+        for op in rule.every_operation():
             operands = len(op.operands) - (op.loop == "peek")
             scalars = len(op.scalars(1, 0.1)) + 2 * (op.loop != "other")
             if table.get(op.kernel) != (operands, scalars):
                 raise ImportError(
-                    f"stale extension, rebuild: {cls.__name__} needs the kernel {op.kernel!r} with"
-                    f" (operands, scalars) = {(operands, scalars)}, the compiled core has"
-                    f" {table.get(op.kernel)}"
+                    f"stale extension, rebuild: {type(rule).__name__} needs the kernel"
+                    f" {op.kernel!r} with (operands, scalars) = {(operands, scalars)}, the compiled"
+                    f" core has {table.get(op.kernel)}"
                 )
 
 
@@ -157,7 +157,4 @@ class _Matrices:
     def between(self, batch: int, leaves: Sequence[int]) -> None:
         for k in leaves:
             (work,) = self.work[k]
-            u = work.reshape(as_matrix(work.shape))
-            self._rules[k].between(u, self._spaces[work.dtype])
-            if not np.shares_memory(u, work):  # a filter in Fortran order
-                work[...] = u.reshape(work.shape)
+            self._rules[k].between(work, self._spaces[work.dtype])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from ..interrupts import deferred
 from ..rules import Rule
 from .base import Layout, Plan
 
@@ -60,8 +60,9 @@ class ReferenceBackend:
         hessian: np.ndarray | None,
     ) -> bool:
         new = reference_step(rule, arrays, g, hessian, t=t, lr=lr)
-        for a, b in zip(arrays, new, strict=True):
-            a[...] = b
+        with deferred():
+            for a, b in zip(arrays, new, strict=True):
+                a[...] = b
         return True
 
     def shift(self, rule: Any, p: np.ndarray, v: np.ndarray) -> None:
@@ -75,21 +76,10 @@ class ReferencePlan:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        self._busy = threading.Lock()
 
     def step(self, grads: Any, hessian: Any, flat: bool) -> int | None:
-        if not flat:
+        if not flat:  # the optimizer checks, and sees to it that this is not interrupted
             return None
-        if not self._busy.acquire(blocking=False):
-            raise RuntimeError(
-                "this optimizer is stepping in another thread: give each thread its own optimizer"
-            )
-        try:
-            return self._step(grads, hessian)
-        finally:
-            self._busy.release()
-
-    def _step(self, grads: Sequence[Any], hessian: Sequence[Any] | None) -> int:
         layout = self._layout
         results = {}
         for k, g in enumerate(grads):

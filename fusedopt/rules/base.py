@@ -164,12 +164,19 @@ class Rule:
         """The program of one step."""
         return (Operation(self.kernel, ("p", "g", *self.states), self.scalars),)
 
+    def every_operation(self) -> tuple[Operation, ...]:
+        """Of the step, and of whatever else the rule runs."""
+        return self.operations()
+
     def absorb(self, states: tuple[Array, ...], hessian: Array) -> tuple[Array, ...]:
         """The textbook form of what a step does with a Hessian estimate."""
         raise TypeError(f"{type(self).__name__} takes no Hessian")
 
     def between(self, direction: np.ndarray, space: Workspace) -> None:
-        """What a rule of two phases does to the direction, a matrix, in place, between them."""
+        """What a rule of two phases does to the direction, in place, between them.
+
+        Must not raise: the matrices before this one have been updated by then.
+        """
         raise TypeError(f"{type(self).__name__} has one phase")
 
     def refuses(self, p: np.ndarray) -> str | None:

@@ -170,7 +170,7 @@ class Muon(Rule):
     def between(self, direction: np.ndarray, space: Workspace) -> None:
         if direction.size == 0:
             return
-        factor = self.factor(*direction.shape)
+        factor = self.factor(*as_matrix(direction.shape))
         coefficients = [self.ns_coefficients] * self.ns_steps
         space.orthogonalize(direction, coefficients, self.eps, factor)
 

@@ -63,6 +63,9 @@ class Nesterov(Rule):
             return mu, lr, lr, mu
         return mu, lr, 1.0
 
+    def every_operation(self) -> tuple[Operation, ...]:
+        return *self.operations(), *self.shift.operations
+
     @functools.cached_property
     def shift(self) -> Program:
         """Moves p to where the gradient is wanted; the velocity takes the gradient's place."""
