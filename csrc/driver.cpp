@@ -62,50 +62,48 @@ void run_leaf(const Leaf& leaf, std::size_t from, std::size_t to) {
 
 struct Work {
   const std::vector<Leaf>& leaves;
-  std::vector<std::size_t> starts;  // of each leaf, in the concatenation of all; total at the end
+  std::size_t elements;  // of all leaves
   std::size_t parts;
 };
 
 // Cuts fall on tiles of their leaf, so that no tile is shared between two threads.
-std::size_t cut(const Leaf& leaf, std::size_t start, std::size_t position) {
-  if (position <= start) return 0;
-  if (position >= start + leaf.elements) return leaf.elements;
-  return (position - start) / TILE * TILE;
+std::size_t cut(const Leaf& leaf, std::size_t position) {
+  if (position <= leaf.start) return 0;
+  if (position >= leaf.start + leaf.elements) return leaf.elements;
+  return (position - leaf.start) / TILE * TILE;
 }
 
 void run_part(void* context, std::size_t part) {
   const Work& work = *static_cast<const Work*>(context);
-  const std::size_t total = work.starts.back();
-  // Two divisions instead of part * total / parts: that product could overflow.
-  const std::size_t each = total / work.parts, rest = total % work.parts;
+  // Two divisions instead of part * elements / parts: that product could overflow.
+  const std::size_t each = work.elements / work.parts, rest = work.elements % work.parts;
   const std::size_t from = part * each + std::min(part, rest);
   const std::size_t to = from + each + (part < rest);
-  std::size_t k =
-      std::upper_bound(work.starts.begin(), work.starts.end(), from) - work.starts.begin() - 1;
-  for (; k < work.leaves.size() && work.starts[k] < to; ++k) {
-    const Leaf& leaf = work.leaves[k];
-    const std::size_t low = cut(leaf, work.starts[k], from), high = cut(leaf, work.starts[k], to);
-    if (low < high) run_leaf(leaf, low, high);
+  auto leaf = std::partition_point(work.leaves.begin(), work.leaves.end(),
+                                   [from](const Leaf& l) { return l.start + l.elements <= from; });
+  for (; leaf != work.leaves.end() && leaf->start < to; ++leaf) {
+    const std::size_t low = cut(*leaf, from), high = cut(*leaf, to);
+    if (low < high) run_leaf(*leaf, low, high);
   }
 }
 
 }  // namespace
 
-void run(const std::vector<Leaf>& leaves, int threads) {
-  std::size_t total = 0;
-  for (const Leaf& leaf : leaves) total += leaf.elements;
+void run(std::vector<Leaf>& leaves, int threads) {
+  std::size_t elements = 0;
+  for (Leaf& leaf : leaves) {
+    leaf.start = elements;
+    elements += leaf.elements;
+  }
   threads = std::min(threads, parallel_limit());
-  if (threads <= 1 || total < SERIAL) {
+  if (threads <= 1 || elements < SERIAL) {
     for (const Leaf& leaf : leaves)
       if (leaf.elements) run_leaf(leaf, 0, leaf.elements);
     return;
   }
-  Work work{leaves, {}, 0};
-  work.starts.reserve(leaves.size() + 1);
-  work.starts.push_back(0);
-  for (const Leaf& leaf : leaves) work.starts.push_back(work.starts.back() + leaf.elements);
+  Work work{leaves, elements, 0};
   work.parts = std::max<std::size_t>(
-      1, std::min<std::size_t>(total / SMALLEST_PART, threads * PARTS_PER_THREAD));
+      1, std::min<std::size_t>(elements / SMALLEST_PART, threads * PARTS_PER_THREAD));
   parallel_for(work.parts, threads, run_part, &work);
 }
 

@@ -28,10 +28,11 @@ struct Leaf {
   const Operand* operands;
   const Step* steps;
   int operand_count, step_count;
+  std::size_t start;  // in the concatenation of all leaves; `run` finds it
 };
 
 // Runs every leaf's program over all of its elements, in one parallel region. The result does not
 // depend on `threads` or on how the leaves are cut.
-void run(const std::vector<Leaf>& leaves, int threads);
+void run(std::vector<Leaf>& leaves, int threads);
 
 }  // namespace fusedopt

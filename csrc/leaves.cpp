@@ -104,7 +104,6 @@ bool read_input(PyObject* o, const Proxy* parameter, int compute, const Table& t
   if (!a || !(a->flags & ALIGNED)) return false;
   const int format = format_of(a);
   if (format < 0 || !same_layout(a, SIZES[format], parameter, SIZES[compute])) return false;
-  // Field by field: a struct made beside its place and copied stalls on its own stores.
   out.data = a->data;
   out.decode = table.decode[format][compute];
   out.size = SIZES[format];
@@ -234,8 +233,8 @@ bool update(const Program& program, const py::object& values, const py::object& 
   const Scalars scalars(program, compute, values.ptr());
   std::vector<Step> steps;
   append_steps(program, 0, compute, scalars, operands, steps);
-  const std::vector<Leaf> leaves{
-      {n, operands, steps.data(), INPUTS + program.arrays, static_cast<int>(steps.size())}};
+  std::vector<Leaf> leaves{
+      {n, operands, steps.data(), INPUTS + program.arrays, static_cast<int>(steps.size()), 0}};
   const int threads = thread_count.load();
   const py::gil_scoped_release unlocked;  // the arguments hold every array alive
   run(leaves, threads);
@@ -467,9 +466,12 @@ class Plan {
   }
 
   void run_phase(int batch, int phase) {
+    std::size_t most = 0;
+    for (const Program* program : programs_) most = std::max(most, program->ops.size());
     steps_.clear();
-    first_step_.clear();
+    steps_.reserve(active_.size() * most);  // the leaves point into it
     leaves_.resize(active_.size());
+    std::size_t count = 0;
     const Scalars* scalars = nullptr;
     bool refreshed = false;
     std::size_t first = 0;
@@ -483,16 +485,15 @@ class Plan {
         first = steps_.size();
         append_steps(program(k), phase, own_[k].compute, *scalars, operands, steps_);
       }
-      Leaf& leaf = leaves_[first_step_.size()];
+      // Field by field: a struct made beside its place and copied stalls on its own stores.
+      Leaf& leaf = leaves_[count++];
       leaf.elements = own_[k].elements;
       leaf.operands = operands;
+      leaf.steps = steps_.data() + first;
       leaf.operand_count = INPUTS + program(k).arrays;
       leaf.step_count = static_cast<int>(steps_.size() - first);
-      first_step_.push_back(first);
     }
-    leaves_.resize(first_step_.size());
-    // Only now do the steps stay where they are.
-    for (std::size_t j = 0; j < leaves_.size(); ++j) leaves_[j].steps = &steps_[first_step_[j]];
+    leaves_.resize(count);
     const int limit = thread_count.load();
     const int threads = threads_ > 0 ? std::min(threads_, limit) : limit;
     const py::gil_scoped_release unlocked;  // refs_ and held_ keep every array alive
@@ -523,7 +524,6 @@ class Plan {
   std::vector<const Scalars*> leaf_scalars_;
   std::vector<Step> steps_;
   std::vector<Leaf> leaves_;
-  std::vector<std::size_t> first_step_;  // of each leaf
 };
 
 }  // namespace

@@ -23,7 +23,7 @@ def update(
     Raises TypeError for a value of the wrong kind, ValueError for one that does not fit; nothing
     was written then.
     """
-    if (type(step) is not int and not isinstance(step, np.integer)) or step < 1:
+    if isinstance(step, bool) or not hasattr(step, "__index__") or step < 1:
         raise ValueError(f"step: expected an integer >= 1, got {step!r}")
     if not isinstance(rule, Rule):
         raise TypeError(f"rule: expected a fusedopt rule such as fo.AdamW(), got {rule!r}")

@@ -43,7 +43,7 @@ def test_hutchinson_finds_the_diagonal_and_restores_the_bits() -> None:
     rng = np.random.default_rng(2)
     a = rng.standard_normal((6, 6))
     hessian = a @ a.T - 2 * np.eye(6)  # indefinite
-    params = {"x": [rng.standard_normal(6)], "frozen": np.ones(2)}
+    params: Any = {"x": [rng.standard_normal(6)], "frozen": np.ones(2)}
     before = params["x"][0].copy()
 
     def gradient() -> dict[str, Any]:

@@ -55,7 +55,7 @@ MUTANTS = {
         "-k denormal or decay_to_zero",
     ),
     "a tail left out": Mutant(
-        "driver.cpp", "at < to; at += tile", "at + 1 < to || at == 0; at += tile",
+        "driver.cpp", "at < to; at += TILE", "at + 1 < to || at == from; at += TILE",
         "-k gradients_of_the_other_dtype",
     ),
 }  # fmt: skip

@@ -61,12 +61,12 @@ def test_step_info_and_rates() -> None:
 
 
 def test_first_pattern_wins_and_stars_match_the_top_level() -> None:
-    params = {"w": np.ones((2, 2)), "a": {"w": np.ones((2, 2)), "b": np.ones(2)}}
+    params: Any = {"w": np.ones((2, 2)), "a": {"w": np.ones((2, 2)), "b": np.ones(2)}}
     opt = fo.Optimizer(params, {"*.w": fo.SGD(lr=1.0), "*": fo.SGD(lr=2.0)})
     opt.step({"w": np.ones((2, 2)), "a": {"w": np.ones((2, 2)), "b": np.ones(2)}})
     assert (params["w"] == 0).all()
-    assert (params["a"]["w"] == 0).all()  # type: ignore[index]
-    assert (params["a"]["b"] == -1).all()  # type: ignore[index]
+    assert (params["a"]["w"] == 0).all()
+    assert (params["a"]["b"] == -1).all()
 
 
 def test_callable_choice() -> None:
@@ -164,13 +164,14 @@ def test_state_dicts_that_do_not_fit() -> None:
         with pytest.raises(ValueError, match="state_dict"):
             opt.load_state_dict(broken)  # type: ignore[arg-type]
     good = opt.state_dict()
-    for spoil in (
+    spoilers: list[Any] = [
         lambda d: d.update(step=-1),
         lambda d: d["leaves"]["embed"].update(t="1"),
         lambda d: d["leaves"]["embed"].pop("rule"),
         lambda d: d["leaves"]["embed"]["state"].update(m=[1.0]),
         lambda d: d["leaves"].update(embed=3),
-    ):
+    ]
+    for spoil in spoilers:
         bad = copy.deepcopy(good)
         spoil(bad)
         with pytest.raises(ValueError, match="state_dict"):
@@ -229,7 +230,7 @@ def test_copies_have_their_own_arrays(backend: str) -> None:
 
 def test_a_model_and_its_optimizer_stay_together() -> None:
     params = tree()
-    model = {"params": params, "opt": fo.Optimizer(params, MIXED)}
+    model: Any = {"params": params, "opt": fo.Optimizer(params, MIXED)}
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         before = twin["params"]["embed"].copy()
         twin["opt"].step(tree(1))
@@ -320,7 +321,10 @@ def test_nothing_keeps_a_dropped_optimizer_alive() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_lookahead_restores_exact_bits(backend: str) -> None:
     rng = np.random.default_rng(0)
-    params = {"a": rng.standard_normal(1000).astype(np.float32), "b": np.ones((3, 2), order="F")}
+    params: Any = {
+        "a": rng.standard_normal(1000).astype(np.float32),
+        "b": np.ones((3, 2), order="F"),
+    }
     rules = {"a": fo.Nesterov(form="lookahead", momentum=0.9), "b": fo.Nesterov()}
     opt = fo.Optimizer(params, rules, backend=backend)
     opt.step({"a": rng.standard_normal(1000), "b": np.ones((3, 2))})

@@ -23,7 +23,8 @@ def laid_out(draw: Any, values: np.ndarray) -> np.ndarray:
     steps = [draw(st.sampled_from([1, 2, -1])) for _ in range(values.ndim)]
     stretched = [n * abs(s) for n, s in zip(values.shape, steps, strict=True)]
     base = np.zeros([stretched[a] for a in axes], values.dtype).transpose(np.argsort(axes))
-    view = base[(*(slice(None, None, s) for s in steps), ...)]
+    index: Any = (*(slice(None, None, s) for s in steps), ...)
+    view: np.ndarray = base[index]
     view[...] = values
     return view
 

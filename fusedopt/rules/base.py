@@ -77,7 +77,7 @@ class Rule:
     examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
     """Hyperparameters that between them select every kernel and every branch of `scalars`."""
 
-    lr: LearningRate
+    lr: LearningRate = 1e-2
     weight_decay: NonNegative = 0.0
     decay: DecayForm = "l2"
     maximize: bool = False
