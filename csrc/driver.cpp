@@ -9,7 +9,7 @@ namespace {
 
 // benchmarks/README.md says how to measure these two.
 #ifndef FUSEDOPT_SERIAL
-#define FUSEDOPT_SERIAL (1 << 17)
+#define FUSEDOPT_SERIAL (1 << 16)
 #endif
 #ifndef FUSEDOPT_SMALLEST_PART
 #define FUSEDOPT_SMALLEST_PART (1 << 14)

@@ -117,6 +117,7 @@ class Optimizer:
             self._plan: Any = VerifiedPlan(self._backend, layout, self._tree.leaves)
         else:
             self._plan = self._backend.plan(layout)
+        self._plan_step = self._plan.step
         # One native call guards itself, and is a whole; whatever more there is must be made so.
         native = self._backend.checks_arrays and not self._options.verify
         one_phase = all(group.rule.program.phases == 1 for group in self._groups)
@@ -137,10 +138,10 @@ class Optimizer:
             raise RuntimeError("step inside of lookahead(): leave the context first")
         if not self._simple:
             return self._guarded_step(grads, hessian)
-        number = self._plan.step(grads, hessian, False)
+        number = self._plan_step(grads, hessian, False)
         if number is None:
             number = self._explained_step(grads, hessian)
-        return StepInfo(number, self._rates())
+        return StepInfo(number, self._groups[0].lr if self._uniform else self._rates())
 
     def _guarded_step(self, grads: Any, hessian: Any) -> StepInfo:
         with deferred():

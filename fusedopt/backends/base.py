@@ -24,8 +24,7 @@ class Group:
 
     def folding(self) -> Callable[[int], tuple[float, ...]]:
         """From the leaf's t to the scalars of its program, at the learning rate of then."""
-        fold = self.rule.program.scalars
-        return lambda t: fold(t, self.lr)
+        return self.rule.program.folding(self)
 
 
 @dataclass(frozen=True)

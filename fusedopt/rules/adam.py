@@ -116,14 +116,16 @@ class Adam(Rule):
         # The constants move out of the root: see the struct.
         inner = 1.0 if self.amsgrad == "corrected" else c2
         root = sqrt(inner)
-        eps_root, eps = self.eps_root, self.eps
+        step, eps_root, eps = lr * root / c1, self.eps_root, self.eps
         if not self.hat:
             eps_root, eps = eps_root * inner, eps * root
-        values = b1, 1.0 - b1, b2, 1.0 - b2, lr * root / c1, eps_root, eps
         if self.nesterov:
             ahead = correction(b1, t + 1) if self.bias_correction else 1.0
-            return *values[:4], lr * root * b1 / ahead, eps_root, eps, values[4] * (1.0 - b1)
-        return (*values, inner / c2) if self.amsgrad else values
+            step, step_g = lr * root * b1 / ahead, step * (1.0 - b1)
+            return b1, 1.0 - b1, b2, 1.0 - b2, step, eps_root, eps, step_g
+        if self.amsgrad:
+            return b1, 1.0 - b1, b2, 1.0 - b2, step, eps_root, eps, inner / c2
+        return b1, 1.0 - b1, b2, 1.0 - b2, step, eps_root, eps
 
     def textbook(
         self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float

@@ -7,7 +7,7 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from math import expm1, log
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 
@@ -248,11 +248,7 @@ class Rule:
 
 
 class Program:
-    """Operations on a rule's arrays.
-
-    scalars: from (t, lr) to those of all operations in order; a rule's are (gradient factor, decay
-    coefficient, its fields).
-    """
+    """Operations on a rule's arrays, and their scalars."""
 
     MODES: ClassVar = ("plain", "l2", "decoupled", "first", "peek", "peek_l2")  # csrc/table.h
 
@@ -263,7 +259,8 @@ class Program:
         self.phases = 1 + max(op.phase for op in operations)
         decay = {"independent": "decoupled", "decoupled_first": "first"}.get(rule.decay, rule.decay)
         self._decay = decay if rule.weight_decay else "plain"
-        self.scalars = self._folding(rule)
+        line = rule.decay_line if rule.weight_decay else (0.0, 0.0)
+        self._head = (-1.0 if rule.maximize else 1.0, *line)
         self.native: Any = None  # what the native backend compiled it to
 
     def mode(self, op: Operation) -> str:
@@ -272,26 +269,37 @@ class Program:
             return "peek_l2" if self._decay == "l2" else "peek"
         return self._decay if op.loop == "rule" else "plain"
 
-    def _folding(self, rule: Rule) -> Callable[[int, float], tuple[float, ...]]:
-        # Called in every step: what can be settled before is settled here, 0.5 us of it.
-        factor = -1.0 if rule.maximize else 1.0
-        base, slope = rule.decay_line if rule.weight_decay else (0.0, 0.0)
-        first, *rest = self.operations
-        fold = first.scalars
-        if first.loop == "other":
-            assert not rest
-            return fold
-        if not rest:
-            return lambda t, lr: (factor, base + slope * lr, *fold(t, lr))
+    def folding(self, group: HasRate) -> Callable[[int], tuple[float, ...]]:
+        """From the leaf's t to `scalars`, at the group's learning rate of then.
 
-        def all_of_them(t: int, lr: float) -> tuple[float, ...]:
-            head = factor, base + slope * lr
-            values: tuple[float, ...] = ()
-            for op in self.operations:
-                values += (() if op.loop == "other" else head) + op.scalars(t, lr)
-            return values
+        It runs in every step: one frame instead of three are 0.15 us less.
+        """
+        if len(self.operations) > 1 or self.operations[0].loop != "rule":
+            return lambda t: self.scalars(t, group.lr)
+        factor, base, slope = self._head
+        fold = self.operations[0].scalars
 
-        return all_of_them
+        def scalars(t: int) -> tuple[float, ...]:
+            lr = group.lr
+            return factor, base + slope * lr, *fold(t, lr)
+
+        return scalars
+
+    def scalars(self, t: int, lr: float) -> tuple[float, ...]:
+        """Of all operations in order; a rule's are (gradient factor, decay coefficient, fields)."""
+        factor, base, slope = self._head
+        values: tuple[float, ...] = ()
+        for op in self.operations:
+            if op.loop != "other":
+                values += factor, base + slope * lr
+            values += op.scalars(t, lr)
+        return values
+
+
+class HasRate(Protocol):
+    """Something with a learning rate that changes."""
+
+    lr: float
 
 
 @functools.cache
