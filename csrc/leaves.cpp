@@ -110,6 +110,18 @@ bool read_input(PyObject* o, const Proxy* parameter, int compute, const Table& t
   return true;
 }
 
+// Runs the leaves, for long ones without Python's lock; whoever holds the arrays alive is the
+// caller's affair. Handing the lock over costs 0.1 us, as much as 500 elements.
+void run_unlocked(std::vector<Leaf>& leaves, std::size_t elements, int threads) {
+  constexpr std::size_t SHORT = 1 << 13;
+  if (elements < SHORT) {
+    run(leaves, threads);
+  } else {
+    const py::gil_scoped_release unlocked;
+    run(leaves, threads);
+  }
+}
+
 // ---------------------------------------------------------------- programs
 
 // One rule's operations, by their place in the table.
@@ -121,9 +133,12 @@ struct Program {
   std::vector<Op> ops;
   int scalar_count = 0, phases = 1, arrays = 0;
   bool takes_hessian = false;
+  // What a rule's scalars begin with: the factor on the gradient, and base + slope lr.
+  double factor, base, slope;
 
   // Rows: (name, mode, phase, input that it needs or -1, operand slots).
-  explicit Program(const py::list& rows) {
+  Program(const py::list& rows, double factor, double base, double slope)
+      : factor(factor), base(base), slope(slope) {
     const Table& table = *level().table;
     for (const py::handle row : rows) {
       const auto [name, mode, phase, input, slots] =
@@ -150,36 +165,53 @@ struct Program {
   }
 };
 
-// The scalars of a program in float64, as Python folded them, cast once to the compute type.
+// The scalars of a program, folded in float64 and cast once to the compute type.
 class Scalars {
  public:
-  Scalars(const Program& program, int compute, PyObject* values) {
-    const py::object fast = py::reinterpret_steal<py::object>(
-        PySequence_Fast(values, "scalars: expected a sequence of numbers"));
-    if (!fast) throw py::error_already_set();
-    if (PySequence_Fast_GET_SIZE(fast.ptr()) != program.scalar_count)
-      throw py::value_error(
-          "a rule returned " + std::to_string(PySequence_Fast_GET_SIZE(fast.ptr())) +
-          " scalars where its operations take " + std::to_string(program.scalar_count));
-    cast_.resize(static_cast<std::size_t>(program.scalar_count));
-    for (int k = 0; k < program.scalar_count; ++k) {
-      const double value = PyFloat_AsDouble(PySequence_Fast_GET_ITEM(fast.ptr(), k));
-      if (value == -1.0 && PyErr_Occurred()) throw py::error_already_set();
-      char* place = reinterpret_cast<char*>(cast_.data()) + SIZES[compute] * k;
-      if (compute == F32) {
-        const float narrow = static_cast<float>(value);
-        std::memcpy(place, &narrow, sizeof narrow);
-      } else {
-        std::memcpy(place, &value, sizeof value);
+  // folds: for each operation Python's function from (t, lr) to a tuple of its own scalars.
+  Scalars(const Program& program, const py::tuple& folds, std::int64_t t, double lr, int compute)
+      : storage_(static_cast<std::size_t>(program.scalar_count)), compute_(compute) {
+    const py::int_ step(t);
+    const py::float_ rate(lr);
+    PyObject* const arguments[] = {step.ptr(), rate.ptr()};
+    if (folds.size() != program.ops.size()) throw py::value_error("one fold for each operation");
+    for (std::size_t k = 0; k < program.ops.size(); ++k) {
+      const Operation& operation = level().table->operations[program.ops[k].index];
+      const int first = filled_;
+      if (!operation.written) {
+        append(program.factor);
+        append(program.base + program.slope * lr);
+      }
+      const auto own = py::reinterpret_steal<py::object>(PyObject_Vectorcall(
+          PyTuple_GET_ITEM(folds.ptr(), static_cast<Py_ssize_t>(k)), arguments, 2, nullptr));
+      if (!own) throw py::error_already_set();
+      if (!PyTuple_Check(own.ptr()) ||
+          PyTuple_GET_SIZE(own.ptr()) != first + operation.scalars - filled_)
+        throw py::value_error("the scalars of '" + std::string(operation.name) +
+                              "' are not the tuple that it takes");
+      for (Py_ssize_t j = 0; j < PyTuple_GET_SIZE(own.ptr()); ++j) {
+        const double value = PyFloat_AsDouble(PyTuple_GET_ITEM(own.ptr(), j));
+        if (value == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+        append(value);
       }
     }
   }
-  const void* at(int index, int compute) const {
-    return reinterpret_cast<const char*>(cast_.data()) + SIZES[compute] * index;
+  const void* at(int index) const {
+    return reinterpret_cast<const char*>(storage_.data()) + SIZES[compute_] * index;
   }
 
  private:
-  std::vector<double> cast_;  // raw storage, aligned for either type
+  void append(double value) {
+    char* const place = reinterpret_cast<char*>(storage_.data()) + SIZES[compute_] * filled_++;
+    const float narrow = static_cast<float>(value);
+    if (compute_ == F32)
+      std::memcpy(place, &narrow, sizeof narrow);
+    else
+      std::memcpy(place, &value, sizeof value);
+  }
+
+  std::vector<double> storage_;  // raw, and aligned for either type
+  int compute_, filled_ = 0;
 };
 
 // Appends the steps of one phase for one leaf.
@@ -190,15 +222,15 @@ void append_steps(const Program& program, int phase, int compute, const Scalars&
   for (const Program::Op& op : program.ops) {
     const Operation& operation = table.operations[op.index];
     if (op.phase == phase && (op.input < 0 || operands[op.input].data))
-      steps.push_back({operation.compute[compute].mode[op.mode], scalars.at(first, compute),
+      steps.push_back({operation.compute[compute].mode[op.mode], scalars.at(first),
                        op.operands.data(), static_cast<int>(op.operands.size())});
     first += operation.scalars;
   }
 }
 
 // One tensor, one step, in place; false where the arrays do not fit, and nothing was written then.
-bool update(const Program& program, const py::object& values, const py::object& gradient,
-            const py::object& hessian, const py::tuple& arrays) {
+bool update(const Program& program, const py::tuple& folds, std::int64_t t, double lr,
+            const py::object& gradient, const py::object& hessian, const py::tuple& arrays) {
   if (static_cast<int>(arrays.size()) != program.arrays || program.phases != 1) return false;
   const Proxy* parameter = as_array(arrays[0].ptr());
   const int compute = parameter ? format_of(parameter) : -1;
@@ -230,14 +262,12 @@ bool update(const Program& program, const py::object& values, const py::object& 
     for (int k = 0; k < program.arrays; ++k)
       if (n && overlap(range, ranges[k])) return false;
   }
-  const Scalars scalars(program, compute, values.ptr());
+  const Scalars scalars(program, folds, t, lr, compute);
   std::vector<Step> steps;
   append_steps(program, 0, compute, scalars, operands, steps);
   std::vector<Leaf> leaves{
       {n, operands, steps.data(), INPUTS + program.arrays, static_cast<int>(steps.size()), 0}};
-  const int threads = thread_count.load();
-  const py::gil_scoped_release unlocked;  // the arguments hold every array alive
-  run(leaves, threads);
+  run_unlocked(leaves, n, thread_count.load());  // the arguments hold every array alive
   return true;
 }
 
@@ -300,27 +330,32 @@ class Plan {
  public:
   // arrays: for each leaf its parameter, states and work space. batches: for each leaf -1, or the
   // number of the batch of matrices whose products come between its two phases. counters: the
-  // optimizer's step number, then each leaf's. scalars[group](t) and between(batch, leaves) are
-  // called with the lock held; threads 0 means no limit of its own.
+  // optimizer's step number, then each leaf's. folds: for each group those of its operations.
+  // rates: float64, the groups' learning rates, read in each step. between(batch, leaves) is called
+  // with the lock held; threads 0 means no limit of its own.
   Plan(const py::object& tree, const py::list& arrays, std::vector<int> groups,
-       std::vector<int> batches, const py::list& programs, py::object counters,
-       std::vector<py::object> scalars, py::object between, int threads)
+       std::vector<int> batches, const py::list& programs, std::vector<py::tuple> folds,
+       py::object rates, py::object counters, py::object between, int threads)
       : tree_(tree),
         groups_(std::move(groups)),
         batches_(std::move(batches)),
+        folds_(std::move(folds)),
+        rates_(std::move(rates)),
         counters_(std::move(counters)),
         between_(std::move(between)),
-        scalars_(std::move(scalars)),
         threads_(threads) {
     for (const py::handle program : programs) {
       held_.push_back(py::reinterpret_borrow<py::object>(program));
       programs_.push_back(program.cast<const Program*>());
     }
     const Proxy* const counts = as_array(counters_.ptr());
+    const Proxy* const rate = as_array(rates_.ptr());
     if (!counts || elements_of(counts) != arrays.size() + 1 || groups_.size() != arrays.size() ||
-        batches_.size() != arrays.size())
+        batches_.size() != arrays.size() || !rate || format_of(rate) != F64 ||
+        elements_of(rate) != programs_.size() || folds_.size() != programs_.size())
       throw py::value_error("plan: the lists differ in length");
     counts_ = reinterpret_cast<std::int64_t*>(counts->data);
+    rate_ = reinterpret_cast<const double*>(rate->data);
     for (std::size_t k = 0; k < arrays.size(); ++k) add_leaf(arrays[k], k);
     std::sort(written_.begin(), written_.end(),
               [](const Range& a, const Range& b) { return a.begin < b.begin; });
@@ -459,8 +494,9 @@ class Plan {
     const std::tuple<int, int, std::int64_t> key{groups_[k], own_[k].compute, t};
     auto found = scalar_cache_.find(key);
     if (found == scalar_cache_.end()) {
-      const py::object values = scalars_[static_cast<std::size_t>(groups_[k])](t);
-      found = scalar_cache_.emplace(key, Scalars(program(k), own_[k].compute, values.ptr())).first;
+      const auto group = static_cast<std::size_t>(groups_[k]);
+      Scalars fresh(program(k), folds_[group], t, rate_[group], own_[k].compute);
+      found = scalar_cache_.emplace(key, std::move(fresh)).first;
     }
     return found->second;
   }
@@ -471,7 +507,7 @@ class Plan {
     steps_.clear();
     steps_.reserve(active_.size() * most);  // the leaves point into it
     leaves_.resize(active_.size());
-    std::size_t count = 0;
+    std::size_t count = 0, elements = 0;
     const Scalars* scalars = nullptr;
     bool refreshed = false;
     std::size_t first = 0;
@@ -487,7 +523,7 @@ class Plan {
       }
       // Field by field: a struct made beside its place and copied stalls on its own stores.
       Leaf& leaf = leaves_[count++];
-      leaf.elements = own_[k].elements;
+      elements += leaf.elements = own_[k].elements;
       leaf.operands = operands;
       leaf.steps = steps_.data() + first;
       leaf.operand_count = INPUTS + program(k).arrays;
@@ -496,8 +532,7 @@ class Plan {
     leaves_.resize(count);
     const int limit = thread_count.load();
     const int threads = threads_ > 0 ? std::min(threads_, limit) : limit;
-    const py::gil_scoped_release unlocked;  // refs_ and held_ keep every array alive
-    run(leaves_, threads);
+    run_unlocked(leaves_, elements, threads);  // refs_ and held_ keep every array alive
   }
 
   const Program& program(std::size_t k) const {
@@ -506,11 +541,12 @@ class Plan {
 
   Node tree_;
   std::vector<int> groups_, batches_;
-  py::object counters_, between_;
-  std::vector<py::object> scalars_;
+  std::vector<py::tuple> folds_;
+  py::object rates_, counters_, between_;
   const int threads_;
   int batch_count_ = 0;
   std::int64_t* counts_ = nullptr;
+  const double* rate_ = nullptr;
   std::vector<py::object> held_;  // programs and arrays
   std::vector<const Program*> programs_;
   std::vector<Own> own_;
@@ -530,15 +566,14 @@ class Plan {
 
 void bind_leaves(py::module_& module) {
   numpy();
-  py::class_<Program>(module, "Program")
-      .def(py::init<const py::list&>(), py::arg("rows"))
-      .def_readonly("scalars", &Program::scalar_count);
+  py::class_<Program>(module, "Program").def(py::init<const py::list&, double, double, double>());
   py::class_<Plan>(module, "Plan")
       .def(py::init<const py::object&, const py::list&, std::vector<int>, std::vector<int>,
-                    const py::list&, py::object, std::vector<py::object>, py::object, int>(),
+                    const py::list&, std::vector<py::tuple>, py::object, py::object, py::object,
+                    int>(),
            py::kw_only(), py::arg("tree"), py::arg("arrays"), py::arg("groups"), py::arg("batches"),
-           py::arg("programs"), py::arg("counters"), py::arg("scalars"), py::arg("between"),
-           py::arg("threads"))
+           py::arg("programs"), py::arg("folds"), py::arg("rates"), py::arg("counters"),
+           py::arg("between"), py::arg("threads"))
       .def("step", &Plan::step);
   module.def("update", &update);
   module.def("set_threads", [](int n) { thread_count.store(n); });

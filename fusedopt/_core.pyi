@@ -7,8 +7,14 @@ parallel: str
 compiler: str
 
 class Program:
-    scalars: int
-    def __init__(self, rows: list[tuple[str, int, int, int, list[int]]]) -> None: ...
+    def __init__(
+        self,
+        rows: list[tuple[str, int, int, int, list[int]]],
+        factor: float,
+        base: float,
+        slope: float,
+        /,
+    ) -> None: ...
 
 class Plan:
     def __init__(
@@ -19,8 +25,9 @@ class Plan:
         groups: list[int],
         batches: list[int],
         programs: list[Program],
+        folds: list[tuple[Callable[[int, float], tuple[float, ...]], ...]],
+        rates: np.ndarray,
         counters: np.ndarray,
-        scalars: list[Callable[[int], Sequence[float]]],
         between: Callable[[int, Sequence[int]], None],
         threads: int,
     ) -> None: ...
@@ -28,7 +35,9 @@ class Plan:
 
 def update(
     program: Program,
-    values: Sequence[float],
+    folds: tuple[Callable[[int, float], tuple[float, ...]], ...],
+    t: int,
+    lr: float,
     gradient: Any,
     hessian: Any,
     arrays: tuple[Any, ...],

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import operator
+from typing import Any, SupportsIndex
 
 import numpy as np
 
@@ -23,20 +24,27 @@ def update(
     Raises TypeError for a value of the wrong kind, ValueError for one that does not fit; nothing
     was written then.
     """
-    if isinstance(step, bool) or not hasattr(step, "__index__") or step < 1:
-        raise ValueError(f"step: expected an integer >= 1, got {step!r}")
+    if type(step) is not int or step < 1:
+        step = _check_step(step)
     if not isinstance(rule, Rule):
         raise TypeError(f"rule: expected a fusedopt rule such as fo.AdamW(), got {rule!r}")
     backend = default_backend()
-    lr = rule.lr if type(rule.lr) is float else rule.lr_at(step)
-    arrays = (p, *states)
+    lr = rule.lr
+    if type(lr) is not float:
+        lr = rule.lr_at(step)
     # The core finds misfits itself, but only Python knows what a rule of two phases refuses.
     quick = backend.checks_arrays and rule.program.phases == 1
-    if quick and backend.update(rule, step, lr, arrays, g, hessian):
+    if quick and backend.update(rule, step, lr, (p, *states), g, hessian):
         return
-    arrays, g, hessian = _check(rule, arrays, g, hessian)
+    arrays, g, hessian = _check(rule, (p, *states), g, hessian)
     if not backend.update(rule, step, lr, arrays, g, hessian):
         raise RuntimeError("the core refused arrays that passed the checks; please report this")
+
+
+def _check_step(step: Any) -> int:
+    if isinstance(step, bool) or not isinstance(step, SupportsIndex) or operator.index(step) < 1:
+        raise ValueError(f"step: expected an integer >= 1, got {step!r}")
+    return operator.index(step)
 
 
 def _check(

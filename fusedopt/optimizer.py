@@ -31,6 +31,9 @@ class StepInfo(NamedTuple):
     lr: float | dict[str, float]
 
 
+new_tuple = tuple.__new__
+
+
 class Options(NamedTuple):
     """The keyword arguments of an optimizer."""
 
@@ -74,11 +77,10 @@ class Optimizer:
         self._tree = Tree(params)
         leaves = self._tree.leaves
         self._groups, self._group_of = assign(leaves, rule)
-        self._scheduled = [group for group in self._groups if callable(group.rule.lr)]
-        self._uniform = len(self._groups) == 1
-        for group in self._groups:
-            if group not in self._scheduled:
-                group.lr = group.rule.lr_at(1)
+        self._scheduled = any(callable(group.rule.lr) for group in self._groups)
+        self._rates = np.zeros(len(self._groups))
+        if not self._scheduled:
+            self._set_rates(1)
         self._counters = np.zeros(1 + len(leaves), np.int64)
         parameters = self._check_parameters()
         self._states = allocate(list(zip(self._rules, parameters, strict=True)))
@@ -108,6 +110,7 @@ class Optimizer:
             self._arrays,
             self._groups,
             self._group_of,
+            self._rates,
             self._counters,
             self._options.threads,
         )
@@ -118,6 +121,8 @@ class Optimizer:
         else:
             self._plan = self._backend.plan(layout)
         self._plan_step = self._plan.step
+        # Of the usual optimizer, found once; 0 is as good as not found.
+        self._only_rate = float(self._rates[0]) if len(self._groups) == 1 else 0.0
         # One native call guards itself, and is a whole; whatever more there is must be made so.
         native = self._backend.checks_arrays and not self._options.verify
         one_phase = all(group.rule.program.phases == 1 for group in self._groups)
@@ -141,7 +146,8 @@ class Optimizer:
         number = self._plan_step(grads, hessian, False)
         if number is None:
             number = self._explained_step(grads, hessian)
-        return StepInfo(number, self._groups[0].lr if self._uniform else self._rates())
+        rate = self._only_rate or self._rates_by_label()
+        return new_tuple(StepInfo, (number, rate))  # 0.1 us less than StepInfo(number, rate)
 
     def _guarded_step(self, grads: Any, hessian: Any) -> StepInfo:
         with deferred():
@@ -151,12 +157,12 @@ class Optimizer:
                     " optimizer"
                 )
             try:
-                for group in self._scheduled:
-                    group.lr = group.rule.lr_at(self.step_count + 1)
+                if self._scheduled:
+                    self._set_rates(self.step_count + 1)
                 number = self._plan.step(grads, hessian, False)
                 if number is None:
                     number = self._explained_step(grads, hessian)
-                return StepInfo(number, self._rates())
+                return StepInfo(number, self._rates_by_label())
             finally:
                 self._lock.release()
 
@@ -189,16 +195,22 @@ class Optimizer:
             for k, (label, value) in enumerate(zip(labels, values, strict=True))
         ]
 
-    def _rates(self) -> float | dict[str, float]:
-        if self._uniform:
-            return self._groups[0].lr
-        return {group.label: group.lr for group in self._groups}
+    def _set_rates(self, step: int) -> None:
+        self._rates[:] = [group.rule.lr_at(step) for group in self._groups]
+
+    def _rates_by_label(self) -> float | dict[str, float]:
+        rates: list[float] = self._rates.tolist()
+        if len(rates) == 1:
+            return rates[0]
+        return {group.label: lr for group, lr in zip(self._groups, rates, strict=True)}
 
     @property
     def lr(self) -> float | dict[str, float]:
         """The learning rate of the next step; with several rules a dict, as in `StepInfo`."""
-        rates = {g.label: g.rule.lr_at(self.step_count + 1) for g in self._groups}
-        return next(iter(rates.values())) if len(rates) == 1 else rates
+        if self._scheduled:
+            rates = {g.label: g.rule.lr_at(self.step_count + 1) for g in self._groups}
+            return next(iter(rates.values())) if len(rates) == 1 else rates
+        return self._rates_by_label()
 
     @property
     def step_count(self) -> int:

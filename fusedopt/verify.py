@@ -136,14 +136,13 @@ class VerifiedPlan:
         target.counters[...] = source.counters
 
     def _check(self, k: int, g: np.ndarray, hessian: np.ndarray | None) -> None:
-        group = self._layout.groups[self._layout.group_of[k]]
+        rule = self._layout.groups[self._layout.group_of[k]].rule
+        lr = float(self._layout.rates[self._layout.group_of[k]])
         before, after = self._layout.arrays[k], self._copies.arrays[k]
         t = int(self._copies.counters[k + 1])
-        for worst in judge(group.rule, before, after, g, hessian, t=t, lr=group.lr):
+        for worst in judge(rule, before, after, g, hessian, t=t, lr=lr):
             if worst.share > 1.0:
-                raise VerificationError(
-                    f"{self._leaves[k].label}: {worst}, in step {t} of {group.rule}"
-                )
+                raise VerificationError(f"{self._leaves[k].label}: {worst}, in step {t} of {rule}")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,20 +11,12 @@ import numpy as np
 from ..rules import Rule
 
 
-@dataclass
+@dataclass(frozen=True)
 class Group:
-    """The leaves of one rule, and the learning rate of the step in progress.
-
-    label: the pattern that chose them, or the rule's name.
-    """
+    """The leaves of one rule. label: the pattern that chose them, or the rule's name."""
 
     label: str
     rule: Rule
-    lr: float = 0.0
-
-    def folding(self) -> Callable[[int], tuple[float, ...]]:
-        """From the leaf's t to the scalars of its program, at the learning rate of then."""
-        return self.rule.program.folding(self)
 
 
 @dataclass(frozen=True)
@@ -32,14 +24,16 @@ class Layout:
     """Everything about an optimizer that a plan needs.
 
     tree: the parameters' `Tree.spec`. arrays: of each leaf its parameter and states. groups: the
-    rules; group_of: of each leaf its place among them. counters: int64, the optimizer's step and
-    then each leaf's; a plan advances them. threads: at most so many, or None.
+    rules; group_of: of each leaf its place among them. rates: float64, the groups' learning rates
+    in the step at hand. counters: int64, the optimizer's step and then each leaf's; a plan advances
+    them. threads: at most so many, or None.
     """
 
     tree: Any
     arrays: Sequence[Sequence[np.ndarray]]
     groups: Sequence[Group]
     group_of: Sequence[int]
+    rates: np.ndarray
     counters: np.ndarray
     threads: int | None
 

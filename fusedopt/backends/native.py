@@ -41,7 +41,8 @@ def _compile(program: Program) -> Any:
                     [slots[name] for name in op.operands],
                 )
                 for op in program.operations
-            ]
+            ],
+            *program.head,
         )
     return program.native
 
@@ -89,20 +90,20 @@ class NativeBackend:
         program = rule.program
         if program.phases > 1:
             return self._update_matrix(rule, t, lr, arrays, g)
-        compiled = program.native or _compile(program)
-        return core.update(compiled, program.scalars(t, lr), g, hessian, arrays)
+        native = program.native or _compile(program)
+        return core.update(native, program.folds, t, lr, g, hessian, arrays)
 
     def _update_matrix(
         self, rule: Rule, t: int, lr: float, arrays: tuple[np.ndarray, ...], g: np.ndarray
     ) -> bool:
-        group = Group(rule.name, rule, lr)
-        counters = np.array([0, t - 1])
-        plan = NativePlan(Layout(0, [arrays], [group], [0], counters, None))
+        rates, counters = np.array([lr]), np.array([0, t - 1])
+        group = Group(rule.name, rule)
+        plan = NativePlan(Layout(0, [arrays], [group], [0], rates, counters, None))
         return plan.step(g, None, False) is not None
 
     def shift(self, rule: Nesterov, p: np.ndarray, v: np.ndarray) -> None:
         program = rule.shift
-        if not core.update(_compile(program), program.scalars(1, 0.0), v, None, (p,)):
+        if not core.update(_compile(program), program.folds, 1, 0.0, v, None, (p,)):
             raise RuntimeError("the core refused the look-ahead; please report this")
 
 
@@ -120,8 +121,9 @@ class NativePlan:
             groups=list(layout.group_of),
             batches=[matrices.batches.get(k, -1) for k in range(len(layout.arrays))],
             programs=[_compile(group.rule.program) for group in layout.groups],
+            folds=[group.rule.program.folds for group in layout.groups],
+            rates=layout.rates,
             counters=layout.counters,
-            scalars=[group.folding() for group in layout.groups],
             between=matrices.between,
             threads=layout.threads or 0,
         ).step

@@ -91,7 +91,7 @@ class ReferencePlan:
                     g,
                     hessian[k] if hessian is not None else None,
                     t=int(layout.counters[k + 1]) + 1,
-                    lr=group.lr,
+                    lr=float(layout.rates[layout.group_of[k]]),
                 )
         for k, new in results.items():
             for a, b in zip(layout.arrays[k], new, strict=True):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from math import expm1, log, sqrt
+from math import expm1, inf, log, sqrt
 from typing import Literal
 
 import numpy as np
@@ -108,11 +109,10 @@ class Adam(Rule):
         return "adam" + "_amsgrad" * bool(self.amsgrad) + "_nesterov" * self.nesterov
 
     def scalars(self, t: int, lr: float) -> tuple[float, ...]:
-        b1, b2 = self.betas
+        b1, one_b1, b2, one_b2, log_b1, log_b2 = self._folded
         c1 = c2 = 1.0
-        if self.bias_correction:  # `correction` spelled out: two calls are 5 % of a small step
-            c1 = -expm1(t * log(b1)) if b1 else 1.0
-            c2 = -expm1(t * log(b2)) if b2 else 1.0
+        if self.bias_correction:  # `correction` without two logarithms and two calls
+            c1, c2 = -expm1(t * log_b1), -expm1(t * log_b2)
         # The constants move out of the root: see the struct.
         inner = 1.0 if self.amsgrad == "corrected" else c2
         root = sqrt(inner)
@@ -121,11 +121,17 @@ class Adam(Rule):
             eps_root, eps = eps_root * inner, eps * root
         if self.nesterov:
             ahead = correction(b1, t + 1) if self.bias_correction else 1.0
-            step, step_g = lr * root * b1 / ahead, step * (1.0 - b1)
-            return b1, 1.0 - b1, b2, 1.0 - b2, step, eps_root, eps, step_g
+            step, step_g = lr * root * b1 / ahead, step * one_b1
+            return b1, one_b1, b2, one_b2, step, eps_root, eps, step_g
         if self.amsgrad:
-            return b1, 1.0 - b1, b2, 1.0 - b2, step, eps_root, eps, inner / c2
-        return b1, 1.0 - b1, b2, 1.0 - b2, step, eps_root, eps
+            return b1, one_b1, b2, one_b2, step, eps_root, eps, inner / c2
+        return b1, one_b1, b2, one_b2, step, eps_root, eps
+
+    @functools.cached_property
+    def _folded(self) -> tuple[float, ...]:
+        b1, b2 = self.betas
+        logs = (log(b) if b else -inf for b in self.betas)
+        return b1, 1.0 - b1, b2, 1.0 - b2, *logs
 
     def textbook(
         self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float

@@ -7,7 +7,7 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from math import expm1, log
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 
@@ -248,7 +248,11 @@ class Rule:
 
 
 class Program:
-    """Operations on a rule's arrays, and their scalars."""
+    """Operations on a rule's arrays, and their scalars.
+
+    folds: of each operation its function from (t, lr). head: (factor, a, b); a rule's own scalars
+    stand behind the factor on the gradient and the coefficient a + b lr of weight decay.
+    """
 
     MODES: ClassVar = ("plain", "l2", "decoupled", "first", "peek", "peek_l2")  # csrc/table.h
 
@@ -259,8 +263,9 @@ class Program:
         self.phases = 1 + max(op.phase for op in operations)
         decay = {"independent": "decoupled", "decoupled_first": "first"}.get(rule.decay, rule.decay)
         self._decay = decay if rule.weight_decay else "plain"
+        self.folds = tuple(op.scalars for op in operations)
         line = rule.decay_line if rule.weight_decay else (0.0, 0.0)
-        self._head = (-1.0 if rule.maximize else 1.0, *line)
+        self.head = (-1.0 if rule.maximize else 1.0, *line)
         self.native: Any = None  # what the native backend compiled it to
 
     def mode(self, op: Operation) -> str:
@@ -268,38 +273,6 @@ class Program:
         if op.loop == "peek":
             return "peek_l2" if self._decay == "l2" else "peek"
         return self._decay if op.loop == "rule" else "plain"
-
-    def folding(self, group: HasRate) -> Callable[[int], tuple[float, ...]]:
-        """From the leaf's t to `scalars`, at the group's learning rate of then.
-
-        It runs in every step: one frame instead of three are 0.15 us less.
-        """
-        if len(self.operations) > 1 or self.operations[0].loop != "rule":
-            return lambda t: self.scalars(t, group.lr)
-        factor, base, slope = self._head
-        fold = self.operations[0].scalars
-
-        def scalars(t: int) -> tuple[float, ...]:
-            lr = group.lr
-            return factor, base + slope * lr, *fold(t, lr)
-
-        return scalars
-
-    def scalars(self, t: int, lr: float) -> tuple[float, ...]:
-        """Of all operations in order; a rule's are (gradient factor, decay coefficient, fields)."""
-        factor, base, slope = self._head
-        values: tuple[float, ...] = ()
-        for op in self.operations:
-            if op.loop != "other":
-                values += factor, base + slope * lr
-            values += op.scalars(t, lr)
-        return values
-
-
-class HasRate(Protocol):
-    """Something with a learning rate that changes."""
-
-    lr: float
 
 
 @functools.cache
