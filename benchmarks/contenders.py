@@ -63,9 +63,10 @@ def limit(problem: Problem) -> Contender:
 
 
 def fused(problem: Problem) -> Contender:
-    """`Optimizer.step` with a dict of gradients made for this step."""
+    """`Optimizer.step` with another dict of gradients in each step."""
     step, grads = problem.optimizer.step, problem.grads
-    return _contender("fusedopt", problem, lambda: step(dict(grads)))
+    trees = itertools.cycle([dict(grads), dict(grads)])  # never the last step's
+    return _contender("fusedopt", problem, lambda: step(next(trees)))
 
 
 def functional(problem: Problem) -> Contender:
