@@ -32,12 +32,10 @@ def update(
     lr = rule.lr
     if type(lr) is not float:
         lr = rule.lr_at(step)
-    # The core finds misfits itself, but only Python knows what a rule of two phases refuses.
-    quick = backend.checks_arrays and rule.program.phases == 1
-    if quick and backend.update(rule, step, lr, (p, *states), g, hessian):
+    if backend.update(rule, step, lr, (p, *states), g, hessian, False):
         return
     arrays, g, hessian = _check(rule, (p, *states), g, hessian)
-    if not backend.update(rule, step, lr, arrays, g, hessian):
+    if not backend.update(rule, step, lr, arrays, g, hessian, True):
         raise RuntimeError("the core refused arrays that passed the checks; please report this")
 
 

@@ -124,7 +124,7 @@ class Optimizer:
         # Of the usual optimizer, found once; 0 is as good as not found.
         self._only_rate = float(self._rates[0]) if len(self._groups) == 1 else 0.0
         # One native call guards itself, and is a whole; whatever more there is must be made so.
-        native = self._backend.checks_arrays and not self._options.verify
+        native = self._backend.native and not self._options.verify
         one_phase = all(group.rule.program.phases == 1 for group in self._groups)
         self._simple = native and one_phase and not self._scheduled
 

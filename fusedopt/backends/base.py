@@ -56,8 +56,8 @@ class Backend(Protocol):
     """A way to run programs."""
 
     name: str
-    checks_arrays: bool
-    """Whether `update` finds arrays that do not fit, and then returns False."""
+    native: bool
+    """Whether a step is one call that guards itself."""
 
     def unavailable(self) -> str | None:
         """Why it cannot be used here; None where it can."""
@@ -76,8 +76,13 @@ class Backend(Protocol):
         arrays: tuple[np.ndarray, ...],
         g: np.ndarray,
         hessian: np.ndarray | None,
+        checked: bool,
     ) -> bool:
-        """One step of one tensor (arrays: parameter, then states), in place; see checks_arrays."""
+        """One step of one tensor (arrays: parameter, then states), in place.
+
+        checked: the arrays fit, and are laid out alike; otherwise False comes back, with nothing
+        written, where something is to be checked or explained first.
+        """
 
     def shift(self, rule: Any, p: np.ndarray, v: np.ndarray) -> None:
         """Moves a parameter to where a look-ahead rule wants its gradient."""

@@ -67,7 +67,7 @@ class NativeBackend:
     """C++ kernels on NumPy arrays."""
 
     name = "native"
-    checks_arrays = True
+    native = True
 
     def unavailable(self) -> str | None:
         return _reason
@@ -86,10 +86,11 @@ class NativeBackend:
         arrays: tuple[np.ndarray, ...],
         g: np.ndarray,
         hessian: np.ndarray | None,
+        checked: bool,
     ) -> bool:
         program = rule.program
-        if program.phases > 1:
-            return self._update_matrix(rule, t, lr, arrays, g)
+        if program.phases > 1:  # what it refuses, only Python knows
+            return checked and self._update_matrix(rule, t, lr, arrays, g)
         native = program.native or _compile(program)
         return core.update(native, program.folds, t, lr, g, hessian, arrays)
 

@@ -39,7 +39,7 @@ class ReferenceBackend:
     """NumPy alone."""
 
     name = "reference"
-    checks_arrays = False
+    native = False
 
     def unavailable(self) -> str | None:
         return None
@@ -58,7 +58,10 @@ class ReferenceBackend:
         arrays: tuple[np.ndarray, ...],
         g: np.ndarray,
         hessian: np.ndarray | None,
+        checked: bool,
     ) -> bool:
+        if not checked:
+            return False
         new = reference_step(rule, arrays, g, hessian, t=t, lr=lr)
         with deferred():
             for a, b in zip(arrays, new, strict=True):
