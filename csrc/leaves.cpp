@@ -1,114 +1,24 @@
 #include "leaves.hpp"
 
-#include <pybind11/numpy.h>
-#include <pybind11/stl.h>
-
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 #include <map>
 #include <memory>
-#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
+#include "arrays.hpp"
 #include "cpu.hpp"
 #include "driver.hpp"
+#include "programs.hpp"
 
 namespace py = pybind11;
 
 namespace fusedopt {
 namespace {
 
-// Operand slots of a program: what comes anew with each step, then the leaf's own arrays
-// (parameter, states, work space).
-enum Slot { GRADIENT, HESSIAN, INPUTS, PARAMETER = INPUTS };
-
 std::atomic<int> thread_count{1};
-
-// ---------------------------------------------------------------- arrays
-
-using Proxy = py::detail::PyArray_Proxy;
-
-struct Numpy {
-  PyTypeObject* ndarray;
-  PyObject* dtypes[FORMATS];
-};
-
-// Never destroyed: module teardown and interpreter exit race otherwise.
-const Numpy& numpy() {
-  static const Numpy* names = [] {
-    const py::module_ np = py::module_::import("numpy");
-    const auto dtype = [&](const char* name) {
-      return py::object(np.attr("dtype")(name)).release().ptr();
-    };
-    return new Numpy{
-        reinterpret_cast<PyTypeObject*>(py::object(np.attr("ndarray")).release().ptr()),
-        {dtype("float32"), dtype("float64")}};
-  }();
-  return *names;
-}
-
-constexpr std::size_t SIZES[FORMATS] = {4, 8};
-constexpr int DENSE = 0x1 | 0x2, ALIGNED = 0x100, WRITEABLE = 0x400;  // NumPy's C and F order
-
-// The array behind a Python object, or null: subclasses and unusual dtype objects take the slow
-// way, through Python.
-const Proxy* as_array(PyObject* o) {
-  return Py_TYPE(o) == numpy().ndarray ? py::detail::array_proxy(o) : nullptr;
-}
-
-int format_of(const Proxy* a) {
-  for (int f = 0; f < FORMATS; ++f)
-    if (a->descr == numpy().dtypes[f]) return f;
-  return -1;
-}
-
-std::size_t elements_of(const Proxy* a) {
-  std::size_t n = 1;
-  for (int k = 0; k < a->nd; ++k) n *= static_cast<std::size_t>(a->dimensions[k]);
-  return n;
-}
-
-// The same shape, and element i of one stands where element i of the other stands.
-bool same_layout(const Proxy* a, std::size_t a_size, const Proxy* b, std::size_t b_size) {
-  if (a->nd != b->nd) return false;
-  bool empty = false;
-  for (int k = 0; k < a->nd; ++k) {
-    if (a->dimensions[k] != b->dimensions[k]) return false;
-    empty = empty || a->dimensions[k] == 0;
-  }
-  for (int k = 0; k < a->nd && !empty; ++k)
-    if (a->dimensions[k] > 1 && a->strides[k] * static_cast<py::ssize_t>(b_size) !=
-                                    b->strides[k] * static_cast<py::ssize_t>(a_size))
-      return false;
-  return true;
-}
-
-bool is_target(const Proxy* a) {
-  const int needed = ALIGNED | WRITEABLE;
-  return (a->flags & needed) == needed && (a->flags & DENSE);
-}
-
-struct Range {
-  const char *begin, *end;
-};
-
-bool overlap(const Range& a, const Range& b) { return a.begin < b.end && b.begin < a.end; }
-
-// A gradient that fits the parameter becomes an operand.
-bool read_input(PyObject* o, const Proxy* parameter, int compute, const Table& table,
-                Operand& out) {
-  const Proxy* a = as_array(o);
-  if (!a || !(a->flags & ALIGNED)) return false;
-  const int format = format_of(a);
-  if (format < 0 || !same_layout(a, SIZES[format], parameter, SIZES[compute])) return false;
-  out.data = a->data;
-  out.decode = table.decode[format][compute];
-  out.size = SIZES[format];
-  return true;
-}
 
 // Runs the leaves, for long ones without Python's lock; whoever holds the arrays alive is the
 // caller's affair. Handing the lock over costs 0.1 us, as much as 500 elements.
@@ -119,112 +29,6 @@ void run_unlocked(std::vector<Leaf>& leaves, std::size_t elements, int threads) 
   } else {
     const py::gil_scoped_release unlocked;
     run(leaves, threads);
-  }
-}
-
-// ---------------------------------------------------------------- programs
-
-// One rule's operations, by their place in the table.
-struct Program {
-  struct Op {
-    int index, mode, phase, input;
-    std::vector<std::uint8_t> operands;
-  };
-  std::vector<Op> ops;
-  int scalar_count = 0, phases = 1, arrays = 0;
-  bool takes_hessian = false;
-  // What a rule's scalars begin with: the factor on the gradient, and base + slope lr.
-  double factor, base, slope;
-
-  // Rows: (name, mode, phase, input that it needs or -1, operand slots).
-  Program(const py::list& rows, double factor, double base, double slope)
-      : factor(factor), base(base), slope(slope) {
-    const Table& table = *level().table;
-    for (const py::handle row : rows) {
-      const auto [name, mode, phase, input, slots] =
-          row.cast<std::tuple<std::string, int, int, int, std::vector<int>>>();
-      const Operation* const end = table.operations + table.count;
-      const Operation* const op = std::find_if(
-          table.operations, end, [&n = name](const Operation& o) { return n == o.name; });
-      if (op == end) throw py::key_error(name);
-      const bool peek = mode == PEEK || mode == PEEK_L2;
-      if (mode < 0 || mode >= MODES || !op->compute[0].mode[mode] || phase < 0 || phase > 1 ||
-          static_cast<int>(slots.size()) != op->operands + peek)
-        throw py::value_error("operation '" + name + "' cannot be used so");
-      std::vector<std::uint8_t> operands;
-      for (const int slot : slots) {
-        if (slot < 0 || slot >= MAX_OPERANDS) throw py::value_error("no such operand slot");
-        arrays = std::max(arrays, slot + 1 - INPUTS);
-        operands.push_back(static_cast<std::uint8_t>(slot));
-      }
-      ops.push_back({static_cast<int>(op - table.operations), mode, phase, input, operands});
-      scalar_count += op->scalars;
-      phases = std::max(phases, phase + 1);
-      takes_hessian = takes_hessian || input == HESSIAN;
-    }
-  }
-};
-
-// The scalars of a program, folded in float64 and cast once to the compute type.
-class Scalars {
- public:
-  // folds: for each operation Python's function from (t, lr) to a tuple of its own scalars.
-  Scalars(const Program& program, const py::tuple& folds, std::int64_t t, double lr, int compute)
-      : storage_(static_cast<std::size_t>(program.scalar_count)), compute_(compute) {
-    const py::int_ step(t);
-    const py::float_ rate(lr);
-    PyObject* const arguments[] = {step.ptr(), rate.ptr()};
-    if (folds.size() != program.ops.size()) throw py::value_error("one fold for each operation");
-    for (std::size_t k = 0; k < program.ops.size(); ++k) {
-      const Operation& operation = level().table->operations[program.ops[k].index];
-      const int first = filled_;
-      if (!operation.written) {
-        append(program.factor);
-        append(program.base + program.slope * lr);
-      }
-      const auto own = py::reinterpret_steal<py::object>(PyObject_Vectorcall(
-          PyTuple_GET_ITEM(folds.ptr(), static_cast<Py_ssize_t>(k)), arguments, 2, nullptr));
-      if (!own) throw py::error_already_set();
-      if (!PyTuple_Check(own.ptr()) ||
-          PyTuple_GET_SIZE(own.ptr()) != first + operation.scalars - filled_)
-        throw py::value_error("the scalars of '" + std::string(operation.name) +
-                              "' are not the tuple that it takes");
-      for (Py_ssize_t j = 0; j < PyTuple_GET_SIZE(own.ptr()); ++j) {
-        const double value = PyFloat_AsDouble(PyTuple_GET_ITEM(own.ptr(), j));
-        if (value == -1.0 && PyErr_Occurred()) throw py::error_already_set();
-        append(value);
-      }
-    }
-  }
-  const void* at(int index) const {
-    return reinterpret_cast<const char*>(storage_.data()) + SIZES[compute_] * index;
-  }
-
- private:
-  void append(double value) {
-    char* const place = reinterpret_cast<char*>(storage_.data()) + SIZES[compute_] * filled_++;
-    const float narrow = static_cast<float>(value);
-    if (compute_ == F32)
-      std::memcpy(place, &narrow, sizeof narrow);
-    else
-      std::memcpy(place, &value, sizeof value);
-  }
-
-  std::vector<double> storage_;  // raw, and aligned for either type
-  int compute_, filled_ = 0;
-};
-
-// Appends the steps of one phase for one leaf.
-void append_steps(const Program& program, int phase, int compute, const Scalars& scalars,
-                  const Operand* operands, std::vector<Step>& steps) {
-  const Table& table = *level().table;
-  int first = 0;
-  for (const Program::Op& op : program.ops) {
-    const Operation& operation = table.operations[op.index];
-    if (op.phase == phase && (op.input < 0 || operands[op.input].data))
-      steps.push_back({operation.compute[compute].mode[op.mode], scalars.at(first),
-                       op.operands.data(), static_cast<int>(op.operands.size())});
-    first += operation.scalars;
   }
 }
 

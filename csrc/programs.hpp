@@ -1,0 +1,128 @@
+// A rule's operations and scalars, as Python declares them, turned into steps for the driver.
+#pragma once
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "arrays.hpp"
+#include "cpu.hpp"
+#include "driver.hpp"
+
+namespace fusedopt {
+namespace {
+
+// Operand slots of a program: what comes anew with each step, then the leaf's own arrays
+// (parameter, states, work space).
+enum Slot { GRADIENT, HESSIAN, INPUTS, PARAMETER = INPUTS };
+
+// One rule's operations, by their place in the table.
+struct Program {
+  struct Op {
+    int index, mode, phase, input;
+    std::vector<std::uint8_t> operands;
+  };
+  std::vector<Op> ops;
+  int scalar_count = 0, phases = 1, arrays = 0;
+  bool takes_hessian = false;
+  // What a rule's scalars begin with: the factor on the gradient, and base + slope lr.
+  double factor, base, slope;
+
+  // Rows: (name, mode, phase, input that it needs or -1, operand slots).
+  Program(const py::list& rows, double factor, double base, double slope)
+      : factor(factor), base(base), slope(slope) {
+    const Table& table = *level().table;
+    for (const py::handle row : rows) {
+      const auto [name, mode, phase, input, slots] =
+          row.cast<std::tuple<std::string, int, int, int, std::vector<int>>>();
+      const Operation* const end = table.operations + table.count;
+      const Operation* const op = std::find_if(
+          table.operations, end, [&n = name](const Operation& o) { return n == o.name; });
+      if (op == end) throw py::key_error(name);
+      const bool peek = mode == PEEK || mode == PEEK_L2;
+      if (mode < 0 || mode >= MODES || !op->compute[0].mode[mode] || phase < 0 || phase > 1 ||
+          static_cast<int>(slots.size()) != op->operands + peek)
+        throw py::value_error("operation '" + name + "' cannot be used so");
+      std::vector<std::uint8_t> operands;
+      for (const int slot : slots) {
+        if (slot < 0 || slot >= MAX_OPERANDS) throw py::value_error("no such operand slot");
+        arrays = std::max(arrays, slot + 1 - INPUTS);
+        operands.push_back(static_cast<std::uint8_t>(slot));
+      }
+      ops.push_back({static_cast<int>(op - table.operations), mode, phase, input, operands});
+      scalar_count += op->scalars;
+      phases = std::max(phases, phase + 1);
+      takes_hessian = takes_hessian || input == HESSIAN;
+    }
+  }
+};
+
+// The scalars of a program, folded in float64 and cast once to the compute type.
+class Scalars {
+ public:
+  // folds: for each operation Python's function from (t, lr) to a tuple of its own scalars.
+  Scalars(const Program& program, const py::tuple& folds, std::int64_t t, double lr, int compute)
+      : storage_(static_cast<std::size_t>(program.scalar_count)), compute_(compute) {
+    const py::int_ step(t);
+    const py::float_ rate(lr);
+    PyObject* const arguments[] = {step.ptr(), rate.ptr()};
+    if (folds.size() != program.ops.size()) throw py::value_error("one fold for each operation");
+    for (std::size_t k = 0; k < program.ops.size(); ++k) {
+      const Operation& operation = level().table->operations[program.ops[k].index];
+      const int first = filled_;
+      if (!operation.written) {
+        append(program.factor);
+        append(program.base + program.slope * lr);
+      }
+      const auto own = py::reinterpret_steal<py::object>(PyObject_Vectorcall(
+          PyTuple_GET_ITEM(folds.ptr(), static_cast<Py_ssize_t>(k)), arguments, 2, nullptr));
+      if (!own) throw py::error_already_set();
+      if (!PyTuple_Check(own.ptr()) ||
+          PyTuple_GET_SIZE(own.ptr()) != first + operation.scalars - filled_)
+        throw py::value_error("the scalars of '" + std::string(operation.name) +
+                              "' are not the tuple that it takes");
+      for (Py_ssize_t j = 0; j < PyTuple_GET_SIZE(own.ptr()); ++j) {
+        const double value = PyFloat_AsDouble(PyTuple_GET_ITEM(own.ptr(), j));
+        if (value == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+        append(value);
+      }
+    }
+  }
+  const void* at(int index) const {
+    return reinterpret_cast<const char*>(storage_.data()) + SIZES[compute_] * index;
+  }
+
+ private:
+  void append(double value) {
+    char* const place = reinterpret_cast<char*>(storage_.data()) + SIZES[compute_] * filled_++;
+    const float narrow = static_cast<float>(value);
+    if (compute_ == F32)
+      std::memcpy(place, &narrow, sizeof narrow);
+    else
+      std::memcpy(place, &value, sizeof value);
+  }
+
+  std::vector<double> storage_;  // raw, and aligned for either type
+  int compute_, filled_ = 0;
+};
+
+// Appends the steps of one phase for one leaf.
+void append_steps(const Program& program, int phase, int compute, const Scalars& scalars,
+                  const Operand* operands, std::vector<Step>& steps) {
+  const Table& table = *level().table;
+  int first = 0;
+  for (const Program::Op& op : program.ops) {
+    const Operation& operation = table.operations[op.index];
+    if (op.phase == phase && (op.input < 0 || operands[op.input].data))
+      steps.push_back({operation.compute[compute].mode[op.mode], scalars.at(first),
+                       op.operands.data(), static_cast<int>(op.operands.size())});
+    first += operation.scalars;
+  }
+}
+
+}  // namespace
+}  // namespace fusedopt
