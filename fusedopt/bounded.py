@@ -85,7 +85,9 @@ class Bounded(NDArrayOperatorsMixin):
 
 MATRIX_FACTOR = 8.0
 """Newton-Schulz results differ by at most this times slope at zero, unit roundoff and largest
-element. Measured at float32: up to 1.4 for a rank-one 768 x 768 matrix, 0.2 for Gaussian ones."""
+element. Measured with Keller's five steps in float32: 5.4 to 7.7 for rank-one matrices of 768 and
+1536 rows and columns, 3.0 for small ones, 2.2 for low rank, 0.5 for a power law, 0.2 for Gaussian
+ones."""
 
 
 def _rounded(value: np.ndarray, error: np.ndarray, x: Bounded) -> Bounded:
