@@ -21,7 +21,7 @@ namespace {
 std::atomic<int> thread_count{1};
 
 // Runs the leaves, for long ones without Python's lock; whoever holds the arrays alive is the
-// caller's affair. Handing the lock over costs 0.1 us, as much as 500 elements.
+// caller's affair. Handing the lock over costs 0.07 us, as much as 350 elements.
 void run_unlocked(std::vector<Leaf>& leaves, std::size_t elements, int threads) {
   constexpr std::size_t SHORT = 1 << 13;
   if (elements < SHORT) {

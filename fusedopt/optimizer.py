@@ -147,7 +147,7 @@ class Optimizer:
         if number is None:
             number = self._explained_step(grads, hessian)
         rate = self._only_rate or self._rates_by_label()
-        return new_tuple(StepInfo, (number, rate))  # 0.1 us less than StepInfo(number, rate)
+        return new_tuple(StepInfo, (number, rate))  # 0.08 us less than StepInfo(number, rate)
 
     def _guarded_step(self, grads: Any, hessian: Any) -> StepInfo:
         with deferred():
