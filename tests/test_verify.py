@@ -136,3 +136,12 @@ def test_infinities_and_nans_must_be_met() -> None:
     # What is beyond float32 overflows there.
     assert Bounded(np.array([1e39]), 0.0, F32).value[0] == np.inf
     assert compare("x", np.empty(0, np.float32), Bounded(np.empty(0), 0.0, F32)) is None
+
+
+@pytest.mark.parametrize("decay", ["l2", "decoupled", "decoupled_first", "independent"])
+def test_a_wrong_decay_is_seen(decay: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    true_line = fo.AdamW.decay_line.fget  # type: ignore[attr-defined]
+    wrong = property(lambda self: tuple(1.001 * c for c in true_line(self)))
+    monkeypatch.setattr(fo.AdamW, "decay_line", wrong)
+    rule = fo.AdamW(lr=0.5, weight_decay=0.5, decay=decay)
+    assert one_step(rule, lambda after: None) > 1

@@ -215,15 +215,18 @@ class Rule:
         """
         if self.maximize:
             g = -g
-        decays = self.weight_decay != 0.0
-        if decays and self.decay == "l2":
-            g = g + self.weight_decay * p
-        if decays and self.decay == "decoupled_first":
-            p = p * (1.0 - lr * self.weight_decay)
+        # Not from `decay_line`, which it is there to check.
+        lam = self.weight_decay
+        if lam and self.decay == "l2":
+            g = g + lam * p
+        if lam and self.decay == "decoupled_first":
+            p = p * (1.0 - lr * lam)
         delta, states = self.textbook(p, g, states, t=t, lr=lr)
-        if decays and self.decay in ("decoupled", "independent"):
-            base, slope = self.decay_line
-            return p - delta - (base + slope * lr) * p, states
+        if lam and self.decay == "decoupled":
+            return p - delta - lr * lam * p, states
+        if lam and self.decay == "independent":
+            base = self.lr.base if callable(self.lr) else self.lr  # type: ignore[attr-defined]
+            return p - delta - (lr / base if base else 1.0) * lam * p, states
         return p - delta, states
 
     def init(self, p: np.ndarray) -> tuple[np.ndarray, ...]:
