@@ -73,3 +73,29 @@ extern "C" int sweep(std::size_t itemsize, std::size_t read, std::size_t written
     run(arrays + static_cast<std::size_t>(k) * (read + written), sizes[k], c);
   return 0;
 }
+
+// The same for arrays of several element sizes: bytes that are read, updated or only written, tile
+// by tile. streams: for each block pointer, bytes of a tile and kind (0 read, 1 updated, 2 written)
+// of each; tiles: of each block.
+extern "C" void sweep_streams(std::ptrdiff_t blocks, std::size_t streams, char* const* pointers,
+                              const std::size_t* bytes, const int* kinds, const std::size_t* tiles,
+                              unsigned c, int threads, unsigned* seen) {
+  unsigned total = 0;
+#pragma omp parallel for schedule(dynamic) num_threads(threads) reduction(+ : total)
+  for (std::ptrdiff_t k = 0; k < blocks; ++k)
+    for (std::size_t t = 0; t < tiles[k]; ++t)
+      for (std::size_t s = 0; s < streams; ++s) {
+        const std::size_t words = bytes[s] / sizeof(unsigned);
+        unsigned* const word = reinterpret_cast<unsigned*>(
+            pointers[static_cast<std::size_t>(k) * streams + s] + t * bytes[s]);
+        unsigned sum = 0;
+        if (kinds[s] == 0)
+          for (std::size_t i = 0; i < words; ++i) sum += word[i];
+        else if (kinds[s] == 1)
+          for (std::size_t i = 0; i < words; ++i) word[i] += c;
+        else
+          for (std::size_t i = 0; i < words; ++i) word[i] = c;
+        total += sum;
+      }
+  *seen = total;
+}

@@ -81,6 +81,48 @@ class Sweep:
             )
 
 
+TILE = 256
+"""Elements of a tile, of which every format has whole bytes."""
+
+
+class Streams:
+    """One parallel pass over tensors whose arrays have several element sizes.
+
+    leaves: of each tensor its elements and the arrays that are read, updated, and only written, as
+    (array, bytes of a tile). Updated arrays keep their values, written ones become zero. What is
+    left over of a tensor's last tile is left out.
+    """
+
+    def __init__(
+        self, leaves: Sequence[tuple[int, Sequence[tuple[Array, int, int]]]], threads: int
+    ) -> None:
+        (_, first), *_ = leaves
+        pointers: list[int] = []
+        tiles: list[int] = []
+        for n, streams in leaves:
+            for start in range(0, n // TILE, BLOCK // TILE):
+                pointers += [a.ctypes.data + start * size for a, size, _ in streams]
+                tiles.append(min(BLOCK // TILE, n // TILE - start))
+        self._leaves = leaves  # keeps the arrays alive
+        self.bytes = sum(size * (1 + (kind == 1)) for _, size, kind in first) / TILE
+        self._seen = ctypes.c_uint()
+        self._arguments = (
+            ctypes.c_ssize_t(len(tiles)),
+            ctypes.c_size_t(len(first)),
+            (ctypes.c_void_p * len(pointers))(*pointers),
+            (ctypes.c_size_t * len(first))(*(size for _, size, _ in first)),
+            (ctypes.c_int * len(first))(*(kind for _, _, kind in first)),
+            (ctypes.c_size_t * len(tiles))(*tiles),
+            ctypes.c_uint(0),
+            ctypes.c_int(threads),
+            ctypes.byref(self._seen),
+        )
+        self._sweep = library().sweep_streams
+
+    def __call__(self) -> None:
+        self._sweep(*self._arguments)
+
+
 def check_sweep(reads: int, writes: int, dtype: np.dtype[Any], threads: int) -> None:
     """AssertionError where a sweep over so many arrays does not read and write all of them."""
     rng = np.random.default_rng(0)

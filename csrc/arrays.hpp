@@ -2,6 +2,9 @@
 #pragma once
 #include <pybind11/numpy.h>
 
+#include <algorithm>
+#include <string>
+
 #include "driver.hpp"
 #include "table.h"
 
@@ -26,12 +29,14 @@ const Numpy& numpy() {
     };
     return new Numpy{
         reinterpret_cast<PyTypeObject*>(py::object(np.attr("ndarray")).release().ptr()),
-        {dtype("float32"), dtype("float64")}};
+        {dtype("float32"), dtype("float64"),
+         np.attr("dtype")(py::module_::import("ml_dtypes").attr("bfloat16")).release().ptr(),
+         dtype("float16")}};
   }();
   return *names;
 }
 
-constexpr std::size_t SIZES[FORMATS] = {4, 8};
+constexpr std::size_t SIZES[FORMATS] = {4, 8, 2, 2};
 constexpr int DENSE = 0x1 | 0x2, ALIGNED = 0x100, WRITEABLE = 0x400;  // NumPy's C and F order
 
 // The array behind a Python object, or null: subclasses and unusual dtype objects take the slow
@@ -40,6 +45,7 @@ const Proxy* as_array(PyObject* o) {
   return Py_TYPE(o) == numpy().ndarray ? py::detail::array_proxy(o) : nullptr;
 }
 
+// -1: none of the formats that are NumPy's own.
 int format_of(const Proxy* a) {
   for (int f = 0; f < FORMATS; ++f)
     if (a->descr == numpy().dtypes[f]) return f;
@@ -78,16 +84,87 @@ struct Range {
 
 bool overlap(const Range& a, const Range& b) { return a.begin < b.end && b.begin < a.end; }
 
-// A gradient that fits the parameter becomes an operand.
-bool read_input(PyObject* o, const Proxy* parameter, int compute, const Table& table,
+// The type in which a leaf is computed; -1 where its parameter has no format.
+int compute_of(const Proxy* parameter) {
+  const int format = parameter ? format_of(parameter) : -1;
+  return format == F64 ? F64 : format < 0 ? -1 : F32;
+}
+
+// The codec's part of an operand: looked up in the table of the instruction set in use.
+void use_codec(const Codec& codec, int compute, Operand& out) {
+  out.decode = codec.decode[compute];
+  out.encode = codec.encode[compute];
+  out.bits = static_cast<std::uint32_t>(codec.bits);
+  out.aux_bytes = static_cast<std::uint32_t>(TILE / codec.block * codec.aux);
+}
+
+// A gradient that fits the parameter becomes an operand, which is only read, or zeroed in the end.
+bool read_input(PyObject* o, const Proxy* parameter, int compute, const Table& table, bool zero,
                 Operand& out) {
   const Proxy* a = as_array(o);
-  if (!a || !(a->flags & ALIGNED)) return false;
+  if (!a || !(a->flags & ALIGNED) || (zero && !(a->flags & WRITEABLE))) return false;
   const int format = format_of(a);
-  if (format < 0 || !same_layout(a, SIZES[format], parameter, SIZES[compute])) return false;
+  if (format < 0 || !same_layout(a, SIZES[format], parameter, SIZES[format_of(parameter)]))
+    return false;
+  use_codec(table.codecs[format], compute, out);
   out.data = a->data;
-  out.decode = table.decode[format][compute];
-  out.size = SIZES[format];
+  out.encode = zero ? table.codecs[format].zero : nullptr;
+  return true;
+}
+
+// An array that is updated in place, and what is stored beside it.
+struct Target {
+  int codec = -1;
+  const Proxy* data = nullptr;
+  Range ranges[2] = {};  // of data and aux
+};
+
+bool read_bytes(PyObject* o, std::size_t bytes, Range& out) {
+  if (!py::isinstance<py::array>(o)) return false;
+  const auto a = py::reinterpret_borrow<py::array>(o);
+  const Proxy* const proxy = py::detail::array_proxy(o);
+  if (static_cast<std::size_t>(a.nbytes()) < bytes || !is_target(proxy)) return false;
+  out = {proxy->data, proxy->data + bytes};
+  return true;
+}
+
+// What Python calls an operand: an ndarray, or (name of the codec, data, aux or None). False where
+// it does not fit a parameter of n elements.
+bool read_target(PyObject* o, const Proxy* parameter, std::size_t n, int compute,
+                 const Table& table, Target& target, Operand& out) {
+  PyObject* aux = Py_None;
+  if (PyTuple_Check(o)) {
+    const auto [name, data, beside] = py::cast<std::tuple<std::string, py::object, py::object>>(o);
+    const Codec* const end = table.codecs + table.codec_count;
+    const Codec* const found =
+        std::find_if(table.codecs, end, [&n = name](const Codec& c) { return n == c.name; });
+    if (found == end) return false;
+    target.codec = static_cast<int>(found - table.codecs);
+    aux = beside.ptr();  // the tuple keeps both alive
+    o = data.ptr();
+  } else {
+    const Proxy* const a = as_array(o);
+    target.codec = a ? format_of(a) : -1;
+    if (target.codec < 0) return false;
+  }
+  const Codec& codec = table.codecs[target.codec];
+  use_codec(codec, compute, out);
+  const std::size_t bytes = (n * codec.bits + 7) / 8;
+  if (codec.bits >= 16) {  // elements that stand where the parameter's stand
+    target.data = as_array(o);
+    const int format = target.data ? format_of(target.data) : -1;
+    if (format < 0 || SIZES[format] * 8 != codec.bits || !is_target(target.data) ||
+        !same_layout(target.data, SIZES[format], parameter, SIZES[format_of(parameter)]))
+      return false;
+    target.ranges[0] = {target.data->data, target.data->data + bytes};
+  } else if (!read_bytes(o, bytes, target.ranges[0])) {
+    return false;
+  }
+  out.data = const_cast<char*>(target.ranges[0].begin);
+  if (!codec.aux) return aux == Py_None;
+  if (!read_bytes(aux, (n + codec.block - 1) / codec.block * codec.aux, target.ranges[1]))
+    return false;
+  out.aux = const_cast<char*>(target.ranges[1].begin);
   return true;
 }
 

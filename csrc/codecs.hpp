@@ -1,14 +1,514 @@
-// How stored elements become elements of the compute type, a tile at a time.
+// How stored elements become elements of the compute type and back, a tile at a time. A codec is a
+// few lines on one element or one block; everything else is one loop for all of them. The NumPy
+// form of each is in fusedopt/formats.py, bit for bit.
 #pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
 #include "table.h"
 
 namespace {
 
-template <class Stored, class T>
-void decode(const void* stored, void* out, std::size_t n) {
-  const Stored* __restrict from = static_cast<const Stored*>(stored);
-  T* __restrict to = static_cast<T*>(out);
-  for (std::size_t i = 0; i < n; ++i) to[i] = static_cast<T>(from[i]);
+using namespace fusedopt;
+
+inline std::uint32_t bits_of(float x) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
 }
+inline float float_of(std::uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+// Selections that stay such, all bits or none: GCC makes branches of `c ? a : b` where `a` takes
+// some work, and then does not vectorise the loop, or does it badly.
+inline std::uint32_t mask(bool condition) { return 0u - static_cast<std::uint32_t>(condition); }
+inline float select(bool condition, float yes, float no) {
+  return float_of((bits_of(yes) & mask(condition)) | (bits_of(no) & ~mask(condition)));
+}
+// Below 2^31, by way of signed integers: older instruction sets convert no others.
+inline float whole(std::uint32_t x) { return static_cast<float>(static_cast<std::int32_t>(x)); }
+inline std::uint32_t truncated(float x) {
+  return static_cast<std::uint32_t>(static_cast<std::int32_t>(x));
+}
+inline float power_of_two(int exponent) {
+  return float_of(static_cast<std::uint32_t>(127 + exponent) << 23);
+}
+
+constexpr std::uint32_t SIGN = 0x80000000u, INFINITE = 0x7f800000u, NOT_A_NUMBER = 0x7fc00000u;
+
+// ---------------------------------------------------------------- elements that stand alone
+
+template <class S>
+struct Plain {
+  using Stored = S;
+  template <class T>
+  static T decode(S x) {
+    return static_cast<T>(x);
+  }
+  template <class T>
+  static S nearest(T x) {
+    return static_cast<S>(x);
+  }
+};
+
+// The upper half of a float.
+struct BFloat16 {
+  using Stored = std::uint16_t;
+  template <class T>
+  static T decode(Stored x) {
+    return static_cast<T>(float_of(static_cast<std::uint32_t>(x) << 16));
+  }
+  template <class T>
+  static Stored nearest(T x) {
+    const std::uint32_t bits = bits_of(static_cast<float>(x));
+    const std::uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
+    const std::uint32_t nan = (bits & SIGN) | NOT_A_NUMBER;
+    return static_cast<Stored>(((bits & ~SIGN) > INFINITE ? nan : rounded) >> 16);
+  }
+  // Away from zero with the probability that makes it unbiased; never from finite to infinite.
+  template <class T>
+  static Stored stochastic(T x, std::uint32_t random) {
+    const std::uint32_t bits = bits_of(static_cast<float>(x));
+    const std::uint32_t rounded = bits + (random >> 16);
+    const bool stays = (bits & INFINITE) == INFINITE || (rounded & INFINITE) == INFINITE;
+    const std::uint32_t nan = (bits & SIGN) | NOT_A_NUMBER;
+    return static_cast<Stored>(((bits & ~SIGN) > INFINITE ? nan : stays ? bits : rounded) >> 16);
+  }
+};
+
+struct Float16 {
+  using Stored = std::uint16_t;
+  static constexpr std::uint32_t NORMAL = 0x38800000u;    // 2^-14, the smallest normal number
+  static constexpr std::uint32_t OVERFLOW = 0x47800000u;  // 2^16
+  static constexpr std::uint32_t REBIAS = (127 - 15) << 23;
+
+  template <class T>
+  static T decode(Stored x) {
+    const std::uint32_t magnitude = x & 0x7fffu, shifted = magnitude << 13;
+    const float denormal = whole(magnitude) * 5.9604644775390625e-8f;  // 2^-24
+    const std::uint32_t finite = magnitude < 0x400u ? bits_of(denormal) : shifted + REBIAS;
+    const std::uint32_t bits = magnitude >= 0x7c00u ? shifted | INFINITE : finite;
+    return static_cast<T>(float_of(bits | static_cast<std::uint32_t>(x & 0x8000u) << 16));
+  }
+  // From magnitude bits: of a normal result, of one below the smallest normal number, of the rest.
+  static Stored assemble(std::uint32_t bits, std::uint32_t normal, std::uint32_t denormal) {
+    const std::uint32_t magnitude = bits & ~SIGN;
+    const std::uint32_t special = magnitude > INFINITE ? 0x7e00u : 0x7c00u;
+    const std::uint32_t small = mask(magnitude < NORMAL);
+    const std::uint32_t finite = (denormal & small) | (normal & ~small);
+    const std::uint32_t code = magnitude >= OVERFLOW ? special : finite;
+    return static_cast<Stored>(code | (bits >> 16 & 0x8000u));
+  }
+  template <class T>
+  static Stored nearest(T x) {
+    const std::uint32_t bits = bits_of(static_cast<float>(x)), magnitude = bits & ~SIGN;
+    const std::uint32_t normal = (magnitude - REBIAS + 0xfff + (magnitude >> 13 & 1)) >> 13;
+    // One half has the spacing of the denormals: the addition rounds.
+    const std::uint32_t denormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
+    return assemble(bits, normal, denormal);
+  }
+  template <class T>
+  static Stored stochastic(T x, std::uint32_t random) {
+    const std::uint32_t bits = bits_of(static_cast<float>(x)), magnitude = bits & ~SIGN;
+    std::uint32_t normal = (magnitude - REBIAS + (random >> 19)) >> 13;
+    normal = normal > 0x7bffu ? 0x7bffu : normal;
+    // In units of 2^-20 of the denormals' spacing, 2^-24.
+    const float units = select(magnitude < NORMAL, float_of(magnitude), 0.0f) * 17592186044416.0f;
+    const std::uint32_t fixed = truncated(units);
+    const std::uint32_t denormal = (fixed + (random >> 12)) >> 20;
+    return assemble(bits, normal, denormal);
+  }
+};
+
+template <class E, class T>
+void decode_each(const void* data, const void*, void* out, std::size_t n) {
+  const typename E::Stored* __restrict from = static_cast<const typename E::Stored*>(data);
+  T* __restrict to = static_cast<T*>(out);
+  for (std::size_t i = 0; i < n; ++i) to[i] = E::template decode<T>(from[i]);
+}
+
+template <class E, class T>
+void encode_each(const void* tile, void* data, void*, std::size_t n, std::uint64_t) {
+  const T* __restrict from = static_cast<const T*>(tile);
+  typename E::Stored* __restrict to = static_cast<typename E::Stored*>(data);
+  for (std::size_t i = 0; i < n; ++i) to[i] = E::nearest(from[i]);
+}
+
+// Random bits of the i-th element of a tile: a hash of its place and of the tile's 64-bit key.
+inline std::uint32_t random_bits(std::uint64_t key, std::uint32_t i) {
+  std::uint32_t x = i * 0x9e3779b9u + static_cast<std::uint32_t>(key);
+  x = (x ^ x >> 16) * 0x7feb352du;
+  x += static_cast<std::uint32_t>(key >> 32);
+  x = (x ^ x >> 15) * 0x846ca68bu;
+  return x ^ x >> 16;
+}
+
+template <class E, class T>
+void encode_stochastic(const void* tile, void* data, void*, std::size_t n, std::uint64_t key) {
+  const T* __restrict from = static_cast<const T*>(tile);
+  typename E::Stored* __restrict to = static_cast<typename E::Stored*>(data);
+  for (std::size_t i = 0; i < n; ++i)
+    to[i] = E::stochastic(from[i], random_bits(key, static_cast<std::uint32_t>(i)));
+}
+
+// ---------------------------------------------------------------- a bfloat16 and 16 bits more
+
+// Together exactly a float: `low` is what the nearest bfloat16 is off by, in float's last places.
+struct Split16 {
+  static float decode(std::uint16_t high, std::uint16_t low) {
+    const std::int32_t off = static_cast<std::int16_t>(low);
+    return float_of((static_cast<std::uint32_t>(high) << 16) + static_cast<std::uint32_t>(off));
+  }
+  static void encode(float x, std::uint16_t& high, std::uint16_t& low) {
+    const std::uint32_t bits = bits_of(x);
+    const bool nan = (bits & ~SIGN) > INFINITE;
+    // Ties go away from zero: to even, `low` would need one value more than it has.
+    const std::uint32_t value = nan ? (bits & SIGN) | NOT_A_NUMBER : bits;
+    high = static_cast<std::uint16_t>((value + 0x8000u) >> 16);
+    low = static_cast<std::uint16_t>(value & 0xffffu);
+  }
+};
+
+// Kahan's compensation: what the stored bfloat16 fell short by, a bfloat16 itself.
+struct Kahan {
+  static float decode(std::uint16_t high, std::uint16_t low) {
+    return BFloat16::decode<float>(high) + BFloat16::decode<float>(low);
+  }
+  static void encode(float x, std::uint16_t& high, std::uint16_t& low) {
+    high = BFloat16::nearest(x);
+    const float stored = BFloat16::decode<float>(high);
+    const bool finite = (bits_of(stored) & INFINITE) != INFINITE;
+    low = BFloat16::nearest(finite ? x - stored : 0.0f);
+  }
+};
+
+template <class E, class T>
+void decode_pairs(const void* data, const void* aux, void* out, std::size_t n) {
+  const std::uint16_t* __restrict high = static_cast<const std::uint16_t*>(data);
+  const std::uint16_t* __restrict low = static_cast<const std::uint16_t*>(aux);
+  T* __restrict to = static_cast<T*>(out);
+  for (std::size_t i = 0; i < n; ++i) to[i] = static_cast<T>(E::decode(high[i], low[i]));
+}
+
+template <class E, class T>
+void encode_pairs(const void* tile, void* data, void* aux, std::size_t n, std::uint64_t) {
+  const T* __restrict from = static_cast<const T*>(tile);
+  std::uint16_t* __restrict high = static_cast<std::uint16_t*>(data);
+  std::uint16_t* __restrict low = static_cast<std::uint16_t*>(aux);
+  for (std::size_t i = 0; i < n; ++i) E::encode(static_cast<float>(from[i]), high[i], low[i]);
+}
+
+// ---------------------------------------------------------------- blocks that share a scale
+
+// 1 + 4 + 3 bits, as in the OCP standard (e4m3fn), never its NaN.
+struct E4M3 {
+  static constexpr int bits = 8, block = 256;
+  static constexpr std::uint8_t zero = 0;
+  // A power of two, so that what is stored again unchanged is the same code again: the largest
+  // magnitude comes to lie in (224, 448]. `factor` is 1 / scale.
+  static float scale(float largest, float& factor) {
+    const std::uint32_t magnitude = bits_of(largest);
+    int exponent = 8 - (static_cast<int>(magnitude >> 23) - 127);
+    exponent -= (magnitude & 0x7fffffu) > 0x600000u;
+    exponent = exponent > 126 ? 126 : exponent;
+    factor = power_of_two(exponent);
+    return power_of_two(-exponent);
+  }
+  static std::uint32_t encode(float x, float factor) {
+    const float y = x * factor;
+    const std::uint32_t bits = bits_of(y), magnitude = bits & ~SIGN;
+    const std::uint32_t normal = ((magnitude + 0x7ffff + (magnitude >> 20 & 1)) >> 20) - (120 << 3);
+    // 2^14 has the spacing of the denormals: the addition rounds.
+    const std::uint32_t denormal = bits_of(float_of(magnitude) + 16384.0f) - bits_of(16384.0f);
+    return (magnitude < bits_of(0.015625f) ? denormal : normal) | (bits >> 24 & 0x80u);
+  }
+  static float decode(std::uint32_t code, float scale) {
+    const std::uint32_t magnitude = code & 0x7fu;
+    const float denormal = whole(magnitude) * 0.001953125f;
+    const std::uint32_t normal = (magnitude << 20) + (120u << 23);
+    const std::uint32_t value = magnitude < 8 ? bits_of(denormal) : normal;
+    return float_of(value | (code & 0x80u) << 24) * scale;
+  }
+};
+
+// No sign, 5 + 3 bits, no denormals: code 0 is zero, and nothing else becomes zero.
+struct E5M3 {
+  static constexpr int bits = 8, block = 256;
+  static constexpr std::uint8_t zero = 0;
+  static constexpr int TOP = 15;  // the exponent of codes 248 to 255
+  static constexpr std::uint32_t OFFSET = ((127 + TOP) << 3) - 248;
+  static std::uint32_t rounded(std::uint32_t magnitude) {
+    return (magnitude + 0x7ffff + (magnitude >> 20 & 1)) >> 20;
+  }
+  static float scale(float largest, float& factor) {
+    int exponent = TOP - (static_cast<int>(rounded(bits_of(largest)) >> 3) - 127);
+    exponent = exponent > 126 ? 126 : exponent;
+    factor = power_of_two(exponent);
+    return power_of_two(-exponent);
+  }
+  static std::uint32_t encode(float x, float factor) {
+    const float y = x * factor;
+    const std::uint32_t magnitude = bits_of(x) & ~SIGN, near = rounded(bits_of(y) & ~SIGN);
+    const std::uint32_t code = near > OFFSET + 1 ? near - OFFSET : 1;
+    return magnitude == 0 ? 0 : code;
+  }
+  static float decode(std::uint32_t code, float scale) {
+    const float value = float_of((code + OFFSET) << 20);
+    return (code == 0 ? 0.0f : value) * scale;
+  }
+};
+
+// The dynamic map of bitsandbytes (8 bits) and torchao (4 bits): decade I, counted from the lowest,
+// has 2^I values, in the middles of as many equal parts of (10^(I-1), 10^I) 10^-TOP. Numbered
+// through, decade I has the numbers 2^I to 2^(I+1) - 1, and 2^(TOP+1) is 1. So a number plus one
+// half, as a float, has I for its exponent and the place in the decade for its mantissa, and
+// neither way needs a search or a look-up.
+template <int FIRST, int TOP>
+struct Dynamic {
+  static constexpr double power(int exponent) {  // of ten
+    double result = 1.0;
+    for (int k = 0; k < (exponent < 0 ? -exponent : exponent); ++k) result *= 10.0;
+    return exponent < 0 ? 1.0 / result : result;
+  }
+  template <int I>
+  static constexpr float ten = static_cast<float>(power(I - TOP));
+  // Half way between the last value of the decade before and the first of this one.
+  template <int I>
+  static constexpr float threshold = static_cast<float>(power(I - TOP) * (0.1 + 0.18 / (1 << I)));
+  template <int I>
+  static constexpr float slope = static_cast<float>((1 << I) * power(TOP - I) / 0.9);
+  static constexpr float ALL = static_cast<float>(1 - 0.225 / (1 << TOP));
+  // GCC vectorises no loop within a loop: the decades above the first are taken by a fold.
+  using Above = std::make_integer_sequence<int, TOP - FIRST>;
+
+  template <int... I>
+  static std::uint32_t number(float y, std::integer_sequence<int, I...>) {
+    constexpr float lowest = slope<FIRST>;
+    float steep = lowest;
+    std::uint32_t first = 1u << FIRST;
+    ((steep = select(y >= threshold<FIRST + 1 + I>, slope<FIRST + 1 + I>, steep)), ...);
+    ((first += mask(y >= threshold<FIRST + 1 + I>) & (1u << (FIRST + I))), ...);
+    // Where the decade begins this is 0.2, in the lowest one above -1, at the end too much by 1.
+    const float place = y * steep - whole(first) * static_cast<float>(1.0 / 9.0);
+    const std::uint32_t rounded = truncated(place), last = first - 1;
+    const std::uint32_t found = first + (rounded < last ? rounded : last);
+    const std::uint32_t all = mask(y >= ALL);
+    return (found & ~all) | ((2u << TOP) & all);
+  }
+  // The number of the value nearest to y, for y in [0, 1].
+  static std::uint32_t number(float y) { return number(y, Above()); }
+
+  template <int... I>
+  static float power_of(std::uint32_t number, std::integer_sequence<int, I...>) {
+    constexpr float lowest = ten<FIRST>;
+    float power = lowest;
+    ((power = select(number >= 2u << (FIRST + I), ten<FIRST + 1 + I>, power)), ...);
+    return power;
+  }
+  static float value(std::uint32_t number) {
+    const float mantissa = float_of((bits_of(whole(number) + 0.5f) & 0x7fffffu) | bits_of(1.0f));
+    const float inside = power_of(number, Above()) * (mantissa * 0.9f - 0.8f);
+    return select(number >= 2u << TOP, 1.0f, inside);
+  }
+};
+
+// Shared by the dynamic maps: the scale is the largest magnitude itself.
+struct LargestMagnitude {
+  static float scale(float largest, float& factor) {
+    factor = 1.0f / largest;
+    return largest;
+  }
+};
+
+// The zero in the middle, positive values above it; -1 is not among them.
+template <int BITS, int BLOCK>
+struct SignedDynamic : LargestMagnitude {
+  static constexpr int bits = BITS, block = BLOCK;
+  using Map = Dynamic<0, BITS - 2>;
+  static constexpr std::uint32_t MIDDLE = (1u << (BITS - 1)) - 1;
+  static constexpr std::uint8_t zero = BITS == 8 ? MIDDLE : MIDDLE * 0x11;
+  static constexpr float NOTHING =
+      static_cast<float>(0.275 * Map::power(2 - BITS));  // half of the least value
+  static std::uint32_t encode(float x, float factor) {
+    const std::uint32_t bits = bits_of(x * factor), negative = 0u - (bits >> 31);
+    const float magnitude = float_of(bits & ~SIGN);
+    const std::uint32_t near = Map::number(magnitude) & ~mask(magnitude < NOTHING);
+    const std::uint32_t most = MIDDLE + 1 + negative;  // 1 is there, -1 is not
+    const std::uint32_t number = near < most ? near : most;
+    return (number ^ negative) + (MIDDLE - negative);
+  }
+  static float decode(std::uint32_t code, float scale) {
+    const std::uint32_t place = code - MIDDLE, negative = 0u - (place >> 31);
+    const std::uint32_t number = (place ^ negative) - negative;
+    const float value = select(number == 0, 0.0f, Map::value(number));
+    return float_of(bits_of(value) | (negative & SIGN)) * scale;
+  }
+};
+
+// From zero up; only a zero becomes zero.
+struct UnsignedDynamic8 : LargestMagnitude {
+  static constexpr int bits = 8, block = 256;
+  static constexpr std::uint8_t zero = 0;
+  using Map = Dynamic<1, 7>;
+  static std::uint32_t encode(float x, float factor) {
+    const std::uint32_t code = Map::number(float_of(bits_of(x * factor) & ~SIGN)) - 1;
+    return code & mask((bits_of(x) & ~SIGN) != 0);
+  }
+  static float decode(std::uint32_t code, float scale) {
+    const float value = Map::value(code + 1);
+    return select(code == 0, 0.0f, value) * scale;
+  }
+};
+
+// 1/16 to 16/16: no zero, which the scale of a block of zeros stands for.
+struct UnsignedDynamic4 : LargestMagnitude {
+  static constexpr int bits = 4, block = 128;
+  static constexpr std::uint8_t zero = 0;
+  static std::uint32_t encode(float x, float factor) {
+    const float sixteenths = float_of(bits_of(x * factor) & ~SIGN) * 16.0f + 0.5f;
+    const std::uint32_t number = truncated(sixteenths);
+    return (number < 1 ? 1 : number > 16 ? 16 : number) - 1;
+  }
+  static float decode(std::uint32_t code, float scale) { return whole(code + 1) * 0.0625f * scale; }
+};
+
+template <class B>
+constexpr std::size_t bytes_of(std::size_t n) {
+  return (n * B::bits + 7) / 8;
+}
+
+template <class B, class T>
+void decode_blocks(const void* data, const void* aux, void* out, std::size_t n) {
+  const float* const scales = static_cast<const float*>(aux);
+  for (std::size_t at = 0, k = 0; at < n; at += B::block, ++k) {
+    const std::size_t count = n - at < B::block ? n - at : B::block;
+    const std::uint8_t* __restrict codes = static_cast<const std::uint8_t*>(data) + bytes_of<B>(at);
+    T* __restrict to = static_cast<T*>(out) + at;
+    const float scale = scales[k];
+    if constexpr (B::bits == 8) {
+      for (std::size_t i = 0; i < count; ++i) to[i] = static_cast<T>(B::decode(codes[i], scale));
+    } else {
+      for (std::size_t i = 0; i < count / 2; ++i) {  // the first in the high nibble
+        to[2 * i] = static_cast<T>(B::decode(codes[i] >> 4, scale));
+        to[2 * i + 1] = static_cast<T>(B::decode(codes[i] & 15u, scale));
+      }
+      if (count % 2) to[count - 1] = static_cast<T>(B::decode(codes[count / 2] >> 4, scale));
+    }
+  }
+}
+
+template <class B, class T>
+void encode_blocks(const void* tile, void* data, void* aux, std::size_t n, std::uint64_t) {
+  for (std::size_t at = 0, k = 0; at < n; at += B::block, ++k) {
+    const std::size_t count = n - at < B::block ? n - at : B::block;
+    const T* __restrict from = static_cast<const T*>(tile) + at;
+    std::uint8_t* __restrict codes = static_cast<std::uint8_t*>(data) + bytes_of<B>(at);
+    float& scale = static_cast<float*>(aux)[k];
+    std::uint32_t largest = 0;  // of the magnitudes' bits: infinities and NaN are above all others
+    for (std::size_t i = 0; i < count; ++i) {
+      const std::uint32_t magnitude = bits_of(static_cast<float>(from[i])) & ~SIGN;
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    // An infinity or NaN stays visible: the whole block is NaN from here on.
+    if (largest == 0 || largest >= INFINITE) {
+      std::memset(codes, B::zero, bytes_of<B>(count));
+      scale = float_of(largest == 0 ? 0 : NOT_A_NUMBER);
+      continue;
+    }
+    float factor;
+    scale = B::scale(float_of(largest), factor);
+    // In 32 bits first: with eight, GCC works on so many elements at once that it runs out of
+    // registers, and takes 1.5 times as long.
+    alignas(64) std::uint32_t wide[B::block + 1];
+    for (std::size_t i = 0; i < count; ++i)
+      wide[i] = B::encode(static_cast<float>(from[i]), factor);
+    if constexpr (B::bits == 8) {
+      for (std::size_t i = 0; i < count; ++i) codes[i] = static_cast<std::uint8_t>(wide[i]);
+    } else {
+      if (count % 2) wide[count] = B::zero & 15;
+      for (std::size_t i = 0; i < bytes_of<B>(count); ++i)
+        codes[i] = static_cast<std::uint8_t>(wide[2 * i] << 4 | wide[2 * i + 1]);
+    }
+  }
+}
+
+// ---------------------------------------------------------------- the list
+
+template <std::size_t SIZE>
+void store_zero(const void*, void* data, void*, std::size_t n, std::uint64_t) {
+  std::memset(data, 0, n * SIZE);
+}
+
+template <class E>
+constexpr Codec each(const char* name) {
+  constexpr std::size_t size = sizeof(typename E::Stored);
+  return {name,
+          size * 8,
+          1,
+          0,
+          {decode_each<E, float>, decode_each<E, double>},
+          {encode_each<E, float>, encode_each<E, double>},
+          store_zero<size>};
+}
+
+template <class E>
+constexpr Codec stochastic(const char* name) {
+  Codec codec = each<E>(name);
+  codec.encode[0] = encode_stochastic<E, float>;
+  codec.encode[1] = encode_stochastic<E, double>;
+  codec.random = true;
+  return codec;
+}
+
+template <class E>
+constexpr Codec pairs(const char* name) {
+  return {name,
+          16,
+          1,
+          2,
+          {decode_pairs<E, float>, decode_pairs<E, double>},
+          {encode_pairs<E, float>, encode_pairs<E, double>},
+          nullptr};
+}
+
+template <class B>
+constexpr Codec blocks(const char* name) {
+  return {name,
+          B::bits,
+          B::block,
+          sizeof(float),
+          {decode_blocks<B, float>, decode_blocks<B, double>},
+          {encode_blocks<B, float>, encode_blocks<B, double>},
+          nullptr};
+}
+
+// In the compute type already: not copied.
+constexpr Codec uncopied(Codec codec, int compute) {
+  codec.decode[compute] = nullptr;
+  codec.encode[compute] = nullptr;
+  return codec;
+}
+
+// The order of the first ones is that of `Format`.
+constexpr Codec CODECS[] = {
+    uncopied(each<Plain<float>>("float32"), F32),
+    uncopied(each<Plain<double>>("float64"), F64),
+    each<BFloat16>("bfloat16"),
+    each<Float16>("float16"),
+    stochastic<BFloat16>("bfloat16_stochastic"),
+    stochastic<Float16>("float16_stochastic"),
+    pairs<Split16>("split16"),
+    pairs<Kahan>("kahan"),
+    blocks<E4M3>("e4m3"),
+    blocks<E5M3>("e5m3"),
+    blocks<SignedDynamic<8, 256>>("dynamic8"),
+    blocks<UnsignedDynamic8>("dynamic8_unsigned"),
+    blocks<SignedDynamic<4, 128>>("dynamic4"),
+    blocks<UnsignedDynamic4>("dynamic4_unsigned"),
+};
 
 }  // namespace

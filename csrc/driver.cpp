@@ -27,37 +27,53 @@ void run_step(const Step& step, void* const* data, std::size_t n) {
   step.run(operands, step.scalars, n);
 }
 
-// Elements [from, to) of a leaf, tile by tile: decode, then the program.
+char* element(const Operand& operand, std::size_t at) {
+  return operand.data + at * operand.bits / 8;
+}
+
+// Elements [from, to) of a leaf, tile by tile: decode, the program, encode. `from` is the start of
+// a tile.
 void run_tiles(const Leaf& leaf, std::size_t from, std::size_t to) {
   alignas(64) char scratch[MAX_OPERANDS][TILE * sizeof(double)];
+  void* tile[MAX_OPERANDS];
   for (std::size_t at = from; at < to; at += TILE) {
-    const std::size_t n = std::min(TILE, to - at);
-    void* data[MAX_OPERANDS];
+    const std::size_t n = std::min(TILE, to - at), index = at / TILE;
     for (int k = 0; k < leaf.operand_count; ++k) {
       const Operand& operand = leaf.operands[k];
-      data[k] = operand.data + at * operand.size;
-      if (operand.decode) {
-        operand.decode(data[k], scratch[k], n);
-        data[k] = scratch[k];
+      if (!(leaf.used >> k & 1)) continue;
+      if (operand.source >= 0) {
+        tile[k] = tile[operand.source];
+      } else if (operand.decode) {
+        tile[k] = scratch[k];
+        operand.decode(element(operand, at), operand.aux + index * operand.aux_bytes, tile[k], n);
+      } else {
+        tile[k] = element(operand, at);
       }
     }
-    for (int s = 0; s < leaf.step_count; ++s) run_step(leaf.steps[s], data, n);
+    for (int s = 0; s < leaf.step_count; ++s) run_step(leaf.steps[s], tile, n);
+    for (int k = 0; k < leaf.operand_count; ++k) {
+      const Operand& operand = leaf.operands[k];
+      if ((leaf.written >> k & 1) && operand.encode)
+        operand.encode(tile[k], element(operand, at), operand.aux + index * operand.aux_bytes, n,
+                       subkey(operand.key, index));
+    }
   }
 }
 
 void run_leaf(const Leaf& leaf, std::size_t from, std::size_t to) {
   void* data[MAX_OPERANDS];
-  bool decodes = false;
+  bool in_place = true;
   for (int k = 0; k < leaf.operand_count; ++k) {
     const Operand& operand = leaf.operands[k];
-    data[k] = operand.data + from * operand.size;
-    decodes |= operand.decode != nullptr;
+    data[k] = element(operand, from);
+    if (leaf.used >> k & 1) in_place = in_place && !operand.decode && !operand.encode;
   }
-  // With nothing to decode and nothing to keep in cache between operations, a tile may be long.
-  if (decodes || leaf.step_count > 1)
-    run_tiles(leaf, from, to);
-  else
+  // With nothing to decode or encode and nothing to keep in cache between operations, a tile may be
+  // long.
+  if (in_place && leaf.step_count == 1)
     run_step(leaf.steps[0], data, to - from);
+  else
+    run_tiles(leaf, from, to);
 }
 
 struct Work {

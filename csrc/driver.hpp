@@ -8,11 +8,16 @@
 
 namespace fusedopt {
 
-// One array of a leaf. A null `decode` means that it already has the compute type.
+// One array of a leaf.
 struct Operand {
-  char* data;
-  Decode decode;
-  std::size_t size;  // bytes per stored element
+  char* data = nullptr;
+  char* aux = nullptr;          // what the codec stores beside the elements
+  Decode decode = nullptr;      // null: has the compute type already, is used where it lies
+  Encode encode = nullptr;      // null: the same
+  std::uint32_t bits = 0;       // of an element
+  std::uint32_t aux_bytes = 0;  // of a tile
+  int source = -1;              // the operand before this one whose tile it stores; -1: its own
+  std::uint64_t key = 0;        // of this step's random bits
 };
 
 // One operation of a leaf's program; `operands` are indices into the leaf's operands.
@@ -28,8 +33,20 @@ struct Leaf {
   const Operand* operands;
   const Step* steps;
   int operand_count, step_count;
-  std::size_t start;  // in the concatenation of all leaves; `run` finds it
+  std::uint32_t used, written;  // operands, as bits
+  std::size_t start;            // in the concatenation of all leaves; `run` finds it
 };
+
+// Spreads the bits of x over all of the result (the finaliser of splitmix64).
+inline std::uint64_t mixed(std::uint64_t x) {
+  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+  return x ^ x >> 31;
+}
+// The key of one of many, from the key of all.
+inline std::uint64_t subkey(std::uint64_t key, std::uint64_t index) {
+  return mixed(key + (index + 1) * 0x9e3779b97f4a7c15u);
+}
 
 // Runs every leaf's program over all of its elements, in one parallel region. The result does not
 // depend on `threads` or on how the leaves are cut.

@@ -123,7 +123,8 @@ constexpr Operation rule_entry() {
   using All = std::make_integer_sequence<int, MODES>;
   return {R<float>::name,
           2 + R<float>::states,
-          0,
+          true,
+          written<R<float>>(0),
           2 + static_cast<int>(sizeof(R<float>) / sizeof(float)),
           {modes<R<float>, float>(All()), modes<R<double>, double>(All())}};
 }
@@ -132,6 +133,7 @@ template <template <class> class R>
 constexpr Operation other_entry() {
   return {R<float>::name,
           R<float>::operands,
+          false,
           R<float>::written,
           static_cast<int>(sizeof(R<float>) / sizeof(float)),
           {{{other_tile<R<float>, float>}}, {{other_tile<R<double>, double>}}}};
@@ -154,6 +156,7 @@ extern const Table FUSEDOPT_TABLE;
 const Table FUSEDOPT_TABLE = {
     Everything::all,
     Everything::count,
-    {{nullptr, decode<float, double>}, {decode<double, float>, nullptr}},
+    CODECS,
+    static_cast<int>(sizeof CODECS / sizeof *CODECS),
 };
 }  // namespace fusedopt

@@ -37,40 +37,45 @@ bool update(const Program& program, const py::tuple& folds, std::int64_t t, doub
             const py::object& gradient, const py::object& hessian, const py::tuple& arrays) {
   if (static_cast<int>(arrays.size()) != program.arrays || program.phases != 1) return false;
   const Proxy* parameter = as_array(arrays[0].ptr());
-  const int compute = parameter ? format_of(parameter) : -1;
-  if (compute < 0 || compute >= COMPUTE_TYPES) return false;
-  Operand operands[MAX_OPERANDS] = {};
-  Range ranges[MAX_OPERANDS];
+  const int compute = compute_of(parameter);
+  if (compute < 0) return false;
+  const Table& table = *level().table;
   const std::size_t n = elements_of(parameter);
+  Operand operands[MAX_OPERANDS];
+  Range ranges[2 * MAX_OPERANDS];
+  int range_count = 0;
+  const auto apart = [&](const Range& range) {
+    for (int j = 0; j < range_count; ++j)
+      if (overlap(range, ranges[j])) return false;
+    return true;
+  };
   for (int k = 0; k < program.arrays; ++k) {
-    const Proxy* a = as_array(PyTuple_GET_ITEM(arrays.ptr(), k));
-    if (!a || format_of(a) != compute || !is_target(a) ||
-        !same_layout(a, SIZES[compute], parameter, SIZES[compute]))
+    Target target;
+    if (!read_target(PyTuple_GET_ITEM(arrays.ptr(), k), parameter, n, compute, table, target,
+                     operands[PARAMETER + k]))
       return false;
-    operands[PARAMETER + k] = {a->data, nullptr, SIZES[compute]};
-    ranges[k] = {a->data, a->data + n * SIZES[compute]};
-    for (int j = 0; j < k; ++j)
-      if (n && overlap(ranges[k], ranges[j])) return false;
+    for (const Range& range : target.ranges) {
+      if (range.begin == range.end) continue;
+      if (!apart(range)) return false;
+      ranges[range_count++] = range;
+    }
   }
-  const PyObject* inputs[INPUTS] = {gradient.ptr(), hessian.ptr()};
+  PyObject* const inputs[INPUTS] = {gradient.ptr(), hessian.ptr()};
   for (int i = 0; i < INPUTS; ++i) {
     if (inputs[i] == Py_None) {
       if (i == GRADIENT) return false;
       continue;
     }
     if ((i == HESSIAN && !program.takes_hessian) ||
-        !read_input(const_cast<PyObject*>(inputs[i]), parameter, compute, *level().table,
-                    operands[i]))
+        !read_input(inputs[i], parameter, compute, table, false, operands[i]))
       return false;
-    const Range range{operands[i].data, operands[i].data + n * operands[i].size};
-    for (int k = 0; k < program.arrays; ++k)
-      if (n && overlap(range, ranges[k])) return false;
+    if (n && !apart({operands[i].data, operands[i].data + n * operands[i].bits / 8})) return false;
   }
   const Scalars scalars(program, folds, t, lr, compute);
   std::vector<Step> steps;
-  append_steps(program, 0, compute, scalars, operands, steps);
-  std::vector<Leaf> leaves{
-      {n, operands, steps.data(), INPUTS + program.arrays, static_cast<int>(steps.size()), 0}};
+  const Phase phase = append_phase(program, 0, compute, scalars, operands, steps);
+  std::vector<Leaf> leaves{{n, operands, steps.data(), INPUTS + program.arrays, phase.count,
+                            phase.used, phase.written, 0}};
   run_unlocked(leaves, n, thread_count.load());  // the arguments hold every array alive
   return true;
 }
@@ -132,14 +137,17 @@ bool walk(const Node& node, PyObject* o, const Visit& visit) {
 // Everything about an optimizer that does not change from step to step.
 class Plan {
  public:
-  // arrays: for each leaf its parameter, states and work space. batches: for each leaf -1, or the
-  // number of the batch of matrices whose products come between its two phases. counters: the
-  // optimizer's step number, then each leaf's. folds: for each group those of its operations.
-  // rates: float64, the groups' learning rates, read in each step. between(batch, leaves) is called
-  // with the lock held; threads 0 means no limit of its own.
-  Plan(const py::object& tree, const py::list& arrays, std::vector<int> groups,
+  // arrays: for each leaf its parameter, states and work space, as `read_target` takes them.
+  // mirrors: for each leaf the arrays into which its parameter is written besides. keys: for each
+  // leaf the keys of the arrays' random bits. batches: for each leaf -1, or the number of the batch
+  // of matrices whose products come between its two phases. counters: the optimizer's step number,
+  // then each leaf's. folds: for each group those of its operations. rates: float64, the groups'
+  // learning rates, read in each step. between(batch, leaves) is called with the lock held;
+  // zero_grads: gradients are set to zero; threads 0 means no limit of its own.
+  Plan(const py::object& tree, const py::list& arrays, const py::list& mirrors,
+       const std::vector<std::vector<std::uint64_t>>& keys, std::vector<int> groups,
        std::vector<int> batches, const py::list& programs, std::vector<py::tuple> folds,
-       py::object rates, py::object counters, py::object between, int threads)
+       py::object rates, py::object counters, py::object between, bool zero_grads, int threads)
       : tree_(tree),
         groups_(std::move(groups)),
         batches_(std::move(batches)),
@@ -147,6 +155,7 @@ class Plan {
         rates_(std::move(rates)),
         counters_(std::move(counters)),
         between_(std::move(between)),
+        zero_grads_(zero_grads),
         threads_(threads) {
     for (const py::handle program : programs) {
       held_.push_back(py::reinterpret_borrow<py::object>(program));
@@ -154,15 +163,19 @@ class Plan {
     }
     const Proxy* const counts = as_array(counters_.ptr());
     const Proxy* const rate = as_array(rates_.ptr());
-    if (!counts || elements_of(counts) != arrays.size() + 1 || groups_.size() != arrays.size() ||
-        batches_.size() != arrays.size() || !rate || format_of(rate) != F64 ||
-        elements_of(rate) != programs_.size() || folds_.size() != programs_.size())
+    const std::size_t leaves = arrays.size();
+    if (!counts || elements_of(counts) != leaves + 1 || groups_.size() != leaves ||
+        batches_.size() != leaves || mirrors.size() != leaves || keys.size() != leaves || !rate ||
+        format_of(rate) != F64 || elements_of(rate) != programs_.size() ||
+        folds_.size() != programs_.size())
       throw py::value_error("plan: the lists differ in length");
     counts_ = reinterpret_cast<std::int64_t*>(counts->data);
     rate_ = reinterpret_cast<const double*>(rate->data);
-    for (std::size_t k = 0; k < arrays.size(); ++k) add_leaf(arrays[k], k);
-    std::sort(written_.begin(), written_.end(),
-              [](const Range& a, const Range& b) { return a.begin < b.begin; });
+    table_ = level().table;
+    for (std::size_t k = 0; k < leaves; ++k)
+      add_leaf(py::cast<std::vector<py::object>>(arrays[k]),
+               py::cast<std::vector<py::object>>(mirrors[k]), keys[k], k);
+    std::sort(written_.begin(), written_.end(), by_address);
     for (const int batch : batches_) batch_count_ = std::max(batch_count_, batch + 1);
   }
 
@@ -176,7 +189,9 @@ class Plan {
       plan->refs_.clear();
       plan->busy_.store(false);
     });
-    if (!read_tree(GRADIENT, gradients, flat) || !read_tree(HESSIAN, hessian, flat))
+    if (level().table != table_) change_level();
+    if (!unmoved() || !read_tree(GRADIENT, gradients, flat) || !read_tree(HESSIAN, hessian, flat) ||
+        (zero_grads_ && gradients_overlap()))
       return py::none();
     prepare();
     for (int batch = 0; batch < batch_count_; ++batch) {
@@ -196,40 +211,101 @@ class Plan {
  private:
   struct Own {
     const Proxy* parameter;
-    char* data;  // where the parameter was when the plan was made
     std::size_t elements;
-    int compute;
+    int compute, operand_count;
+  };
+  // An array of the caller's, which he could resize under the plan's feet.
+  struct Watched {
+    const Proxy* array;
+    char* data;
+    std::size_t elements;
+  };
+  // An operand whose functions change with the instruction set, and whose key with the step.
+  struct Coded {
+    std::size_t operand;
+    int compute, codec;
+  };
+  struct Random {
+    std::size_t operand, leaf;
+    std::uint64_t key;
   };
 
-  void add_leaf(const py::handle arrays, std::size_t k) {
+  static bool by_address(const Range& a, const Range& b) { return a.begin < b.begin; }
+
+  void add_leaf(const std::vector<py::object>& arrays, const std::vector<py::object>& mirrors,
+                const std::vector<std::uint64_t>& keys, std::size_t k) {
     const Program& program = *programs_.at(static_cast<std::size_t>(groups_[k]));
-    const auto list = arrays.cast<std::vector<py::object>>();
-    if (static_cast<int>(list.size()) != program.arrays)
+    if (static_cast<int>(arrays.size()) != program.arrays || keys.size() < arrays.size() ||
+        INPUTS + arrays.size() + mirrors.size() > static_cast<std::size_t>(MAX_OPERANDS))
       throw py::value_error("plan: a leaf's arrays do not fit its program");
-    const Proxy* const parameter = as_array(list[0].ptr());
-    const int compute = parameter ? format_of(parameter) : -1;
-    if (compute < 0 || compute >= COMPUTE_TYPES) throw py::value_error("plan: no such dtype");
+    PyObject* const first = arrays[0].ptr();
+    const Proxy* const parameter =
+        as_array(PyTuple_Check(first) ? PyTuple_GET_ITEM(first, 1) : first);
+    const int compute = compute_of(parameter);
+    if (compute < 0) throw py::value_error("plan: no such dtype");
     const std::size_t n = elements_of(parameter);
     operands_.resize(operands_.size() + MAX_OPERANDS);
-    for (std::size_t j = 0; j < list.size(); ++j) {
-      const Proxy* const a = as_array(list[j].ptr());
-      if (!a || format_of(a) != compute || !is_target(a) ||
-          !same_layout(a, SIZES[compute], parameter, SIZES[compute]))
+    const auto add = [&](const py::object& array, std::size_t place, int source) {
+      Target target;
+      Operand& operand = operands_[k * MAX_OPERANDS + place];
+      if (!read_target(array.ptr(), parameter, n, compute, *table_, target, operand))
         throw py::value_error("plan: an array does not fit its parameter");
-      operands_[k * MAX_OPERANDS + PARAMETER + j] = {a->data, nullptr, SIZES[compute]};
+      operand.source = source;
+      coded_.push_back({k * MAX_OPERANDS + place, compute, target.codec});
       // Work space comes last, is nobody's business, and is shared between leaves.
-      const bool work = batches_[k] >= 0 && j + 1 == list.size();
-      if (n && !work) written_.push_back({a->data, a->data + n * SIZES[compute]});
-      held_.push_back(list[j]);
+      const bool work = batches_[k] >= 0 && place + 1 == INPUTS + arrays.size();
+      for (const Range& range : target.ranges)
+        if (range.begin != range.end && !work) written_.push_back(range);
+      if (place == PARAMETER || source >= 0)
+        watched_.push_back({target.data, target.data->data, n});
+      held_.push_back(array);
+      return target;
+    };
+    for (std::size_t j = 0; j < arrays.size(); ++j) {
+      const Target target = add(arrays[j], PARAMETER + j, -1);
+      if (table_->codecs[target.codec].random)
+        random_.push_back({k * MAX_OPERANDS + PARAMETER + j, k, keys[j]});
     }
-    own_.push_back({parameter, parameter->data, n, compute});
+    for (std::size_t j = 0; j < mirrors.size(); ++j)
+      add(mirrors[j], PARAMETER + arrays.size() + j, PARAMETER);
+    own_.push_back(
+        {parameter, n, compute, static_cast<int>(INPUTS + arrays.size() + mirrors.size())});
   }
 
-  bool overlaps_written(const Operand& input, std::size_t n) const {
-    const Range range{input.data, input.data + n * input.size};
+  void change_level() {
+    table_ = level().table;
+    for (const Coded& coded : coded_)
+      use_codec(table_->codecs[coded.codec], coded.compute, operands_[coded.operand]);
+  }
+
+  bool unmoved() const {
+    for (const Watched& w : watched_)
+      if (!is_target(w.array) || w.array->data != w.data || elements_of(w.array) != w.elements)
+        return false;
+    return true;
+  }
+
+  static Range range_of(const Operand& input, std::size_t n) {
+    return {input.data, input.data + n * input.bits / 8};
+  }
+
+  bool overlaps_written(const Range& range) const {
     auto it = std::partition_point(written_.begin(), written_.end(),
                                    [&](const Range& w) { return w.begin < range.end; });
-    return n && it != written_.begin() && overlap(*--it, range);
+    return range.begin != range.end && it != written_.begin() && overlap(*--it, range);
+  }
+
+  bool gradients_overlap() {
+    ranges_.clear();
+    for (std::size_t k = 0; k < own_.size(); ++k) {
+      const Operand& gradient = operands_[k * MAX_OPERANDS + GRADIENT];
+      if (gradient.data && own_[k].elements)
+        ranges_.push_back(range_of(gradient, own_[k].elements));
+    }
+    std::sort(ranges_.begin(), ranges_.end(), by_address);
+    for (std::size_t k = 1; k < ranges_.size(); ++k)
+      if (ranges_[k].begin < ranges_[k - 1].end) return true;
+    return false;
   }
 
   bool read_tree(Slot slot, const py::object& tree, bool flat) {
@@ -237,41 +313,34 @@ class Plan {
       for (std::size_t k = 0; k < own_.size(); ++k) clear(operands_[k * MAX_OPERANDS + slot]);
       return true;
     }
-    const Table& table = *level().table;
     std::size_t k = 0;
-    const auto visit = [&](PyObject* o) {
-      return k < own_.size() && (slot != GRADIENT || unmoved(own_[k])) &&
-             read_leaf(slot, k++, o, table);
-    };
+    const auto visit = [&](PyObject* o) { return k < own_.size() && read_leaf(slot, k++, o); };
     if (!flat) return walk(tree_, tree.ptr(), visit) && k == own_.size();
     for (const py::handle leaf : tree)
       if (!visit(leaf.ptr())) return false;
     return k == own_.size();
   }
 
-  static bool unmoved(const Own& own) {
-    const Proxy* const p = own.parameter;
-    return is_target(p) && p->data == own.data && elements_of(p) == own.elements;
-  }
-
   // Absent: no operation that needs it runs, and nothing is decoded.
   static void clear(Operand& operand) {
     operand.data = nullptr;
     operand.decode = nullptr;
+    operand.encode = nullptr;
   }
 
-  bool read_leaf(Slot slot, std::size_t k, PyObject* o, const Table& table) {
+  bool read_leaf(Slot slot, std::size_t k, PyObject* o) {
     Operand& operand = operands_[k * MAX_OPERANDS + slot];
     const char* const passed = operand.data;
-    const std::size_t passed_size = operand.size;
+    const std::uint32_t passed_bits = operand.bits;
     clear(operand);
     if (o == Py_None) return true;
     refs_.push_back(py::reinterpret_borrow<py::object>(o));
     bool fits = (slot != HESSIAN || program(k).takes_hessian) &&
-                read_input(o, own_[k].parameter, own_[k].compute, table, operand);
+                read_input(o, own_[k].parameter, own_[k].compute, *table_,
+                           zero_grads_ && slot == GRADIENT, operand);
     // Memory that passed in the last step passes again.
-    if (operand.data != passed || operand.size != passed_size)
-      fits = fits && !overlaps_written(operand, own_[k].elements);
+    if (operand.data != passed || operand.bits != passed_bits)
+      fits = fits && !overlaps_written(range_of(operand, own_[k].elements));
     if (!fits) clear(operand);
     return fits;
   }
@@ -291,6 +360,8 @@ class Plan {
       active_.push_back(k);
       last = k;
     }
+    for (const Random& r : random_)
+      operands_[r.operand].key = subkey(r.key, static_cast<std::uint64_t>(counts_[r.leaf + 1]));
   }
 
   const Scalars& scalars_of(std::size_t k) {
@@ -314,24 +385,28 @@ class Plan {
     std::size_t count = 0, elements = 0;
     const Scalars* scalars = nullptr;
     bool refreshed = false;
-    std::size_t first = 0;
+    int operand_count = 0;
+    Phase steps;
     for (const std::size_t k : active_) {
       if (batches_[k] != batch) continue;
       const Operand* const operands = &operands_[k * MAX_OPERANDS];
-      // Neighbours with the same scalars and inputs have the same steps.
-      if (leaf_scalars_[k] != scalars || refreshed != (operands[HESSIAN].data != nullptr)) {
+      // Neighbours with the same scalars, inputs and number of mirrors have the same steps.
+      if (leaf_scalars_[k] != scalars || refreshed != (operands[HESSIAN].data != nullptr) ||
+          operand_count != own_[k].operand_count) {
         scalars = leaf_scalars_[k];
         refreshed = operands[HESSIAN].data != nullptr;
-        first = steps_.size();
-        append_steps(program(k), phase, own_[k].compute, *scalars, operands, steps_);
+        operand_count = own_[k].operand_count;
+        steps = append_phase(program(k), phase, own_[k].compute, *scalars, operands, steps_);
       }
       // Field by field: a struct made beside its place and copied stalls on its own stores.
       Leaf& leaf = leaves_[count++];
       elements += leaf.elements = own_[k].elements;
       leaf.operands = operands;
-      leaf.steps = steps_.data() + first;
-      leaf.operand_count = INPUTS + program(k).arrays;
-      leaf.step_count = static_cast<int>(steps_.size() - first);
+      leaf.steps = steps_.data() + steps.first;
+      leaf.operand_count = operand_count;
+      leaf.step_count = steps.count;
+      leaf.used = steps.used;
+      leaf.written = steps.written;
     }
     leaves_.resize(count);
     const int limit = thread_count.load();
@@ -347,18 +422,24 @@ class Plan {
   std::vector<int> groups_, batches_;
   std::vector<py::tuple> folds_;
   py::object rates_, counters_, between_;
+  const bool zero_grads_;
   const int threads_;
   int batch_count_ = 0;
   std::int64_t* counts_ = nullptr;
   const double* rate_ = nullptr;
+  const Table* table_ = nullptr;
   std::vector<py::object> held_;  // programs and arrays
   std::vector<const Program*> programs_;
   std::vector<Own> own_;
   std::vector<Operand> operands_;  // MAX_OPERANDS for each leaf
-  std::vector<Range> written_;     // by address
+  std::vector<Coded> coded_;
+  std::vector<Random> random_;
+  std::vector<Watched> watched_;
+  std::vector<Range> written_;  // by address
   std::atomic<bool> busy_{false};
   // Of the step in progress; members so that their memory is kept.
   std::vector<py::object> refs_;
+  std::vector<Range> ranges_;
   std::vector<std::size_t> active_;
   std::map<std::tuple<int, int, std::int64_t>, Scalars> scalar_cache_;
   std::vector<const Scalars*> leaf_scalars_;
@@ -372,12 +453,14 @@ void bind_leaves(py::module_& module) {
   numpy();
   py::class_<Program>(module, "Program").def(py::init<const py::list&, double, double, double>());
   py::class_<Plan>(module, "Plan")
-      .def(py::init<const py::object&, const py::list&, std::vector<int>, std::vector<int>,
-                    const py::list&, std::vector<py::tuple>, py::object, py::object, py::object,
-                    int>(),
-           py::kw_only(), py::arg("tree"), py::arg("arrays"), py::arg("groups"), py::arg("batches"),
-           py::arg("programs"), py::arg("folds"), py::arg("rates"), py::arg("counters"),
-           py::arg("between"), py::arg("threads"))
+      .def(py::init<const py::object&, const py::list&, const py::list&,
+                    const std::vector<std::vector<std::uint64_t>>&, std::vector<int>,
+                    std::vector<int>, const py::list&, std::vector<py::tuple>, py::object,
+                    py::object, py::object, bool, int>(),
+           py::kw_only(), py::arg("tree"), py::arg("arrays"), py::arg("mirrors"), py::arg("keys"),
+           py::arg("groups"), py::arg("batches"), py::arg("programs"), py::arg("folds"),
+           py::arg("rates"), py::arg("counters"), py::arg("between"), py::arg("zero_grads"),
+           py::arg("threads"))
       .def("step", &Plan::step);
   module.def("update", &update);
   module.def("set_threads", [](int n) { thread_count.store(n); });

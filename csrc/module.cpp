@@ -25,9 +25,20 @@ std::string compiler() {
 py::list operations() {
   py::list rows;
   const fusedopt::Table& table = *fusedopt::level().table;
-  for (int k = 0; k < table.count; ++k) {
+  for (int k = 0; k < table.operation_count; ++k) {
     const fusedopt::Operation& op = table.operations[k];
     rows.append(py::make_tuple(op.name, op.operands, op.scalars));
+  }
+  return rows;
+}
+
+// (name, bits of an element, elements of a block, bytes beside each block) of every codec.
+py::list codecs() {
+  py::list rows;
+  const fusedopt::Table& table = *fusedopt::level().table;
+  for (int k = 0; k < table.codec_count; ++k) {
+    const fusedopt::Codec& codec = table.codecs[k];
+    rows.append(py::make_tuple(codec.name, codec.bits, codec.block, codec.aux));
   }
   return rows;
 }
@@ -38,6 +49,7 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   fusedopt::guard_forks();
   fusedopt::bind_leaves(module);
   module.def("operations", &operations);
+  module.def("codecs", &codecs);
   module.def("levels", [] {
     py::list names;
     for (const fusedopt::Level& l : fusedopt::levels()) names.append(l.name);

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "arrays.hpp"
@@ -25,6 +26,7 @@ struct Program {
   struct Op {
     int index, mode, phase, input;
     std::vector<std::uint8_t> operands;
+    std::uint32_t used, written;  // slots, as bits
   };
   std::vector<Op> ops;
   int scalar_count = 0, phases = 1, arrays = 0;
@@ -39,7 +41,7 @@ struct Program {
     for (const py::handle row : rows) {
       const auto [name, mode, phase, input, slots] =
           row.cast<std::tuple<std::string, int, int, int, std::vector<int>>>();
-      const Operation* const end = table.operations + table.count;
+      const Operation* const end = table.operations + table.operation_count;
       const Operation* const op = std::find_if(
           table.operations, end, [&n = name](const Operation& o) { return n == o.name; });
       if (op == end) throw py::key_error(name);
@@ -53,11 +55,29 @@ struct Program {
         arrays = std::max(arrays, slot + 1 - INPUTS);
         operands.push_back(static_cast<std::uint8_t>(slot));
       }
-      ops.push_back({static_cast<int>(op - table.operations), mode, phase, input, operands});
+      const auto [used, written] = masks(*op, peek, operands);
+      ops.push_back(
+          {static_cast<int>(op - table.operations), mode, phase, input, operands, used, written});
       scalar_count += op->scalars;
       phases = std::max(phases, phase + 1);
       takes_hessian = takes_hessian || input == HESSIAN;
     }
+  }
+
+ private:
+  static std::pair<std::uint32_t, std::uint32_t> masks(const Operation& op, bool peek,
+                                                       const std::vector<std::uint8_t>& operands) {
+    std::uint32_t used = 0, written = 0;
+    for (std::size_t k = 0; k < operands.size(); ++k) {
+      const std::uint32_t bit = 1u << operands[k];
+      const int place = static_cast<int>(k);
+      used |= bit;
+      if (peek      ? k + 1 == operands.size()
+          : op.rule ? place == 0 || (place >= 2 && place < 2 + op.written)
+                    : place < op.written)
+        written |= bit;
+    }
+    return {used, written};
   }
 };
 
@@ -74,7 +94,7 @@ class Scalars {
     for (std::size_t k = 0; k < program.ops.size(); ++k) {
       const Operation& operation = level().table->operations[program.ops[k].index];
       const int first = filled_;
-      if (!operation.written) {
+      if (operation.rule) {
         append(program.factor);
         append(program.base + program.slope * lr);
       }
@@ -110,18 +130,41 @@ class Scalars {
   int compute_, filled_ = 0;
 };
 
-// Appends the steps of one phase for one leaf.
-void append_steps(const Program& program, int phase, int compute, const Scalars& scalars,
-                  const Operand* operands, std::vector<Step>& steps) {
+// The steps of one phase for one leaf, and the operands that they use and write, as bits.
+struct Phase {
+  std::size_t first = 0;
+  int count = 0;
+  std::uint32_t used = 0, written = 0;
+};
+
+// Appends them to `steps`; what needs an input that is not there is left out.
+Phase append_phase(const Program& program, int phase, int compute, const Scalars& scalars,
+                   const Operand* operands, std::vector<Step>& steps) {
   const Table& table = *level().table;
+  Phase result;
+  result.first = steps.size();
   int first = 0;
   for (const Program::Op& op : program.ops) {
     const Operation& operation = table.operations[op.index];
-    if (op.phase == phase && (op.input < 0 || operands[op.input].data))
+    if (op.phase == phase && (op.input < 0 || operands[op.input].data)) {
       steps.push_back({operation.compute[compute].mode[op.mode], scalars.at(first),
                        op.operands.data(), static_cast<int>(op.operands.size())});
+      ++result.count;
+      result.used |= op.used;
+      result.written |= op.written;
+    }
     first += operation.scalars;
   }
+  // The gradient is zeroed where the parameter has been written.
+  if (operands[GRADIENT].encode && (result.written >> PARAMETER & 1))
+    result.written |= 1u << GRADIENT;
+  // A mirror is stored together with its source.
+  for (int k = PARAMETER; k < MAX_OPERANDS; ++k)
+    if (operands[k].data && operands[k].source >= 0 && (result.written >> operands[k].source & 1)) {
+      result.used |= 1u << k;
+      result.written |= 1u << k;
+    }
+  return result;
 }
 
 }  // namespace

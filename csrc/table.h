@@ -8,10 +8,11 @@ namespace fusedopt {
 // Codecs work on tiles of this many elements: a decoded tile of doubles is 2 KiB of stack, so a
 // program's operands stay in the first-level cache between its operations.
 constexpr std::size_t TILE = 256;
-constexpr int MAX_OPERANDS = 8;
+constexpr int MAX_OPERANDS = 12;
 
-// The formats in which elements are stored; the first COMPUTE_TYPES are also computed in.
-enum Format : std::uint8_t { F32, F64, FORMATS };
+// The codecs of NumPy's own arrays come first, in this order; those of the first COMPUTE_TYPES are
+// also computed in.
+enum Format : std::uint8_t { F32, F64, BF16, F16, FORMATS };
 constexpr int COMPUTE_TYPES = 2;
 
 // What the loop around a rule does with weight decay and with the delta that the rule returns.
@@ -38,18 +39,33 @@ struct Functions {
 struct Operation {
   const char* name;
   int operands;  // in every mode but PEEK and PEEK_L2, which have one more
-  int written;   // 0: a rule (writes what its mode says); else the first so many operands
+  bool rule;     // the loop writes the parameter as its mode says, and the first `written` states
+  int written;   // of an operation that is no rule: it writes the first so many operands
   int scalars;
   Functions compute[COMPUTE_TYPES];
 };
 
-// Decodes n stored elements into the compute type.
-using Decode = void (*)(const void* stored, void* out, std::size_t n);
+// One tile of n elements, from stored to compute type and back. aux: what is stored beside the
+// elements (scales, low halves, compensation). key: for random bits.
+using Decode = void (*)(const void* data, const void* aux, void* tile, std::size_t n);
+using Encode = void (*)(const void* tile, void* data, void* aux, std::size_t n, std::uint64_t key);
+
+// A format in which arrays are stored.
+struct Codec {
+  const char* name;
+  std::size_t bits;              // of an element
+  std::size_t block, aux;        // so many elements have so many bytes beside them
+  Decode decode[COMPUTE_TYPES];  // null where the array has the compute type
+  Encode encode[COMPUTE_TYPES];  // the same
+  Encode zero;                   // stores zeros; null where no gradient has the format
+  bool random = false;           // takes a key
+};
 
 struct Table {
   const Operation* operations;
-  int count;
-  Decode decode[FORMATS][COMPUTE_TYPES];  // null on the diagonal: such operands are not copied
+  int operation_count;
+  const Codec* codecs;
+  int codec_count;
 };
 
 }  // namespace fusedopt

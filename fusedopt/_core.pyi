@@ -21,7 +21,9 @@ class Plan:
         self,
         *,
         tree: Any,
-        arrays: list[list[np.ndarray]],
+        arrays: list[list[Any]],
+        mirrors: list[list[np.ndarray]],
+        keys: list[list[int]],
         groups: list[int],
         batches: list[int],
         programs: list[Program],
@@ -29,6 +31,7 @@ class Plan:
         rates: np.ndarray,
         counters: np.ndarray,
         between: Callable[[int, Sequence[int]], None],
+        zero_grads: bool,
         threads: int,
     ) -> None: ...
     def step(self, gradients: Any, hessian: Any, flat: bool, /) -> int | None: ...
@@ -43,6 +46,7 @@ def update(
     arrays: tuple[Any, ...],
     /,
 ) -> bool: ...
+def codecs() -> list[tuple[str, int, int, int]]: ...
 def operations() -> list[tuple[str, int, int]]: ...
 def levels() -> list[str]: ...
 def get_level() -> str: ...

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from .formats import DTYPES
+
 if TYPE_CHECKING:
     from .rules import Rule
 
-FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
-DTYPES = (FLOAT32, FLOAT64)
+EXPECTED = "float32, float64, bfloat16 (of ml_dtypes) or float16"
 
 
 def memory_order(dense: np.ndarray) -> Literal["C", "F"]:
@@ -36,8 +37,7 @@ def _check_array(label: str, array: Any) -> np.ndarray:
                 " a.astype(a.dtype.newbyteorder('='))"
             )
         raise TypeError(
-            f"{label}: expected float32 or float64, got {a.dtype}; pass an array of one of these"
-            " dtypes"
+            f"{label}: expected {EXPECTED}, got {a.dtype}; pass an array of one of these dtypes"
         )
     return a
 
@@ -46,8 +46,11 @@ def _plain(a: np.ndarray) -> np.ndarray:
     """The same memory as an exact ndarray under NumPy's own dtype object; equal ones can differ."""
     if type(a) is np.ndarray and any(a.dtype is dtype for dtype in DTYPES):
         return a
+    dtype = next(dtype for dtype in DTYPES if dtype == a.dtype)
     c_order = a.flags.c_contiguous
-    plain = np.ndarray(a.shape if c_order else a.shape[::-1], a.dtype.name, a if c_order else a.T)
+    # By way of bytes: bfloat16 does not go through the buffer protocol.
+    memory = (a if c_order else a.T).view(np.ndarray).view(f"u{a.itemsize}")
+    plain = np.ndarray(a.shape if c_order else a.shape[::-1], dtype, memory)
     return plain if c_order else plain.T
 
 
@@ -99,7 +102,8 @@ def _range(dense: np.ndarray) -> tuple[int, int]:
 class Fit:
     """Checks gradients against the arrays that a step writes, and lays them out alike.
 
-    labels, parameters: of each leaf. written: of each leaf all the arrays that the step writes.
+    labels, parameters: of each leaf. written: of each leaf all the arrays that the step writes, the
+    caller's parameter first.
     """
 
     def __init__(
@@ -119,6 +123,25 @@ class Fit:
         """ValueError where the caller made a parameter unfit after it was handed over."""
         for label, p in zip(self._labels, self._parameters, strict=True):
             check_target(label, p)
+
+    def check_exclusive(self, labels: Sequence[str], grads: Sequence[Any]) -> None:
+        """ValueError where gradients that are to be zeroed are read-only or share memory."""
+        given = [(label, g) for label, g in zip(labels, grads, strict=True) if g is not None]
+        for label, g in given:
+            if not g.flags.writeable:
+                raise ValueError(
+                    f"{label}: is read-only, and zero_grads is to zero it; pass a copy"
+                )
+        spans = sorted(
+            (*np.lib.array_utils.byte_bounds(g), k) for k, (_, g) in enumerate(given) if g.size
+        )
+        for (_, end, first), (begin, _, second) in pairwise(spans):
+            if begin < end and np.shares_memory(given[first][1], given[second][1]):
+                a, b = sorted((first, second))
+                raise ValueError(
+                    f"{given[b][0]}: shares memory with {given[a][0]}, and zero_grads is to zero"
+                    " both; pass each array once, or a copy"
+                )
 
     def gradient(self, k: int, label: str, g: Any) -> np.ndarray | None:
         """The k-th leaf's gradient in its parameter's layout: itself, or a scratch copy.

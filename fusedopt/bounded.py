@@ -39,7 +39,7 @@ class Bounded(NDArrayOperatorsMixin):
     def exact(cls, array: np.ndarray, dtype: np.dtype) -> Bounded:
         """What an array holds, rounded once to dtype if it is wider."""
         value = array.astype(np.float64)
-        with np.errstate(over="ignore", under="ignore"):
+        with np.errstate(all="ignore"):
             return cls(value, np.abs(value.astype(dtype).astype(np.float64) - value), dtype)
 
     def flat(self, order: Any) -> Bounded:

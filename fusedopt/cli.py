@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json as jsonlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import numpy as np
 
 import fusedopt as fo
+
+from .storage import STATE_DTYPES
 
 try:
     import typer
@@ -58,7 +60,7 @@ def verify(
     backend: Annotated[
         list[str] | None, typer.Option(help=f"Repeatable; all without. {BACKENDS}")
     ] = None,
-    size: Annotated[int, typer.Option(min=1, help="Elements of each array.")] = 1009,
+    size: Annotated[int, typer.Option(min=1, help="Elements of each array.")] = 4201,
     steps: Annotated[int, typer.Option(min=1, help="Steps of each variant.")] = 3,
     seed: Annotated[int, typer.Option(min=0, help="Of the data.")] = 0,
     json: Json = None,
@@ -94,6 +96,14 @@ def train(
     batch: Annotated[int, typer.Option(help="Windows of text in each update.")] = 8,
     seed: Annotated[int, typer.Option(help="Of parameters, batches and sample.")] = 0,
     out: Annotated[Path, typer.Option(help="Where the report goes.")] = Path("runs/train"),
+    dtype: Annotated[str, typer.Option(help="Of the parameters: float32 or bfloat16.")] = "float32",
+    state_dtype: Annotated[
+        str | None, typer.Option(help=f"Of the states: {', '.join(STATE_DTYPES)}.")
+    ] = None,
+    master: Annotated[
+        str | None, typer.Option(help="Of bfloat16 parameters: float32 or split16.")
+    ] = None,
+    rounding: Annotated[str, typer.Option(help="nearest, stochastic or kahan.")] = "nearest",
     backend: Annotated[str, typer.Option(help=f"auto, or {BACKENDS.lower()}")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="Of the optimizer.")] = None,
     json: Json = None,
@@ -117,6 +127,10 @@ def train(
             seed=seed,
             out=out,
             json=json,
+            dtype=dtype,
+            state_dtype=state_dtype,
+            master=cast(Any, master),  # checked by the optimizer
+            rounding=cast(Any, rounding),
             backend=backend,
             threads=threads,
         )
@@ -137,7 +151,7 @@ def _lines(key: str, value: Any) -> list[str]:
 
 
 def _print_checks(checks: list[Check]) -> None:
-    names = ("rule", "backend", "isa", "dtype", "variants", "worst, of its bound", "ulps", "")
+    names = ("rule", "backend", "isa", "storage", "variants", "worst, of its bound", "ulps", "")
     table = Table(*names)
     for c in checks:
         worst = c.worst
@@ -145,7 +159,7 @@ def _print_checks(checks: list[Check]) -> None:
             c.rule,
             c.backend,
             c.isa,
-            c.dtype,
+            c.storage,
             str(c.variants),
             f"{worst.share:.2f} at {worst.array}\\[{worst.index}]",
             f"{worst.ulps:.2f}",

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import DTYPES
+from .arrays import EXPECTED
+from .formats import DTYPES, compute_dtype
 from .groups import RuleChoice, assign
 from .newton_schulz import Workspace, as_matrix
+from .storage import Master, Rounding, StateDtype, Storage
 from .trees import Tree
 
 
@@ -26,12 +28,21 @@ class Estimate:
         return self.parameters + self.states + self.work
 
 
-def estimate(params: Any, rule: RuleChoice) -> Estimate:
-    """The memory of `Optimizer(params, rule)` on the native backend, in bytes.
+def estimate(
+    params: Any,
+    rule: RuleChoice,
+    *,
+    state_dtype: StateDtype = None,
+    rounding: Rounding = "nearest",
+    master: Master | None = None,
+) -> Estimate:
+    """The memory of `Optimizer(params, rule, ...)` on the native backend, in bytes.
 
-    params: arrays nested as there, or anything with a shape and a dtype in their place. Raises
-    TypeError or ValueError where the optimizer would, as far as shapes and dtypes tell.
+    params: arrays nested as there, or anything with a shape and a dtype in their place. The rest is
+    as there; masters count as states. Raises TypeError or ValueError where the optimizer would, as
+    far as shapes and dtypes tell.
     """
+    storage = Storage(state_dtype, master, rounding)
     tree = Tree(params)
     groups, group_of = assign(tree.leaves, rule)
     parameters = states = 0
@@ -39,15 +50,23 @@ def estimate(params: Any, rule: RuleChoice) -> Estimate:
     for leaf, k in zip(tree.leaves, group_of, strict=True):
         shape, dtype = tuple(leaf.value.shape), np.dtype(leaf.value.dtype)
         if dtype not in DTYPES:
-            raise TypeError(f"{leaf.label}: expected float32 or float64, got {dtype}")
+            raise TypeError(f"{leaf.label}: expected {EXPECTED}, got {dtype}")
         # Of one repeated element: a shape and a dtype for the rule to judge, and no memory.
         reason = groups[k].rule.refuses(np.broadcast_to(np.zeros((), dtype), shape))
         if reason:
             raise ValueError(f"{leaf.label}: {reason}")
-        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        parameters += size
-        states += size * len(groups[k].rule.states)
-        if groups[k].rule.program.phases > 1:
-            matrices.setdefault(dtype, []).append(as_matrix(shape))
+        n, own = int(np.prod(shape, dtype=np.int64)), groups[k].rule
+        parameters += n * dtype.itemsize
+        formats = [storage.state(own, name, dtype, n) for name in own.states]
+        states += sum(f.nbytes(n) for f in formats)
+        computed = storage.parameter(dtype)
+        if computed.aux_dtype is not None:
+            states += computed.nbytes(n) - n * dtype.itemsize
+        elif computed.dtype != dtype:
+            states += computed.nbytes(n)
+        if own.program.phases > 1:
+            matrices.setdefault(compute_dtype(dtype), []).append(as_matrix(shape))
+    labels, rules = [leaf.label for leaf in tree.leaves], [groups[k].rule for k in group_of]
+    storage.check(labels, [np.dtype(leaf.value.dtype) for leaf in tree.leaves], rules)
     work = sum(Workspace.bytes_for(shapes, dtype) for dtype, shapes in matrices.items())
     return Estimate(parameters, states, work)

@@ -7,19 +7,21 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
-from .arrays import Fit, check_apart, check_parameter, check_target, memory_order
+from .arrays import Fit, check_apart, check_parameter, check_target
 from .backends import default_backend
 from .rules import Rule
+from .states import Quantized, Stored
 
 
 def update(
-    rule: Rule, step: int, p: np.ndarray, g: np.ndarray, *states: np.ndarray, hessian: Any = None
+    rule: Rule, step: int, p: np.ndarray, g: np.ndarray, *states: Any, hessian: Any = None
 ) -> None:
     """Updates a parameter and its states in place.
 
-    rule: its hyperparameters. step: 1 for the first. p: float32 or float64, dense. g: gradient of
-    p's shape, float32 or float64, left alone. states: as `rule.init(p)` made them, in its order.
-    hessian: for Sophia, an estimate of p's shape that refreshes h after the update.
+    rule: its hyperparameters. step: 1 for the first. p: float32, float64, bfloat16 or float16,
+    dense. g: gradient of p's shape in any of these, left alone. states: as `rule.init(p)` made
+    them, in its order; arrays may have any of these dtypes. hessian: for Sophia, an estimate of p's
+    shape that refreshes h after the update. What is stored is rounded to the nearest.
 
     Raises TypeError for a value of the wrong kind, ValueError for one that does not fit; nothing
     was written then.
@@ -46,8 +48,8 @@ def _check_step(step: Any) -> int:
 
 
 def _check(
-    rule: Rule, arrays: tuple[np.ndarray, ...], g: Any, hessian: Any
-) -> tuple[tuple[np.ndarray, ...], np.ndarray, np.ndarray | None]:
+    rule: Rule, arrays: tuple[Any, ...], g: Any, hessian: Any
+) -> tuple[tuple[Stored, ...], np.ndarray, np.ndarray | None]:
     p = check_parameter("p", arrays[0], rule)
     if len(arrays) - 1 != len(rule.states):
         names = f" ({', '.join(rule.states)})" if rule.states else ""
@@ -55,19 +57,19 @@ def _check(
             f"states: {type(rule).__name__} has {len(rule.states)}{names}, got {len(arrays) - 1};"
             " make them with rule.init(p)"
         )
-    checked = [p]
+    checked = [Stored.plain(p)]
     for name, state in zip(rule.states, arrays[1:], strict=True):
-        state = check_target(name, state)
-        same = memory_order(state) == memory_order(p)
-        if state.dtype != p.dtype or state.shape != p.shape or not same:
+        stored = state if isinstance(state, Quantized) else Stored.plain(check_target(name, state))
+        if stored.shape != p.shape or stored.order != checked[0].order:
             raise ValueError(
-                f"{name}: expected {p.dtype} of shape {p.shape} in p's memory order, got"
-                f" {state.dtype} of shape {state.shape}; make it with rule.init(p)"
+                f"{name}: expected shape {p.shape} in p's memory order, got {stored.shape}; make it"
+                " with rule.init(p)"
             )
-        checked.append(state)
+        checked.append(stored)
     labels = ["p", *rule.states]
-    check_apart(labels, checked)
-    fit = Fit(["p"], [p], [checked])
+    pieces = [(name, a) for name, s in zip(labels, checked, strict=True) for a in s.arrays]
+    check_apart([name for name, _ in pieces], [a for _, a in pieces])
+    fit = Fit(["p"], [p], [[a for _, a in pieces]])
     gradient = fit.gradient(0, "g", g)
     if gradient is None:
         raise TypeError("g: expected an ndarray, got None")

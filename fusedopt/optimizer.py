@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 
-from .arrays import Fit, check_apart, check_parameter, memory_order
+from .arrays import Fit, check_apart, check_parameter, check_target, memory_order
 from .backends import Layout, get_backend
 from .checkpoint import Snapshot
 from .groups import RuleChoice, assign
 from .interrupts import deferred
 from .rules import Nesterov
-from .states import allocate
+from .states import Memory
+from .storage import Master, Rounding, StateDtype, Storage, synchronize
 from .threads import check_threads
 from .trees import Tree
 
@@ -37,6 +39,12 @@ new_tuple = tuple.__new__
 class Options(NamedTuple):
     """The keyword arguments of an optimizer."""
 
+    zero_grads: bool
+    state_dtype: StateDtype
+    rounding: Rounding
+    master: Master | None
+    copy_out: Any
+    seed: int
     backend: str
     threads: int | None
     verify: bool
@@ -45,14 +53,31 @@ class Options(NamedTuple):
 class Optimizer:
     """Updates nested parameters in place, all of them in one fused pass.
 
-    params: a float32 or float64 ndarray, or any nesting of dicts, lists and tuples of them: dense
-    (C or Fortran order), aligned, writable, none overlapping another. Empty and zero-dimensional
-    arrays are legal. rule: a rule for all; a mapping of path patterns to rules, of which the first
-    that matches a leaf's dotted path (`block.0.w`) takes it; or a callable of path and array.
+    params: an ndarray of float32, float64, bfloat16 (of ml_dtypes) or float16, or any nesting of
+    dicts, lists and tuples of them: dense (C or Fortran order), aligned, writable, none overlapping
+    another. Empty and zero-dimensional arrays are legal. A float64 parameter is updated in float64
+    arithmetic, any other in float32. rule: a rule for all; a mapping of path patterns to rules, of
+    which the first that matches a leaf's dotted path (`block.0.w`) takes it; or a callable of path
+    and array.
+
+    zero_grads: the step sets the gradients to zero. state_dtype: what states are stored in, one
+    name for all or a mapping from states' names: "float32", "float64", "bfloat16", "float16", or,
+    from 4096 elements on, quantised in blocks, "float8" (e4m3; e5m3 for second moments; 1.02 bytes
+    per element), "dynamic8" (the map of bitsandbytes) and "dynamic4" (torchao's, 0.53 bytes);
+    without it float64 for float64 parameters, float32 for others. A NaN or infinity makes its whole
+    block NaN. master: of bfloat16 and float16 parameters, "float32" keeps separate masters and
+    writes the parameter in the same pass; "split16" keeps 16 more bits beside each bfloat16, which
+    together are a float32. copy_out: arrays nested like the parameters, of their shapes and any
+    supported dtype, or None, into which the same pass writes a copy of the new parameters.
+    rounding: to bfloat16 and float16, of parameters without masters and of states: "nearest",
+    "stochastic" (unbiased; its bits depend on `seed`, the leaf's step and path, state and element
+    alone), or "kahan", which compensates bfloat16 parameters. Masters and copies are rounded to the
+    nearest. seed: a non-negative integer.
 
     backend: "auto", "native" or "reference". threads: at most so many, where the process may use
     more. verify: run every step on copies first, compare with the float64 reference, and commit
-    only what agrees (`VerificationError` otherwise).
+    only what agrees (`VerificationError` otherwise, also where parameters with masters were
+    overwritten without `sync`).
 
     Raises TypeError for a value of the wrong kind, ValueError for one that does not fit,
     RuntimeError where the backend cannot be used.
@@ -63,6 +88,12 @@ class Optimizer:
         params: Any,
         rule: RuleChoice,
         *,
+        zero_grads: bool = False,
+        state_dtype: StateDtype = None,
+        rounding: Rounding = "nearest",
+        master: Master | None = None,
+        copy_out: Any = None,
+        seed: int = 0,
         backend: str = "auto",
         threads: int | None = None,
         verify: bool = False,
@@ -70,10 +101,23 @@ class Optimizer:
         self.params = params
         self.rule = rule
         self._backend = get_backend(backend)
-        if not isinstance(verify, bool):
-            raise TypeError(f"verify: expected True or False, got {verify!r}")
+        for name, value in (("verify", verify), ("zero_grads", zero_grads)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name}: expected True or False, got {value!r}")
+        self._storage = Storage(state_dtype, master, rounding)
+        self._seed = check_seed(seed)
         threads = None if threads is None else check_threads("threads", threads)
-        self._options = Options(backend, threads, verify)
+        self._options = Options(
+            zero_grads,
+            state_dtype,
+            rounding,
+            master,
+            copy_out,
+            seed,
+            backend,
+            threads,
+            verify,
+        )
         self._tree = Tree(params)
         leaves = self._tree.leaves
         self._groups, self._group_of = assign(leaves, rule)
@@ -82,8 +126,11 @@ class Optimizer:
         if not self._scheduled:
             self._set_rates(1)
         self._counters = np.zeros(1 + len(leaves), np.int64)
-        parameters = self._check_parameters()
-        self._states = allocate(list(zip(self._rules, parameters, strict=True)))
+        parameters, copies = self._check_parameters(), self._check_copies()
+        self._check_apart(parameters, copies)
+        labels, dtypes = [leaf.label for leaf in leaves], [p.dtype for p in parameters]
+        self._storage.check(labels, dtypes, self._rules)
+        self._leaves = self._storage.allocate(self._rules, parameters, copies)
         self._shifted = False
         self._lock = threading.Lock()
         self._prepare(parameters)
@@ -93,26 +140,59 @@ class Optimizer:
         return [self._groups[k].rule for k in self._group_of]
 
     def _check_parameters(self) -> list[np.ndarray]:
-        leaves = self._tree.leaves
-        parameters = [
+        return [
             check_parameter(leaf.label, leaf.value, rule)
-            for leaf, rule in zip(leaves, self._rules, strict=True)
+            for leaf, rule in zip(self._tree.leaves, self._rules, strict=True)
         ]
-        check_apart([leaf.label for leaf in leaves], parameters)
-        return parameters
+
+    def _check_copies(self) -> list[np.ndarray | None]:
+        """The arrays of `copy_out`, by leaf."""
+        leaves = self._tree.leaves
+        if self._options.copy_out is None:
+            return [None] * len(leaves)
+        copies: list[np.ndarray | None] = []
+        for leaf, array in zip(
+            leaves, self._tree.flatten(self._options.copy_out, "copy_out"), strict=True
+        ):
+            if array is None:
+                copies.append(None)
+                continue
+            label, p = "copy_out" + leaf.label.removeprefix("params"), leaf.value
+            copied = check_target(label, array)
+            if copied.shape != p.shape or memory_order(copied) != memory_order(p):
+                raise ValueError(
+                    f"{label}: expected the shape {p.shape} and memory order {memory_order(p)} of"
+                    f" {leaf.label}, got {copied.shape} and {memory_order(copied)}"
+                )
+            copies.append(copied)
+        if all(copied is None for copied in copies):
+            raise ValueError("copy_out: has an array for no leaf; leave it out")
+        return copies
+
+    def _check_apart(
+        self, parameters: Sequence[np.ndarray], copies: Sequence[np.ndarray | None]
+    ) -> None:
+        labels = [leaf.label for leaf in self._tree.leaves]
+        named = list(zip(labels, parameters, strict=True))
+        for label, copied in zip(labels, copies, strict=True):
+            if copied is not None:
+                named.append(("copy_out" + label.removeprefix("params"), copied))
+        check_apart([label for label, _ in named], [a for _, a in named])
 
     def _prepare(self, parameters: Sequence[np.ndarray]) -> None:
         self._parameters = parameters
-        self._arrays = [(p, *states) for p, states in zip(parameters, self._states, strict=True)]
-        self._fit = Fit([leaf.label for leaf in self._tree.leaves], parameters, self._arrays)
+        labels = [leaf.label for leaf in self._tree.leaves]
+        self._fit = Fit(labels, parameters, [memory.written for memory in self._leaves])
         layout = Layout(
-            self._tree.spec,
-            self._arrays,
-            self._groups,
-            self._group_of,
-            self._rates,
-            self._counters,
-            self._options.threads,
+            tree=self._tree.spec,
+            leaves=self._leaves,
+            groups=self._groups,
+            group_of=self._group_of,
+            rates=self._rates,
+            counters=self._counters,
+            keys=self._keys(),
+            zero_grads=self._options.zero_grads,
+            threads=self._options.threads,
         )
         if self._options.verify:
             from .verify import VerifiedPlan  # an optimizer may run without the module
@@ -128,13 +208,29 @@ class Optimizer:
         one_phase = all(group.rule.program.phases == 1 for group in self._groups)
         self._simple = native and one_phase and not self._scheduled
 
+    def _keys(self) -> list[list[int]]:
+        """Of each leaf, for its parameter and states, the keys of their random bits."""
+        if self._options.rounding != "stochastic":
+            return [[0] * len(memory.operands) for memory in self._leaves]
+        from hashlib import blake2b  # 3 ms, for this and the fingerprint
+
+        def key(path: str, operand: str) -> int:
+            text = f"{self._seed} {path} {operand}".encode()
+            return int.from_bytes(blake2b(text, digest_size=8).digest(), "little")
+
+        return [
+            [key(leaf.path, operand) for operand in ("p", *memory.states)]
+            for leaf, memory in zip(self._tree.leaves, self._leaves, strict=True)
+        ]
+
     def step(self, grads: Any, *, hessian: Any = None) -> StepInfo:
         """One step, in place.
 
-        grads: nested like the parameters, float32 or float64, of their shapes; a None leaf leaves
-        its parameter, its states and its step count alone. Read-only; gradients may overlap each
-        other but not a parameter or state. A gradient in another memory layout than its
-        parameter's is copied first. hessian: for Sophia, Hessian estimates nested likewise.
+        grads: nested like the parameters, of their shapes, in any dtype that a parameter may have;
+        a None leaf leaves its parameter, its states and its step count alone. Left as they are,
+        unless `zero_grads`; gradients may overlap each other, unless `zero_grads`, but not a
+        parameter or state. A gradient in another memory layout than its parameter's is copied
+        first. hessian: for Sophia, Hessian estimates nested likewise.
 
         Raises TypeError or ValueError for what does not fit, RuntimeError inside of `lookahead`
         or while another thread steps this optimizer; nothing has changed then.
@@ -179,7 +275,15 @@ class Optimizer:
                         f"hessian: {leaf.label} is updated by {type(rule).__name__}, which takes"
                         " none; give None there"
                     )
+        if self._options.zero_grads:
+            given = self._tree.flatten(grads, "grads")
+            labels = ["grads" + leaf.label.removeprefix("params") for leaf in self._tree.leaves]
+            self._fit.check_exclusive(labels, given)
         number = self._plan.step(fitted, estimates, True)
+        if self._options.zero_grads and number is not None:
+            for g in given:
+                if g is not None:
+                    g[...] = 0  # where a copy was used, that was zeroed
         if number is None:
             raise RuntimeError(
                 "the core refused arrays that passed the checks; if a parameter was resized, call"
@@ -218,12 +322,38 @@ class Optimizer:
         return int(self._counters[0])
 
     @property
-    def state(self) -> dict[str, dict[str, np.ndarray]]:
-        """The live state arrays: path -> name -> array."""
+    def state(self) -> dict[str, dict[str, Any]]:
+        """The live states: path -> name -> array, or `Quantized` object.
+
+        Beside the rule's states there are "master", of master="float32"; "low", of "split16", the
+        uint16 below a bfloat16; "compensation", of rounding="kahan".
+        """
         return {
-            leaf.path: dict(zip(rule.states, states, strict=True))
-            for leaf, rule, states in zip(self._tree.leaves, self._rules, self._states, strict=True)
+            leaf.path: {
+                **{name: state.visible for name, state in memory.states.items()},
+                **dict([memory.extra] if memory.extra else []),
+            }
+            for leaf, memory in zip(self._tree.leaves, self._leaves, strict=True)
         }
+
+    def memory(self, path: str) -> tuple[Memory, list[int]]:
+        """All that a step writes of a leaf, and the keys of its random bits: for verification."""
+        k = [leaf.path for leaf in self._tree.leaves].index(path)
+        return self._leaves[k], self._keys()[k]
+
+    def sync(self) -> None:
+        """Takes the masters anew from the parameters, after these were written by the caller.
+
+        Without it the next step goes on from the masters, and what was written is lost. Does
+        nothing where there are no masters.
+        """
+        if self._shifted:
+            raise RuntimeError("sync inside of lookahead(): leave the context first")
+        with deferred():
+            for memory in self._leaves:
+                synchronize(memory)
+            if self._options.verify:
+                self._plan.accept()
 
     @contextmanager
     def lookahead(self) -> Iterator[None]:
@@ -245,7 +375,8 @@ class Optimizer:
         self._shifted = True
         try:
             for k in moving:
-                self._backend.shift(self._rules[k], *self._arrays[k])
+                velocity = self._leaves[k].states["v"].values
+                self._backend.shift(self._rules[k], self._parameters[k], velocity)
             yield
         finally:
             with deferred():
@@ -256,8 +387,9 @@ class Optimizer:
     def rebind(self, params: Any) -> None:
         """Takes new arrays in place of the old ones, for trainers that write `W = W - ...`.
 
-        params: nested as before, with the same shapes, dtypes and memory orders. Raises TypeError
-        or ValueError where they differ; the optimizer keeps the old ones then.
+        params: nested as before, with the same shapes, dtypes and memory orders. Masters are taken
+        anew where the values differ from the old arrays'. Raises TypeError or ValueError where
+        something does not fit; the optimizer keeps the old ones then.
         """
         tree = Tree(params)
         fresh = [leaf.value for leaf in tree.leaves]
@@ -272,20 +404,30 @@ class Optimizer:
                     f"{leaf.label}: expected (shape, dtype, memory order) {expected}, got {got};"
                     " make a new optimizer for other arrays"
                 )
-        check_apart([leaf.label for leaf in tree.leaves], fresh)
+        self._check_apart(fresh, self._check_copies())
         self._tree, self.params = tree, params
-        self._prepare(self._check_parameters())
+        parameters = self._check_parameters()
+        for k, (old, p) in enumerate(zip(self._parameters, parameters, strict=True)):
+            moved = self._leaves[k] = self._leaves[k].rebound(p)
+            if not np.array_equal(old, p, equal_nan=True):
+                synchronize(moved)
+        self._prepare(parameters)
 
     def describe(self) -> str:
         """A table of what updates which leaf, and of the memory that it takes."""
         rows = [("path", "shape", "dtype", "rule", "states")]
-        for leaf, p, rule in zip(self._tree.leaves, self._parameters, self._rules, strict=True):
-            states = ", ".join(f"{name} {p.dtype}" for name in rule.states) or "-"
-            rows.append((leaf.path, str(p.shape), p.dtype.name, rule.summary(), states))
+        for leaf, p, rule, memory in zip(
+            self._tree.leaves, self._parameters, self._rules, self._leaves, strict=True
+        ):
+            states = [self._storage.describe(rule, name, p) for name in rule.states]
+            if memory.extra:
+                states.append(f"{memory.extra[0]} {memory.extra[1].dtype}")
+            shown = ", ".join(states) or "-"
+            rows.append((leaf.path, str(p.shape), p.dtype.name, rule.summary(), shown))
         widths = [max(len(row[k]) for row in rows) for k in range(5)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
         held = sum(p.nbytes for p in self._parameters)
-        states_held = sum(a.nbytes for states in self._states for a in states)
+        states_held = sum(a.nbytes for memory in self._leaves for a in memory.saved.values())
         lines.append(
             f"{held} bytes of parameters, {states_held} of states, {self._plan.work_bytes} of work"
             f" space; backend {self._backend.name} ({self._backend.describe()}), step"
@@ -301,35 +443,48 @@ class Optimizer:
         import hashlib  # 3 ms, for this alone
 
         digest = hashlib.sha256()
-        for leaf, arrays, t in zip(
-            self._tree.leaves, self._arrays, self._counters[1:], strict=True
+        for leaf, p, memory, t in zip(
+            self._tree.leaves, self._parameters, self._leaves, self._counters[1:], strict=True
         ):
-            digest.update(f"{leaf.path} {arrays[0].shape} {t}".encode())
-            for a in arrays:
-                canonical = np.where(np.isnan(a), np.nan, a).astype(a.dtype.newbyteorder("<"))
-                digest.update(canonical.tobytes())
+            digest.update(f"{leaf.path} {p.shape} {t}".encode())
+            for a in (p, *memory.saved.values()):
+                canonical = a.copy()
+                if a.dtype.kind not in "iu":
+                    canonical[np.isnan(a)] = np.nan
+                bits = canonical.view(f"u{a.itemsize}")
+                digest.update(bits.astype(f"<u{a.itemsize}").tobytes())
         digest.update(str(self.step_count).encode())
         return digest.hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and copies of the states; the parameters are the caller's to keep.
 
-        {"format": 1, "step": ..., "leaves": {path: {"rule", "t", "shape", "dtype", "state"}}}
+        {"format": 1, "step": ..., "seed": ..., "leaves": {path: {"rule", "t", "shape", "dtype",
+        "formats", "state"}}}. A quantised state m is there as "m.codes" and "m.scales".
         """
         return self._snapshot.take()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a `state_dict`, copying its arrays; with equal parameters, bit for bit.
 
-        Raises ValueError that lists every difference in paths, rules, shapes, dtypes and states;
+        Put the parameters back first: masters come from the `state_dict`, not from them. Raises
+        ValueError that lists every difference in paths, rules, shapes, dtypes, formats and states;
         nothing has changed then.
         """
         with deferred():
-            self._snapshot.restore(state)
+            self._seed = self._snapshot.restore(state)
+            self._prepare(self._parameters)
 
     @property
     def _snapshot(self) -> Snapshot:
-        return Snapshot(self._tree.leaves, self._rules, self._arrays, self._counters)
+        return Snapshot(
+            self._tree.leaves,
+            self._rules,
+            self._parameters,
+            self._leaves,
+            self._counters,
+            self._seed,
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Pickled or deep-copied together with a tree that holds the same arrays, both copies go
@@ -342,6 +497,15 @@ class Optimizer:
         raise TypeError(
             "two optimizers would update the same arrays; copy.deepcopy makes one with its own"
         )
+
+
+def check_seed(seed: Any) -> int:
+    """An integer >= 0; TypeError or ValueError otherwise."""
+    if isinstance(seed, bool) or not isinstance(seed, SupportsIndex):
+        raise TypeError(f"seed: expected an integer >= 0, got {seed!r}")
+    if operator.index(seed) < 0:
+        raise ValueError(f"seed: expected an integer >= 0, got {seed!r}")
+    return operator.index(seed)
 
 
 def _rebuild(params: Any, rule: Any, options: Options, state: dict[str, Any]) -> Optimizer:

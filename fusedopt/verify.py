@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import memory_order
 from .backends import BACKENDS, Backend, Layout
 from .bounded import Bounded
+from .formats import PLAIN, Values, subkey
 from .interrupts import deferred
 from .rules import RULES, Rule
+from .states import Stored
 from .trees import Leaf
 
 SLACK = 2.0
@@ -48,16 +49,27 @@ class Worst:
         )
 
 
-def compare(name: str, got: np.ndarray, reference: Bounded) -> Worst | None:
-    """The worst element of a flat array; None of an empty one. Indices are of the flat array."""
+def compare(name: str, stored: Stored, reference: Bounded, key: int = 0) -> Worst | None:
+    """The worst element of a flat array; None of an empty one. Indices are of the flat array.
+
+    key: of the random bits with which it was stored.
+    """
+    got = stored.flat(stored.values)
     if got.size == 0:
         return None
     with np.errstate(all="ignore"):
         value, bound = reference.value, SLACK * reference.error
-        same = (got == value) | (np.isnan(got) & np.isnan(value))
+        low, high = (
+            np.asarray(end, np.float64)
+            for end in stored.format.span(value - bound, value + bound, stored.flat_data,
+                                          stored.aux, key)
+        )  # fmt: skip
+        same = (got == value) | (np.isnan(got) & (np.isnan(value) | np.isnan(low)))
         difference = np.abs(got.astype(np.float64) - value)
-        share = np.where(same | np.isinf(bound), 0.0, difference / bound)
-        share = np.where(np.isnan(share), np.inf, share)
+        # Towards each side, what the format makes of the bound there.
+        bound = np.where(got > value, high - value, value - low)
+        share = np.where(same | np.isinf(bound) & (bound > 0), 0.0, difference / bound)
+        share = np.where(np.isnan(share) | (share < 0), np.inf, share)
         if share.ndim > 1:  # candidates: the nearest counts
             nearest = np.argmin(share, axis=0)[None]
             share, value, bound, difference = (
@@ -79,16 +91,21 @@ def compare(name: str, got: np.ndarray, reference: Bounded) -> Worst | None:
 
 def judge(
     rule: Rule,
-    before: Sequence[np.ndarray],
-    after: Sequence[np.ndarray],
+    before: Sequence[Values],
+    after: Sequence[Stored],
     g: np.ndarray,
     hessian: np.ndarray | None,
     *,
     t: int,
     lr: float,
+    keys: Sequence[int] | None = None,
 ) -> list[Worst]:
-    """Compares a step's parameter and states (before, after) with the reference's."""
-    dtype, order = before[0].dtype, memory_order(before[0])
+    """Compares a step's parameter and states with the reference's.
+
+    before: what they held, in the type that is computed in. after: as they are stored. keys: of
+    the random bits.
+    """
+    dtype, order = before[0].dtype, after[0].order
     whole = rule.program.phases > 1  # a matrix, which the reference needs in its shape
 
     def lift(a: np.ndarray) -> Bounded:
@@ -100,8 +117,10 @@ def judge(
         new_states = rule.absorb(new_states, lift(hessian))
     expected = (new, *(state.stored() for state in new_states))
     worst = (
-        compare(name, a.reshape(-1, order=order), e.flat(order) if whole else e)
-        for name, a, e in zip(("p", *rule.states), after, expected, strict=True)
+        compare(name, stored, e.flat(order) if whole else e, int(subkey(key, t - 1)[0]))
+        for name, stored, e, key in zip(
+            ("p", *rule.states), after, expected, keys or [0] * len(after), strict=True
+        )
     )
     return [w for w in worst if w is not None]
 
@@ -111,48 +130,81 @@ class VerifiedPlan:
 
     def __init__(self, backend: Backend, layout: Layout, leaves: Sequence[Leaf]) -> None:
         self._layout, self._leaves = layout, leaves
-        copies = [tuple(np.empty_like(a) for a in arrays) for arrays in layout.arrays]
-        self._copies = replace(layout, arrays=copies, counters=layout.counters.copy())
+        self._copies = replace(
+            layout,
+            leaves=[memory.copy() for memory in layout.leaves],
+            counters=layout.counters.copy(),
+            zero_grads=False,  # the caller's gradients are not zeroed before all has passed
+        )
         self._plan = backend.plan(self._copies)
-        self.work_bytes = self._plan.work_bytes + sum(a.nbytes for arrays in copies for a in arrays)
+        copied = (a for memory in self._copies.leaves for a in memory.written)
+        self.work_bytes = self._plan.work_bytes + sum(a.nbytes for a in copied)
 
     def step(self, grads: Any, hessian: Any, flat: bool) -> int | None:
         if not flat:  # the gradients are needed leaf by leaf
             return None
-        self._copy(self._layout, self._copies)
+        self._check_masters()
+        self.accept()
         number = self._plan.step(grads, hessian, True)
-        for k, g in enumerate(grads):
-            if g is not None:
-                self._check(k, g, hessian[k] if hessian is not None else None)
+        try:
+            for k, g in enumerate(grads):
+                if g is not None:
+                    self._check(k, g, hessian[k] if hessian is not None else None)
+        except BaseException:
+            self.accept()
+            raise
         with deferred():
-            self._copy(self._copies, self._layout)
+            for live, copy in zip(self._layout.leaves, self._copies.leaves, strict=True):
+                live.take(copy)
+            self._layout.counters[...] = self._copies.counters
         return number
 
-    @staticmethod
-    def _copy(source: Layout, target: Layout) -> None:
-        for a, b in zip(source.arrays, target.arrays, strict=True):
-            for x, y in zip(a, b, strict=True):
-                y[...] = x
-        target.counters[...] = source.counters
+    def accept(self) -> None:
+        """Takes the caller's arrays as they are now."""
+        for live, copy in zip(self._layout.leaves, self._copies.leaves, strict=True):
+            copy.take(live)
+        self._copies.counters[...] = self._layout.counters
+
+    def _check_masters(self) -> None:
+        """The copies still hold what the last step committed."""
+        for leaf, live, copy in zip(
+            self._leaves, self._layout.leaves, self._copies.leaves, strict=True
+        ):
+            if live.extra and live.written[0].tobytes() != copy.written[0].tobytes():
+                raise VerificationError(
+                    f"{leaf.label}: was written since the last step, and its masters do not know;"
+                    " call sync() after writing parameters"
+                )
 
     def _check(self, k: int, g: np.ndarray, hessian: np.ndarray | None) -> None:
-        rule = self._layout.groups[self._layout.group_of[k]].rule
-        lr = float(self._layout.rates[self._layout.group_of[k]])
-        before, after = self._layout.arrays[k], self._copies.arrays[k]
-        t = int(self._copies.counters[k + 1])
-        for worst in judge(rule, before, after, g, hessian, t=t, lr=lr):
+        layout = self._layout
+        rule = layout.groups[layout.group_of[k]].rule
+        lr = float(layout.rates[layout.group_of[k]])
+        before = [stored.values for stored in layout.leaves[k].operands]
+        after, t = self._copies.leaves[k], int(self._copies.counters[k + 1])
+        for worst in judge(
+            rule, before, after.operands, g, hessian, t=t, lr=lr, keys=layout.keys[k]
+        ):
             if worst.share > 1.0:
                 raise VerificationError(f"{self._leaves[k].label}: {worst}, in step {t} of {rule}")
+        for mirror in after.mirrors:
+            with np.errstate(all="ignore"):
+                expected = PLAIN[mirror.dtype.name].encode(after.parameter.values)[0]
+            if not np.array_equal(mirror, expected, equal_nan=True):
+                raise VerificationError(
+                    f"{self._leaves[k].label}: its copy is not the new parameter rounded, in step"
+                    f" {t} of {rule}"
+                )
 
 
 @dataclass(frozen=True)
 class Check:
-    """One rule on one backend and dtype: how many variants and elements, and the worst of them."""
+    """One rule on one backend and storage: variants and elements checked, the worst of these."""
 
     rule: str
     backend: str
     isa: str
-    dtype: str
+    storage: str
     variants: int
     elements: int
     worst: Worst
@@ -172,22 +224,39 @@ def variants(cls: type[Rule]) -> Iterator[Rule]:
             yield cls(**example, weight_decay=0.1, decay=decay)
 
 
+STORAGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "float32": ("float32", {}),
+    "float64": ("float64", {}),
+    "bfloat16": ("bfloat16", {"state_dtype": "bfloat16"}),
+    "float16": ("float16", {"state_dtype": "float16"}),
+    "stochastic": ("bfloat16", {"state_dtype": "bfloat16", "rounding": "stochastic"}),
+    "kahan": ("bfloat16", {"rounding": "kahan"}),
+    "split16": ("bfloat16", {"master": "split16"}),
+    "masters": ("float16", {"master": "float32"}),
+    "float8": ("float32", {"state_dtype": "float8"}),
+    "dynamic8": ("float32", {"state_dtype": "dynamic8"}),
+    "dynamic4": ("float32", {"state_dtype": "dynamic4"}),
+}
+"""Ways to store parameters (their dtype) and what goes with them (arguments of `Optimizer`)."""
+
+
 def verify(
     rules: Iterable[str] | None = None,
     *,
     backends: Iterable[str] | None = None,
-    dtypes: Iterable[str] = ("float32", "float64"),
+    storages: Iterable[str] | None = None,
     isas: Iterable[str] | None = None,
-    size: int = 1009,
+    size: int = 4201,
     steps: int = 3,
     seed: int = 0,
 ) -> list[Check]:
     """Checks rules on this machine, element by element, against the float64 reference.
 
     rules: names in `RULES`, by default all; each in every variant. backends, isas: by default all
-    that can be used. size: elements of each array (matrices for Muon: about as many). The data
-    span many orders of magnitude, with exact zeros, and are drawn from `seed`. Raises ValueError
-    for unknown names.
+    that can be used. storages: names in `STORAGES`, by default all; float32 and float64 with every
+    instruction set, the others with the one in use. size: elements of each array (matrices for
+    Muon: about as many). The data span many orders of magnitude, with exact zeros, and are drawn
+    from `seed`. Raises ValueError for unknown names.
     """
     from .runtime import get_isa, set_isa
     from .runtime import isas as available_isas
@@ -196,55 +265,58 @@ def verify(
     for name in names:
         if name not in RULES:
             raise ValueError(f"rules: expected names of {', '.join(RULES)}; got {name!r}")
+    ways = list(STORAGES) if storages is None else list(storages)
+    for way in ways:
+        if way not in STORAGES:
+            raise ValueError(f"storages: expected names of {', '.join(STORAGES)}; got {way!r}")
     usable = [name for name, backend in BACKENDS.items() if backend.unavailable() is None]
     chosen = list(backends) if backends is not None else usable
     levels = list(isas) if isas is not None else available_isas()
     checks = []
     before = get_isa()
     try:
-        for name, backend, dtype in itertools.product(names, chosen, dtypes):
-            for isa in levels if backend == "native" else ["-"]:
+        for name, backend, way in itertools.product(names, chosen, ways):
+            each = levels if way in ("float32", "float64") else [before]
+            for isa in each if backend == "native" else ["-"]:
                 if isa != "-":
                     set_isa(isa)
-                checks.append(_check(name, backend, isa, dtype, size, steps, seed))
+                checks.append(_check(name, backend, isa, way, size, steps, seed))
     finally:
         if before != "none":
             set_isa(before)
     return checks
 
 
-def _check(
-    name: str, backend: str, isa: str, dtype: str, size: int, steps: int, seed: int
-) -> Check:
+def _check(name: str, backend: str, isa: str, way: str, size: int, steps: int, seed: int) -> Check:
     worst, settings, count, elements = None, "", 0, 0
     for rule in variants(RULES[name]):
         count += 1
-        for found in _run(rule, backend, np.dtype(dtype), size, steps, seed):
+        for found in _run(rule, backend, way, size, steps, seed):
             elements += size
             if worst is None or found.share > worst.share:
                 worst, settings = found, repr(rule)
     assert worst is not None
-    return Check(name, backend, isa, dtype, count, elements, worst, settings)
+    return Check(name, backend, isa, way, count, elements, worst, settings)
 
 
-def _run(
-    rule: Rule, backend: str, dtype: np.dtype, size: int, steps: int, seed: int
-) -> Iterator[Worst]:
+def _run(rule: Rule, backend: str, way: str, size: int, steps: int, seed: int) -> Iterator[Worst]:
     from .optimizer import Optimizer  # which uses this module
 
     rng = np.random.default_rng(seed)
     side = max(2, int(size**0.5))
     shape = (side, max(2, size // side)) if rule.program.phases > 1 else (size,)
+    name, options = STORAGES[way]
+    dtype = PLAIN[name].dtype
 
     def draw() -> np.ndarray:
         wide = rng.standard_normal(shape) * 10.0 ** rng.uniform(-6, 2, shape)
         return np.where(rng.random(shape) < 0.03, 0.0, wide).astype(dtype)
 
     p = draw()
-    optimizer = Optimizer(p, rule, backend=backend)
-    live = (p, *optimizer.state["params"].values())
+    optimizer = Optimizer(p, rule, backend=backend, **options)
+    memory, keys = optimizer.memory("params")
     for t in range(1, steps + 1):
         g, h = draw(), draw() if rule.takes_hessian else None
-        before = [a.copy() for a in live]
+        before = [stored.values for stored in memory.operands]
         optimizer.step(g, hessian=h)
-        yield from judge(rule, before, live, g, h, t=t, lr=rule.lr_at(t))
+        yield from judge(rule, before, memory.operands, g, h, t=t, lr=rule.lr_at(t), keys=keys)

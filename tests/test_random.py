@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import fusedopt as fo
+from fusedopt.states import Stored
 from fusedopt.verify import judge, variants
 
 RULES = [rule for cls in fo.RULES.values() for rule in variants(cls)]
@@ -62,7 +63,9 @@ def test_layouts_and_trees(problem: Any) -> None:
             before = [a.copy() for a in (q, *states)]
             # float64 folding of the learning rate: it is a number in every variant
             fo.update(rule, t, q, np.array(g, q.dtype, order="C"), *states)
-            for worst in judge(rule, before, [q, *states], g, None, t=t, lr=rule.lr_at(t)):
+            for worst in judge(
+                rule, before, [*map(Stored.plain, (q, *states))], g, None, t=t, lr=rule.lr_at(t)
+            ):
                 assert worst.share <= 1, f"{rule}: {worst}"
         if rule.program.phases == 1:  # a matrix product may round otherwise in another layout
             np.testing.assert_array_equal(p, q)

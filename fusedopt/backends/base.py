@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..rules import Rule
+from ..states import Memory
 
 
 @dataclass(frozen=True)
@@ -23,19 +24,22 @@ class Group:
 class Layout:
     """Everything about an optimizer that a plan needs.
 
-    tree: the parameters' `Tree.spec`. arrays: of each leaf its parameter and states. groups: the
-    rules; group_of: of each leaf its place among them. rates: float64, the groups' learning rates
-    in the step at hand. counters: int64, the optimizer's step and then each leaf's; a plan advances
-    them. threads: at most so many, or None.
+    tree: the parameters' `Tree.spec`. leaves: what a step writes of each. groups: the rules;
+    group_of: of each leaf its place among them. rates: float64, the groups' learning rates in the
+    step at hand. counters: int64, the optimizer's step and then each leaf's; a plan advances them.
+    keys: of each leaf, for its parameter and states, the keys of their random bits. zero_grads:
+    gradients are set to zero. threads: at most so many, or None.
     """
 
     tree: Any
-    arrays: Sequence[Sequence[np.ndarray]]
+    leaves: Sequence[Memory]
     groups: Sequence[Group]
     group_of: Sequence[int]
     rates: np.ndarray
     counters: np.ndarray
-    threads: int | None
+    keys: Sequence[Sequence[int]]
+    zero_grads: bool = False
+    threads: int | None = None
 
 
 class Plan(Protocol):
@@ -73,15 +77,16 @@ class Backend(Protocol):
         rule: Rule,
         t: int,
         lr: float,
-        arrays: tuple[np.ndarray, ...],
+        arrays: tuple[Any, ...],
         g: np.ndarray,
         hessian: np.ndarray | None,
         checked: bool,
     ) -> bool:
-        """One step of one tensor (arrays: parameter, then states), in place.
+        """One step of one tensor (its parameter, then its states), in place.
 
-        checked: the arrays fit, and are laid out alike; otherwise False comes back, with nothing
-        written, where something is to be checked or explained first.
+        checked: the arrays are `Stored`, fit, and are laid out alike; otherwise they are what the
+        caller passed, and False comes back, with nothing written, where something is to be checked
+        or explained first.
         """
 
     def shift(self, rule: Any, p: np.ndarray, v: np.ndarray) -> None:

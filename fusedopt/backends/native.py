@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import memory_order
 from ..environment import sleepy_openmp
+from ..formats import FORMATS, compute_dtype
 from ..newton_schulz import Workspace, as_matrix
 from ..rules import RULES, Nesterov, Rule
 from ..rules.base import Program
+from ..states import Memory, Stored
 from .base import Group, Layout, Plan
 
 _reason: str | None = None
@@ -61,6 +62,14 @@ def check_registry() -> None:
                     f" {op.kernel!r} with (operands, scalars) = {(operands, scalars)}, the compiled"
                     f" core has {table.get(op.kernel)}"
                 )
+    formats = [
+        (f.codec, f.bits, f.block, f.aux_dtype.itemsize if f.aux_dtype else 0) for f in FORMATS
+    ]
+    if formats != core.codecs():
+        raise ImportError(
+            f"stale extension, rebuild: the formats are {formats}, the compiled core has"
+            f" {core.codecs()}"
+        )
 
 
 class NativeBackend:
@@ -83,7 +92,7 @@ class NativeBackend:
         rule: Rule,
         t: int,
         lr: float,
-        arrays: tuple[np.ndarray, ...],
+        arrays: tuple[Any, ...],
         g: np.ndarray,
         hessian: np.ndarray | None,
         checked: bool,
@@ -92,14 +101,17 @@ class NativeBackend:
         if program.phases > 1:  # what it refuses, only Python knows
             return checked and self._update_matrix(rule, t, lr, arrays, g)
         native = program.native or _compile(program)
+        if checked:
+            arrays = tuple(stored.spec for stored in arrays)
         return core.update(native, program.folds, t, lr, g, hessian, arrays)
 
     def _update_matrix(
-        self, rule: Rule, t: int, lr: float, arrays: tuple[np.ndarray, ...], g: np.ndarray
+        self, rule: Rule, t: int, lr: float, arrays: tuple[Stored, ...], g: np.ndarray
     ) -> bool:
         rates, counters = np.array([lr]), np.array([0, t - 1])
-        group = Group(rule.name, rule)
-        plan = NativePlan(Layout(0, [arrays], [group], [0], rates, counters, None))
+        memory = Memory(arrays[0], dict(zip(rule.states, arrays[1:], strict=True)))
+        group, keys = Group(rule.name, rule), [[0] * len(arrays)]
+        plan = NativePlan(Layout(0, [memory], [group], [0], rates, counters, keys))
         return plan.step(g, None, False) is not None
 
     def shift(self, rule: Nesterov, p: np.ndarray, v: np.ndarray) -> None:
@@ -118,14 +130,21 @@ class NativePlan:
         # to this plan.
         self.step = core.Plan(
             tree=layout.tree,
-            arrays=[[*a, *matrices.work.get(k, ())] for k, a in enumerate(layout.arrays)],
+            arrays=[
+                [*(stored.spec for stored in memory.operands), *matrices.work.get(k, ())]
+                for k, memory in enumerate(layout.leaves)
+            ],
+            mirrors=[list(memory.mirrors) for memory in layout.leaves],
+            # Work space is in the compute type, and takes no random bits.
+            keys=[[*keys, 0] for keys in layout.keys],
             groups=list(layout.group_of),
-            batches=[matrices.batches.get(k, -1) for k in range(len(layout.arrays))],
+            batches=[matrices.batches.get(k, -1) for k in range(len(layout.leaves))],
             programs=[_compile(group.rule.program) for group in layout.groups],
             folds=[group.rule.program.folds for group in layout.groups],
             rates=layout.rates,
             counters=layout.counters,
             between=matrices.between,
+            zero_grads=layout.zero_grads,
             threads=layout.threads or 0,
         ).step
 
@@ -141,17 +160,18 @@ class _Matrices:
         rules = [layout.groups[k].rule for k in layout.group_of]
         self._rules = {k: rule for k, rule in enumerate(rules) if rule.program.phases > 1}
         self.batches = {k: turn for turn, k in enumerate(self._rules)}
-        parameters = {k: layout.arrays[k][0] for k in self._rules}
+        parameters = {k: layout.leaves[k].parameter for k in self._rules}
+        dtypes = {k: compute_dtype(p.format.dtype) for k, p in parameters.items()}
         self._spaces = {
             dtype: Workspace(
-                [as_matrix(p.shape) for p in parameters.values() if p.dtype == dtype], dtype
+                [as_matrix(p.shape) for k, p in parameters.items() if dtypes[k] == dtype], dtype
             )
-            for dtype in {p.dtype for p in parameters.values()}
+            for dtype in set(dtypes.values())
         }
         self.work: dict[int, tuple[np.ndarray]] = {}
         for k, p in parameters.items():
-            flat = self._spaces[p.dtype].direction[: p.size]
-            self.work[k] = (flat.reshape(p.shape, order=memory_order(p)),)
+            flat = self._spaces[dtypes[k]].direction[: p.size]
+            self.work[k] = (flat.reshape(p.shape, order=p.order),)
 
     @property
     def work_bytes(self) -> int:

@@ -7,32 +7,37 @@ from typing import Any
 
 import numpy as np
 
+from ..formats import compute_dtype, subkey
 from ..interrupts import deferred
 from ..rules import Rule
+from ..states import Stored
 from .base import Layout, Plan
 
 
 def reference_step(
     rule: Rule,
-    arrays: Sequence[np.ndarray],
+    operands: Sequence[Stored],
     g: np.ndarray,
     hessian: np.ndarray | None,
+    keys: Sequence[int],
     *,
     t: int,
     lr: float,
-) -> list[np.ndarray]:
-    """The new parameter and states in the arrays' dtype; the arrays are left alone."""
-    wide = [a.astype(np.float64) for a in (*arrays, g)]
-    p, *states, gradient = wide
+) -> list[tuple[np.ndarray, Any]]:
+    """The new parameter and states, encoded as they are stored; the old ones are left alone."""
+    p, *states = (stored.values.astype(np.float64) for stored in operands)
+    dtype = compute_dtype(operands[0].format.dtype)
     with np.errstate(all="ignore"):
-        new, after = rule.reference(p, gradient, tuple(states), t=t, lr=lr)
+        new, after = rule.reference(p, g.astype(np.float64), tuple(states), t=t, lr=lr)
         if hessian is not None:
             after = rule.absorb(after, hessian.astype(np.float64))
-        dtype = arrays[0].dtype
         narrow = [np.asarray(a).astype(dtype) for a in (new, *after)]
     for state in narrow[1:]:
         state[np.abs(state) < np.finfo(dtype).smallest_normal] = 0
-    return narrow
+    return [
+        stored.format.encode(stored.flat(a), int(subkey(key, t - 1)[0]))
+        for stored, a, key in zip(operands, narrow, keys, strict=True)
+    ]
 
 
 class ReferenceBackend:
@@ -55,17 +60,17 @@ class ReferenceBackend:
         rule: Rule,
         t: int,
         lr: float,
-        arrays: tuple[np.ndarray, ...],
+        arrays: tuple[Any, ...],
         g: np.ndarray,
         hessian: np.ndarray | None,
         checked: bool,
     ) -> bool:
         if not checked:
             return False
-        new = reference_step(rule, arrays, g, hessian, t=t, lr=lr)
+        new = reference_step(rule, arrays, g, hessian, [0] * len(arrays), t=t, lr=lr)
         with deferred():
-            for a, b in zip(arrays, new, strict=True):
-                a[...] = b
+            for stored, encoded in zip(arrays, new, strict=True):
+                stored.write(encoded)
         return True
 
     def shift(self, rule: Any, p: np.ndarray, v: np.ndarray) -> None:
@@ -90,15 +95,22 @@ class ReferencePlan:
                 group = layout.groups[layout.group_of[k]]
                 results[k] = reference_step(
                     group.rule,
-                    layout.arrays[k],
+                    layout.leaves[k].operands,
                     g,
                     hessian[k] if hessian is not None else None,
+                    layout.keys[k],
                     t=int(layout.counters[k + 1]) + 1,
                     lr=float(layout.rates[layout.group_of[k]]),
                 )
         for k, new in results.items():
-            for a, b in zip(layout.arrays[k], new, strict=True):
-                a[...] = b
+            memory = layout.leaves[k]
+            for stored, encoded in zip(memory.operands, new, strict=True):
+                stored.write(encoded)
+            for mirror in memory.mirrors:
+                plain, values = Stored.plain(mirror), memory.parameter.values
+                plain.write(plain.format.encode(plain.flat(values)))
+            if layout.zero_grads:
+                grads[k][...] = 0
             layout.counters[k + 1] += 1
         layout.counters[0] += 1
         return int(layout.counters[0])

@@ -59,6 +59,10 @@ class AdaGrad(Rule):
     def states(self) -> tuple[str, ...]:
         return ("G",)
 
+    @property
+    def nonnegative(self) -> frozenset[str]:
+        return frozenset(("G",))
+
     def initial(self, state: str) -> float:
         return self.initial_accumulator
 

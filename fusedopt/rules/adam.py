@@ -105,6 +105,10 @@ class Adam(Rule):
         return ("m", "v", "x") if self.amsgrad else ("m", "v")
 
     @property
+    def nonnegative(self) -> frozenset[str]:
+        return frozenset(("v", "x"))
+
+    @property
     def kernel(self) -> str:
         return "adam" + "_amsgrad" * bool(self.amsgrad) + "_nesterov" * self.nesterov
 

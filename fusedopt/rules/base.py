@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 import numpy as np
 
 from ..arrays import check_parameter
-from ..states import allocate
 from .fields import LearningRate, NonNegative, Number, check_field
 
 if TYPE_CHECKING:
     from ..newton_schulz import Workspace
+    from ..storage import StateDtype
 
 Array = Any
 """In a reference: an ndarray, or `verify`'s array that carries the bound of its rounding."""
@@ -141,6 +141,11 @@ class Rule:
         """The names of the state arrays, in the order of `init`."""
         return ()
 
+    @property
+    def nonnegative(self) -> frozenset[str]:
+        """The states that are never negative, such as means of squares."""
+        return frozenset()
+
     def initial(self, state: str) -> float:
         """The value with which a state array is filled."""
         return 0.0
@@ -229,10 +234,19 @@ class Rule:
             return p - delta - (lr / base if base else 1.0) * lam * p, states
         return p - delta, states
 
-    def init(self, p: np.ndarray) -> tuple[np.ndarray, ...]:
-        """New state arrays for a parameter, with its shape, dtype and memory order."""
-        (states,) = allocate([(self, check_parameter("p", p, self))])
-        return states
+    def init(self, p: np.ndarray, state_dtype: StateDtype = None) -> tuple[Any, ...]:
+        """New states for a parameter, with its shape and memory order.
+
+        state_dtype: as `Optimizer` takes it; without it float64 for a float64 parameter, else
+        float32. Arrays, or `Quantized` objects where the state is stored so.
+        """
+        from ..storage import Storage  # which knows rules
+
+        p = check_parameter("p", p, self)
+        storage = Storage(state_dtype)
+        storage.check(["p"], [p.dtype], [self])
+        (memory,) = storage.allocate([self], [p], [None])
+        return tuple(state.visible for state in memory.states.values())
 
     def summary(self) -> str:
         """The rule with its learning rate and what differs from its defaults."""

@@ -105,6 +105,10 @@ class RMSProp(Rule):
     def states(self) -> tuple[str, ...]:
         return ("b",) * bool(self.momentum) + ("v",) + ("a",) * self.centered
 
+    @property
+    def nonnegative(self) -> frozenset[str]:
+        return frozenset(("v",))
+
     def initial(self, state: str) -> float:
         return self.initial_accumulator if state == "v" else 0.0
 

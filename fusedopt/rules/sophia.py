@@ -95,6 +95,10 @@ class Sophia(Rule):
         return ("m", "h")
 
     @property
+    def nonnegative(self) -> frozenset[str]:
+        return frozenset(("h",) if self.estimator == "gnb" else ())
+
+    @property
     def kernel(self) -> str:
         return "sophia" if self.form == "official" else "sophia_paper"
 

@@ -7,6 +7,9 @@ from copy import deepcopy
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
+from typing import Any
+
+import numpy as np
 
 import fusedopt as fo
 
@@ -33,23 +36,22 @@ def compare(
     params: Params,
     grads: Params,
     rules: Mapping[str, fo.Rule],
-    *,
-    backend: str,
-    threads: int | None,
+    **options: Any,
 ) -> StepTimes:
     """Step copies of `params` by `fo.Optimizer` and by each rule's textbook form in turn.
 
     params, grads: one nesting, both left as they are. rules: path pattern -> rule, as the optimizer
-    takes it. The first round only warms up.
+    takes it; options: its others. The textbook form works in float32. The first round only warms
+    up.
     """
     fused_params = deepcopy(params)
-    optimizer = fo.Optimizer(fused_params, rules, backend=backend, threads=threads)
+    optimizer = fo.Optimizer(fused_params, rules, **options)
     tree = Tree(params)
     groups, group_of = assign(tree.leaves, rules)
     naive = []
     for leaf, k, g in zip(tree.leaves, group_of, tree.flatten(grads, "grads"), strict=True):
-        rule = groups[k].rule
-        naive.append((rule, leaf.value.copy(), g, rule.init(leaf.value)))
+        rule, p = groups[k].rule, leaf.value.astype(np.float32)
+        naive.append((rule, p, g.astype(np.float32), rule.init(p)))
     fused_times, naive_times = [], []
     for t in range(1, ROUNDS + 2):
         start = perf_counter()

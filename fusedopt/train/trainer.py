@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryFile
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -16,6 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import fusedopt as fo
 
+from ..formats import BFLOAT16, FLOAT32
+from ..storage import Master, Rounding
 from ..trees import Tree
 from . import gpt, report, steptime, text
 from .recipes import HESSIAN_EVERY, recipe
@@ -23,6 +26,7 @@ from .report import Result, Status, say
 
 EVALUATIONS = 20  # per run, not counting the one before the first step
 HELD_OUT_WINDOWS = 256
+DTYPES = {"float32": FLOAT32, "bfloat16": BFLOAT16}
 PROMPT, SAMPLE = 32, 400  # characters
 
 
@@ -34,9 +38,11 @@ class TrainOptions:
     updates, and windows per update. lr: peak learning rate, None for `recipes.LEARNING_RATES`.
     context, layers, heads, width, tied: sizes, see `gpt.Config`. seed: of the parameters, batches
     and sample, at least 0. out: the directory for `run.json` and `loss.png`, made if it is not
-    there; both are overwritten. json: a second place for the JSON. backend, threads: of the
-    optimizer; the threads of the model's products are NumPy's affair.
-    Raises ValueError for a number out of range or a rule that does not exist.
+    there; both are overwritten. json: a second place for the JSON. dtype: in which
+    parameters are kept and gradients handed over, "float32" or "bfloat16"; the model computes in
+    float32 all the same. state_dtype, master, rounding, backend, threads: of the optimizer; the
+    threads of the model's products are NumPy's affair.
+    Raises ValueError for a number out of range or a rule or dtype that does not exist.
     """
 
     data: Path | None = None
@@ -52,6 +58,10 @@ class TrainOptions:
     seed: int = 0
     out: Path = Path("runs/train")
     json: Path | None = None
+    dtype: str = "float32"
+    state_dtype: str | None = None
+    master: Master | None = None
+    rounding: Rounding = "nearest"
     backend: str = "auto"
     threads: int | None = None
 
@@ -61,6 +71,8 @@ class TrainOptions:
         for name, least in (("steps", 1), ("batch", 1), ("context", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.lr is not None and not 0 < self.lr < math.inf:
             raise ValueError(f"lr: expected a positive number, got {self.lr}")
 
@@ -68,6 +80,12 @@ class TrainOptions:
     def tokens(self) -> int:
         """Of one batch."""
         return self.batch * self.context
+
+    @property
+    def optimizer(self) -> dict[str, Any]:
+        """The keyword arguments of the optimizer."""
+        names = ("state_dtype", "master", "rounding", "seed", "backend", "threads")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass
@@ -105,8 +123,8 @@ class History:
 class Setup:
     """All that a run starts from; its generators and parameters move with the run.
 
-    held_out: the windows (x, y) for evaluation. labels, draws: generators of the labels of
-    curvature estimates and of the sample.
+    params: as they are kept. held_out: the windows (x, y) for evaluation. labels, draws:
+    generators of the labels of curvature estimates and of the sample.
     """
 
     options: TrainOptions
@@ -138,7 +156,7 @@ class Setup:
         )
         seeds = np.random.SeedSequence(options.seed).spawn(4)
         weights, places, labels, draws = map(np.random.default_rng, seeds)
-        params = gpt.init(weights, config)
+        params = cast(gpt.init(weights, config), DTYPES[options.dtype])
         rules = recipe(options.rule, options.lr, options.steps, options.tokens)
         x, y = text.spread(corpus.held_out, HELD_OUT_WINDOWS, options.context)
         return cls(
@@ -147,13 +165,17 @@ class Setup:
             config=config,
             params=params,
             rules=rules,
-            optimizer=fo.Optimizer(params, rules, backend=options.backend, threads=options.threads),
+            optimizer=fo.Optimizer(params, rules, **options.optimizer),
             batches=text.batches(corpus.train, options.batch, options.context, places),
             held_out=(x, y),
             bigram_loss=text.bigram_loss(corpus.train, x, y, config.vocab),
             labels=labels,
             draws=draws,
         )
+
+    def weights(self) -> gpt.Params:
+        """The parameters as the model computes with them, in float32."""
+        return cast(self.params, FLOAT32)
 
     @property
     def parameters(self) -> int:
@@ -189,19 +211,20 @@ def descend(setup: Setup, history: History) -> Iterator[int]:
 
     Raises FloatingPointError, before the update, at a loss that is not finite.
     """
-    params, config = setup.params, setup.config
+    config, dtype = setup.config, DTYPES[setup.options.dtype]
     takes_hessian = any(rule.takes_hessian for rule in setup.rules.values())
     for step, (x, y) in enumerate(setup.batches, len(history.losses) + 1):
         start = perf_counter()
+        params = setup.weights()
         with np.errstate(over="ignore", invalid="ignore"):  # the loss tells
             scores, cache = gpt.forward(params, x, config)
             loss, dlogits = gpt.cross_entropy(scores, y)
             _check_finite(loss, step)
-            grads = gpt.backward(params, cache, dlogits, config)
+            grads = cast(gpt.backward(params, cache, dlogits, config), dtype)
         modelled = perf_counter()
         hessian = None
         if takes_hessian and (step - 1) % HESSIAN_EVERY == 0:
-            hessian = _curvature(setup, scores, cache)
+            hessian = _curvature(setup, params, scores, cache)
         estimated = perf_counter()
         setup.optimizer.step(grads, hessian=hessian)
         done = perf_counter()
@@ -212,10 +235,17 @@ def descend(setup: Setup, history: History) -> Iterator[int]:
         yield step
 
 
-def _curvature(setup: Setup, scores: gpt.Array, cache: gpt.Cache) -> gpt.Params:
+def cast(tree: gpt.Params, dtype: np.dtype) -> gpt.Params:
+    """The tree with its arrays in a dtype; they themselves where they have it."""
+    shape = Tree(tree)
+    cast: gpt.Params = shape.build([leaf.value.astype(dtype, copy=False) for leaf in shape.leaves])
+    return cast
+
+
+def _curvature(setup: Setup, params: gpt.Params, scores: gpt.Array, cache: gpt.Cache) -> gpt.Params:
     def backward(drawn: gpt.Array) -> gpt.Params:
         _, dlogits = gpt.cross_entropy(scores, drawn)
-        return gpt.backward(setup.params, cache, dlogits, setup.config)
+        return gpt.backward(params, cache, dlogits, setup.config)
 
     estimate: gpt.Params = fo.hessian.gauss_newton_bartlett(scores, backward, setup.labels)
     return estimate
@@ -253,7 +283,7 @@ def _evaluate(console: Console, setup: Setup, history: History) -> None:
     start = perf_counter()
     step = len(history.losses)
     with np.errstate(over="ignore", invalid="ignore"):
-        loss = gpt.evaluate(setup.params, *setup.held_out, setup.config)
+        loss = gpt.evaluate(setup.weights(), *setup.held_out, setup.config)
     _check_finite(loss, step)
     history.held_out.append((step, loss))
     history.seconds["evaluation"] += perf_counter() - start
@@ -285,9 +315,10 @@ def _announce(console: Console, setup: Setup) -> None:
 def _result(setup: Setup, history: History, status: Status) -> Result:
     options, corpus, config = setup.options, setup.corpus, setup.config
     x, y = (part[: options.batch] for part in setup.held_out)
-    _, grads = gpt.loss_and_grads(setup.params, x, y, config)
+    params = setup.weights()
+    _, grads = gpt.loss_and_grads(params, x, y, config)
     prompt = corpus.held_out[:PROMPT]
-    ids = gpt.sample(setup.params, prompt, SAMPLE, config, setup.draws)
+    ids = gpt.sample(params, prompt, SAMPLE, config, setup.draws)
     return Result(
         status=status,
         options=asdict(options),
@@ -303,7 +334,7 @@ def _result(setup: Setup, history: History, status: Status) -> Result:
         tokens_per_second=history.tokens_per_second,
         optimizer_share=history.optimizer_share,
         step_times=steptime.compare(
-            setup.params, grads, setup.rules, backend=options.backend, threads=options.threads
+            setup.params, cast(grads, DTYPES[options.dtype]), setup.rules, **options.optimizer
         ),
         prompt=corpus.decode(prompt),
         sample=corpus.decode(ids),

@@ -1,0 +1,212 @@
+"""Measures AdamW in every storage format and prints one table.
+
+`python benchmarks/formats.py [--rounds N] [--json FILE]`. For each way to store: bytes that a step
+moves per parameter; over GPT-2 small the step's time, as a share of the limit of its own bytes and
+against float32's; in cache on one core, nanoseconds per 8 elements; and from these two, as a model
+and not as a measurement, what binds with how many cores. It needs about 3 GB of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import fusedopt as fo
+from contenders import pytorch
+from fusedopt.formats import BFLOAT16
+from limit import TILE, Streams
+from measure import interleaved
+from problems import Array, gpt2_small, tensors
+from table import machine
+
+RULE = fo.AdamW(lr=1e-4, weight_decay=0.1)
+IN_CACHE = 1 << 14
+
+
+@dataclass(frozen=True)
+class Way:
+    """Dtypes of parameters and gradients, and arguments of `Optimizer`. copy: with `copy_out`."""
+
+    parameter: Any = np.float32
+    gradient: Any = np.float32
+    options: Any = None
+    copy: bool = False
+
+
+LOW: dict[str, Any] = {"parameter": BFLOAT16, "gradient": BFLOAT16}
+WAYS = {
+    "float32": Way(),
+    "all bfloat16": Way(**LOW, options={"state_dtype": "bfloat16"}),
+    "all bfloat16, stochastic": Way(
+        **LOW, options={"state_dtype": "bfloat16", "rounding": "stochastic"}
+    ),
+    "all float16": Way(np.float16, np.float16, {"state_dtype": "float16"}),
+    "bfloat16, split16": Way(**LOW, options={"master": "split16"}),
+    "bfloat16, kahan": Way(**LOW, options={"rounding": "kahan"}),
+    "bfloat16, float32 masters": Way(**LOW, options={"master": "float32"}),
+    "float32, bfloat16 gradient and copy": Way(gradient=BFLOAT16, copy=True),
+    "float8 states": Way(options={"state_dtype": "float8"}),
+    "dynamic8 states": Way(options={"state_dtype": "dynamic8"}),
+    "dynamic4 states": Way(options={"state_dtype": "dynamic4"}),
+}
+# Shares of float32's time in cache (at most), and of the limit over GPT-2 small (at least).
+IN_CACHE_TARGETS = {"all bfloat16": 2.4, "float8 states": 3.7, "dynamic8 states": 5.5}
+LIMIT_TARGETS = {"float32, bfloat16 gradient and copy": 0.83}
+
+
+class Arrays:
+    """The arrays of one way to store, random and the same in each run."""
+
+    def __init__(self, way: Way, shapes: dict[str, tuple[int, ...]]) -> None:
+        rng = np.random.default_rng(0)
+
+        def draw(dtype: Any, scale: float) -> dict[str, Array]:
+            drawn = {}
+            for name, shape in shapes.items():
+                values = rng.standard_normal(shape, np.float32)
+                values *= scale
+                drawn[name] = values.astype(dtype)
+            return drawn
+
+        self.params, self.grads = draw(way.parameter, 0.02), draw(way.gradient, 1e-3)
+        copies = {name: p.astype(BFLOAT16) for name, p in self.params.items()} if way.copy else None
+        self.optimizer = fo.Optimizer(self.params, RULE, copy_out=copies, **(way.options or {}))
+        self.step = lambda: self.optimizer.step(self.grads)
+
+    def streams(self) -> Streams:
+        """The reads and writes of a step."""
+        leaves = []
+        for name, g in self.grads.items():
+            if g.size < 4096:  # their states are in float32: another pattern, and no weight
+                continue
+            memory, _ = self.optimizer.memory(name)
+            own = [a for stored in memory.operands for a in stored.arrays]
+            pattern = [(g, 0), *((a, 1) for a in own), *((a, 2) for a in memory.mirrors)]
+            leaves.append((g.size, [(a, _tile_bytes(a, g.size), kind) for a, kind in pattern]))
+        return Streams(leaves, fo.get_threads())
+
+
+def _tile_bytes(a: Array, n: int) -> int:
+    """Bytes of a tile of an array that belongs to n elements."""
+    return round(a.nbytes / -(-n // TILE))
+
+
+@dataclass(frozen=True)
+class Row:
+    """Of one way: bytes moved per parameter; seconds of a step over GPT-2 small, of a loop with the
+    same reads and writes, and of PyTorch's fused step; in cache on one core, ns per 8 elements and
+    the time over float32's."""
+
+    way: str
+    bytes: float
+    step_s: float
+    limit_s: float
+    torch_s: float | None
+    over_float32: float
+    cached_ns: float
+    cached_over_float32: float
+
+    def binding(self, cores: int, elements: int) -> str:
+        """What a step over so many elements is bound by on so many cores, by the model."""
+        compute = self.cached_ns * 1e-9 / 8 * elements / cores
+        what = "memory" if compute < self.limit_s else "compute"
+        return f"{1e3 * max(compute, self.limit_s):.0f} ms, {what}"
+
+
+def rows(rounds: int) -> Iterator[Row]:
+    """Every way in turn with float32."""
+    shapes = gpt2_small()
+    plain, small = Arrays(WAYS["float32"], shapes), Arrays(WAYS["float32"], tensors(1, IN_CACHE))
+    for name, way in WAYS.items():
+        arrays = plain if name == "float32" else Arrays(way, shapes)
+        streams = arrays.streams()
+        steps: dict[str, Callable[[], object]] = {"step": arrays.step, "limit": streams}
+        if name != "float32":
+            steps["float32"] = plain.step
+        if name in ("float32", "all bfloat16") and pytorch():
+            steps["torch"] = torch_step(arrays)
+        times = interleaved(steps, rounds)
+        threads = fo.get_threads()
+        fo.set_threads(1)
+        cached = {"way": Arrays(way, tensors(1, IN_CACHE)).step, "float32": small.step}
+        in_cache = interleaved(cached, rounds)
+        fo.set_threads(threads)
+        yield Row(
+            name,
+            streams.bytes,
+            times.median("step"),
+            times.median("limit"),
+            times.median("torch") if "torch" in steps else None,
+            times.ratio("step", "float32") if name != "float32" else 1.0,
+            in_cache.median("way") / IN_CACHE * 8e9,
+            in_cache.ratio("way", "float32"),
+        )
+
+
+def torch_step(arrays: Arrays) -> Callable[[], object]:
+    """PyTorch's fused AdamW on copies of the same arrays, in the same dtype."""
+    torch: Any = pytorch()
+
+    def tensor(a: Array) -> Any:
+        if a.dtype == BFLOAT16:
+            return torch.from_numpy(a.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(a)
+
+    params = []
+    for name, p in arrays.params.items():
+        params.append(tensor(p.copy()).requires_grad_())
+        params[-1].grad = tensor(arrays.grads[name])
+    torch.set_num_threads(fo.get_threads())
+    step: Callable[[], object] = torch.optim.AdamW(params, lr=1e-4, fused=True).step
+    return step
+
+
+HEAD = (
+    *("stored", "bytes", "GPT-2 small", "of the limit", "over float32", "over torch fused"),
+    *("in cache, 1 core, per 8", "over float32", "1 core", "2", "8", "32"),
+)
+
+
+def cells(row: Row, elements: int) -> Iterator[str]:
+    """A line of the table; targets in brackets."""
+    yield from (row.way, f"{row.bytes:.1f}", f"{1e3 * row.step_s:.1f} ms")
+    least = LIMIT_TARGETS.get(row.way)
+    yield f"{row.limit_s / row.step_s:.2f}" + (f" (>= {least})" if least else "")
+    yield f"{row.over_float32:.2f}" + (" (<= 1.05)" if row.way == "all bfloat16" else "")
+    wanted = " (>= 1.35)" if row.way == "all bfloat16" else ""
+    yield f"{row.torch_s / row.step_s:.2f} x as fast{wanted}" if row.torch_s else ""
+    most = IN_CACHE_TARGETS.get(row.way)
+    yield f"{row.cached_ns:.1f} ns"
+    yield f"{row.cached_over_float32:.2f}" + (f" (<= {most})" if most else "")
+    yield from (row.binding(cores, elements) for cores in (1, 2, 8, 32))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measures every storage format.")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    about = machine()
+    elements = sum(int(np.prod(shape)) for shape in gpt2_small().values())
+    print(", ".join(f"{key} {value}" for key, value in about.items()), "\n", flush=True)
+    print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}", flush=True)
+    done = []
+    for row in rows(options.rounds):
+        print(f"| {' | '.join(cells(row, elements))} |", flush=True)
+        done.append(asdict(row))
+    print(
+        "\nThe last four columns are a model: the time in cache shared between so many cores, or"
+        " the measured limit of the bytes, whichever is longer, with this machine's memory."
+    )
+    if options.json:
+        options.json.write_text(json.dumps({"machine": about, "rows": done}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""What an optimizer stores its parameters and states in: the user's words, checked and applied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+import numpy as np
+
+from .formats import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    KAHAN,
+    PLAIN,
+    QUANTIZED,
+    SPLIT16,
+    STOCHASTIC,
+    Format,
+    compute_dtype,
+)
+from .states import Memory, Stored, Wanted, allocate
+
+if TYPE_CHECKING:
+    from .rules import Rule
+
+StateDtype = str | Mapping[str, str] | None
+Master = Literal["float32", "split16"]
+Rounding = Literal["nearest", "stochastic", "kahan"]
+
+STATE_DTYPES = (*PLAIN, *QUANTIZED)
+QUANTIZED_FROM = 4096
+"""Elements; smaller leaves keep their states in float32, as bitsandbytes has it."""
+
+LOW = (BFLOAT16, FLOAT16)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """state_dtype: of all states, or by the state's name. master, rounding: see `Optimizer`."""
+
+    state_dtype: StateDtype = None
+    master: Master | None = None
+    rounding: Rounding = "nearest"
+
+    def __post_init__(self) -> None:
+        if self.state_dtype is None:
+            names: list[object] = []
+        elif isinstance(self.state_dtype, Mapping):
+            names = list(self.state_dtype.values())
+        else:
+            names = [self.state_dtype]
+        for name in names:
+            if not isinstance(name, str):
+                raise TypeError(f"state_dtype: expected a name or names by state, got {name!r}")
+            _check_choice("state_dtype", name, STATE_DTYPES)
+        if self.master is not None:
+            _check_choice("master", self.master, get_args(Master))
+        _check_choice("rounding", self.rounding, get_args(Rounding))
+        if self.rounding == "kahan" and self.master:
+            raise ValueError(
+                f"rounding: 'kahan' compensates bfloat16 parameters that have no masters; with"
+                f" master={self.master!r} leave it out"
+            )
+
+    def check(
+        self, labels: Sequence[str], dtypes: Sequence[np.dtype], rules: Sequence[Rule]
+    ) -> None:
+        """ValueError or TypeError where an argument has nothing to apply to, or does not fit."""
+        states = [name for rule in rules for name in rule.states]
+        if isinstance(self.state_dtype, Mapping):
+            for name in self.state_dtype:
+                if name not in states:
+                    known = ", ".join(dict.fromkeys(states)) or "none"
+                    raise ValueError(f"state_dtype[{name!r}]: no such state; there are: {known}")
+        for label, dtype in zip(labels, dtypes, strict=True):
+            if self.master == "split16" and dtype == FLOAT16:
+                raise ValueError(
+                    f"master: 'split16' goes with bfloat16, and {label} is float16; take 'float32'"
+                )
+        if self.master and not any(dtype in LOW for dtype in dtypes):
+            raise ValueError(
+                f"master: {self.master!r} is for bfloat16 and float16 parameters, of which there"
+                " are none"
+            )
+        if self.rounding == "kahan" and BFLOAT16 not in dtypes:
+            raise ValueError(
+                "rounding: 'kahan' is for bfloat16 parameters, of which there are none"
+            )
+        if self.rounding == "stochastic":
+            stored = [
+                f for rule, d in zip(rules, dtypes, strict=True) for f in self._formats(rule, d)
+            ]
+            if not any(f.random for f in stored):
+                raise ValueError(
+                    "rounding: 'stochastic' is for parameters and states in bfloat16 or float16, of"
+                    " which there are none"
+                )
+
+    def _formats(self, rule: Rule, dtype: np.dtype) -> Iterator[Format]:
+        yield self.parameter(dtype)
+        yield from (self.state(rule, name, dtype, QUANTIZED_FROM) for name in rule.states)
+
+    def parameter(self, dtype: np.dtype) -> Format:
+        """In which a parameter's elements are computed with."""
+        if dtype not in LOW:
+            return PLAIN[dtype.name]
+        if self.master:
+            return SPLIT16 if self.master == "split16" else PLAIN["float32"]
+        if self.rounding == "kahan" and dtype == BFLOAT16:
+            return KAHAN
+        return self._rounded(dtype.name)
+
+    def state(self, rule: Rule, name: str, dtype: np.dtype, size: int) -> Format:
+        """Of a state, for a parameter of this dtype and size."""
+        chosen = self.state_dtype
+        if isinstance(chosen, Mapping):
+            chosen = chosen.get(name)
+        if chosen is None:
+            chosen = compute_dtype(dtype).name
+        if chosen in PLAIN:
+            return self._rounded(chosen)
+        if size < QUANTIZED_FROM:
+            return PLAIN[compute_dtype(dtype).name]
+        return QUANTIZED[chosen][name in rule.nonnegative]
+
+    def describe(self, rule: Rule, name: str, p: np.ndarray) -> str:
+        """A state's name and format, with the reason where it is not the one asked for."""
+        chosen = self.state_dtype
+        if isinstance(chosen, Mapping):
+            chosen = chosen.get(name)
+        format = self.state(rule, name, p.dtype, p.size)
+        small = chosen in QUANTIZED and not format.quantized
+        return f"{name} {format.name}" + f" (below {QUANTIZED_FROM} elements)" * small
+
+    def _rounded(self, name: str) -> Format:
+        stochastic = self.rounding == "stochastic" and name in STOCHASTIC
+        return STOCHASTIC[name] if stochastic else PLAIN[name]
+
+    def allocate(
+        self,
+        rules: Sequence[Rule],
+        parameters: Sequence[np.ndarray],
+        copies: Sequence[np.ndarray | None],
+    ) -> list[Memory]:
+        """The memory of each leaf; masters begin as their parameters.
+
+        copies: of each leaf the array that gets a copy of the new parameter, or None.
+        """
+        wanted: list[Wanted] = []
+        for rule, p in zip(rules, parameters, strict=True):
+            if self._separate(p):
+                wanted.append(Wanted(PLAIN["float32"], p))
+            wanted += [
+                Wanted(self.state(rule, s, p.dtype, p.size), p, rule.initial(s))
+                for s in rule.states
+            ]
+        fresh = iter(allocate(wanted))
+        memories = []
+        for rule, p, copied in zip(rules, parameters, copies, strict=True):
+            master = next(fresh) if self._separate(p) else None
+            states = {name: next(fresh) for name in rule.states}
+            memory = self._memory(p, master, states, copied)
+            synchronize(memory)
+            memories.append(memory)
+        return memories
+
+    def _separate(self, p: np.ndarray) -> bool:
+        return self.master == "float32" and p.dtype in LOW
+
+    def _memory(
+        self,
+        p: np.ndarray,
+        master: Stored | None,
+        states: Mapping[str, Stored],
+        copied: np.ndarray | None,
+    ) -> Memory:
+        mirrors = () if copied is None else (copied,)
+        if master is not None:
+            return Memory(master, states, (p, *mirrors), ("master", master.data))
+        format = self.parameter(p.dtype)
+        stored = Stored.plain(p)
+        if format.aux_dtype is None:
+            return Memory(Stored(format, p, None, p.shape, stored.order), states, mirrors)
+        aux = np.zeros(format.aux_size(p.size), format.aux_dtype)
+        name = "low" if format is SPLIT16 else "compensation"
+        return Memory(Stored(format, p, aux, p.shape, stored.order), states, mirrors, (name, aux))
+
+
+def synchronize(memory: Memory) -> None:
+    """Takes the master anew from the parameter, where there is one."""
+    if memory.extra is None:
+        return
+    name, array = memory.extra
+    if name == "master":
+        array[...] = memory.mirrors[0].astype(FLOAT32)
+    else:
+        array[...] = 0
+
+
+def _check_choice(what: str, value: object, valid: Sequence[str]) -> None:
+    if value not in valid:
+        raise ValueError(f"{what}: expected one of {', '.join(valid)}; got {value!r}")
