@@ -1,4 +1,4 @@
-"""The command line: `fusedopt info`, `verify`, `train`."""
+"""The command line: `fusedopt info`, `verify`, `train`, `landscape`, `race`."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="
 console = Console(highlight=False)
 
 RULES, BACKENDS = (f"One of {', '.join(names)}." for names in (fo.RULES, fo.info()["backends"]))
+INTERRUPTED = 130  # the exit code that shells give to Ctrl-C
 Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this file too.")]
 
 
@@ -123,6 +124,33 @@ def train(
         run(options, console)
     except (OSError, ValueError, RuntimeError, FloatingPointError) as error:
         _stop("train", error)
+
+
+@app.command()
+def landscape(
+    scene: Annotated[
+        list[str] | None, typer.Option(help="Repeatable; all without. A wrong one lists them.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where the pictures go.")] = Path("runs/landscape"),
+    gif: Annotated[bool, typer.Option(help="Animate them too.")] = True,
+    json: Json = None,
+) -> None:
+    """Draw the paths of the rules over losses of two weights, and say what they show.
+
+    Writes a PNG and an animated GIF of each scene. Exit code 1 where the numbers do not bear out
+    what a scene is there to show, 130 after Ctrl-C, with what was finished.
+
+    Example: `fusedopt landscape --scene valley --scene nesterov --out runs/valley`
+    """
+    from .landscape import choose, show  # brings in matplotlib
+
+    try:
+        shown, whole = show(choose(scene), out, console, moving=gif, json_file=json)
+    except (OSError, ValueError, RuntimeError, FloatingPointError) as error:
+        _stop("landscape", error)
+    if not whole:
+        raise typer.Exit(INTERRUPTED)
+    raise typer.Exit(0 if all(one.claim.holds for one in shown) else 1)
 
 
 def _stop(command: str, error: Exception) -> NoReturn:
