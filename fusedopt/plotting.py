@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -31,11 +32,11 @@ def figure(height: float) -> Figure:
     return made
 
 
-def save(picture: Figure, file: Path) -> None:
+def save(picture: Figure, file: Path | BinaryIO) -> None:
     """Write a PNG of few colours: a third of the bytes, and no difference to be seen."""
     raw = BytesIO()
     picture.savefig(raw, format="png")
-    few_colours(Image.open(raw).convert("RGB")).save(file, optimize=True)
+    few_colours(Image.open(raw).convert("RGB")).save(file, format="PNG", optimize=True)
 
 
 def few_colours(image: Image.Image) -> Image.Image:

@@ -5,21 +5,18 @@ from __future__ import annotations
 import json
 import struct
 from dataclasses import replace
-from itertools import combinations
 from pathlib import Path
 from typing import Any, NoReturn, cast
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
-from matplotlib.text import Text
-from matplotlib.transforms import Bbox
 from PIL import Image
 from PIL.GifImagePlugin import GifImageFile
 from typer.testing import CliRunner
 
 import fusedopt as fo
+from drawn import check_texts
 from fusedopt.cli import app
 from fusedopt.landscape import SCENES, Run, Scene, walk
 from fusedopt.landscape.objectives import Beale, Line, Objective, Quadratic, Rosenbrock, TugOfWar
@@ -236,34 +233,10 @@ def test_every_rule_is_raced_or_left_out_with_a_reason() -> None:
 # Pictures.
 
 
-def shown_texts(made: Figure) -> list[tuple[str, Bbox]]:
-    """Where each text of a drawn figure stands; ticks outside of the view are not drawn."""
-    hidden = {
-        label
-        for axes in made.axes
-        for axis in (axes.xaxis, axes.yaxis)
-        for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks())
-        for label in (tick.label1, tick.label2)
-        if not min(axis.get_view_interval()) <= tick.get_loc() <= max(axis.get_view_interval())
-    }
-    texts = [text for text in made.findobj(Text) if text.get_visible() and text not in hidden]
-    return [
-        (text.get_text(), text.get_window_extent()) for text in texts if text.get_text().strip()
-    ]
-
-
 @each_scene
 def test_no_text_is_cut_off_or_covers_another(scene: Scene) -> None:
     made, _ = draw(scene, list(scene.walk().values()))
-    made.draw_without_rendering()
-    boxes = shown_texts(made)
-    assert len(boxes) > 5
-    for name, box in boxes:
-        assert min(box.x0, box.y0) >= 0, name
-        assert box.x1 <= made.bbox.x1, name
-        assert box.y1 <= made.bbox.y1, name
-    for (first, a), (second, b) in combinations(boxes, 2):
-        assert not a.overlaps(b), f"{first} and {second}"
+    assert check_texts(made) > 5
 
 
 @pytest.mark.parametrize("name", ["valley", "rosenbrock"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast
+from typing import Literal, Protocol, cast
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -145,7 +145,7 @@ class OneStep:
         probe, landing = path.probes[self.step - 1], after - pull
         _arrow(axes, before, landing, BLACK, "velocity")
         _arrow(axes, landing, after, GREEN, "gradient")
-        if not np.array_equal(probe, landing):  # where it was taken, it is drawn faintly
+        if not np.allclose(probe, landing):  # where it was taken, it is drawn faintly
             _arrow(axes, probe, probe + pull, GREEN, alpha=0.4)
         axes.plot(*before, marker="o", color=BLACK, markerfacecolor="white", markersize=6)
         axes.plot(*probe, marker="o", color=GREEN, markersize=8, markeredgecolor=BLACK, zorder=4)
@@ -160,15 +160,15 @@ class Curve:
     """A number of each path over the steps.
 
     of: from objective and path to the values: one of each step, with or without the start. log:
-    which axes are logarithmic. last: the last step that is shown. guides: functions of the step,
-    drawn dashed, by label; they take the colour of the path in their place.
+    which axes are logarithmic. last: the last step that is shown. guide: the label of a dashed
+    line, and its values from the steps.
     """
 
     of: Callable[[Objective, Path], Array]
     ylabel: str
     log: Literal["", "y", "xy"] = ""
     last: int | None = None
-    guides: Sequence[tuple[str, Callable[[Array], Any]]] = ()
+    guide: tuple[str, Callable[[Array], Array]] | None = None
 
     def draw(self, axes: Axes, objective: Objective, paths: Sequence[Path]) -> list[Trace]:
         traces = []
@@ -178,10 +178,10 @@ class Curve:
             points = np.stack([steps, values], axis=1)[: self.last]
             (line,) = axes.plot(*points.T, color=path.run.colour, linewidth=path.run.width)
             traces.append(Trace(line, points[:, 0], points))
-        for label, guide in self.guides:
+        if self.guide:
+            label, values_at = self.guide
             steps = traces[0].steps
-            axes.plot(steps, guide(steps), color=GREY, linestyle="--", linewidth=1.5, label=label)
-        if self.guides:
+            axes.plot(steps, values_at(steps), "--", color=GREY, linewidth=1.5, label=label)
             axes.legend(fontsize=SMALL, frameon=False)
         if "y" in self.log:
             axes.set_yscale("log")

@@ -22,8 +22,8 @@ class Scene:
     """What runs where, what that shows, and how it is drawn.
 
     name: of its files. title: what is seen. claim: that, as numbers of the paths. panels: the
-    picture's rows; heights: theirs, in inches. footer: what its
-    signs mean, where they need it. left_out: which rules do not apply, and why.
+    picture's rows; heights: theirs, in inches. footer: what signs mean, where they need it.
+    left_out: which rules do not apply, and why.
     """
 
     name: str
@@ -88,7 +88,7 @@ VALLEY = Scene(
     objective=Quadratic((1.0, 25.0)),
     start=(-4.0, 1.0),
     steps=60,
-    runs=(
+    runs=(  # 1.96 over the larger curvature: from 2 on, plain descent flies apart
         Run(label="plain descent", rule=fo.SGD(lr=0.0784), colour=VERMILION),
         Run(label="momentum", rule=fo.Momentum(lr=0.0784), colour=BLUE),
     ),
@@ -147,7 +147,7 @@ STALL = Scene(
                 ylabel="length of a step",
                 log="xy",
                 last=350,
-                guides=(("lr / \u221at", lambda t: 0.01 / np.sqrt(t)),),
+                guide=("lr / \u221at", lambda t: 0.01 / np.sqrt(t)),
             ),
         ),
     ),
@@ -201,6 +201,8 @@ DECAY = Scene(
         ),
     ),
     heights=(5.3,),
+    footer="the samples' pulls cancel: the loss is level;\n"
+    "circles: lines of equal x\u00b2 + y\u00b2",
 )
 
 # Of each rule the rate among 10^(k/4), to two digits, that ends lowest without leaving the picture.
