@@ -1,4 +1,4 @@
-"""The command line: `fusedopt info`, `verify`, `train`."""
+"""The command line: `fusedopt info`, `verify`, `train`, `landscape`, `race`."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="
 console = Console(highlight=False)
 
 RULES, BACKENDS = (f"One of {', '.join(names)}." for names in (fo.RULES, fo.info()["backends"]))
+INTERRUPTED = 130  # the exit code that shells give to Ctrl-C
 Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this file too.")]
 
 
@@ -137,6 +138,85 @@ def train(
         run(options, console)
     except (OSError, ValueError, RuntimeError, FloatingPointError) as error:
         _stop("train", error)
+
+
+@app.command()
+def landscape(
+    scene: Annotated[
+        list[str] | None, typer.Option(help="Repeatable; all without. A wrong one lists them.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where the pictures go.")] = Path("runs/landscape"),
+    gif: Annotated[bool, typer.Option(help="Animate them too.")] = True,
+    json: Json = None,
+) -> None:
+    """Draw the paths of the rules over losses of two weights, and say what they show.
+
+    Writes a PNG and an animated GIF of each scene. Exit code 1 where the numbers do not bear out
+    what a scene is there to show, 130 after Ctrl-C, with what was finished.
+
+    Example: `fusedopt landscape --scene valley --scene nesterov --out runs/valley`
+    """
+    from .landscape import choose, show  # brings in matplotlib
+
+    try:
+        shown, whole = show(choose(scene), out, console, moving=gif, json_file=json)
+    except (OSError, ValueError, RuntimeError, FloatingPointError) as error:
+        _stop("landscape", error)
+    if not whole:
+        raise typer.Exit(INTERRUPTED)
+    raise typer.Exit(0 if all(one.claim.holds for one in shown) else 1)
+
+
+@app.command()
+def race(
+    rules: Annotated[
+        str | None, typer.Option(help="Names with commas between; all ten without.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="About two minutes: a smaller model, fewer steps.")
+    ] = False,
+    steps: Annotated[int | None, typer.Option(help="Updates of each rule.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="A UTF-8 text; Python's own reference without.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of parameters and batches.")] = 0,
+    target: Annotated[
+        float | None, typer.Option(help="Loss whose time is taken; the bigram model's without.")
+    ] = None,
+    search: Annotated[bool, typer.Option("--search", help="Try the learning rates anew.")] = False,
+    out: Annotated[Path, typer.Option(help="Where the report goes.")] = Path("runs/race"),
+    backend: Annotated[str, typer.Option(help=f"auto, or {BACKENDS.lower()}")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Of the optimizer.")] = None,
+    json: Json = None,
+) -> None:
+    """Train the small GPT with all ten rules, side by side, and write a report.
+
+    A small search finds each rule's learning rate and keeps it in `learning_rates.json`, which the
+    next race takes from there if it fits. `report.html` needs no network and no other file. Ctrl-C
+    ends the race with what it has, and exit code 130.
+
+    Example: `fusedopt race --quick`, or `fusedopt race --rules adamw,lion,muon --out runs/three`
+    """
+    from .race import QUICK, RaceOptions  # brings in matplotlib
+    from .race import race as run
+
+    chosen = {"rules": tuple(rules.split(",")) if rules else None, "steps": steps}
+    try:
+        options = RaceOptions(
+            **(QUICK if quick else {}) | {k: v for k, v in chosen.items() if v is not None},
+            data=data,
+            seed=seed,
+            target=target,
+            search=search,
+            out=out,
+            json=json,
+            backend=backend,
+            threads=threads,
+        )
+        result = run(options, console)
+    except (OSError, ValueError, RuntimeError) as error:
+        _stop("race", error)
+    raise typer.Exit(INTERRUPTED if result.status == "interrupted" else 0)
 
 
 def _stop(command: str, error: Exception) -> NoReturn:

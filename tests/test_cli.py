@@ -65,8 +65,8 @@ def test_module_and_help() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "fusedopt", "--help"], capture_output=True, text=True, check=True
     )
-    assert all(command in done.stdout for command in ("info", "verify", "train"))
-    for command in ("info", "verify", "train"):
+    for command in ("info", "verify", "train", "landscape", "race"):
+        assert command in done.stdout
         assert "Example:" in run(command, "--help").output
 
 

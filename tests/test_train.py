@@ -209,7 +209,7 @@ def test_json_and_picture(small: dict[str, Any], tmp_path: Path) -> None:
     assert record["machine"] == json.loads(json.dumps(fo.info()))
     picture = (small["out"] / "loss.png").read_bytes()
     assert picture.startswith(PNG_HEADER)
-    assert struct.unpack(">II", picture[16:24]) == (960, 600)
+    assert struct.unpack(">II", picture[16:24]) == (800, 544)
     assert len(picture) > 10_000
 
 

@@ -7,14 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from rich.console import Console
 
+from ..plotting import BLACK, BLUE, SMALL, TEXT, VERMILION, figure, save, tidy
 from .steptime import StepTimes
-
-# Okabe and Ito's blue and vermilion: told apart with every common colour blindness, and in print.
-BLUE, VERMILION = "#0072B2", "#D55E00"
 
 Status = Literal["finished", "interrupted"]
 
@@ -103,10 +99,9 @@ def write_json(result: Result, path: Path) -> None:
 
 
 def plot(result: Result, path: Path) -> None:
-    """The losses over the steps as a PNG of 960 x 600 pixels."""
-    figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)  # not pyplot: which backend that uses is the caller's to choose
-    axes = figure.add_subplot()
+    """The losses over the steps as a PNG."""
+    picture = figure(3.4)
+    axes = picture.add_subplot()
     axes.plot(
         range(1, result.steps + 1), result.train_losses,
         color=BLUE, alpha=0.4, linewidth=0.8, label="training batches",
@@ -114,17 +109,15 @@ def plot(result: Result, path: Path) -> None:
     steps, losses = zip(*result.held_out_losses, strict=True)
     axes.plot(steps, losses, color=VERMILION, marker="o", markersize=4, label="held-out text")
     axes.axhline(
-        result.bigram_loss, color="black", linestyle="--", linewidth=1.2, label="bigram model"
+        result.bigram_loss, color=BLACK, linestyle="--", linewidth=1.2, label="bigram model"
     )
-    axes.set_xlabel("step", fontsize=12)
-    axes.set_ylabel("loss (nats per character)", fontsize=12)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per character)")
     axes.set_title(
         f"{result.options['rule']}: {result.held_out_loss:.2f} on held-out text,"
         f" bigram model {result.bigram_loss:.2f}",
-        fontsize=12,
+        fontsize=TEXT,
     )
-    axes.tick_params(labelsize=11)
-    axes.legend(fontsize=11, frameon=False)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, format="png")
+    axes.legend(fontsize=SMALL, frameon=False)
+    tidy(axes)
+    save(picture, path)

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryFile
 from time import perf_counter
 from typing import Any
 
@@ -20,6 +19,7 @@ import fusedopt as fo
 from ..formats import BFLOAT16, FLOAT32
 from ..storage import Master, Rounding
 from ..trees import Tree
+from ..writable import claim_directory, claim_file
 from . import gpt, report, steptime, text
 from .recipes import HESSIAN_EVERY, recipe
 from .report import Result, Status, say
@@ -191,7 +191,9 @@ def train(options: TrainOptions, console: Console) -> Result:
     written, both before any training; FloatingPointError where a loss is not finite.
     """
     setup = Setup.of(options)
-    _claim(options)
+    claim_directory("--out", options.out)
+    if options.json is not None:
+        claim_file("--json", options.json)
     _announce(console, setup)
     history = History(options.tokens)
     status = _fit(console, setup, history)
@@ -340,21 +342,3 @@ def _result(setup: Setup, history: History, status: Status) -> Result:
         sample=corpus.decode(ids),
         machine=fo.info(),
     )
-
-
-def _claim(options: TrainOptions) -> None:
-    """Find out that a file cannot be written before the training, not after it."""
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=options.out).close()
-    except OSError as error:
-        raise OSError(
-            f"--out {options.out}: cannot write there ({error.strerror}); give another directory"
-        ) from None
-    if options.json is not None:
-        try:
-            options.json.open("a").close()
-        except OSError as error:
-            raise OSError(
-                f"--json {options.json}: cannot write there ({error.strerror}); give another file"
-            ) from None

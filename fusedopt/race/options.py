@@ -1,0 +1,74 @@
+"""What `fusedopt race` is asked for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fusedopt as fo
+
+from ..train import TrainOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class RaceOptions:
+    """The runners, their model and text, and where the report goes.
+
+    rules: names in `fo.RULES`, each once. steps: updates of each rule; search_steps: of each
+    short run that tries a learning rate. data, batch, context, layers, heads, width, seed,
+    backend, threads: as in `TrainOptions`, the same for every rule. target: the held-out loss, in
+    nats per character, whose time is taken; None takes the bigram model's. out: the directory of
+    the report, made if it is not there. search: try the learning rates anew where `out` has some.
+    json: where the numbers go too.
+    Raises ValueError for a number out of range or a rule that does not exist.
+    """
+
+    rules: tuple[str, ...] = tuple(fo.RULES)
+    steps: int = 4000
+    search_steps: int = 500
+    data: Path | None = None
+    batch: int = 8
+    context: int = 64
+    layers: int = 2
+    heads: int = 4
+    width: int = 128
+    seed: int = 0
+    target: float | None = None
+    out: Path = Path("runs/race")
+    search: bool = False
+    json: Path | None = None
+    backend: str = "auto"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.rules or len(set(self.rules)) < len(self.rules):
+            raise ValueError(f"rules: expected different rules, at least one, got {self.rules}")
+        if self.search_steps < 1:
+            raise ValueError(f"search_steps: expected at least 1, got {self.search_steps}")
+        if self.target is not None and not 0 < self.target < math.inf:
+            raise ValueError(f"target: expected a positive number, got {self.target}")
+        for rule in self.rules:
+            self.run(rule, None, self.steps)
+
+    def run(self, rule: str, lr: float | None, steps: int) -> TrainOptions:
+        """One rule's run, or trial, of so many steps."""
+        return TrainOptions(
+            rule=rule,
+            lr=lr,
+            steps=steps,
+            data=self.data,
+            batch=self.batch,
+            context=self.context,
+            layers=self.layers,
+            heads=self.heads,
+            width=self.width,
+            seed=self.seed,
+            backend=self.backend,
+            threads=self.threads,
+        )
+
+
+QUICK: dict[str, Any] = {"steps": 1200, "search_steps": 300, "context": 32, "width": 64}
+"""What differs in a race of about two minutes on two cores."""

@@ -1,0 +1,116 @@
+"""What a race leaves behind, as numbers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any, cast
+
+import fusedopt as fo
+
+from ..train import gpt, steptime
+from ..train.report import Status
+from ..train.trainer import Setup
+from .lanes import Lane
+from .options import RaceOptions
+from .rates import as_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a rule did in a race.
+
+    lr: peak learning rate. rules: path pattern -> rule in words. steps: how many were done.
+    held_out: (step, seconds of training, loss in nats per character), step 0 before the first
+    update. failed: why it ended early, or empty. seconds: where the time went. step_times: of one
+    optimizer step, fused and naive. state_bytes: of the optimizer's states.
+    """
+
+    rule: str
+    lr: float
+    rules: dict[str, str]
+    steps: int
+    held_out: list[tuple[int, float, float]]
+    failed: str
+    seconds: dict[str, float]
+    step_times: steptime.StepTimes
+    state_bytes: int
+
+    @classmethod
+    def of(cls, lane: Lane) -> Outcome:
+        """Of a lane as it stands; times one optimizer step on fresh parameters."""
+        options = lane.setup.options
+        fresh = Setup.of(options)
+        x, y = (part[: options.batch] for part in fresh.held_out)
+        _, grads = gpt.loss_and_grads(fresh.params, x, y, fresh.config)
+        steps_and_losses = zip(lane.history.held_out, lane.clock, strict=True)
+        return cls(
+            rule=options.rule,
+            lr=cast(float, options.lr),
+            rules={pattern: repr(rule) for pattern, rule in fresh.rules.items()},
+            steps=lane.steps,
+            held_out=[(step, seconds, loss) for (step, loss), seconds in steps_and_losses],
+            failed=lane.failed,
+            seconds=lane.history.seconds,
+            step_times=steptime.compare(
+                fresh.params, grads, fresh.rules, backend=options.backend, threads=options.threads
+            ),
+            state_bytes=fo.estimate(fresh.params, fresh.rules).states,
+        )
+
+    @property
+    def name(self) -> str:
+        """As papers write it."""
+        return fo.RULES[self.rule].__name__
+
+    @property
+    def loss(self) -> float:
+        """The last on held-out text; infinite where the run has failed."""
+        return math.inf if self.failed else self.held_out[-1][2]
+
+    def seconds_to(self, target: float) -> float | None:
+        """Of training, until the held-out loss is `target`, on straight lines between evaluations.
+
+        None where it was not reached.
+        """
+        for (_, before, higher), (_, after, lower) in pairwise(self.held_out):
+            if lower <= target < higher:
+                return before + (after - before) * (higher - target) / (higher - lower)
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Race:
+    """A race and how it went.
+
+    status: "interrupted" after Ctrl-C. source: where the text is from; characters: its length.
+    parameters: how many numbers each rule trained. bigram_loss: of the baseline, on the same
+    held-out characters. target: the held-out loss whose time is taken. tried: rule -> learning
+    rate -> held-out loss after `options.search_steps`. outcomes: of the rules that set out, in the
+    options' order. machine: `fo.info()`.
+    """
+
+    status: Status
+    options: RaceOptions
+    source: str
+    characters: int
+    parameters: int
+    bigram_loss: float
+    target: float
+    tried: dict[str, dict[float, float]]
+    outcomes: list[Outcome]
+    machine: dict[str, Any]
+
+    def record(self) -> dict[str, Any]:
+        """The same as values for JSON; losses that are not finite are None."""
+        outcomes = [
+            {
+                **asdict(outcome),
+                "loss": None if outcome.failed else outcome.loss,
+                "seconds_to_target": outcome.seconds_to(self.target),
+            }
+            for outcome in self.outcomes
+        ]
+        tried = {rule: as_rows(tried) for rule, tried in self.tried.items()}
+        return {**asdict(self), "tried": tried, "outcomes": outcomes}
