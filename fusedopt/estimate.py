@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import DTYPES
+from .arrays import DTYPES, memory_order
 from .groups import RuleChoice, assign
-from .newton_schulz import Workspace, as_matrix
+from .newton_schulz import Stack, Workspace, batches
 from .trees import Tree
 
 
@@ -35,7 +35,7 @@ def estimate(params: Any, rule: RuleChoice) -> Estimate:
     tree = Tree(params)
     groups, group_of = assign(tree.leaves, rule)
     parameters = states = 0
-    matrices: dict[np.dtype, list[tuple[int, int]]] = {}
+    matrices: list[tuple[int, np.dtype, Stack, Any]] = []
     for leaf, k in zip(tree.leaves, group_of, strict=True):
         shape, dtype = tuple(leaf.value.shape), np.dtype(leaf.value.dtype)
         if dtype not in DTYPES:
@@ -48,6 +48,12 @@ def estimate(params: Any, rule: RuleChoice) -> Estimate:
         parameters += size
         states += size * len(groups[k].rule.states)
         if groups[k].rule.program.phases > 1:
-            matrices.setdefault(dtype, []).append(as_matrix(shape))
-    work = sum(Workspace.bytes_for(shapes, dtype) for dtype, shapes in matrices.items())
+            order = memory_order(leaf.value) if isinstance(leaf.value, np.ndarray) else "C"
+            stack = groups[k].rule.matrices(shape)
+            matrices.append((len(matrices), dtype, stack, (k, shape, order)))
+    made = batches(matrices)
+    work = sum(
+        Workspace.bytes_for([batch.stack for batch in made if batch.dtype == dtype], dtype)
+        for dtype in DTYPES
+    )
     return Estimate(parameters, states, work)

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..arrays import memory_order
 from ..environment import sleepy_openmp
-from ..newton_schulz import Workspace, as_matrix
+from ..newton_schulz import Workspace, batches
 from ..rules import RULES, Nesterov, Rule
 from ..rules.base import Program
 from .base import Group, Layout, Plan
@@ -133,31 +133,46 @@ class NativePlan:
 class _Matrices:
     """The leaves whose rule has two phases, and the matrix products between these.
 
-    work: of each such leaf its view of the work space that all of one dtype share. batches: the
-    turn in which it comes.
+    work: of each such leaf its part of the work space that all of one dtype share. batches: of
+    each the number of its batch.
     """
 
     def __init__(self, layout: Layout) -> None:
-        rules = [layout.groups[k].rule for k in layout.group_of]
-        self._rules = {k: rule for k, rule in enumerate(rules) if rule.program.phases > 1}
-        self.batches = {k: turn for turn, k in enumerate(self._rules)}
-        parameters = {k: layout.arrays[k][0] for k in self._rules}
+        leaves = []
+        for k, group in enumerate(layout.group_of):
+            rule, p = layout.groups[group].rule, layout.arrays[k][0]
+            if rule.program.phases > 1:
+                stack = rule.matrices(p.shape)
+                leaves.append((k, p.dtype, stack, (group, p.shape, memory_order(p))))
+        made = batches(leaves)
         self._spaces = {
-            dtype: Workspace(
-                [as_matrix(p.shape) for p in parameters.values() if p.dtype == dtype], dtype
-            )
-            for dtype in {p.dtype for p in parameters.values()}
+            dtype: Workspace([batch.stack for batch in made if batch.dtype == dtype], dtype)
+            for dtype in {batch.dtype for batch in made}
         }
+        self.batches: dict[int, int] = {}
         self.work: dict[int, tuple[np.ndarray]] = {}
-        for k, p in parameters.items():
-            flat = self._spaces[p.dtype].direction[: p.size]
-            self.work[k] = (flat.reshape(p.shape, order=memory_order(p)),)
+        self._steps: list[tuple[Rule, np.ndarray, Workspace]] = []
+        for number, batch in enumerate(made):
+            first = batch.members[0]
+            space = self._spaces[batch.dtype]
+            directions = _alike(layout.arrays[first][0], len(batch.members), space.direction)
+            self._steps.append((layout.groups[layout.group_of[first]].rule, directions, space))
+            for k, direction in zip(batch.members, directions, strict=True):
+                self.batches[k], self.work[k] = number, (direction,)
 
     @property
     def work_bytes(self) -> int:
         return sum(space.nbytes for space in self._spaces.values())
 
     def between(self, batch: int, leaves: Sequence[int]) -> None:
-        for k in leaves:
-            (work,) = self.work[k]
-            self._rules[k].between(work, self._spaces[work.dtype])
+        # Leaves of the batch that have no gradient are orthogonalised too, whatever is there.
+        rule, directions, space = self._steps[batch]
+        rule.between(directions, space)
+
+
+def _alike(p: np.ndarray, count: int, flat: np.ndarray) -> np.ndarray:
+    """So many arrays of a parameter's shape and memory order, along a first axis, in `flat`."""
+    flat = flat[: count * p.size]
+    if memory_order(p) == "C":
+        return flat.reshape(count, *p.shape)
+    return flat.reshape(count, *p.shape[::-1]).transpose(0, *range(p.ndim, 0, -1))
