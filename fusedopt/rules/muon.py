@@ -111,10 +111,10 @@ class Muon(Rule):
         {},
         {"nesterov": False, "scale": "match_rms_adamw"},
         {"form": "heavy_ball", "scale": "spectral", "ns_steps": 3},
-        {"bias_correction": True, "scale": "none"},
-        {"bias_correction": True, "nesterov": False},
         {"ns_coefficients": "polar_express", "ns_steps": 8, "gram": True},
         {"ns_coefficients": "you", "ns_steps": 4, "norm": "aol"},
+        {"bias_correction": True, "scale": "none"},
+        {"bias_correction": True, "nesterov": False},
     )
 
     lr: LearningRate = 2e-2
