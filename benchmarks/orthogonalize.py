@@ -9,6 +9,7 @@ exceed 1. `--step` times a whole step of GPT-2 small too, with its parts.
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from typing import NamedTuple
 
@@ -59,8 +60,8 @@ def inside_muon(x: Array) -> Step:
     return step
 
 
-def torch_seconds(x: Array) -> float | None:
-    """A step of torch.optim.Muon, timed once, since it can take long; None without torch."""
+def torch_seconds(x: Array, rounds: int) -> float | None:
+    """The median step of torch.optim.Muon; fewer rounds where it takes seconds. None without it."""
     torch = pytorch()
     if torch is None:
         return None
@@ -69,9 +70,12 @@ def torch_seconds(x: Array) -> float | None:
         parameter.grad = torch.from_numpy(m.copy())
     torch.optim.Muon(parameters[:1]).step()  # whatever is done only once
     optimizer = torch.optim.Muon(parameters[1:])
-    start = time.perf_counter()
-    optimizer.step()
-    return time.perf_counter() - start
+    seconds: list[float] = []
+    while not seconds or (len(seconds) < rounds and sum(seconds) < 5.0):
+        start = time.perf_counter()
+        optimizer.step()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
 
 
 class Row(NamedTuple):
@@ -93,7 +97,7 @@ class Row(NamedTuple):
             *(f"{1e3 * seconds:.3g} ms" for seconds in self.seconds.values()),
             "-" if self.torch is None else f"{1e3 * self.torch:.4g} ms",
             f"{self.faster:.2f}",
-            "-" if self.torch is None else f"{self.torch / muon:.0f}",
+            "-" if self.torch is None else f"{self.torch / muon:.3g}",
             f"{self.rate / 1e9:.0f}",
             f"{dense / muon / self.rate:.2f}",
             iteration.describe(rows, cols),
@@ -122,7 +126,7 @@ def measure(stack: tuple[int, int, int], rounds: int, with_torch: bool) -> Row:
     times = interleaved(steps, rounds)
     seconds = times.medians()
     rate = 2 * SIDE**3 / seconds.pop("sgemm")
-    torch = torch_seconds(x) if with_torch else None
+    torch = torch_seconds(x, rounds) if with_torch else None
     return Row(stack, seconds, times.ratio("NumPy", "Muon"), torch, rate)
 
 
