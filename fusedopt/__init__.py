@@ -6,6 +6,7 @@ from . import hessian
 from .estimate import Estimate, estimate
 from .functional import update
 from .optimizer import Optimizer, StepInfo
+from .orthogonalize import orthogonalize
 from .rules import (
     RULES,
     SGD,
@@ -47,6 +48,7 @@ __all__ = [
     "get_threads",
     "hessian",
     "info",
+    "orthogonalize",
     "set_isa",
     "set_threads",
     "update",

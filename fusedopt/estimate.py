@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import EXPECTED
+from .arrays import EXPECTED, memory_order
 from .formats import DTYPES, compute_dtype
 from .groups import RuleChoice, assign
-from .newton_schulz import Workspace, as_matrix
+from .newton_schulz import Stack, Workspace, batches
 from .storage import Master, Rounding, StateDtype, Storage
 from .trees import Tree
 
@@ -46,7 +46,7 @@ def estimate(
     tree = Tree(params)
     groups, group_of = assign(tree.leaves, rule)
     parameters = states = 0
-    matrices: dict[np.dtype, list[tuple[int, int]]] = {}
+    matrices: list[tuple[int, np.dtype, Stack, Any]] = []
     for leaf, k in zip(tree.leaves, group_of, strict=True):
         shape, dtype = tuple(leaf.value.shape), np.dtype(leaf.value.dtype)
         if dtype not in DTYPES:
@@ -65,8 +65,14 @@ def estimate(
         elif computed.dtype != dtype:
             states += computed.nbytes(n)
         if own.program.phases > 1:
-            matrices.setdefault(compute_dtype(dtype), []).append(as_matrix(shape))
+            order = memory_order(leaf.value) if isinstance(leaf.value, np.ndarray) else "C"
+            compute = compute_dtype(dtype)
+            matrices.append((len(matrices), compute, own.matrices(shape), (k, shape, order)))
     labels, rules = [leaf.label for leaf in tree.leaves], [groups[k].rule for k in group_of]
     storage.check(labels, [np.dtype(leaf.value.dtype) for leaf in tree.leaves], rules)
-    work = sum(Workspace.bytes_for(shapes, dtype) for dtype, shapes in matrices.items())
+    made = batches(matrices)
+    work = sum(
+        Workspace.bytes_for([batch.stack for batch in made if batch.dtype == dtype], dtype)
+        for dtype in {batch.dtype for batch in made}
+    )
     return Estimate(parameters, states, work)

@@ -48,11 +48,11 @@ def _by_pattern(leaves: Sequence[Leaf], rules: Mapping[str, Rule]) -> tuple[list
     ]
     paths = [leaf.path for leaf in leaves]
     for pattern in rules:
-        if not any(_matches(path, pattern) for path in paths):
+        if not any(matches(path, pattern) for path in paths):
             raise ValueError(f"rule[{pattern!r}]: matches no leaf; the leaves are {_some(paths)}")
     group_of = []
     for leaf in leaves:
-        found = [k for k, pattern in enumerate(rules) if _matches(leaf.path, pattern)]
+        found = [k for k, pattern in enumerate(rules) if matches(leaf.path, pattern)]
         if not found:
             raise ValueError(
                 f"{leaf.label}: no pattern of {list(rules)} matches its path {leaf.path!r}; add '*'"
@@ -62,7 +62,8 @@ def _by_pattern(leaves: Sequence[Leaf], rules: Mapping[str, Rule]) -> tuple[list
     return groups, group_of
 
 
-def _matches(path: str, pattern: str) -> bool:
+def matches(path: str, pattern: str) -> bool:
+    """Whether a pattern chooses the leaf of this path."""
     return fnmatchcase(path, pattern) or fnmatchcase("." + path, pattern)
 
 

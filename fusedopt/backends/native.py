@@ -9,7 +9,7 @@ import numpy as np
 
 from ..environment import sleepy_openmp
 from ..formats import FORMATS, compute_dtype
-from ..newton_schulz import Workspace, as_matrix
+from ..newton_schulz import Workspace, batches
 from ..rules import RULES, Nesterov, Rule
 from ..rules.base import Program
 from ..states import Memory, Stored
@@ -152,32 +152,46 @@ class NativePlan:
 class _Matrices:
     """The leaves whose rule has two phases, and the matrix products between these.
 
-    work: of each such leaf its view of the work space that all of one dtype share. batches: the
-    turn in which it comes.
+    work: of each such leaf its part of the work space that all of one dtype share. batches: of
+    each the number of its batch.
     """
 
     def __init__(self, layout: Layout) -> None:
-        rules = [layout.groups[k].rule for k in layout.group_of]
-        self._rules = {k: rule for k, rule in enumerate(rules) if rule.program.phases > 1}
-        self.batches = {k: turn for turn, k in enumerate(self._rules)}
-        parameters = {k: layout.leaves[k].parameter for k in self._rules}
-        dtypes = {k: compute_dtype(p.format.dtype) for k, p in parameters.items()}
+        leaves = []
+        for k, group in enumerate(layout.group_of):
+            rule, p = layout.groups[group].rule, layout.leaves[k].parameter
+            if rule.program.phases > 1:
+                compute = compute_dtype(p.format.dtype)
+                leaves.append((k, compute, rule.matrices(p.shape), (group, p.shape, p.order)))
+        made = batches(leaves)
         self._spaces = {
-            dtype: Workspace(
-                [as_matrix(p.shape) for k, p in parameters.items() if dtypes[k] == dtype], dtype
-            )
-            for dtype in set(dtypes.values())
+            dtype: Workspace([batch.stack for batch in made if batch.dtype == dtype], dtype)
+            for dtype in {batch.dtype for batch in made}
         }
+        self.batches: dict[int, int] = {}
         self.work: dict[int, tuple[np.ndarray]] = {}
-        for k, p in parameters.items():
-            flat = self._spaces[dtypes[k]].direction[: p.size]
-            self.work[k] = (flat.reshape(p.shape, order=p.order),)
+        self._steps: list[tuple[Rule, np.ndarray, Workspace]] = []
+        for number, batch in enumerate(made):
+            first = batch.members[0]
+            space = self._spaces[batch.dtype]
+            directions = _alike(layout.leaves[first].parameter, len(batch.members), space.direction)
+            self._steps.append((layout.groups[layout.group_of[first]].rule, directions, space))
+            for k, direction in zip(batch.members, directions, strict=True):
+                self.batches[k], self.work[k] = number, (direction,)
 
     @property
     def work_bytes(self) -> int:
         return sum(space.nbytes for space in self._spaces.values())
 
     def between(self, batch: int, leaves: Sequence[int]) -> None:
-        for k in leaves:
-            (work,) = self.work[k]
-            self._rules[k].between(work, self._spaces[work.dtype])
+        # Leaves of the batch that have no gradient are orthogonalised too, whatever is there.
+        rule, directions, space = self._steps[batch]
+        rule.between(directions, space)
+
+
+def _alike(p: Stored, count: int, flat: np.ndarray) -> np.ndarray:
+    """So many arrays of a parameter's shape and memory order, along a first axis, in `flat`."""
+    flat = flat[: count * p.size]
+    if p.order == "C":
+        return flat.reshape(count, *p.shape)
+    return flat.reshape(count, *p.shape[::-1]).transpose(0, *range(len(p.shape), 0, -1))

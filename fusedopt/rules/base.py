@@ -15,7 +15,7 @@ from ..arrays import check_parameter
 from .fields import LearningRate, NonNegative, Number, check_field
 
 if TYPE_CHECKING:
-    from ..newton_schulz import Workspace
+    from ..newton_schulz import Stack, Workspace
     from ..storage import StateDtype
 
 Array = Any
@@ -177,12 +177,22 @@ class Rule:
         """The textbook form of what a step does with a Hessian estimate."""
         raise TypeError(f"{type(self).__name__} takes no Hessian")
 
-    def between(self, direction: np.ndarray, space: Workspace) -> None:
-        """What a rule of two phases does to the direction, in place, between them.
+    def matrices(self, shape: tuple[int, ...]) -> Stack:
+        """As how many matrices, of how many rows and columns, a rule of two phases treats a
+        parameter."""
+        raise TypeError(f"{type(self).__name__} has one phase")
 
-        Must not raise: the matrices before this one have been updated by then.
+    def between(self, directions: np.ndarray, space: Workspace) -> None:
+        """What a rule of two phases does to directions, in place, between them.
+
+        directions: of parameters of one shape, which are its first axis; they lie at the beginning
+        of the space. Must not raise: the matrices before these have been updated by then.
         """
         raise TypeError(f"{type(self).__name__} has one phase")
+
+    def note(self, shape: tuple[int, ...]) -> str | None:
+        """How parameters of this shape are updated, where that depends on the shape."""
+        return None
 
     def refuses(self, p: np.ndarray) -> str | None:
         """Why this parameter cannot be updated by this rule, with the remedy; None where it can."""

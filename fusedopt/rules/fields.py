@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from ..coefficients import Row
+
 Schedule = Callable[[int], float]
 """The learning rate of a step, from the optimizer's step number (1 for the first step)."""
 
@@ -50,6 +52,27 @@ class Numbers:
 
 
 @dataclass(frozen=True)
+class Quintics:
+    """The name of a set of coefficients, one triple, or a triple for each iteration."""
+
+    def accept(self, where: str, value: Any) -> str | Row | tuple[Row, ...]:
+        if isinstance(value, str):
+            return value  # which names there are, `coefficients` knows
+        if not isinstance(value, (tuple, list)) or not value:
+            raise TypeError(
+                f"{where}: expected the name of a set, a triple of numbers or a list of triples,"
+                f" got {value!r}"
+            )
+        if isinstance(value[0], (tuple, list)):
+            return tuple(self._triple(f"{where}[{k}]", row) for k, row in enumerate(value))
+        return self._triple(where, value)
+
+    def _triple(self, where: str, value: Any) -> Row:
+        a, b, c = Numbers(3, Number(low=-math.inf)).accept(where, value)
+        return a, b, c
+
+
+@dataclass(frozen=True)
 class Rate:
     """A learning rate: a number, or a schedule."""
 
@@ -60,7 +83,7 @@ class Rate:
 NonNegative = Annotated[float, Number()]
 Fraction = Annotated[float, Number(high=1.0)]
 Betas = Annotated[tuple[float, float], Numbers(2, Number(high=1.0))]
-Quintic = Annotated[tuple[float, float, float], Numbers(3, Number(low=-math.inf))]
+QuinticSet = Annotated[str | Row | tuple[Row, ...], Quintics()]
 Count = Annotated[int, Number(low=1, integer=True)]
 LearningRate = Annotated[float | Schedule, Rate()]
 

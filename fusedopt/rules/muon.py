@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from ..newton_schulz import Workspace, as_matrix
+from ..coefficients import KELLER, coefficient_set
+from ..newton_schulz import Gram, Iteration, Norm, Stack, Workspace, as_matrix
+from .adam import AdamW
 from .base import (
     REQUIRED,
     Array,
@@ -17,9 +21,10 @@ from .base import (
     Operation,
     Rule,
     correction,
+    ratio,
     textbook_correction,
 )
-from .fields import Count, Fraction, LearningRate, NonNegative, Quintic
+from .fields import Count, Fraction, LearningRate, NonNegative, QuinticSet, check_field
 
 _SCALES = {"scale": {"original": "original", "match_rms_adamw": "match_rms_adamw"}}
 
@@ -32,13 +37,20 @@ class Muon(Rule):
         "heavy_ball"  m := mu m + g             u = g + mu m with `nesterov`, else m
         o = NewtonSchulz(u / (||u|| + eps)),    p := p - lr s o
 
-    Newton-Schulz: `ns_steps` times x := a x + (b A + c A^2) x with A = x x^T, (a, b, c) the
-    `ns_coefficients`. Parameters of more than two dimensions are flattened to
-    (shape[0], the rest). s by `scale`: "original" sqrt(max(1, rows/cols)), "match_rms_adamw"
-    0.2 sqrt(max(rows, cols)), "spectral" sqrt(rows/cols), "none" 1. Rows are outputs; in optax's
-    own layout they are the columns, unless its `MuonDimensionNumbers` says otherwise.
-    `bias_correction` (optax) divides g by 1 - mu^t and m by 1 - mu^(t+1) in u. eps only guards a
-    zero gradient. Vectors are refused: send them to AdamW by a pattern.
+    Newton-Schulz: `ns_steps` times x := a x + (b A + c A^2) x with A = x x^T. `ns_coefficients`:
+    (a, b, c), a list of `ns_steps` of them, or the name of a set: "keller", "you", "cans",
+    "polar_express" (`fusedopt.coefficients` has sources and accuracy). `norm`: "aol" divides each
+    row of u by its own norm. `gram`: iterate on the Gram matrix, True, False, or "auto": where
+    that is faster; `Optimizer.describe` shows it.
+
+    Parameters of more than two dimensions are flattened to (shape[0], the rest). `split` n: the
+    first axis is that of n matrices one below the other, such as the heads, or the query, key and
+    value, of one fused projection; each is orthogonalised by itself. s by `scale`, of each matrix:
+    "original" sqrt(max(1, rows/cols)), "match_rms_adamw" 0.2 sqrt(max(rows, cols)), "spectral"
+    sqrt(rows/cols), "none" 1. Rows are outputs; in optax's own layout they are the columns, unless
+    its `MuonDimensionNumbers` says otherwise. `bias_correction` (optax) divides g by 1 - mu^t and
+    m by 1 - mu^(t+1) in u. eps only guards a zero gradient. Vectors are refused: `with_adamw`
+    sends them to AdamW.
 
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/.
 
@@ -99,6 +111,8 @@ class Muon(Rule):
         {},
         {"nesterov": False, "scale": "match_rms_adamw"},
         {"form": "heavy_ball", "scale": "spectral", "ns_steps": 3},
+        {"ns_coefficients": "polar_express", "ns_steps": 8, "gram": True},
+        {"ns_coefficients": "you", "ns_steps": 4, "norm": "aol"},
         {"bias_correction": True, "scale": "none"},
         {"bias_correction": True, "nesterov": False},
     )
@@ -108,7 +122,10 @@ class Muon(Rule):
     nesterov: bool = True
     form: Literal["ema", "heavy_ball"] = "ema"
     ns_steps: Count = 5
-    ns_coefficients: Quintic = (3.4445, -4.7750, 2.0315)
+    ns_coefficients: QuinticSet = KELLER
+    norm: Norm = "frobenius"
+    gram: Gram = "auto"
+    split: Count = 1
     scale: Literal["original", "match_rms_adamw", "spectral", "none"] = "original"
     eps: NonNegative = 1e-30
     bias_correction: bool = False
@@ -121,18 +138,61 @@ class Muon(Rule):
             raise ValueError(
                 f"Muon(bias_correction): only the form 'ema' has a bias; got {self.form!r}"
             )
+        _ = self.iteration  # or why there is none
+
+    @classmethod
+    def with_adamw(
+        cls,
+        params: Any,
+        adamw: AdamW | None = None,
+        *,
+        names: Sequence[str] | None = None,
+        filters: Literal["muon", "adamw"] | None = None,
+        **hyperparameters: Any,
+    ) -> dict[str, Rule]:
+        """Patterns and rules for an `Optimizer`: Muon for matrices, AdamW for everything else.
+
+        params: as for the optimizer. adamw: by default the usual one beside Muon, AdamW(lr=3e-4,
+        betas=(0.9, 0.95), eps=1e-10, weight_decay=0). names: matrices that go to AdamW, namely
+        where a part of the dotted path matches one of these patterns; by default those of
+        embeddings and output heads, `fusedopt.partition.NAMES`. filters: where parameters of more
+        than two dimensions go; without it they are refused. hyperparameters: Muon's.
+
+        The result is an ordinary dict, to read and to change; `Optimizer.describe` shows which
+        leaf went where. Raises ValueError for a name that matches nothing, or filters undecided.
+
+        >>> import numpy as np, fusedopt as fo
+        >>> block = {"w": np.ones((4, 4)), "gain": np.ones(4)}
+        >>> params = {"embed": np.ones((9, 4)), "blocks": [block]}
+        >>> for pattern, rule in fo.Muon.with_adamw(params, fo.AdamW(), lr=0.01).items():
+        ...     print(pattern, rule.summary())
+        blocks.*.w Muon(lr=0.01)
+        * AdamW(lr=0.001)
+        """
+        from ..partition import by_kind  # which imports the rules
+
+        if adamw is None:
+            adamw = AdamW(lr=3e-4, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0)
+        if filters is not None:
+            check_field("with_adamw(filters)", Literal["muon", "adamw"], filters)
+        return by_kind(params, cls(**hyperparameters), adamw, names, filters)
 
     @property
     def states(self) -> tuple[str, ...]:
         return ("m",)
 
     def refuses(self, p: np.ndarray) -> str | None:
-        if p.ndim >= 2:
-            return None
-        return (
-            f"Muon updates arrays of two dimensions or more, got shape {p.shape}; send it to AdamW"
-            " by a pattern: {'<this path>': fo.AdamW(), '*': fo.Muon()}"
-        )
+        if p.ndim < 2:
+            return (
+                f"Muon updates arrays of two dimensions or more, got shape {p.shape}; send it to"
+                " AdamW by a pattern: {'<this path>': fo.AdamW(), '*': fo.Muon()}"
+            )
+        if p.shape[0] % self.split:
+            return (
+                f"Muon(split={self.split}) splits the first axis into equal parts, got shape"
+                f" {p.shape}; give such parameters a rule of their own by a pattern"
+            )
+        return None
 
     def operations(self) -> tuple[Operation, ...]:
         direction = Operation(
@@ -167,32 +227,54 @@ class Muon(Rule):
             return 0.2 * math.sqrt(max(rows, cols))
         return math.sqrt(rows / cols) if self.scale == "spectral" else 1.0
 
-    def between(self, direction: np.ndarray, space: Workspace) -> None:
-        if direction.size == 0:
-            return
-        factor = self.factor(*as_matrix(direction.shape))
-        coefficients = [self.ns_coefficients] * self.ns_steps
-        space.orthogonalize(direction, coefficients, self.eps, factor)
+    @functools.cached_property
+    def iteration(self) -> Iteration:
+        """What is done to each matrix."""
+        coefficients = coefficient_set(self.ns_coefficients, self.ns_steps, "Muon(ns_coefficients)")
+        return Iteration(coefficients, self.norm, self.gram, self.eps)
+
+    def matrices(self, shape: tuple[int, ...]) -> Stack:
+        rows, cols = as_matrix(shape)
+        return self.split, rows // self.split, cols
+
+    def between(self, directions: np.ndarray, space: Workspace) -> None:
+        leaves, *shape = directions.shape
+        count, rows, cols = self.matrices(tuple(shape))
+        if directions.size:
+            factor = self.factor(rows, cols)
+            space.orthogonalize(directions, (leaves * count, rows, cols), self.iteration, factor)
+
+    def note(self, shape: tuple[int, ...]) -> str:
+        stack = count, rows, cols = self.matrices(shape)
+        treated = "" if stack == (1, *shape) else f", as {count} of ({rows}, {cols})"
+        return f"Muon of shape {shape}{treated}: {self.iteration.describe(rows, cols)}"
 
     def orthogonalized(self, u: np.ndarray) -> np.ndarray:
         """s o of a direction, in its shape, in plain NumPy; `between` is the fast form."""
         if u.size == 0:
             return u.copy()
-        matrix = u.reshape(as_matrix(u.shape))
+        matrices = [self._textbook(matrix) for matrix in u.reshape(self.matrices(u.shape))]
+        return np.stack(matrices).reshape(u.shape)
+
+    def _textbook(self, matrix: np.ndarray) -> np.ndarray:
         wide = matrix.shape[0] <= matrix.shape[1]
         x = matrix if wide else matrix.T
-        x = x / (np.sqrt(np.sum(x * x)) + self.eps)
-        a, b, c = self.ns_coefficients
-        for _ in range(self.ns_steps):
+        coefficients = self.iteration.coefficients
+        if self.norm == "frobenius":
+            norm = np.sqrt(np.sum(x * x))
+        else:
+            norm = np.sqrt(np.sum(np.abs(x @ x.T), axis=1, keepdims=True))
+        x = ratio(x, coefficients.prescale * norm + self.eps)
+        for a, b, c in coefficients.rows:
             gram = x @ x.T
             x = a * x + (b * gram + c * gram @ gram) @ x
         o: np.ndarray = self.factor(*matrix.shape) * (x if wide else x.T)
-        return o.reshape(u.shape)
+        return o
 
     @property
     def amplification(self) -> float:
-        """The slope of the Newton-Schulz map at zero: by so much it amplifies rounding."""
-        return abs(self.ns_coefficients[0]) ** self.ns_steps
+        """The largest slope of the Newton-Schulz map: by so much it amplifies rounding."""
+        return self.iteration.coefficients.amplification
 
     def textbook(
         self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float
