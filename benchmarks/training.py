@@ -36,6 +36,8 @@ WAYS: dict[str, tuple[dict[str, Any], float | None]] = {
     "float8 states": ({"state_dtype": "float8"}, 0.01),
     "dynamic8 states": ({"state_dtype": "dynamic8"}, 0.01),
     "dynamic4 states": ({"state_dtype": "dynamic4"}, 0.02),
+    "float8 states, stochastic": ({"state_dtype": "float8", "rounding": "stochastic"}, None),
+    "dynamic4 states, stochastic": ({"state_dtype": "dynamic4", "rounding": "stochastic"}, None),
 }
 
 

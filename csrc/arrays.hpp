@@ -98,6 +98,12 @@ void use_codec(const Codec& codec, int compute, Operand& out) {
   out.aux_bytes = static_cast<std::uint32_t>(TILE / codec.block * codec.aux);
 }
 
+// Of a copy of another operand: it is only written.
+void use_copy(const Codec& codec, int compute, int source, Operand& out) {
+  out.source = source;
+  out.encode = codec.copy[compute];
+}
+
 // A gradient that fits the parameter becomes an operand, which is only read, or zeroed in the end.
 bool read_input(PyObject* o, const Proxy* parameter, int compute, const Table& table, bool zero,
                 Operand& out) {

@@ -34,10 +34,8 @@ inline float whole(std::uint32_t x) { return static_cast<float>(static_cast<std:
 inline std::uint32_t truncated(float x) {
   return static_cast<std::uint32_t>(static_cast<std::int32_t>(x));
 }
-inline float power_of_two(int exponent) {
-  return float_of(static_cast<std::uint32_t>(127 + exponent) << 23);
-}
 
+constexpr double NORMAL = 1.17549435082228751e-38;  // the smallest normal float
 constexpr std::uint32_t SIGN = 0x80000000u, INFINITE = 0x7f800000u, NOT_A_NUMBER = 0x7fc00000u;
 
 // ---------------------------------------------------------------- elements that stand alone
@@ -132,10 +130,25 @@ void decode_each(const void* data, const void*, void* out, std::size_t n) {
 }
 
 template <class E, class T>
-void encode_each(const void* tile, void* data, void*, std::size_t n, std::uint64_t) {
+void copy_each(const void* tile, void* data, void*, std::size_t n, std::uint64_t) {
   const T* __restrict from = static_cast<const T*>(tile);
   typename E::Stored* __restrict to = static_cast<typename E::Stored*>(data);
   for (std::size_t i = 0; i < n; ++i) to[i] = E::nearest(from[i]);
+}
+
+// What the loop round a rule keeps out of states in the compute type, the codecs keep out of
+// narrower ones: a double can be a denormal float.
+template <class T>
+inline T normal_float(T x) {
+  if constexpr (sizeof(T) == sizeof(float)) return x;
+  return (x < T(0) ? -x : x) < T(NORMAL) ? T(0) : x;
+}
+
+template <class E, class T>
+void encode_each(const void* tile, void* data, void*, std::size_t n, std::uint64_t) {
+  const T* __restrict from = static_cast<const T*>(tile);
+  typename E::Stored* __restrict to = static_cast<typename E::Stored*>(data);
+  for (std::size_t i = 0; i < n; ++i) to[i] = E::nearest(normal_float(from[i]));
 }
 
 // Random bits of the i-th element of a tile: a hash of its place and of the tile's 64-bit key.
@@ -152,7 +165,7 @@ void encode_stochastic(const void* tile, void* data, void*, std::size_t n, std::
   const T* __restrict from = static_cast<const T*>(tile);
   typename E::Stored* __restrict to = static_cast<typename E::Stored*>(data);
   for (std::size_t i = 0; i < n; ++i)
-    to[i] = E::stochastic(from[i], random_bits(key, static_cast<std::uint32_t>(i)));
+    to[i] = E::stochastic(normal_float(from[i]), random_bits(key, static_cast<std::uint32_t>(i)));
 }
 
 // ---------------------------------------------------------------- a bfloat16 and 16 bits more
@@ -204,61 +217,57 @@ void encode_pairs(const void* tile, void* data, void* aux, std::size_t n, std::u
 
 // ---------------------------------------------------------------- blocks that share a scale
 
+// A block format numbers its values from zero up: `number` gives the nearest to a magnitude in
+// units of the scale, `value` the way back, `code` and `number_of` say how a number and its sign
+// are stored. `least` is the number of what is not zero but nearly; values run from SMALLEST to
+// LARGEST, which the largest magnitude of the block becomes. (A scale that is a power of two would
+// not do: an average that shrinks by less than half a code in each step would never shrink.)
+
+struct Unsigned {
+  static constexpr std::uint8_t zero = 0;
+  static std::uint32_t code(std::uint32_t number, std::uint32_t) { return number; }
+  static std::uint32_t number_of(std::uint32_t code, std::uint32_t&) { return code; }
+};
+
 // 1 + 4 + 3 bits, as in the OCP standard (e4m3fn), never its NaN.
 struct E4M3 {
   static constexpr int bits = 8, block = 256;
   static constexpr std::uint8_t zero = 0;
-  // A power of two, so that what is stored again unchanged is the same code again: the largest
-  // magnitude comes to lie in (224, 448]. `factor` is 1 / scale.
-  static float scale(float largest, float& factor) {
-    const std::uint32_t magnitude = bits_of(largest);
-    int exponent = 8 - (static_cast<int>(magnitude >> 23) - 127);
-    exponent -= (magnitude & 0x7fffffu) > 0x600000u;
-    exponent = exponent > 126 ? 126 : exponent;
-    factor = power_of_two(exponent);
-    return power_of_two(-exponent);
-  }
-  static std::uint32_t encode(float x, float factor) {
-    const float y = x * factor;
-    const std::uint32_t bits = bits_of(y), magnitude = bits & ~SIGN;
+  static constexpr std::uint32_t least = 0, most = 126;
+  static constexpr double LARGEST = 448, SMALLEST = 1.0 / 512;
+  static std::uint32_t number(float y) {
+    const std::uint32_t magnitude = bits_of(y);
     const std::uint32_t normal = ((magnitude + 0x7ffff + (magnitude >> 20 & 1)) >> 20) - (120 << 3);
     // 2^14 has the spacing of the denormals: the addition rounds.
-    const std::uint32_t denormal = bits_of(float_of(magnitude) + 16384.0f) - bits_of(16384.0f);
-    return (magnitude < bits_of(0.015625f) ? denormal : normal) | (bits >> 24 & 0x80u);
+    const std::uint32_t denormal = bits_of(y + 16384.0f) - bits_of(16384.0f);
+    return magnitude < bits_of(0.015625f) ? denormal : normal;
   }
-  static float decode(std::uint32_t code, float scale) {
-    const std::uint32_t magnitude = code & 0x7fu;
-    const float denormal = whole(magnitude) * 0.001953125f;
-    const std::uint32_t normal = (magnitude << 20) + (120u << 23);
-    const std::uint32_t value = magnitude < 8 ? bits_of(denormal) : normal;
-    return float_of(value | (code & 0x80u) << 24) * scale;
+  static float value(std::uint32_t number) {
+    const std::uint32_t normal = (number << 20) + (120u << 23);
+    return float_of(number < 8 ? bits_of(whole(number) * 0.001953125f) : normal);
+  }
+  static std::uint32_t code(std::uint32_t number, std::uint32_t negative) {
+    return number | (negative & 0x80u);
+  }
+  static std::uint32_t number_of(std::uint32_t code, std::uint32_t& negative) {
+    negative = 0u - (code >> 7);
+    return code & 0x7fu;
   }
 };
 
-// No sign, 5 + 3 bits, no denormals: code 0 is zero, and nothing else becomes zero.
-struct E5M3 {
+// No sign, 5 + 3 bits, no denormals: number 0 is zero, and nothing else becomes zero.
+struct E5M3 : Unsigned {
   static constexpr int bits = 8, block = 256;
-  static constexpr std::uint8_t zero = 0;
-  static constexpr int TOP = 15;  // the exponent of codes 248 to 255
-  static constexpr std::uint32_t OFFSET = ((127 + TOP) << 3) - 248;
-  static std::uint32_t rounded(std::uint32_t magnitude) {
-    return (magnitude + 0x7ffff + (magnitude >> 20 & 1)) >> 20;
+  static constexpr std::uint32_t least = 1, most = 255;
+  static constexpr std::uint32_t OFFSET = ((127 + 15) << 3) - 248;  // number 248: 2^15
+  static constexpr double LARGEST = 61440, SMALLEST = 1.125 / 65536;
+  static std::uint32_t number(float y) {
+    const std::uint32_t magnitude = bits_of(y);
+    const std::uint32_t near = (magnitude + 0x7ffff + (magnitude >> 20 & 1)) >> 20;
+    return near > OFFSET ? near - OFFSET : 0;
   }
-  static float scale(float largest, float& factor) {
-    int exponent = TOP - (static_cast<int>(rounded(bits_of(largest)) >> 3) - 127);
-    exponent = exponent > 126 ? 126 : exponent;
-    factor = power_of_two(exponent);
-    return power_of_two(-exponent);
-  }
-  static std::uint32_t encode(float x, float factor) {
-    const float y = x * factor;
-    const std::uint32_t magnitude = bits_of(x) & ~SIGN, near = rounded(bits_of(y) & ~SIGN);
-    const std::uint32_t code = near > OFFSET + 1 ? near - OFFSET : 1;
-    return magnitude == 0 ? 0 : code;
-  }
-  static float decode(std::uint32_t code, float scale) {
-    const float value = float_of((code + OFFSET) << 20);
-    return (code == 0 ? 0.0f : value) * scale;
+  static float value(std::uint32_t number) {
+    return select(number == 0, 0.0f, float_of((number + OFFSET) << 20));
   }
 };
 
@@ -316,69 +325,87 @@ struct Dynamic {
   }
 };
 
-// Shared by the dynamic maps: the scale is the largest magnitude itself.
-struct LargestMagnitude {
-  static float scale(float largest, float& factor) {
-    factor = 1.0f / largest;
-    return largest;
-  }
-};
-
 // The zero in the middle, positive values above it; -1 is not among them.
 template <int BITS, int BLOCK>
-struct SignedDynamic : LargestMagnitude {
+struct SignedDynamic {
   static constexpr int bits = BITS, block = BLOCK;
   using Map = Dynamic<0, BITS - 2>;
-  static constexpr std::uint32_t MIDDLE = (1u << (BITS - 1)) - 1;
+  static constexpr std::uint32_t MIDDLE = (1u << (BITS - 1)) - 1, least = 0, most = MIDDLE + 1;
   static constexpr std::uint8_t zero = BITS == 8 ? MIDDLE : MIDDLE * 0x11;
-  static constexpr float NOTHING =
-      static_cast<float>(0.275 * Map::power(2 - BITS));  // half of the least value
-  static std::uint32_t encode(float x, float factor) {
-    const std::uint32_t bits = bits_of(x * factor), negative = 0u - (bits >> 31);
-    const float magnitude = float_of(bits & ~SIGN);
-    const std::uint32_t near = Map::number(magnitude) & ~mask(magnitude < NOTHING);
-    const std::uint32_t most = MIDDLE + 1 + negative;  // 1 is there, -1 is not
-    const std::uint32_t number = near < most ? near : most;
-    return (number ^ negative) + (MIDDLE - negative);
+  static constexpr double LARGEST = 1, SMALLEST = 0.55 * Map::power(2 - BITS);
+  static std::uint32_t number(float y) {
+    return Map::number(y) & ~mask(y < static_cast<float>(SMALLEST / 2));
   }
-  static float decode(std::uint32_t code, float scale) {
-    const std::uint32_t place = code - MIDDLE, negative = 0u - (place >> 31);
-    const std::uint32_t number = (place ^ negative) - negative;
-    const float value = select(number == 0, 0.0f, Map::value(number));
-    return float_of(bits_of(value) | (negative & SIGN)) * scale;
+  static float value(std::uint32_t number) { return select(number == 0, 0.0f, Map::value(number)); }
+  static std::uint32_t code(std::uint32_t number, std::uint32_t negative) {
+    const std::uint32_t last = most + negative;
+    return ((number < last ? number : last) ^ negative) + (MIDDLE - negative);
+  }
+  static std::uint32_t number_of(std::uint32_t code, std::uint32_t& negative) {
+    const std::uint32_t place = code - MIDDLE;
+    negative = 0u - (place >> 31);
+    return (place ^ negative) - negative;
   }
 };
 
 // From zero up; only a zero becomes zero.
-struct UnsignedDynamic8 : LargestMagnitude {
+struct UnsignedDynamic8 : Unsigned {
   static constexpr int bits = 8, block = 256;
-  static constexpr std::uint8_t zero = 0;
+  static constexpr std::uint32_t least = 1, most = 255;
   using Map = Dynamic<1, 7>;
-  static std::uint32_t encode(float x, float factor) {
-    const std::uint32_t code = Map::number(float_of(bits_of(x * factor) & ~SIGN)) - 1;
-    return code & mask((bits_of(x) & ~SIGN) != 0);
-  }
-  static float decode(std::uint32_t code, float scale) {
-    const float value = Map::value(code + 1);
-    return select(code == 0, 0.0f, value) * scale;
+  static constexpr double LARGEST = 1, SMALLEST = 3.25 * Map::power(-7);
+  static std::uint32_t number(float y) { return Map::number(y) - 1; }
+  static float value(std::uint32_t number) {
+    return select(number == 0, 0.0f, Map::value(number + 1));
   }
 };
 
 // 1/16 to 16/16: no zero, which the scale of a block of zeros stands for.
-struct UnsignedDynamic4 : LargestMagnitude {
+struct UnsignedDynamic4 : Unsigned {
   static constexpr int bits = 4, block = 128;
-  static constexpr std::uint8_t zero = 0;
-  static std::uint32_t encode(float x, float factor) {
-    const float sixteenths = float_of(bits_of(x * factor) & ~SIGN) * 16.0f + 0.5f;
-    const std::uint32_t number = truncated(sixteenths);
-    return (number < 1 ? 1 : number > 16 ? 16 : number) - 1;
+  static constexpr std::uint32_t least = 0, most = 15;
+  static constexpr double LARGEST = 1, SMALLEST = 1.0 / 16;
+  static std::uint32_t number(float y) {
+    const std::uint32_t sixteenths = truncated(y * 16.0f + 0.5f);
+    return (sixteenths < 1 ? 1 : sixteenths > 16 ? 16 : sixteenths) - 1;
   }
-  static float decode(std::uint32_t code, float scale) { return whole(code + 1) * 0.0625f * scale; }
+  static float value(std::uint32_t number) { return whole(number + 1) * 0.0625f; }
 };
+
+// The number of an element of a block that holds finite numbers, at least one of them not zero.
+template <class B>
+inline std::uint32_t nearest_number(float x, float factor) {
+  const std::uint32_t number = B::number(float_of(bits_of(x * factor) & ~SIGN));
+  if constexpr (B::least == 0) return number;
+  const std::uint32_t kept = number < B::least ? B::least : number;
+  return kept & mask((bits_of(x) & ~SIGN) != 0);
+}
+
+// The same or the neighbour on the element's other side, with the probability that makes the mean
+// right; a neighbour that is not there is never taken.
+template <class B>
+inline std::uint32_t stochastic_number(float x, float factor, std::uint32_t random) {
+  const std::uint32_t number = nearest_number<B>(x, factor);
+  const float y = float_of(bits_of(x * factor) & ~SIGN), value = B::value(number);
+  const std::uint32_t up = mask(y > value), down = mask(y < value);
+  const std::uint32_t other =
+      number + (mask(number < B::most) & up & 1u) - (mask(number > B::least) & down & 1u);
+  const float share = (y - value) / (B::value(other) - value);  // NaN where both are one
+  const float drawn = whole(random >> 8) * 5.9604644775390625e-8f;
+  const std::uint32_t moved = mask(drawn < share);
+  return (number & ~moved) | (other & moved);
+}
 
 template <class B>
 constexpr std::size_t bytes_of(std::size_t n) {
   return (n * B::bits + 7) / 8;
+}
+
+template <class B>
+inline float decoded(std::uint32_t code, float scale) {
+  std::uint32_t negative = 0;
+  const float value = B::value(B::number_of(code, negative));
+  return float_of(bits_of(value) | (negative & SIGN)) * scale;
 }
 
 template <class B, class T>
@@ -390,19 +417,19 @@ void decode_blocks(const void* data, const void* aux, void* out, std::size_t n) 
     T* __restrict to = static_cast<T*>(out) + at;
     const float scale = scales[k];
     if constexpr (B::bits == 8) {
-      for (std::size_t i = 0; i < count; ++i) to[i] = static_cast<T>(B::decode(codes[i], scale));
+      for (std::size_t i = 0; i < count; ++i) to[i] = static_cast<T>(decoded<B>(codes[i], scale));
     } else {
       for (std::size_t i = 0; i < count / 2; ++i) {  // the first in the high nibble
-        to[2 * i] = static_cast<T>(B::decode(codes[i] >> 4, scale));
-        to[2 * i + 1] = static_cast<T>(B::decode(codes[i] & 15u, scale));
+        to[2 * i] = static_cast<T>(decoded<B>(codes[i] >> 4, scale));
+        to[2 * i + 1] = static_cast<T>(decoded<B>(codes[i] & 15u, scale));
       }
-      if (count % 2) to[count - 1] = static_cast<T>(B::decode(codes[count / 2] >> 4, scale));
+      if (count % 2) to[count - 1] = static_cast<T>(decoded<B>(codes[count / 2] >> 4, scale));
     }
   }
 }
 
-template <class B, class T>
-void encode_blocks(const void* tile, void* data, void* aux, std::size_t n, std::uint64_t) {
+template <class B, class T, bool STOCHASTIC>
+void encode_blocks(const void* tile, void* data, void* aux, std::size_t n, std::uint64_t key) {
   for (std::size_t at = 0, k = 0; at < n; at += B::block, ++k) {
     const std::size_t count = n - at < B::block ? n - at : B::block;
     const T* __restrict from = static_cast<const T*>(tile) + at;
@@ -413,19 +440,29 @@ void encode_blocks(const void* tile, void* data, void* aux, std::size_t n, std::
       const std::uint32_t magnitude = bits_of(static_cast<float>(from[i])) & ~SIGN;
       largest = magnitude > largest ? magnitude : largest;
     }
-    // An infinity or NaN stays visible: the whole block is NaN from here on.
-    if (largest == 0 || largest >= INFINITE) {
+    // An infinity or NaN stays visible: the whole block is NaN from here on. And where the smallest
+    // code would stand for a denormal, all is zero: denormals would make every later step slow.
+    constexpr float lowest = static_cast<float>(NORMAL / B::SMALLEST * B::LARGEST);
+    if (largest < bits_of(lowest) || largest >= INFINITE) {
       std::memset(codes, B::zero, bytes_of<B>(count));
-      scale = float_of(largest == 0 ? 0 : NOT_A_NUMBER);
+      scale = float_of(largest >= INFINITE ? NOT_A_NUMBER : 0);
       continue;
     }
-    float factor;
-    scale = B::scale(float_of(largest), factor);
+    scale = float_of(largest) / static_cast<float>(B::LARGEST);
+    const float factor = 1.0f / scale;
     // In 32 bits first: with eight, GCC works on so many elements at once that it runs out of
     // registers, and takes 1.5 times as long.
     alignas(64) std::uint32_t wide[B::block + 1];
-    for (std::size_t i = 0; i < count; ++i)
-      wide[i] = B::encode(static_cast<float>(from[i]), factor);
+    for (std::size_t i = 0; i < count; ++i) {
+      const float x = static_cast<float>(from[i]);
+      std::uint32_t number;
+      if constexpr (STOCHASTIC)
+        number =
+            stochastic_number<B>(x, factor, random_bits(key, static_cast<std::uint32_t>(at + i)));
+      else
+        number = nearest_number<B>(x, factor);
+      wide[i] = B::code(number, 0u - (bits_of(x) >> 31));
+    }
     if constexpr (B::bits == 8) {
       for (std::size_t i = 0; i < count; ++i) codes[i] = static_cast<std::uint8_t>(wide[i]);
     } else {
@@ -452,6 +489,7 @@ constexpr Codec each(const char* name) {
           0,
           {decode_each<E, float>, decode_each<E, double>},
           {encode_each<E, float>, encode_each<E, double>},
+          {copy_each<E, float>, copy_each<E, double>},
           store_zero<size>};
 }
 
@@ -472,18 +510,21 @@ constexpr Codec pairs(const char* name) {
           2,
           {decode_pairs<E, float>, decode_pairs<E, double>},
           {encode_pairs<E, float>, encode_pairs<E, double>},
+          {},
           nullptr};
 }
 
-template <class B>
+template <class B, bool STOCHASTIC = false>
 constexpr Codec blocks(const char* name) {
   return {name,
           B::bits,
           B::block,
           sizeof(float),
           {decode_blocks<B, float>, decode_blocks<B, double>},
-          {encode_blocks<B, float>, encode_blocks<B, double>},
-          nullptr};
+          {encode_blocks<B, float, STOCHASTIC>, encode_blocks<B, double, STOCHASTIC>},
+          {},
+          nullptr,
+          STOCHASTIC};
 }
 
 // In the compute type already: not copied.
@@ -509,6 +550,12 @@ constexpr Codec CODECS[] = {
     blocks<UnsignedDynamic8>("dynamic8_unsigned"),
     blocks<SignedDynamic<4, 128>>("dynamic4"),
     blocks<UnsignedDynamic4>("dynamic4_unsigned"),
+    blocks<E4M3, true>("e4m3_stochastic"),
+    blocks<E5M3, true>("e5m3_stochastic"),
+    blocks<SignedDynamic<8, 256>, true>("dynamic8_stochastic"),
+    blocks<UnsignedDynamic8, true>("dynamic8_unsigned_stochastic"),
+    blocks<SignedDynamic<4, 128>, true>("dynamic4_stochastic"),
+    blocks<UnsignedDynamic4, true>("dynamic4_unsigned_stochastic"),
 };
 
 }  // namespace

@@ -250,7 +250,7 @@ class Plan {
       Operand& operand = operands_[k * MAX_OPERANDS + place];
       if (!read_target(array.ptr(), parameter, n, compute, *table_, target, operand))
         throw py::value_error("plan: an array does not fit its parameter");
-      operand.source = source;
+      if (source >= 0) use_copy(table_->codecs[target.codec], compute, source, operand);
       coded_.push_back({k * MAX_OPERANDS + place, compute, target.codec});
       // Work space comes last, is nobody's business, and is shared between leaves.
       const bool work = batches_[k] >= 0 && place + 1 == INPUTS + arrays.size();
@@ -274,8 +274,12 @@ class Plan {
 
   void change_level() {
     table_ = level().table;
-    for (const Coded& coded : coded_)
-      use_codec(table_->codecs[coded.codec], coded.compute, operands_[coded.operand]);
+    for (const Coded& coded : coded_) {
+      Operand& operand = operands_[coded.operand];
+      const Codec& codec = table_->codecs[coded.codec];
+      use_codec(codec, coded.compute, operand);
+      if (operand.source >= 0) use_copy(codec, coded.compute, operand.source, operand);
+    }
   }
 
   bool unmoved() const {
@@ -295,13 +299,14 @@ class Plan {
     return range.begin != range.end && it != written_.begin() && overlap(*--it, range);
   }
 
+  // Each other, or an estimate.
   bool gradients_overlap() {
     ranges_.clear();
-    for (std::size_t k = 0; k < own_.size(); ++k) {
-      const Operand& gradient = operands_[k * MAX_OPERANDS + GRADIENT];
-      if (gradient.data && own_[k].elements)
-        ranges_.push_back(range_of(gradient, own_[k].elements));
-    }
+    for (std::size_t k = 0; k < own_.size(); ++k)
+      for (const int slot : {GRADIENT, HESSIAN}) {
+        const Operand& input = operands_[k * MAX_OPERANDS + slot];
+        if (input.data && own_[k].elements) ranges_.push_back(range_of(input, own_[k].elements));
+      }
     std::sort(ranges_.begin(), ranges_.end(), by_address);
     for (std::size_t k = 1; k < ranges_.size(); ++k)
       if (ranges_[k].begin < ranges_[k - 1].end) return true;

@@ -57,6 +57,7 @@ struct Codec {
   std::size_t block, aux;        // so many elements have so many bytes beside them
   Decode decode[COMPUTE_TYPES];  // null where the array has the compute type
   Encode encode[COMPUTE_TYPES];  // the same
+  Encode copy[COMPUTE_TYPES];    // of a parameter, into an array beside it; null if none has this
   Encode zero;                   // stores zeros; null where no gradient has the format
   bool random = false;           // takes a key
 };

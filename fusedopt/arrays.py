@@ -103,7 +103,7 @@ class Fit:
     """Checks gradients against the arrays that a step writes, and lays them out alike.
 
     labels, parameters: of each leaf. written: of each leaf all the arrays that the step writes, the
-    caller's parameter first.
+    caller's parameter first, then so many copies of it.
     """
 
     def __init__(
@@ -111,7 +111,9 @@ class Fit:
         labels: Sequence[str],
         parameters: Sequence[np.ndarray],
         written: Sequence[Sequence[np.ndarray]],
+        copies: Sequence[int] | None = None,
     ) -> None:
+        self._copies = copies or [0] * len(labels)
         self._labels, self._parameters = labels, parameters
         ranges = sorted(
             (*_range(a), k, j) for k, group in enumerate(written) for j, a in enumerate(group)
@@ -124,11 +126,14 @@ class Fit:
         for label, p in zip(self._labels, self._parameters, strict=True):
             check_target(label, p)
 
-    def check_exclusive(self, labels: Sequence[str], grads: Sequence[Any]) -> None:
-        """ValueError where gradients that are to be zeroed are read-only or share memory."""
-        given = [(label, g) for label, g in zip(labels, grads, strict=True) if g is not None]
-        for label, g in given:
-            if not g.flags.writeable:
+    def check_exclusive(self, inputs: Sequence[tuple[str, Any]], grads: int) -> None:
+        """ValueError where gradients that are to be zeroed are read-only or share memory.
+
+        inputs: the gradients, of which there are `grads`, and the other inputs; None for none.
+        """
+        given = [(label, g) for label, g in inputs if g is not None]
+        for label, g in inputs[:grads]:
+            if g is not None and not g.flags.writeable:
                 raise ValueError(
                     f"{label}: is read-only, and zero_grads is to zero it; pass a copy"
                 )
@@ -139,8 +144,8 @@ class Fit:
             if begin < end and np.shares_memory(given[first][1], given[second][1]):
                 a, b = sorted((first, second))
                 raise ValueError(
-                    f"{given[b][0]}: shares memory with {given[a][0]}, and zero_grads is to zero"
-                    " both; pass each array once, or a copy"
+                    f"{given[b][0]}: shares memory with {given[a][0]}, which zero_grads is to zero;"
+                    " pass each array once, or a copy"
                 )
 
     def gradient(self, k: int, label: str, g: Any) -> np.ndarray | None:
@@ -171,8 +176,10 @@ class Fit:
             if begin >= high:
                 break
             if end > low and np.shares_memory(g, self._written[k][j]):
-                what = "" if j == 0 else "a state of "
+                p, copies = self._labels[k], self._copies[k]
+                what = p if j == 0 else f"a state of {p}"
+                if 0 < j <= copies:
+                    what = "copy_out" + p.removeprefix("params")
                 raise ValueError(
-                    f"{label}: shares memory with {what}{self._labels[k]}, which this step writes;"
-                    " pass a copy"
+                    f"{label}: shares memory with {what}, which this step writes; pass a copy"
                 )

@@ -46,9 +46,9 @@ class Bounded(NDArrayOperatorsMixin):
         """One-dimensional, in memory order."""
         return self._like(self.value.reshape(-1, order=order), self.error.reshape(-1, order=order))
 
-    def stored(self) -> Bounded:
-        """As a state: rounded to zero below the smallest normal number."""
-        return self._like(self.value, self.error + float(np.finfo(self.dtype).smallest_normal))
+    def stored(self, least: float) -> Bounded:
+        """As a state, which is zero where it would be below `least`."""
+        return self._like(self.value, self.error + least)
 
     def divides(self, numerator: Bounded) -> Bounded:
         """numerator / self, zero where self is zero."""

@@ -29,6 +29,12 @@ def compute_dtype(dtype: np.dtype) -> np.dtype:
     return FLOAT64 if dtype == FLOAT64 else FLOAT32
 
 
+def least_state(computed: np.dtype, stored: np.dtype) -> float:
+    """States below this are stored as zero: what is a denormal in either type."""
+    types = (computed, compute_dtype(stored))
+    return max(float(np.finfo(dtype).smallest_normal) for dtype in types)
+
+
 class Format(ABC):
     """How elements are stored: `data`, and for some formats `aux` beside it; both flat.
 
@@ -195,30 +201,55 @@ class Kahan(Format):
 
 
 class Blocks(Format):
-    """Codes, and for each block of them a float32 scale; NaN for one that held no finite number."""
+    """Codes, and for each block of them a float32 scale; NaN for one that held no finite number.
+
+    A format numbers its values from zero up. largest, smallest: of the values, in units of the
+    scale. least, most: the numbers of what is not zero, but nearly, and of the largest value.
+    """
 
     aux_dtype = FLOAT32
     block = 256
+    largest, smallest = 1.0, 1.0
+    least, most = 0, 255
+
+    def __init__(self, random: bool = False) -> None:
+        self.random = random
+        if random:
+            self.codec += "_stochastic"
+
+    @abstractmethod
+    def numbers(self, y: Values) -> Values:
+        """The numbers of the values nearest to magnitudes in units of the scale."""
+
+    @abstractmethod
+    def values(self, numbers: Values) -> Values:
+        """The values of numbers, in units of the scale."""
+
+    def coded(self, numbers: Values, negative: Values) -> Values:
+        """The codes of numbers and signs."""
+        return numbers
+
+    def numbered(self, codes: Values) -> tuple[Values, Values]:
+        """The numbers and signs of codes."""
+        return codes, np.zeros(codes.shape, bool)
+
+    @property
+    def zero_code(self) -> int:
+        return 0
+
+    @property
+    def zero(self) -> int:
+        return self.zero_code * (0x11 if self.bits == 4 else 1)
 
     def data_size(self, n: int) -> int:
         return (n * self.bits + 7) // 8
 
-    def scales(self, largest: Values) -> Values:
-        """Of blocks, from their largest magnitudes, which are finite and not zero."""
-        return largest
-
-    @abstractmethod
-    def codes(self, x: Values, factors: Values) -> Values:
-        """The codes of elements, from the inverse of their blocks' scales."""
-
     @cached_property
     def map(self) -> Values:
         """Of each code its value, in units of the scale."""
-        return self.values(np.arange(1 << self.bits))
-
-    @abstractmethod
-    def values(self, codes: Values) -> Values:
-        """The values of codes, in units of the scale."""
+        numbers, negative = self.numbered(np.arange(1 << self.bits))
+        values = self.values(numbers).astype(np.float32)
+        return np.where(negative, -values, values)
 
     def decode(self, data: np.ndarray, aux: Any) -> Values:
         scales = np.repeat(aux, self.block)
@@ -231,44 +262,58 @@ class Blocks(Format):
         with np.errstate(all="ignore"):
             x = x.astype(np.float32)
             if scales is None:
-                scales = self._scales_of(self._largest(np.abs(x)))
+                scales = self._scales(self._largest(np.abs(x)))
             good = (scales > 0) & np.isfinite(scales)
             spread = np.repeat(np.where(good, scales, np.float32(1)), self.block)[: x.size]
-            codes = self.codes(np.where(np.isfinite(x), x, 0), np.float32(1) / spread)
+            finite = np.where(np.isfinite(x), x, np.float32(0))
+            y = np.abs(finite) * (np.float32(1) / spread)
+            numbers = self.numbers(y)
+            if self.least:
+                numbers = np.where(finite == 0, 0, np.maximum(numbers, self.least))
+            if self.random:
+                numbers = self._moved(numbers, y, key)
+            codes = self.coded(numbers, np.signbit(x))
             codes = np.where(np.repeat(good, self.block)[: x.size], codes, self.zero_code)
         return self._packed(codes.astype(np.uint8)), scales
+
+    def _moved(self, numbers: Values, y: Values, key: int) -> Values:
+        """The numbers, or their neighbours on the elements' other sides, at random."""
+        values = self.values(numbers).astype(np.float32)
+        others = numbers + ((y > values) & (numbers < self.most))
+        others = others - ((y < values) & (numbers > self.least))
+        share = (y - values) / (self.values(others).astype(np.float32) - values)
+        drawn = (random_bits(key, y.size) >> np.uint32(8)).astype(np.float32) * np.float32(2**-24)
+        return np.where(drawn < share, others, numbers)
 
     def span(self, low: Values, high: Values, data: np.ndarray, aux: Any, key: int) -> Any:
         n = low.size
         with np.errstate(all="ignore"):
+            if self.zero_code == 0 and self.map.min() >= 0:
+                low = np.where(low < 0, 0, low)
             least = np.where(np.sign(low) * np.sign(high) > 0, np.fmin(abs(low), abs(high)), 0)
             least[np.isnan(low)] = np.nan
             bounds = [
-                self._scales_of(self._largest(a.astype(np.float32)))
+                self._scales(self._largest(a.astype(np.float32)))
                 for a in (least, np.maximum(abs(low), abs(high)))
             ]
             fits = (bounds[0] <= aux) & (aux <= bounds[1]) | np.isnan(bounds[0]) & np.isnan(aux)
-            fits |= np.isinf(bounds[1])
-            ends = [self.decode(self.encode(x, scales=aux)[0], aux)[:n] for x in (low, high)]
-            fits = np.repeat(fits | np.isnan(bounds[1]) & ~np.isnan(bounds[0]), self.block)[:n]
+            fits |= np.isinf(bounds[1]) | np.isnan(bounds[1]) & ~np.isnan(bounds[0])
+            ends = [self.decode(self.encode(x, key, aux)[0], aux)[:n] for x in (low, high)]
+            fits = np.repeat(fits, self.block)[:n]
         return np.where(fits, ends[0], np.inf), np.where(fits, ends[1], -np.inf)
-
-    @property
-    def zero_code(self) -> int:
-        return 0
-
-    @property
-    def zero(self) -> int:
-        return self.zero_code * (0x11 if self.bits == 4 else 1)
 
     def _largest(self, magnitudes: Values) -> Values:
         starts = np.arange(0, magnitudes.size, self.block)
         return np.maximum.reduceat(magnitudes, starts) if magnitudes.size else magnitudes
 
-    def _scales_of(self, largest: Values) -> Values:
-        poisoned = np.where(largest == 0, np.float32(0), np.float32(np.nan))
-        good = (largest > 0) & np.isfinite(largest)
-        return np.where(good, self.scales(np.where(good, largest, 1)), poisoned).astype(np.float32)
+    def _scales(self, largest: Values) -> Values:
+        """Of blocks, from their largest magnitudes: zero where a code would be a denormal."""
+        lowest = np.float32(
+            float(np.finfo(np.float32).smallest_normal) / self.smallest * self.largest
+        )
+        scales = largest.astype(np.float32) / np.float32(self.largest)
+        scales = np.where(np.isfinite(largest), scales, np.float32(np.nan))
+        return np.where(largest < lowest, np.float32(0), scales)
 
     def _packed(self, codes: Values) -> Values:
         if self.bits == 8:
@@ -278,48 +323,41 @@ class Blocks(Format):
 
 
 class E4M3(Blocks):
-    """The OCP standard's 8-bit float with three bits of mantissa; power-of-two scales."""
+    """The OCP standard's 8-bit float with three bits of mantissa (e4m3fn)."""
 
     codec, name = "e4m3", "float8"
+    largest, smallest, most = 448.0, 1 / 512, 126
 
-    def scales(self, largest: Values) -> Values:
-        mantissa, exponent = np.frexp(largest)  # mantissa in [0.5, 1)
-        return np.ldexp(np.float32(1), np.maximum(exponent - 9 + (mantissa > 0.875), -126))
+    def numbers(self, y: Values) -> Values:
+        return y.astype(ml_dtypes.float8_e4m3fn).view(np.uint8).astype(np.int32)
 
-    def codes(self, x: Values, factors: Values) -> Values:
-        return (x * factors).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+    def values(self, numbers: Values) -> Values:
+        # The core has no NaN among the codes: it never stores number 127.
+        magnitudes = numbers.astype(np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+        return np.where(numbers == 127, np.float32(480), magnitudes)
 
-    def values(self, codes: Values) -> Values:
-        return codes.astype(np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    def coded(self, numbers: Values, negative: Values) -> Values:
+        return numbers | np.where(negative, 0x80, 0)
 
-    @cached_property
-    def map(self) -> Values:
-        # The core has no NaN among the codes: it never stores these two.
-        return np.nan_to_num(super().map, nan=480.0)
+    def numbered(self, codes: Values) -> tuple[Values, Values]:
+        return codes & 0x7F, codes >= 0x80
 
 
 class E5M3(Blocks):
     """8 bits without sign and denormals, five of them exponent; only zero becomes zero."""
 
     codec, name = "e5m3", "float8"
+    largest, smallest, least = 61440.0, 1.125 / 65536, 1
     _OFFSET = (142 << 3) - 248
 
-    @staticmethod
-    def _rounded(x: Values) -> Values:
-        bits = x.astype(np.float32).view(np.uint32) & np.uint32(0x7FFFFFFF)
-        return (bits + np.uint32(0x7FFFF) + (bits >> np.uint32(20) & np.uint32(1))) >> np.uint32(20)
+    def numbers(self, y: Values) -> Values:
+        bits = y.astype(np.float32).view(np.uint32)
+        near = bits + np.uint32(0x7FFFF) + (bits >> np.uint32(20) & np.uint32(1))
+        return np.maximum((near >> np.uint32(20)).astype(np.int32) - self._OFFSET, 0)
 
-    def scales(self, largest: Values) -> Values:
-        exponent = (self._rounded(largest) >> np.uint32(3)).astype(np.int32) - 142
-        return np.ldexp(np.float32(1), np.maximum(exponent, -126))
-
-    def codes(self, x: Values, factors: Values) -> Values:
-        near = self._rounded(x * factors).astype(np.int64) - self._OFFSET
-        return np.where(x == 0, 0, np.clip(near, 1, 255))
-
-    def values(self, codes: Values) -> Values:
-        bits = (codes + self._OFFSET).astype(np.uint32) << np.uint32(20)
-        return np.where(codes == 0, np.float32(0), bits.view(np.float32))
+    def values(self, numbers: Values) -> Values:
+        bits = (numbers + self._OFFSET).astype(np.uint32) << np.uint32(20)
+        return np.where(numbers == 0, np.float32(0), bits.view(np.float32))
 
 
 class Dynamic(Blocks):
@@ -333,81 +371,92 @@ class Dynamic(Blocks):
         decades = np.arange(self.first + 1, self.top + 1)
         return (10.0 ** (decades - self.top) * (0.1 + 0.18 / 2.0**decades)).astype(np.float32)
 
-    def _numbers(self, y: Values) -> Values:
+    def _places(self, y: Values) -> Values:
+        """The numbers in the map, whose decade I begins with 2^I."""
         decade = np.searchsorted(self._thresholds, y, side="right") + self.first
         start = (2.0**decade).astype(np.float32)
         slope = (2.0**decade * 10.0 ** (self.top - decade) / 0.9).astype(np.float32)
-        place = y * slope - start * np.float32(1.0 / 9.0)
-        found = start.astype(np.int32) + np.minimum(
-            place.astype(np.int32), start.astype(np.int32) - 1
-        )
+        place = (y * slope - start * np.float32(1.0 / 9.0)).astype(np.int32)
+        found = start.astype(np.int32) + np.minimum(place, start.astype(np.int32) - 1)
         return np.where(y >= np.float32(1 - 0.225 / (1 << self.top)), 2 << self.top, found)
 
-    def _numbered(self, numbers: Values) -> Values:
-        mantissa, exponent = np.frexp(numbers.astype(np.float32) + np.float32(0.5))
+    def _at(self, places: Values) -> Values:
+        """The values there."""
+        mantissa, exponent = np.frexp(places.astype(np.float32) + np.float32(0.5))
         ten = (10.0 ** (exponent - 1.0 - self.top)).astype(np.float32)
         inside = ten * (mantissa * np.float32(2) * np.float32(0.9) - np.float32(0.8))
-        return np.where(numbers >= 2 << self.top, np.float32(1), inside)
+        return np.where(places >= 2 << self.top, np.float32(1), inside)
 
 
 class SignedDynamic(Dynamic):
     """Zero in the middle; no -1."""
 
-    def __init__(self, bits: int, block: int) -> None:
+    def __init__(self, bits: int, block: int, random: bool = False) -> None:
         self.name = self.codec = f"dynamic{bits}"
         self.bits, self.block, self.top = bits, block, bits - 2
+        self.smallest, self.most = 0.55 * 10.0**-self.top, 1 << (bits - 1)
+        super().__init__(random)
 
     @property
     def zero_code(self) -> int:
         return (1 << (self.bits - 1)) - 1
 
-    def codes(self, x: Values, factors: Values) -> Values:
-        y = x * factors
-        least = np.float32(0.275 * 10.0**-self.top)
-        number = np.where(np.abs(y) < least, 0, self._numbers(np.abs(y)))
-        middle = self.zero_code
-        return np.where(y < 0, np.maximum(middle - number, 0), middle + number)
+    def numbers(self, y: Values) -> Values:
+        return np.where(y < np.float32(self.smallest / 2), 0, self._places(y))
 
-    def values(self, codes: Values) -> Values:
+    def values(self, numbers: Values) -> Values:
+        return np.where(numbers == 0, np.float32(0), self._at(np.maximum(numbers, 1)))
+
+    def coded(self, numbers: Values, negative: Values) -> Values:
+        middle = self.zero_code
+        return np.where(negative, middle - np.minimum(numbers, middle), middle + numbers)
+
+    def numbered(self, codes: Values) -> tuple[Values, Values]:
         place = codes - self.zero_code
-        value = np.where(place == 0, np.float32(0), self._numbered(np.abs(place)))
-        return np.where(place < 0, -value, value)
+        return np.abs(place), place < 0
 
 
 class UnsignedDynamic8(Dynamic):
     """From zero up; only zero becomes zero."""
 
     codec, name, first, top = "dynamic8_unsigned", "dynamic8", 1, 7
+    smallest, least = 3.25e-7, 1
 
-    def codes(self, x: Values, factors: Values) -> Values:
-        return np.where(x == 0, 0, self._numbers(np.abs(x * factors)) - 1)
+    def numbers(self, y: Values) -> Values:
+        return self._places(y) - 1
 
-    def values(self, codes: Values) -> Values:
-        return np.where(codes == 0, np.float32(0), self._numbered(codes + 1))
+    def values(self, numbers: Values) -> Values:
+        return np.where(numbers == 0, np.float32(0), self._at(numbers + 1))
 
 
 class UnsignedDynamic4(Blocks):
     """1/16 to 16/16; a block of zeros has the scale zero."""
 
     codec, name, bits, block = "dynamic4_unsigned", "dynamic4", 4, 128
+    smallest, most = 1 / 16, 15
 
-    def codes(self, x: Values, factors: Values) -> Values:
-        sixteenths = np.abs(x * factors) * np.float32(16) + np.float32(0.5)
-        return np.clip(sixteenths, np.float32(1), np.float32(16)).astype(np.int32) - 1
+    def numbers(self, y: Values) -> Values:
+        sixteenths = (y * np.float32(16) + np.float32(0.5)).astype(np.int32)
+        return np.clip(sixteenths, 1, 16) - 1
 
-    def values(self, codes: Values) -> Values:
-        return (codes + 1).astype(np.float32) * np.float32(0.0625)
+    def values(self, numbers: Values) -> Values:
+        return (numbers + 1).astype(np.float32) * np.float32(0.0625)
 
 
 PLAIN = {dtype.name: Plain(dtype) for dtype in DTYPES}
 STOCHASTIC = {dtype.name: Stochastic(dtype) for dtype in (BFLOAT16, FLOAT16)}
 SPLIT16, KAHAN = Split16(), Kahan()
 
-QUANTIZED: dict[str, tuple[Format, Format]] = {
-    "float8": (E4M3(), E5M3()),
-    "dynamic8": (SignedDynamic(8, 256), UnsignedDynamic8()),
-    "dynamic4": (SignedDynamic(4, 128), UnsignedDynamic4()),
-}
+
+def _block_formats(random: bool) -> dict[str, tuple[Format, Format]]:
+    return {
+        "float8": (E4M3(random), E5M3(random)),
+        "dynamic8": (SignedDynamic(8, 256, random), UnsignedDynamic8(random)),
+        "dynamic4": (SignedDynamic(4, 128, random), UnsignedDynamic4(random)),
+    }
+
+
+QUANTIZED, QUANTIZED_STOCHASTIC = _block_formats(False), _block_formats(True)
 """Of each name the formats of a state that has a sign, and of one that is never negative."""
 
 FORMATS: tuple[Format, ...] = (
@@ -416,4 +465,6 @@ FORMATS: tuple[Format, ...] = (
     SPLIT16,
     KAHAN,
     *(f for pair in QUANTIZED.values() for f in pair),
+    *(f for pair in QUANTIZED_STOCHASTIC.values() for f in pair),
 )
+"""In the order of the core's table."""

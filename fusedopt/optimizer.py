@@ -70,9 +70,11 @@ class Optimizer:
     together are a float32. copy_out: arrays nested like the parameters, of their shapes and any
     supported dtype, or None, into which the same pass writes a copy of the new parameters.
     rounding: to bfloat16 and float16, of parameters without masters and of states: "nearest",
-    "stochastic" (unbiased; its bits depend on `seed`, the leaf's step and path, state and element
-    alone), or "kahan", which compensates bfloat16 parameters. Masters and copies are rounded to the
-    nearest. seed: a non-negative integer.
+    "stochastic" (unbiased, also in quantised states; its bits depend on `seed`, the leaf's step and
+    path, state and element alone), or "kahan", which compensates bfloat16 parameters. What masters
+    are written to and copies are rounded to the nearest. An average such as v, rounded to the
+    nearest bfloat16 or float8, moves only where a step changes it by half a unit: take "stochastic"
+    with these. seed: a non-negative integer.
 
     backend: "auto", "native" or "reference". threads: at most so many, where the process may use
     more. verify: run every step on copies first, compare with the float64 reference, and commit
@@ -182,7 +184,9 @@ class Optimizer:
     def _prepare(self, parameters: Sequence[np.ndarray]) -> None:
         self._parameters = parameters
         labels = [leaf.label for leaf in self._tree.leaves]
-        self._fit = Fit(labels, parameters, [memory.written for memory in self._leaves])
+        written = [memory.written for memory in self._leaves]
+        copies = [len(memory.copies) for memory in self._leaves]
+        self._fit = Fit(labels, parameters, written, copies)
         layout = Layout(
             tree=self._tree.spec,
             leaves=self._leaves,
@@ -277,8 +281,10 @@ class Optimizer:
                     )
         if self._options.zero_grads:
             given = self._tree.flatten(grads, "grads")
-            labels = ["grads" + leaf.label.removeprefix("params") for leaf in self._tree.leaves]
-            self._fit.check_exclusive(labels, given)
+            inputs = list(zip(self._labels("grads"), given, strict=True))
+            if estimates is not None:
+                inputs += zip(self._labels("hessian"), estimates, strict=True)
+            self._fit.check_exclusive(inputs, len(given))
         number = self._plan.step(fitted, estimates, True)
         if self._options.zero_grads and number is not None:
             for g in given:
@@ -293,11 +299,14 @@ class Optimizer:
 
     def _fitted(self, tree: Any, what: str) -> list[np.ndarray | None]:
         values = self._tree.flatten(tree, what)
-        labels = [what + leaf.label.removeprefix("params") for leaf in self._tree.leaves]
         return [
             self._fit.gradient(k, label, value)
-            for k, (label, value) in enumerate(zip(labels, values, strict=True))
+            for k, (label, value) in enumerate(zip(self._labels(what), values, strict=True))
         ]
+
+    def _labels(self, what: str) -> list[str]:
+        """How messages call the leaves of another tree."""
+        return [what + leaf.label.removeprefix("params") for leaf in self._tree.leaves]
 
     def _set_rates(self, step: int) -> None:
         self._rates[:] = [group.rule.lr_at(step) for group in self._groups]

@@ -185,10 +185,25 @@ class Memory:
         return [self.parameter, *self.states.values()]
 
     @property
+    def caller(self) -> np.ndarray:
+        """The caller's parameter."""
+        return self.mirrors[0] if self._separate else self.parameter.data
+
+    @property
+    def copies(self) -> tuple[np.ndarray, ...]:
+        """What the caller gets besides."""
+        return self.mirrors[1:] if self._separate else self.mirrors
+
+    @property
+    def _separate(self) -> bool:
+        return self.extra is not None and self.extra[0] == "master"
+
+    @property
     def written(self) -> list[np.ndarray]:
-        """Every array that a step writes, the caller's parameter first."""
+        """Every array that a step writes: the caller's parameter, its copies, the rest."""
         own = [a for stored in self.operands for a in stored.arrays]
-        return [*self.mirrors, *own]
+        rest = [a for a in own if a is not self.caller]
+        return [self.caller, *self.copies, *rest]
 
     @property
     def saved(self) -> dict[str, np.ndarray]:
@@ -206,12 +221,13 @@ class Memory:
         parameter = self.parameter.copy()
         states = {name: state.copy() for name, state in self.states.items()}
         mirrors = tuple(a.copy(order="K") for a in self.mirrors)
-        return Memory(parameter, states, mirrors)
+        extra = self.extra and (self.extra[0], parameter.arrays[-1])
+        return Memory(parameter, states, mirrors, extra)
 
     def rebound(self, p: np.ndarray) -> Memory:
         """The same with the caller's parameter at another address."""
-        if self.extra and self.extra[0] == "master":
-            return replace(self, mirrors=(p, *self.mirrors[1:]))
+        if self._separate:
+            return replace(self, mirrors=(p, *self.copies))
         return replace(self, parameter=replace(self.parameter, data=p))
 
     def take(self, other: Memory) -> None:

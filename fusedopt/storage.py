@@ -15,6 +15,7 @@ from .formats import (
     KAHAN,
     PLAIN,
     QUANTIZED,
+    QUANTIZED_STOCHASTIC,
     SPLIT16,
     STOCHASTIC,
     Format,
@@ -53,7 +54,10 @@ class Storage:
             names = [self.state_dtype]
         for name in names:
             if not isinstance(name, str):
-                raise TypeError(f"state_dtype: expected a name or names by state, got {name!r}")
+                raise TypeError(
+                    f"state_dtype: expected one of {', '.join(STATE_DTYPES)}, or a mapping of"
+                    f" states to these; got {name!r}"
+                )
             _check_choice("state_dtype", name, STATE_DTYPES)
         if self.master is not None:
             _check_choice("master", self.master, get_args(Master))
@@ -94,8 +98,8 @@ class Storage:
             ]
             if not any(f.random for f in stored):
                 raise ValueError(
-                    "rounding: 'stochastic' is for parameters and states in bfloat16 or float16, of"
-                    " which there are none"
+                    "rounding: 'stochastic' is for parameters and states in bfloat16, float16 or"
+                    " quantised, of which there are none"
                 )
 
     def _formats(self, rule: Rule, dtype: np.dtype) -> Iterator[Format]:
@@ -123,7 +127,8 @@ class Storage:
             return self._rounded(chosen)
         if size < QUANTIZED_FROM:
             return PLAIN[compute_dtype(dtype).name]
-        return QUANTIZED[chosen][name in rule.nonnegative]
+        formats = QUANTIZED_STOCHASTIC if self.rounding == "stochastic" else QUANTIZED
+        return formats[chosen][name in rule.nonnegative]
 
     def describe(self, rule: Rule, name: str, p: np.ndarray) -> str:
         """A state's name and format, with the reason where it is not the one asked for."""
@@ -194,7 +199,7 @@ def synchronize(memory: Memory) -> None:
         return
     name, array = memory.extra
     if name == "master":
-        array[...] = memory.mirrors[0].astype(FLOAT32)
+        array[...] = memory.caller.astype(FLOAT32)
     else:
         array[...] = 0
 

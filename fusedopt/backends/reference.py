@@ -7,24 +7,25 @@ from typing import Any
 
 import numpy as np
 
-from ..formats import compute_dtype, subkey
+from ..formats import compute_dtype, least_state, subkey
 from ..interrupts import deferred
 from ..rules import Rule
-from ..states import Stored
+from ..states import Memory, Stored
 from .base import Layout, Plan
 
 
 def reference_step(
     rule: Rule,
-    operands: Sequence[Stored],
+    memory: Memory,
     g: np.ndarray,
     hessian: np.ndarray | None,
     keys: Sequence[int],
     *,
     t: int,
     lr: float,
-) -> list[tuple[np.ndarray, Any]]:
-    """The new parameter and states, encoded as they are stored; the old ones are left alone."""
+) -> list[tuple[Stored, tuple[np.ndarray, Any]]]:
+    """What is to be written, and where: the new parameter, states and copies, encoded."""
+    operands = memory.operands
     p, *states = (stored.values.astype(np.float64) for stored in operands)
     dtype = compute_dtype(operands[0].format.dtype)
     with np.errstate(all="ignore"):
@@ -32,12 +33,12 @@ def reference_step(
         if hessian is not None:
             after = rule.absorb(after, hessian.astype(np.float64))
         narrow = [np.asarray(a).astype(dtype) for a in (new, *after)]
-    for state in narrow[1:]:
-        state[np.abs(state) < np.finfo(dtype).smallest_normal] = 0
-    return [
-        stored.format.encode(stored.flat(a), int(subkey(key, t - 1)[0]))
-        for stored, a, key in zip(operands, narrow, keys, strict=True)
-    ]
+    for stored, state in zip(operands[1:], narrow[1:], strict=True):
+        state[np.abs(state) < least_state(dtype, stored.format.dtype)] = 0
+    copies = [Stored.plain(copy) for copy in memory.mirrors]
+    keyed = [int(subkey(key, t - 1)[0]) for key in keys] + [0] * len(copies)
+    targets = zip([*operands, *copies], [*narrow, *[narrow[0]] * len(copies)], keyed, strict=True)
+    return [(stored, stored.format.encode(stored.flat(a), key)) for stored, a, key in targets]
 
 
 class ReferenceBackend:
@@ -67,9 +68,10 @@ class ReferenceBackend:
     ) -> bool:
         if not checked:
             return False
-        new = reference_step(rule, arrays, g, hessian, [0] * len(arrays), t=t, lr=lr)
+        memory = Memory(arrays[0], dict(zip(rule.states, arrays[1:], strict=True)))
+        new = reference_step(rule, memory, g, hessian, [0] * len(arrays), t=t, lr=lr)
         with deferred():
-            for stored, encoded in zip(arrays, new, strict=True):
+            for stored, encoded in new:
                 stored.write(encoded)
         return True
 
@@ -95,7 +97,7 @@ class ReferencePlan:
                 group = layout.groups[layout.group_of[k]]
                 results[k] = reference_step(
                     group.rule,
-                    layout.leaves[k].operands,
+                    layout.leaves[k],
                     g,
                     hessian[k] if hessian is not None else None,
                     layout.keys[k],
@@ -103,12 +105,8 @@ class ReferencePlan:
                     lr=float(layout.rates[layout.group_of[k]]),
                 )
         for k, new in results.items():
-            memory = layout.leaves[k]
-            for stored, encoded in zip(memory.operands, new, strict=True):
+            for stored, encoded in new:
                 stored.write(encoded)
-            for mirror in memory.mirrors:
-                plain, values = Stored.plain(mirror), memory.parameter.values
-                plain.write(plain.format.encode(plain.flat(values)))
             if layout.zero_grads:
                 grads[k][...] = 0
             layout.counters[k + 1] += 1
