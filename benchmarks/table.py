@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import fusedopt as fo
 from contenders import Contender, enter, fused, pytorch
 from measure import Times, interleaved
@@ -127,6 +129,22 @@ def cached(rounds: int) -> Iterator[Row]:
         yield speedup(where, times, "torch", 2.5)
 
 
+def decayed(rounds: int) -> Iterator[Row]:
+    """States that went through a million steps of zero gradients: none of them is a denormal."""
+    fresh, old = (Problem(tensors(1, 1000), rule_of("adamw")) for _ in range(2))
+    nothing = {name: np.zeros_like(g) for name, g in old.grads.items()}
+    for _ in range(1_000_000):
+        old.optimizer.step(nothing)
+    steps = {
+        "decayed": lambda: old.optimizer.step(nothing),
+        "fresh": lambda: fresh.optimizer.step(fresh.grads),
+    }
+    times = interleaved(steps, rounds)
+    target = "adamw, one tensor of 1000 after 10^6 zero gradients: time over a fresh one"
+    ratio = times.ratio("decayed", "fresh")
+    yield Row(target, ratio, 1.3, times.medians(), at_least=False)
+
+
 def imports(rounds: int) -> Iterator[Row]:
     """A fresh interpreter's `import fusedopt` against `import numpy`."""
 
@@ -142,7 +160,7 @@ def imports(rounds: int) -> Iterator[Row]:
 
 
 PARTS: dict[str, Callable[[int], Iterator[Row]]] = {
-    part.__name__: part for part in (gpt2, many_small, one_small, cached, imports)
+    part.__name__: part for part in (gpt2, many_small, one_small, cached, decayed, imports)
 }
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import fusedopt as fo
 
 from .storage import STATE_DTYPES
+from .verify import STORAGES
 
 try:
     import typer
@@ -61,6 +62,10 @@ def verify(
     backend: Annotated[
         list[str] | None, typer.Option(help=f"Repeatable; all without. {BACKENDS}")
     ] = None,
+    storage: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Repeatable; all without. One of {', '.join(STORAGES)}."),
+    ] = None,
     size: Annotated[int, typer.Option(min=1, help="Elements of each array.")] = 4201,
     steps: Annotated[int, typer.Option(min=1, help="Steps of each variant.")] = 3,
     seed: Annotated[int, typer.Option(min=0, help="Of the data.")] = 0,
@@ -70,10 +75,12 @@ def verify(
 
     Exit code 1 where an element leaves its bound.
 
-    Example: `fusedopt verify --rule adamw --size 100003`
+    Example: `fusedopt verify --rule adamw --storage dynamic8 --size 100003`
     """
     try:
-        checks = fo.verify(rule, backends=backend, size=size, steps=steps, seed=seed)
+        checks = fo.verify(
+            rule, backends=backend, storages=storage, size=size, steps=steps, seed=seed
+        )
     except (ValueError, RuntimeError) as error:
         _stop("verify", error)
     _print_checks(checks)

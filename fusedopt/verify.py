@@ -69,7 +69,7 @@ def compare(name: str, stored: Stored, reference: Bounded, key: int = 0) -> Wors
         # Towards each side, what the format makes of the bound there.
         bound = np.where(got > value, high - value, value - low)
         share = np.where(same | np.isinf(bound) & (bound > 0), 0.0, difference / bound)
-        share = np.where(np.isnan(share) | (share < 0), np.inf, share)
+        share = np.where(np.isnan(share) | (bound < 0), np.inf, share)
         if share.ndim > 1:  # candidates: the nearest counts
             nearest = np.argmin(share, axis=0)[None]
             share, value, bound, difference = (

@@ -36,6 +36,9 @@ def test_verify(tmp_path: Path) -> None:
     assert {row["rule"] for row in rows} == {"sgd", "lion"}
     assert all(row["passed"] and row["worst_share"] <= 1 for row in rows)
     assert result.output.count("ok") == len(rows)
+    chosen = run("verify", "--rule", "lion", "--storage", "dynamic8", "--json", str(file))
+    assert chosen.exit_code == 0, chosen.output
+    assert {row["storage"] for row in json.loads(file.read_text())} == {"dynamic8"}
 
 
 def test_verify_fails_loudly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,6 +53,9 @@ def test_verify_fails_loudly(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (("verify", "--rule", "sdg"), "got 'sdg'"),
         (("verify", "--backend", "gpu"), "got 'gpu'"),
+        (("verify", "--rule", "sgd", "--storage", "int8"), "'int8'"),
+        (("train", "--dtype", "float16"), "expected one of float32, bfloat16, got 'float16'"),
+        (("train", "--master", "split16"), "master: 'split16' is for bfloat16"),
         (("train", "--rule", "sdg"), "got 'sdg'"),
         (("train", "--steps", "0"), "steps"),
         (("train", "--data", "/nowhere/at/all.txt"), "/nowhere/at/all.txt"),

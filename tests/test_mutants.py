@@ -23,8 +23,9 @@ FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off
 
 
 class Mutant(NamedTuple):
-    """file: in csrc. old, new: what is changed, at its first occurrence. check: of a rule, by
-    `fo.verify`; or, with a leading "-k", by tests of test_exact.py.
+    """file: in csrc. old, new: what is changed, at its first occurrence. check: a rule and ways of
+    storage, by default the uncopied ones, for `fo.verify`; or, with a leading "-k", tests of
+    test_exact.py.
     """
 
     file: str
@@ -58,6 +59,29 @@ MUTANTS = {
         "driver.cpp", "at < to; at += TILE", "at + 1 < to || at == from; at += TILE",
         "-k gradients_of_the_other_dtype",
     ),
+    "a bfloat16 cut off": Mutant(
+        "codecs.hpp", "bits + 0x7fff + (bits >> 16 & 1)", "bits", "adamw bfloat16"
+    ),
+    "a float16 cut off": Mutant(
+        "codecs.hpp", "(magnitude - REBIAS + 0xfff + (magnitude >> 13 & 1)) >> 13",
+        "(magnitude - REBIAS) >> 13", "adamw float16",
+    ),
+    "other random bits": Mutant("codecs.hpp", "0x846ca68bu", "0x846ca68du", "adamw stochastic"),
+    "no compensation": Mutant(
+        "codecs.hpp", "finite ? x - stored : 0.0f", "0.0f", "sgd kahan"
+    ),
+    "half a master": Mutant(
+        "codecs.hpp", "low = static_cast<std::uint16_t>(value & 0xffffu);", "low = 0;",
+        "sgd split16",
+    ),
+    "another scale": Mutant(
+        "codecs.hpp", "LARGEST = 448", "LARGEST = 512", "momentum float8"
+    ),
+    "a decade too late": Mutant("codecs.hpp", "0.1 + 0.18 /", "0.11 + 0.18 /", "adamw dynamic8"),
+    "the last block's neighbour": Mutant(
+        "codecs.hpp", "for (std::size_t at = 0, k = 0; at < n; at += B::block, ++k)",
+        "for (std::size_t at = 0, k = 0; at < n; at += B::block)", "adamw dynamic4",
+    ),
 }  # fmt: skip
 
 # The core is put in place before the package asks for its own.
@@ -71,7 +95,9 @@ check = {check!r}
 if check.startswith("-k"):
     import pytest
     sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "test_exact.py", check]))
-checks = fo.verify([check], backends=["native"], isas=["baseline"])
+rule, *storages = check.split()
+storages = storages or ["float32", "float64"]
+checks = fo.verify([rule], backends=["native"], isas=["baseline"], storages=storages)
 print(*checks, sep="\\n")
 sys.exit(not all(c.passed for c in checks))
 """

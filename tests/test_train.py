@@ -189,6 +189,16 @@ def test_equal_seeds_give_equal_bits(small: dict[str, Any]) -> None:
     assert first.sample == again.sample
 
 
+def test_low_precision_learns(small: dict[str, Any]) -> None:
+    storage: dict[str, Any] = {"dtype": "bfloat16", "master": "split16", "state_dtype": "float8"}
+    setup = trainer.Setup.of(TrainOptions(**small, **storage))
+    assert {leaf.value.dtype.name for leaf in Tree(setup.params).leaves} == {"bfloat16"}
+    assert {leaf.value.dtype.name for leaf in Tree(setup.weights()).leaves} == {"float32"}
+    small["steps"] = 100
+    result = train(TrainOptions(**small, **storage), console()[0])
+    assert result.held_out_loss < result.held_out_losses[0][1] - 0.1
+
+
 def test_json_and_picture(small: dict[str, Any], tmp_path: Path) -> None:
     second = tmp_path / "second.json"
     result = train(TrainOptions(json=second, rule="lion", **small), console()[0])
