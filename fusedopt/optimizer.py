@@ -73,8 +73,8 @@ class Optimizer:
     "stochastic" (unbiased, also in quantised states; its bits depend on `seed`, the leaf's step and
     path, state and element alone), or "kahan", which compensates bfloat16 parameters. What masters
     are written to and copies are rounded to the nearest. An average such as v, rounded to the
-    nearest bfloat16 or float8, moves only where a step changes it by half a unit: take "stochastic"
-    with these. seed: a non-negative integer.
+    nearest bfloat16, moves only where a step changes it by half a unit: take "stochastic" there.
+    seed: a non-negative integer.
 
     backend: "auto", "native" or "reference". threads: at most so many, where the process may use
     more. verify: run every step on copies first, compare with the float64 reference, and commit
@@ -279,23 +279,29 @@ class Optimizer:
                         f"hessian: {leaf.label} is updated by {type(rule).__name__}, which takes"
                         " none; give None there"
                     )
-        if self._options.zero_grads:
-            given = self._tree.flatten(grads, "grads")
-            inputs = list(zip(self._labels("grads"), given, strict=True))
-            if estimates is not None:
-                inputs += zip(self._labels("hessian"), estimates, strict=True)
-            self._fit.check_exclusive(inputs, len(given))
-        number = self._plan.step(fitted, estimates, True)
-        if self._options.zero_grads and number is not None:
-            for g in given:
-                if g is not None:
-                    g[...] = 0  # where a copy was used, that was zeroed
+        if not self._options.zero_grads:
+            number = self._plan.step(fitted, estimates, True)
+        else:
+            number = self._zeroing_step(fitted, estimates, self._tree.flatten(grads, "grads"))
         if number is None:
             raise RuntimeError(
                 "the core refused arrays that passed the checks; if a parameter was resized, call"
                 " rebind(params), otherwise please report this"
             )
         return int(number)
+
+    def _zeroing_step(self, fitted: Any, estimates: Any, given: Sequence[Any]) -> Any:
+        inputs = list(zip(self._labels("grads"), given, strict=True))
+        if estimates is not None:
+            inputs += zip(self._labels("hessian"), estimates, strict=True)
+        self._fit.check_exclusive(inputs, len(given))
+        with deferred():
+            number = self._plan.step(fitted, estimates, True)
+            if number is not None:
+                for g in given:
+                    if g is not None:
+                        g[...] = 0  # where a copy was used, that was zeroed
+        return number
 
     def _fitted(self, tree: Any, what: str) -> list[np.ndarray | None]:
         values = self._tree.flatten(tree, what)
