@@ -98,7 +98,7 @@ def check_fields(value: Any) -> None:
     for field in fields(value):
         if field.init:
             where = f"{type(value).__name__}({field.name})"
-            checked = _check_field(where, kinds[field.name], getattr(value, field.name))
+            checked = check_field(where, kinds[field.name], getattr(value, field.name))
             object.__setattr__(value, field.name, checked)
 
 
@@ -107,7 +107,7 @@ def _kinds(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls, include_extras=True)
 
 
-def _check_field(where: str, annotation: Any, value: Any) -> Any:
+def check_field(where: str, annotation: Any, value: Any) -> Any:
     """`value` as the field's kind stores it; TypeError or ValueError where it does not fit."""
     if typing.get_origin(annotation) is Annotated:
         return typing.get_args(annotation)[1].accept(where, value)
