@@ -84,12 +84,8 @@ class Constant(Schedule):
 
 
 @dataclass(frozen=True)
-class Falling(Schedule):
-    """A warm-up, and what falls after it: base t / warmup, then base f(x).
-
-    x = (t - warmup) / (steps - warmup), at most 1, and f falls from 1 to `final`. steps: the step
-    at which it ends. warmup: steps, fewer than that. final: share of `base` in [0, 1).
-    """
+class _Falling(Schedule):
+    """A warm-up, and what falls from 1 to `final` times `base` between two steps after it."""
 
     steps: Count
     _: KW_ONLY
@@ -116,16 +112,19 @@ class Falling(Schedule):
 
     @abstractmethod
     def _fallen(self, x: float) -> float:
-        """f(x)."""
+        """What is left of `base` at a share of the way down."""
 
 
 @dataclass(frozen=True)
-class Linear(Falling):
+class Linear(_Falling):
     """A straight line, up and then down.
 
         t < warmup    base t / warmup
         else          base (final + (1 - final) (1 - x)),
                       x = min(1, (t - warmup) / (steps - warmup))
+
+    steps: the step at which it ends. warmup: fewer steps than that, not necessarily whole. final:
+    share of `base` in [0, 1).
 
     >>> lr = Linear(0.1, steps=10, warmup=2)
     >>> [round(lr(step), 6) for step in (1, 2, 6, 10, 11)]
@@ -137,14 +136,17 @@ class Linear(Falling):
 
 
 @dataclass(frozen=True)
-class Polynomial(Falling):
+class Polynomial(_Falling):
     """A power of the share of the steps that is left.
 
         t < warmup    base t / warmup
         else          base (final + (1 - final) (1 - x)^power),
                       x = min(1, (t - warmup) / (steps - warmup))
 
-    power: at least 0. Source: the "poly" policy of Chen et al. 2017 (DeepLab), section 4.1.
+    steps: the step at which it ends. warmup: fewer steps than that, not necessarily whole. final:
+    share of `base` in [0, 1). power: at least 0.
+
+    Source: the "poly" policy of Chen et al. 2017 (DeepLab).
 
     >>> lr = Polynomial(0.1, steps=10, power=2.0)
     >>> [round(lr(step), 6) for step in (1, 5, 10)]
@@ -160,12 +162,15 @@ class Polynomial(Falling):
 
 
 @dataclass(frozen=True)
-class Cosine(Falling):
+class Cosine(_Falling):
     """Half a wave of the cosine.
 
         t < warmup    base t / warmup
         else          base ((1 + final) / 2 + (1 - final) / 2 cos(pi x)),
                       x = min(1, (t - warmup) / (steps - warmup))
+
+    steps: the step at which it ends. warmup: fewer steps than that, not necessarily whole. final:
+    share of `base` in [0, 1).
 
     Source: Loshchilov & Hutter 2017 (SGDR), eq. (5), without restarts.
 
@@ -179,17 +184,18 @@ class Cosine(Falling):
 
 
 @dataclass(frozen=True)
-class WarmupStableDecay(Falling):
+class WarmupStableDecay(_Falling):
     """A warm-up, a plateau, and a fall in the last `decay` steps.
 
         t < warmup    base t / warmup
         else          base (final + (1 - final) d(x)),
                       x = (t - (steps - decay)) / decay, from 0 to 1
 
-    d by `form`: "linear" 1 - x, "cosine" (1 + cos(pi x)) / 2, "sqrt" 1 - sqrt(x). decay: steps,
-    which with those of the warm-up are at most `steps`.
+    d by `form`: "linear" 1 - x, "cosine" (1 + cos(pi x)) / 2, "sqrt" 1 - sqrt(x). steps: the step
+    at which it ends. warmup, decay: steps, together at most so many, not necessarily whole. final:
+    share of `base` in [0, 1).
 
-    Sources: Hu et al. 2024 (MiniCPM), section 4; the forms: Hagele et al. 2024, section 3.
+    Sources: Hu et al. 2024 (MiniCPM); the forms: Hagele et al. 2024.
 
     >>> lr = WarmupStableDecay(0.1, steps=10, warmup=2, decay=4)
     >>> [round(lr(step), 6) for step in (1, 2, 6, 8, 10)]
