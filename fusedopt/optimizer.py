@@ -354,8 +354,8 @@ class Optimizer:
         holds no hyperparameters; pickles and deep copies do.
 
         Raises TypeError for a name that no rule meant has or a value of the wrong kind, ValueError
-        for an unknown label, a value out of range, or one with which the states would not fit
-        (amsgrad), RuntimeError inside of `lookahead`; nothing has changed then.
+        for an unknown label, a value out of range, or one that the states (amsgrad) or parameters
+        do not fit, RuntimeError inside of `lookahead`; nothing has changed then.
         """
         self._adopt(with_hyperparameters(self._groups, label, hyperparameters))
 

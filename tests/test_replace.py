@@ -235,6 +235,15 @@ def test_nothing_changes_where_there_is_no_plan(monkeypatch: pytest.MonkeyPatch)
     assert_goes_on_as(opt, fo.AdamW(lr=0.1))
 
 
+def test_nothing_changes_where_a_parameter_does_not_fit() -> None:
+    opt = fo.Optimizer(np.ones((2, 2)), fo.Muon(lr=0.1))
+    with pytest.raises(ValueError, match=r"Muon\(split=3\) splits the first axis"):
+        opt.replace(split=3)
+    assert_goes_on_as(opt, fo.Muon(lr=0.1))
+    opt.replace(split=2)
+    assert_goes_on_as(opt, fo.Muon(lr=0.1, split=2))
+
+
 def test_not_inside_of_lookahead() -> None:
     opt = fo.Optimizer(np.ones(3), fo.Nesterov(lr=0.1, form="lookahead"))
     with opt.lookahead():
