@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import hessian
+from . import hessian, schedules
 from .estimate import Estimate, estimate
 from .functional import update
 from .optimizer import Optimizer, StepInfo
@@ -49,6 +49,7 @@ __all__ = [
     "hessian",
     "info",
     "orthogonalize",
+    "schedules",
     "set_isa",
     "set_threads",
     "update",

@@ -101,6 +101,14 @@ def train(
     lr: Annotated[
         float | None, typer.Option(help="Peak learning rate; the rule's own without.")
     ] = None,
+    schedule: Annotated[
+        str,
+        typer.Option(
+            help="Of the learning rate: cosine, constant, linear, polynomial, wsd (constant, then"
+            " down in the last fifth), onecycle or step. All but onecycle warm up in the first"
+            " twentieth of the steps."
+        ),
+    ] = "cosine",
     batch: Annotated[int, typer.Option(help="Windows of text in each update.")] = 8,
     seed: Annotated[int, typer.Option(help="Of parameters, batches and sample.")] = 0,
     out: Annotated[Path, typer.Option(help="Where the report goes.")] = Path("runs/train"),
@@ -131,6 +139,7 @@ def train(
             rule=rule,
             steps=steps,
             lr=lr,
+            schedule=schedule,
             batch=batch,
             seed=seed,
             out=out,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
@@ -13,9 +14,16 @@ import numpy as np
 from .arrays import Fit, check_apart, check_parameter, check_target, memory_order
 from .backends import Layout, get_backend
 from .checkpoint import Snapshot
-from .groups import RuleChoice, assign
+from .groups import (
+    RateChoice,
+    RuleChoice,
+    assign,
+    check_successor,
+    with_hyperparameters,
+    with_rates,
+)
 from .interrupts import deferred
-from .rules import Nesterov
+from .rules import Nesterov, Rule
 from .states import Memory
 from .storage import Master, Rounding, StateDtype, Storage, synchronize
 from .threads import check_threads
@@ -123,10 +131,7 @@ class Optimizer:
         self._tree = Tree(params)
         leaves = self._tree.leaves
         self._groups, self._group_of = assign(leaves, rule)
-        self._scheduled = any(callable(group.rule.lr) for group in self._groups)
         self._rates = np.zeros(len(self._groups))
-        if not self._scheduled:
-            self._set_rates(1)
         self._counters = np.zeros(1 + len(leaves), np.int64)
         parameters, copies = self._check_parameters(), self._check_copies()
         self._check_apart(parameters, copies)
@@ -205,6 +210,13 @@ class Optimizer:
         else:
             self._plan = self._backend.plan(layout)
         self._plan_step = self._plan.step
+        self._settle_rates()
+
+    def _settle_rates(self) -> None:
+        """What `step` needs to know of the rules' rates."""
+        self._scheduled = any(callable(group.rule.lr) for group in self._groups)
+        if not self._scheduled:
+            self._set_rates(1)
         # Of the usual optimizer, found once; 0 is as good as not found.
         self._only_rate = float(self._rates[0]) if len(self._groups) == 1 else 0.0
         # One native call guards itself, and is a whole; whatever more there is must be made so.
@@ -325,11 +337,54 @@ class Optimizer:
 
     @property
     def lr(self) -> float | dict[str, float]:
-        """The learning rate of the next step; with several rules a dict, as in `StepInfo`."""
+        """The learning rate of the next step; with several rules a dict, as in `StepInfo`.
+
+        Can be set, from the next step on, to a number or a schedule, or with several rules to a
+        mapping with all labels of that dict; errors as `replace` raises them. What is set is the
+        new base value of "independent" weight decay.
+        """
         if self._scheduled:
             rates = {g.label: g.rule.lr_at(self.step_count + 1) for g in self._groups}
             return next(iter(rates.values())) if len(rates) == 1 else rates
         return self._rates_by_label()
+
+    @lr.setter
+    def lr(self, lr: RateChoice) -> None:
+        self._adopt(with_rates(self._groups, lr))
+
+    def replace(self, label: str | None = None, /, **hyperparameters: Any) -> None:
+        """Other hyperparameters from the next step on: `opt.replace(weight_decay=0.05)`.
+
+        label: the pattern, or name of a rule as in `lr`, that alone is meant; without it each
+        hyperparameter goes to all rules that have it. States and counters stay. A `state_dict`
+        holds no hyperparameters; pickles and deep copies do.
+
+        Raises TypeError for a name that no rule meant has or a value of the wrong kind, ValueError
+        for an unknown label, a value out of range, or one that the states (amsgrad) or parameters
+        do not fit, RuntimeError inside of `lookahead`; nothing has changed then.
+        """
+        self._adopt(with_hyperparameters(self._groups, label, hyperparameters))
+
+    def _adopt(self, rules: Sequence[Rule]) -> None:
+        """Puts rules in the place of the groups' own, all of them or none."""
+        if self._shifted:
+            raise RuntimeError("hyperparameters inside of lookahead(): leave the context first")
+        old = self._groups
+        kept = [check_successor(group, rule) for group, rule in zip(old, rules, strict=True)]
+        with deferred():
+            self._groups = [replace(g, rule=rule) for g, rule in zip(old, rules, strict=True)]
+            try:
+                if all(kept):
+                    self._settle_rates()
+                else:
+                    self._prepare(self._check_parameters())
+            except BaseException:
+                self._groups = old
+                raise
+            if isinstance(self.rule, Rule):
+                self.rule = rules[0]
+            elif isinstance(self.rule, Mapping):
+                self.rule = dict(zip(self.rule, rules, strict=True))
 
     @property
     def step_count(self) -> int:
@@ -509,7 +564,8 @@ class Optimizer:
         # on sharing them; on its own, an optimizer takes its arrays along.
         if self._shifted:
             raise RuntimeError("an optimizer inside of lookahead() cannot be copied")
-        return _rebuild, (self.params, self.rule, self._options, self.state_dict())
+        rules = [group.rule for group in self._groups]  # those of a callable may be replaced
+        return _rebuild, (self.params, self.rule, self._options, rules, self.state_dict())
 
     def __copy__(self) -> Optimizer:
         raise TypeError(
@@ -526,7 +582,10 @@ def check_seed(seed: Any) -> int:
     return operator.index(seed)
 
 
-def _rebuild(params: Any, rule: Any, options: Options, state: dict[str, Any]) -> Optimizer:
+def _rebuild(
+    params: Any, rule: Any, options: Options, rules: Sequence[Rule], state: dict[str, Any]
+) -> Optimizer:
     optimizer = Optimizer(params, rule, **options._asdict())
+    optimizer._adopt(rules)
     optimizer.load_state_dict(state)
     return optimizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,7 @@ def test_verify_fails_loudly(monkeypatch: pytest.MonkeyPatch) -> None:
         (("train", "--master", "split16"), "master: 'split16' is for bfloat16"),
         (("train", "--rule", "sdg"), "got 'sdg'"),
         (("train", "--steps", "0"), "steps"),
+        (("train", "--schedule", "cos"), "schedule: expected one of cosine"),
         (("train", "--data", "/nowhere/at/all.txt"), "/nowhere/at/all.txt"),
     ],
 )
@@ -74,6 +76,12 @@ def test_module_and_help() -> None:
     for command in ("info", "verify", "train", "landscape", "race"):
         assert command in done.stdout
         assert "Example:" in run(command, "--help").output
+
+
+def test_help_names_the_schedules() -> None:
+    from fusedopt.train.recipes import SCHEDULES
+
+    assert set(re.findall(r"\w+", run("train", "--help").output)) >= set(SCHEDULES)
 
 
 def test_without_its_extras_the_command_says_what_to_install() -> None:

@@ -15,6 +15,7 @@ import pytest
 
 import fusedopt as fo
 from fusedopt.rules.base import correction, textbook_correction
+from hyperparameters import others
 
 ALL = list(fo.RULES.values())
 
@@ -203,18 +204,6 @@ def trajectory(rule: fo.Rule) -> list[bytes]:
         opt.step(g, hessian=g if rule.takes_hessian and t < 2 else None)
         bits.append(opt.fingerprint().encode())
     return bits
-
-
-def others(kind: Any, value: Any) -> list[Any]:
-    """Other legal values of a field."""
-    if isinstance(value, bool):
-        return [not value] + [a for a in typing.get_args(kind) if isinstance(a, str)]
-    if isinstance(value, str):
-        named = typing.get_origin(kind) is not typing.Literal  # of many; the examples vary these
-        return [] if named else [a for a in typing.get_args(kind) if a != value]
-    if isinstance(value, tuple):
-        return [(*value[:k], v / 2, *value[k + 1 :]) for k, v in enumerate(value)]
-    return [value + 1] if isinstance(value, int) else [value * 0.7 + 0.013]
 
 
 @pytest.mark.parametrize("cls", ALL)

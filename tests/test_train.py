@@ -19,8 +19,9 @@ import pytest
 from rich.console import Console
 
 import fusedopt as fo
+from fusedopt.schedules import Constant, Cosine
 from fusedopt.train import LEARNING_RATES, TrainOptions, gpt, report, steptime, text, train, trainer
-from fusedopt.train.recipes import WarmupCosine, recipe
+from fusedopt.train.recipes import SCHEDULES, recipe
 from fusedopt.trees import Tree
 
 WORDS = ["the", "a", "cat", "dog", "rat", "sat", "ran", "ate", "on", "past", "mat;", "vat.\n"]
@@ -133,14 +134,27 @@ def test_every_rule_has_a_learning_rate() -> None:
     assert set(LEARNING_RATES) == set(fo.RULES)
 
 
-def test_schedule_rises_and_falls() -> None:
-    schedule = WarmupCosine(2.0, 200)
-    rates = [schedule(step) for step in range(1, 201)]
-    assert rates[0] == pytest.approx(0.2, rel=1e-3)
-    assert int(np.argmax(rates)) == 9
-    assert rates[9] == pytest.approx(2.0, rel=0.01)
-    assert rates[-1] == pytest.approx(0.2)
-    assert WarmupCosine(2.0, 1)(1) == pytest.approx(0.2)
+@pytest.mark.parametrize("steps", [1, 7, 40, 1000])
+def test_the_default_schedule(steps: int) -> None:
+    schedule = SCHEDULES["cosine"](2.0, steps)
+    for t in range(1, steps + 1):
+        rising = min(1.0, 20 * t / steps)
+        falling = 0.55 + 0.45 * math.cos(math.pi * t / steps)
+        assert schedule(t) == pytest.approx(2.0 * rising * falling, rel=1e-15)
+    assert schedule(steps) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("steps", [1, 2, 7, 400])
+def test_schedules_rise_and_fall(name: str, steps: int) -> None:
+    schedule = SCHEDULES[name](2.0, steps)
+    rates = [schedule(t) for t in range(1, steps + 1)]
+    assert schedule.base == 2.0
+    assert all(0.0 <= rate <= 2.0 for rate in rates)
+    if steps == 400:
+        assert max(rates) == pytest.approx(2.0, rel=0.01)
+        assert 0 < rates[0] < 0.21
+        assert (rates[-1] == 2.0) if name == "constant" else (rates[-1] <= 0.2 + 1e-12)
 
 
 def test_recipe_of_rules_with_needs() -> None:
@@ -150,8 +164,10 @@ def test_recipe_of_rules_with_needs() -> None:
     rules = recipe("muon", 0.5, 10, tokens=48)
     muon, rest = rules["blocks.*.w"], rules["*"]
     assert isinstance(muon, fo.Muon)
-    assert muon.lr == WarmupCosine(0.5, 10)
-    assert rest == fo.AdamW(lr=WarmupCosine(LEARNING_RATES["adamw"], 10))
+    assert muon.lr == Constant(0.5, warmup=0.5) * Cosine(1.0, 10, final=0.1)
+    assert rest == fo.AdamW(lr=SCHEDULES["cosine"](LEARNING_RATES["adamw"], 10))
+    rules = recipe("muon", 0.5, 10, tokens=48, schedule="constant")
+    assert rules["*"].lr == Constant(LEARNING_RATES["adamw"], warmup=0.5)
 
 
 # Runs.
@@ -197,6 +213,17 @@ def test_low_precision_learns(small: dict[str, Any]) -> None:
     small["steps"] = 100
     result = train(TrainOptions(**small, **storage), console()[0])
     assert result.held_out_loss < result.held_out_losses[0][1] - 0.1
+
+
+def test_schedules_are_used(small: dict[str, Any]) -> None:
+    losses = {
+        name: train(TrainOptions(schedule=name, **small), console()[0]).train_losses
+        for name in ("cosine", "linear")
+    }
+    assert losses["cosine"][:2] != losses["linear"][:2]
+    record = json.loads((small["out"] / "run.json").read_text())
+    assert record["options"]["schedule"] == "linear"
+    assert "lr=Linear(base=0.002, steps=40, warmup=2.0, final=0.0)" in record["rules"]["*"]
 
 
 def test_json_and_picture(small: dict[str, Any], tmp_path: Path) -> None:
@@ -302,6 +329,7 @@ def test_comparing_steps_leaves_the_parameters_alone() -> None:
     ("options", "message"),
     [
         ({"rule": "adamax"}, "rule: expected one of sgd, .*muon, got 'adamax'"),
+        ({"schedule": "cos"}, "schedule: expected one of cosine, .*step, got 'cos'"),
         ({"steps": 0}, "steps: expected at least 1, got 0"),
         ({"batch": 0}, "batch: expected at least 1, got 0"),
         ({"seed": -1}, "seed: expected at least 0, got -1"),

@@ -47,6 +47,7 @@ class AdaGrad(Rule):
             {"decay": "decoupled"},
         ),
     }
+    settled = ("initial_accumulator",)
     examples = ({}, {"eps_root": 0.0, "eps": 1e-10, "lr_decay": 0.1, "initial_accumulator": 0.1})
 
     lr: LearningRate = 1e-2

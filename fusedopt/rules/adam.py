@@ -73,6 +73,7 @@ class Adam(Rule):
             {**_KERAS, "weight_decay": 0.0}, {"hat": True, "decay": "decoupled"}, _RAW
         ),
     }
+    settled = ("amsgrad",)
     examples = (
         {},
         {"eps_root": 1e-6},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from math import expm1, log
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 import numpy as np
 
 from ..arrays import check_parameter
-from .fields import LearningRate, NonNegative, Number, check_field
+from .fields import LearningRate, NonNegative, Number, check_fields
 
 if TYPE_CHECKING:
     from ..newton_schulz import Stack, Workspace
@@ -76,6 +75,8 @@ class Rule:
     takes_hessian: ClassVar[bool] = False
     examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
     """Hyperparameters that between them select every kernel and every branch of `scalars`."""
+    settled: ClassVar[tuple[str, ...]] = ()
+    """Hyperparameters that say what the states hold, so that no step may change them."""
 
     lr: LearningRate = 1e-2
     weight_decay: NonNegative = 0.0
@@ -83,11 +84,7 @@ class Rule:
     maximize: bool = False
 
     def __post_init__(self) -> None:
-        kinds = _kinds(type(self))  # type: ignore[arg-type]  # typeshed: a class is no Hashable
-        for field in fields(self):
-            where = f"{type(self).__name__}({field.name})"
-            value = check_field(where, kinds[field.name], getattr(self, field.name))
-            object.__setattr__(self, field.name, value)
+        check_fields(self)
         if self.decay == "independent" and callable(self.lr) and not hasattr(self.lr, "base"):
             raise ValueError(
                 f"{type(self).__name__}(decay): 'independent' divides lr by its base value, and the"
@@ -300,11 +297,6 @@ class Program:
         if op.loop == "peek":
             return "peek_l2" if self._decay == "l2" else "peek"
         return self._decay if op.loop == "rule" else "plain"
-
-
-@functools.cache
-def _kinds(cls: type[Rule]) -> dict[str, Any]:
-    return typing.get_type_hints(cls, include_extras=True)
 
 
 def correction(beta: float, t: int) -> float:

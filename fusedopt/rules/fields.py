@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 from ..coefficients import Row
@@ -86,6 +87,24 @@ Betas = Annotated[tuple[float, float], Numbers(2, Number(high=1.0))]
 QuinticSet = Annotated[str | Row | tuple[Row, ...], Quintics()]
 Count = Annotated[int, Number(low=1, integer=True)]
 LearningRate = Annotated[float | Schedule, Rate()]
+
+
+def check_fields(value: Any) -> None:
+    """Checks a frozen dataclass's own hyperparameters, and stores them as their kinds do.
+
+    TypeError or ValueError where one does not fit.
+    """
+    kinds = _kinds(type(value))  # type: ignore[arg-type]  # typeshed: a class is no Hashable
+    for field in fields(value):
+        if field.init:
+            where = f"{type(value).__name__}({field.name})"
+            checked = check_field(where, kinds[field.name], getattr(value, field.name))
+            object.__setattr__(value, field.name, checked)
+
+
+@functools.cache
+def _kinds(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
 
 
 def check_field(where: str, annotation: Any, value: Any) -> Any:

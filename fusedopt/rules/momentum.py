@@ -48,6 +48,7 @@ class Momentum(Rule):
             {"form": "heavy_ball", "decay": "decoupled"},
         ),
     }
+    settled = ("form",)
     examples = ({}, {"form": "heavy_ball"}, {"form": "buffer", "dampening": 0.3})
 
     lr: LearningRate = 1e-2

@@ -107,6 +107,7 @@ class Muon(Rule):
             {"scale": {"match_rms_adamw": "match_rms_adamw", "none": "none"}},
         ),
     }
+    settled = ("form",)
     examples = (
         {},
         {"nesterov": False, "scale": "match_rms_adamw"},

@@ -41,6 +41,7 @@ class Nesterov(Rule):
             {"form": "heavy_ball", "decay": "decoupled"},
         ),
     }
+    settled = ("form",)
     examples = ({}, {"form": "heavy_ball"}, {"form": "lookahead"})
 
     lr: LearningRate = 1e-2

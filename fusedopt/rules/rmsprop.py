@@ -73,6 +73,7 @@ class RMSProp(Rule):
             {"lr_in_buffer": True, "decay": "decoupled"},
         ),
     }
+    settled = ("initial_accumulator", "lr_in_buffer")
     examples = (
         {},
         {"eps_root": 0.0, "eps": 1e-8, "lr_decay": 0.1, "initial_accumulator": 1.0},

@@ -64,6 +64,7 @@ class Sophia(Rule):
             {"form": "paper", "estimator": "hutchinson", "bias_correction": True},
         ),
     }
+    settled = ("form", "estimator")
     examples = (
         {"bs": 100},
         {"form": "paper", "rho": 0.05, "eps": 1e-12, "bs": 100},

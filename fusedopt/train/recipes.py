@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from math import cos, pi
+from collections.abc import Callable
+from dataclasses import replace
 
 import fusedopt as fo
 
-# Peak learning rates, under `WarmupCosine`: of each rule the best on held-out text after 1000 steps
-# of the default model, seed 0, among values a factor of 2 (Adam, AdamW, Muon) or 3 apart. Three
-# times SGD's and ten times Nesterov's make the loss explode.
+from ..schedules import (
+    Constant,
+    Cosine,
+    Linear,
+    OneCycle,
+    Polynomial,
+    Schedule,
+    Step,
+    WarmupStableDecay,
+)
+
+# Peak learning rates, under the schedule "cosine": of each rule the best on held-out text after
+# 1000 steps of the default model, seed 0, among values a factor of 2 (Adam, AdamW, Muon) or 3
+# apart. Three times SGD's and ten times Nesterov's make the loss explode.
 LEARNING_RATES = {
     "sgd": 0.3,
     "momentum": 1.0,
@@ -28,32 +39,34 @@ LEARNING_RATES = {
 HESSIAN_EVERY = 10
 
 
-@dataclass(frozen=True)
-class WarmupCosine:
-    """A schedule: up to `base` in the first 5 % of `steps`, then a cosine to a tenth of it."""
-
-    base: float
-    steps: int
-
-    def __call__(self, step: int) -> float:
-        rising = min(1.0, 20 * step / self.steps)
-        falling = 0.55 + 0.45 * cos(pi * min(1.0, step / self.steps))
-        return self.base * rising * falling
-
-    def __str__(self) -> str:
-        return f"learning rate up to {self.base:g}"
+# From the peak learning rate and the steps of a run. The first twentieth of these warms up.
+SCHEDULES: dict[str, Callable[[float, int], Schedule]] = {
+    "cosine": lambda lr, steps: Constant(lr, warmup=steps / 20) * Cosine(1.0, steps, final=0.1),
+    "constant": lambda lr, steps: Constant(lr, warmup=steps / 20),
+    "linear": lambda lr, steps: Linear(lr, steps, warmup=steps / 20),
+    "polynomial": lambda lr, steps: Polynomial(lr, steps, warmup=steps / 20, power=2.0),
+    "wsd": lambda lr, steps: WarmupStableDecay(lr, steps, warmup=steps / 20, decay=steps / 5),
+    "onecycle": lambda lr, steps: OneCycle(lr, steps),
+    "step": lambda lr, steps: (
+        Constant(lr, warmup=steps / 20) * Step(1.0, every=-(-steps // 3), factor=0.1)
+    ),
+}
 
 
-def recipe(name: str, lr: float | None, steps: int, tokens: int) -> dict[str, fo.Rule]:
+def recipe(
+    name: str, lr: float | None, steps: int, tokens: int, schedule: str = "cosine"
+) -> dict[str, fo.Rule]:
     """Path pattern -> rule, for a run of `steps` batches of `tokens` tokens.
 
-    lr: the peak learning rate; None takes the table's. Muon gets the matrices of the blocks; the
-    embeddings, the head and all vectors then go to AdamW at its own rate of the table.
+    lr: the peak learning rate; None takes the table's. schedule: a name in `SCHEDULES`. Muon gets
+    the matrices of the blocks; the embeddings, the head and all vectors then go to AdamW at its
+    own rate of the table.
     """
-    rule = fo.RULES[name](lr=WarmupCosine(LEARNING_RATES[name] if lr is None else lr, steps))
+    shape = SCHEDULES[schedule]
+    rule = fo.RULES[name](lr=shape(LEARNING_RATES[name] if lr is None else lr, steps))
     if isinstance(rule, fo.Sophia):
         rule = replace(rule, bs=tokens)
     if isinstance(rule, fo.Muon):
-        rest = fo.AdamW(lr=WarmupCosine(LEARNING_RATES["adamw"], steps))
+        rest = fo.AdamW(lr=shape(LEARNING_RATES["adamw"], steps))
         return {"blocks.*.w": rule, "*": rest}
     return {"*": rule}

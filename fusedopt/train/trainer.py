@@ -21,7 +21,7 @@ from ..storage import Master, Rounding
 from ..trees import Tree
 from ..writable import claim_directory, claim_file
 from . import gpt, report, steptime, text
-from .recipes import HESSIAN_EVERY, recipe
+from .recipes import HESSIAN_EVERY, SCHEDULES, recipe
 from .report import Result, Status, say
 
 EVALUATIONS = 20  # per run, not counting the one before the first step
@@ -36,19 +36,21 @@ class TrainOptions:
 
     data: a UTF-8 text, None for the default one. rule: a name in `fo.RULES`. steps, batch:
     updates, and windows per update. lr: peak learning rate, None for `recipes.LEARNING_RATES`.
+    schedule: a name in `recipes.SCHEDULES`.
     context, layers, heads, width, tied: sizes, see `gpt.Config`. seed: of the parameters, batches
     and sample, at least 0. out: the directory for `run.json` and `loss.png`, made if it is not
     there; both are overwritten. json: a second place for the JSON. dtype: in which
     parameters are kept and gradients handed over, "float32" or "bfloat16"; the model computes in
     float32 all the same. state_dtype, master, rounding, backend, threads: of the optimizer; the
     threads of the model's products are NumPy's affair.
-    Raises ValueError for a number out of range or a rule or dtype that does not exist.
+    Raises ValueError for a number out of range or a rule, schedule or dtype that does not exist.
     """
 
     data: Path | None = None
     rule: str = "adamw"
     steps: int = 4000
     lr: float | None = None
+    schedule: str = "cosine"
     batch: int = 8
     context: int = 64
     layers: int = 2
@@ -68,6 +70,10 @@ class TrainOptions:
     def __post_init__(self) -> None:
         if self.rule not in fo.RULES:
             raise ValueError(f"rule: expected one of {', '.join(fo.RULES)}, got {self.rule!r}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(
+                f"schedule: expected one of {', '.join(SCHEDULES)}, got {self.schedule!r}"
+            )
         for name, least in (("steps", 1), ("batch", 1), ("context", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
@@ -157,7 +163,7 @@ class Setup:
         seeds = np.random.SeedSequence(options.seed).spawn(4)
         weights, places, labels, draws = map(np.random.default_rng, seeds)
         params = cast(gpt.init(weights, config), DTYPES[options.dtype])
-        rules = recipe(options.rule, options.lr, options.steps, options.tokens)
+        rules = recipe(options.rule, options.lr, options.steps, options.tokens, options.schedule)
         x, y = text.spread(corpus.held_out, HELD_OUT_WINDOWS, options.context)
         return cls(
             options=options,
@@ -310,7 +316,8 @@ def _announce(console: Console, setup: Setup) -> None:
         f" {config.context}; {setup.parameters:,} parameters",
     )
     for pattern, rule in setup.rules.items():
-        say(console, f"rule for {pattern}: {type(rule).__name__}, {rule.lr}")
+        peak = getattr(rule.lr, "base", rule.lr)
+        say(console, f"rule for {pattern}: {type(rule).__name__}, learning rate up to {peak:g}")
     say(console, f"bigram model: held-out loss {setup.bigram_loss:.3f} nats per character")
 
 
