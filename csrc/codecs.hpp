@@ -297,14 +297,14 @@ struct Dynamic {
   template <int... I>
   static std::uint32_t number(float y, std::integer_sequence<int, I...>) {
     constexpr float lowest = slope<FIRST>;
-    float steep = lowest;
-    std::uint32_t first = 1u << FIRST;
+    float steep = lowest, first = 1 << FIRST;
     ((steep = select(y >= threshold<FIRST + 1 + I>, slope<FIRST + 1 + I>, steep)), ...);
-    ((first += mask(y >= threshold<FIRST + 1 + I>) & (1u << (FIRST + I))), ...);
-    // Where the decade begins this is 0.2, in the lowest one above -1, at the end too much by 1.
-    const float place = y * steep - whole(first) * static_cast<float>(1.0 / 9.0);
-    const std::uint32_t rounded = truncated(place), last = first - 1;
-    const std::uint32_t found = first + (rounded < last ? rounded : last);
+    ((first = select(y >= threshold<FIRST + 1 + I>, 2 << (FIRST + I), first)), ...);
+    // Where the decade begins this is 0.2, at its end too much by 1. (Below the lowest decade it is
+    // negative, and the number that of a nothing.)
+    const float place = y * steep - first * static_cast<float>(1.0 / 9.0);
+    const float last = first - 0.5f;
+    const std::uint32_t found = truncated(first + (place < last ? place : last));
     const std::uint32_t all = mask(y >= ALL);
     return (found & ~all) | ((2u << TOP) & all);
   }

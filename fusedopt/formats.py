@@ -376,8 +376,8 @@ class Dynamic(Blocks):
         decade = np.searchsorted(self._thresholds, y, side="right") + self.first
         start = (2.0**decade).astype(np.float32)
         slope = (2.0**decade * 10.0 ** (self.top - decade) / 0.9).astype(np.float32)
-        place = (y * slope - start * np.float32(1.0 / 9.0)).astype(np.int32)
-        found = start.astype(np.int32) + np.minimum(place, start.astype(np.int32) - 1)
+        place = y * slope - start * np.float32(1.0 / 9.0)
+        found = (start + np.minimum(place, start - np.float32(0.5))).astype(np.int32)
         return np.where(y >= np.float32(1 - 0.225 / (1 << self.top)), 2 << self.top, found)
 
     def _at(self, places: Values) -> Values:
