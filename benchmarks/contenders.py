@@ -99,10 +99,10 @@ def optax(problem: Problem) -> Contender:
         step()
         for name, p in problem.params.items():
             p[...] = kept[0][name]
-        for k, name in enumerate(names):
-            found = module.tree_utils.tree_get(kept[1], name)
-            for leaf, array in zip(by_state[k], found.values(), strict=True):
-                leaf[...] = array
+        for k, state_name in enumerate(names):
+            found = module.tree_utils.tree_get(kept[1], state_name)
+            for name, leaf in zip(problem.params, by_state[k], strict=True):
+                leaf[...] = found[name]
 
     return Contender("optax", step, check)
 

@@ -121,7 +121,7 @@ def bench(
             _write(json, [{**vars(c), "verdict": c.verdict} for c in changes])
             raise typer.Exit(1 if slower(changes) else 0)
         options = BenchOptions(
-            rules=tuple(rule or fo.RULES),
+            rules=tuple(dict.fromkeys(rule or fo.RULES)),
             size=size,
             rounds=rounds,
             seconds=seconds,

@@ -59,7 +59,7 @@ def write(
         axes.tick_params(labelbottom=True)
     threads = machine["threads"]
     grid[-1, 0].set_xlabel(
-        "GB/s; at the right, the share of the limit\n"
+        "GB/s; at the right, fusedopt's share of the limit\n"
         f"{machine['processor']}, {threads} thread{'s' * (threads > 1)}",
         fontsize=SMALL,
     )
