@@ -272,7 +272,7 @@ def test_a_wrong_answer_is_not_timed(
     monkeypatch.setattr(fo.SGD, "scalars", lambda self, t, lr: (lr * 1.001,))
     result = quick("--rule", "sgd")
     assert result.exit_code == 1
-    assert "sampled elements are wrong" in result.output
+    assert "sampled elements are wrong" in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize(
@@ -387,7 +387,7 @@ def test_compare_knows_noise() -> None:
 def test_compare_says_what_differs_and_refuses_what_cannot_be(tmp_path: Path) -> None:
     other = Bench(status="finished", rows=result_of().rows[:1], machine={"isa": "y"}, starved=["s"])
     result = compared(tmp_path, result_of(), other)
-    for line in ("isa: x -> y", "STARVED, ", "1 cases are in one run only"):
+    for line in ("isa: x -> y", "STARVED, ", "in one run only: 1 case(s)"):
         assert line in result.output
     none = Bench(status="finished", rows=[], machine={}, starved=[])
     assert compared(tmp_path, result_of(), none).exit_code == 2
@@ -396,4 +396,4 @@ def test_compare_says_what_differs_and_refuses_what_cannot_be(tmp_path: Path) ->
         bad.write_text(text)
         result = CliRunner().invoke(app, ["bench", "--compare", str(bad), str(bad)])
         assert result.exit_code == 2
-        assert "expected what `fusedopt bench --json` writes" in result.output.replace("\n", " ")
+        assert "expected what `fusedopt bench --json` writes" in " ".join(result.output.split())

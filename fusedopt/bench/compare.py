@@ -96,7 +96,7 @@ def compare(first: Path, second: Path, console: Console) -> list[Change]:
                  " its own run's limit.")  # fmt: skip
     missing = {_key(row) for row in a.rows} ^ {_key(row) for row in b.rows}
     if missing:
-        say(console, f"{len(missing)} cases are in one run only.")
+        say(console, f"in one run only: {len(missing)} case(s)")
     slow = slower(found)
     say(console, f"{len(slow)} of fusedopt's times became longer beyond the noise.")
     return found
