@@ -1,24 +1,20 @@
-"""Who steps a problem: the limit, fusedopt in two ways, NumPy in two ways, PyTorch if installed.
+"""Who steps a problem: those of fusedopt/bench/contenders.py, a compiled limit, and optax.
 
-Each function takes a problem and returns a contender on the problem's own arrays. Threads: as many
-for each as fusedopt uses.
+The limit is limit.cpp's in place of NumPy's. optax takes part where it is installed.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 import fusedopt as fo
-import naive
+from fusedopt.bench import contenders as shared
+from fusedopt.bench.contenders import LIMIT, Contender, Entrants
+from fusedopt.bench.problems import Problem
 from limit import Sweep, check_sweep
-from problems import Problem, Step
 
 if fo.info()["backend"] != "native":
     raise RuntimeError(
@@ -28,157 +24,94 @@ if fo.info()["backend"] != "native":
     )
 
 
-@dataclass(frozen=True)
-class Contender:
-    """step: takes one step of the whole problem. check: takes the first, and asserts its answer."""
-
-    name: str
-    step: Step
-    check: Callable[[], None]
-
-
-def _contender(name: str, problem: Problem, step: Step) -> Contender:
-    return Contender(name, step, functools.partial(problem.check_first, step))
-
-
 def limit(problem: Problem) -> Contender:
     """The same reads and writes with next to no arithmetic; it leaves all values as they are."""
-    written = set(problem.written_states)
-    kept = set(range(len(problem.rule.states))) - written
-    sweep = Sweep(
-        [
-            ((g, *(states[k] for k in kept)), (p, *(states[k] for k in written)))
-            for p, g, states in problem.leaves
-        ],
-        fo.get_threads(),
-    )
+    traffic = problem.traffic
+    read, updated = map(len, traffic[0])
+    sweep = Sweep(traffic, fo.get_threads())
+    made = shared.idle(problem, sweep)
 
     def check() -> None:
-        check_sweep(1 + len(kept), 1 + len(written), problem.leaves[0].p.dtype, fo.get_threads())
-        before = problem.sample()
-        sweep()
-        np.testing.assert_array_equal(problem.sample(), before)
+        check_sweep(read, updated, problem.leaves[0].p.dtype, fo.get_threads())
+        made.check()
 
-    return Contender("limit", sweep, check)
+    return replace(made, check=check)
 
 
-def fused(problem: Problem) -> Contender:
-    """`Optimizer.step` with another dict of gradients in each step."""
-    step, grads = problem.optimizer.step, problem.grads
-    trees = itertools.cycle([dict(grads), dict(grads)])  # never the last step's
-    return _contender("fusedopt", problem, lambda: step(next(trees)))
-
-
-def functional(problem: Problem) -> Contender:
-    """`fusedopt.update`, for a problem of one tensor."""
-    ((p, g, states),) = problem.leaves
-    update, rule, steps = fo.update, problem.rule, itertools.count(1)
-    return _contender("fusedopt.update", problem, lambda: update(rule, next(steps), p, g, *states))
-
-
-def numpy(problem: Problem) -> Contender:
-    """Careful NumPy, for the rules of naive.py."""
-    one, rule, steps = naive.STEPS[problem.rule.name], problem.rule, itertools.count(1)
-    scratch = np.empty(max(leaf.p.size for leaf in problem.leaves), problem.leaves[0].p.dtype)
-    leaves = [(*leaf, scratch[: leaf.p.size].reshape(leaf.p.shape)) for leaf in problem.leaves]
-
-    def step() -> None:
-        t = next(steps)
-        for p, g, states, a in leaves:
-            one(rule, t, p, g, states, a)
-
-    return _contender("NumPy", problem, step)
-
-
-def textbook(problem: Problem) -> Contender:
-    """NumPy as one writes it down: the rule's reference, with a temporary for every operation."""
-    rule, steps = problem.rule, itertools.count(1)
-
-    def step() -> None:
-        t = next(steps)
-        for p, g, states in problem.leaves:
-            p[...], new = rule.reference(p, g, states, t=t, lr=rule.lr_at(t))
-            for state, value in zip(states, new, strict=True):
-                state[...] = value
-
-    return _contender("textbook", problem, step)
-
-
-# Of each rule PyTorch's class, its names for our states, and its fastest form on a CPU: fused
-# where it exists, else foreach.
-TORCH: dict[str, tuple[str, tuple[str, ...], Callable[[Any], dict[str, Any]]]] = {
-    "sgd": ("SGD", (), lambda rule: {"fused": True}),
-    "momentum": (
-        "SGD",
-        ("momentum_buffer",),
-        lambda rule: {"momentum": rule.momentum, "dampening": rule.dampening, "fused": True},
-    ),
-    "nesterov": (
-        "SGD",
-        ("momentum_buffer",),
-        lambda rule: {"momentum": rule.momentum, "nesterov": True, "fused": True},
-    ),
-    "adagrad": ("Adagrad", ("sum",), lambda rule: {"eps": rule.eps, "fused": True}),
-    "rmsprop": (
-        "RMSprop",
-        ("square_avg",),
-        lambda rule: {"alpha": rule.rho, "eps": rule.eps, "foreach": True},
-    ),
-    "adam": (
-        "Adam",
-        ("exp_avg", "exp_avg_sq"),
-        lambda rule: {"betas": rule.betas, "eps": rule.eps, "fused": True},
-    ),
+# Of each rule optax's function, its names for our states, and its arguments.
+OPTAX: dict[str, tuple[str, tuple[str, ...], Any]] = {
+    "sgd": ("sgd", (), lambda rule: {}),
+    "adam": ("adam", ("mu", "nu"), lambda rule: {"eps": rule.eps}),
     "adamw": (
-        "AdamW",
-        ("exp_avg", "exp_avg_sq"),
-        lambda rule: {"betas": rule.betas, "eps": rule.eps, "fused": True},
+        "adamw",
+        ("mu", "nu"),
+        lambda rule: {"eps": rule.eps, "weight_decay": rule.weight_decay},
     ),
+    "lion": ("lion", ("mu",), lambda rule: {"weight_decay": rule.weight_decay}),
 }
 
 
 @functools.cache
-def pytorch() -> Any:
-    """The module, or None where it is not installed."""
+def libraries() -> tuple[Any, Any]:
+    """jax and optax, or None twice where they are not installed."""
     try:
-        torch = importlib.import_module("torch")
+        return importlib.import_module("jax"), importlib.import_module("optax")
     except ImportError:
-        return None
-    torch.set_num_threads(fo.get_threads())
-    return torch
+        return None, None
 
 
-def torch(problem: Problem) -> Contender:
-    """PyTorch's optimizer in its fastest form on a CPU, for the rules of TORCH."""
-    module, rule = pytorch(), problem.rule
-    cls, names, arguments = TORCH[rule.name]
-    parameters = [module.from_numpy(leaf.p) for leaf in problem.leaves]
-    for parameter, leaf in zip(parameters, problem.leaves, strict=True):
-        parameter.grad = module.from_numpy(leaf.g)
-    optimizer = getattr(module.optim, cls)(
-        parameters, lr=rule.lr, weight_decay=rule.weight_decay, **arguments(rule)
+def optax(problem: Problem) -> Contender:
+    """optax, compiled, with its arrays given up to each step, for the float32 rules of OPTAX.
+
+    jax keeps its own arrays, which are these ones' copies; the check writes its answer back. It
+    takes as many threads as it likes.
+    """
+    jax, module = libraries()
+    rule: Any = problem.rule
+    function, names, arguments = OPTAX[rule.name]
+    betas = dict(zip(("b1", "b2"), getattr(rule, "betas", ()), strict=False))
+    transformation = getattr(module, function)(rule.lr, **betas, **arguments(rule))
+
+    def copy(k: int) -> Any:
+        return {n: jax.numpy.array(s) for n, s in zip(problem.params, by_state[k], strict=True)}
+
+    by_state = list(zip(*(leaf.states for leaf in problem.leaves), strict=True))
+    params, grads = ({n: jax.numpy.array(a) for n, a in tree.items()}
+                     for tree in (problem.params, problem.grads))  # fmt: skip
+    state = module.tree_utils.tree_set(
+        transformation.init(params), **{name: copy(k) for k, name in enumerate(names)}
     )
-    for parameter, leaf in zip(parameters, problem.leaves, strict=True):
-        optimizer.state[parameter] = {
-            "step": module.zeros((), dtype=module.float32),
-            **dict(zip(names, map(module.from_numpy, leaf.states), strict=True)),
-        }
-    return _contender("torch", problem, optimizer.step)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def one(params: Any, state: Any, grads: Any) -> Any:
+        updates, state = transformation.update(grads, state, params)
+        return module.apply_updates(params, updates), state
+
+    kept = [params, state]
+
+    def step() -> None:
+        kept[:] = jax.block_until_ready(one(*kept, grads))
+
+    def check() -> None:
+        problem.check(stepped_back)
+
+    def stepped_back() -> None:
+        step()
+        for name, p in problem.params.items():
+            p[...] = kept[0][name]
+        for k, state_name in enumerate(names):
+            found = module.tree_utils.tree_get(kept[1], state_name)
+            for name, leaf in zip(problem.params, by_state[k], strict=True):
+                leaf[...] = found[name]
+
+    return Contender("optax", step, check)
 
 
-def entrants(rule: str, tensors: int) -> dict[str, Callable[[Problem], Contender]]:
+def entrants(rule: str, tensors: int) -> Entrants:
     """Who can step so many tensors by this rule here, by the contender's name."""
-    able: dict[str, Callable[[Problem], Contender]] = {
-        "limit": limit,
-        "fusedopt": fused,
-        "textbook": textbook,
-    }
-    if tensors == 1:
-        able["fusedopt.update"] = functional
-    if rule in naive.STEPS:
-        able["NumPy"] = numpy
-    if rule in TORCH and pytorch() is not None:
-        able["torch"] = torch
+    able = shared.entrants(rule, tensors) | {LIMIT: limit}
+    if rule in OPTAX and all(libraries()):
+        able["optax"] = optax
     return able
 
 

@@ -18,78 +18,33 @@ from typing import Any
 import numpy as np
 
 import fusedopt as fo
-from contenders import pytorch
+from fusedopt.bench.contenders import pytorch
+from fusedopt.bench.formats import WAYS, Stored
+from fusedopt.bench.measure import interleaved
+from fusedopt.bench.problems import Array, gpt2_small, tensors
 from fusedopt.formats import BFLOAT16
 from limit import TILE, Streams
-from measure import interleaved
-from problems import Array, gpt2_small, tensors
 from table import machine
 
 RULE = fo.AdamW(lr=1e-4, weight_decay=0.1)
 IN_CACHE = 1 << 14
 
-
-@dataclass(frozen=True)
-class Way:
-    """Dtypes of parameters and gradients, and arguments of `Optimizer`. copy: with `copy_out`."""
-
-    parameter: Any = np.float32
-    gradient: Any = np.float32
-    options: Any = None
-    copy: bool = False
-
-
-LOW: dict[str, Any] = {"parameter": BFLOAT16, "gradient": BFLOAT16}
-WAYS = {
-    "float32": Way(),
-    "all bfloat16": Way(**LOW, options={"state_dtype": "bfloat16"}),
-    "all bfloat16, stochastic": Way(
-        **LOW, options={"state_dtype": "bfloat16", "rounding": "stochastic"}
-    ),
-    "all float16": Way(np.float16, np.float16, {"state_dtype": "float16"}),
-    "bfloat16, split16": Way(**LOW, options={"master": "split16"}),
-    "bfloat16, kahan": Way(**LOW, options={"rounding": "kahan"}),
-    "bfloat16, float32 masters": Way(**LOW, options={"master": "float32"}),
-    "float32, bfloat16 gradient and copy": Way(gradient=BFLOAT16, copy=True),
-    "float8 states": Way(options={"state_dtype": "float8"}),
-    "dynamic8 states": Way(options={"state_dtype": "dynamic8"}),
-    "dynamic4 states": Way(options={"state_dtype": "dynamic4"}),
-}
 # Shares of float32's time in cache (at most), and of the limit over GPT-2 small (at least).
 IN_CACHE_TARGETS = {"all bfloat16": 2.4, "float8 states": 3.7, "dynamic8 states": 5.5}
 LIMIT_TARGETS = {"float32, bfloat16 gradient and copy": 0.83}
 
 
-class Arrays:
-    """The arrays of one way to store, random and the same in each run."""
-
-    def __init__(self, way: Way, shapes: dict[str, tuple[int, ...]]) -> None:
-        rng = np.random.default_rng(0)
-
-        def draw(dtype: Any, scale: float) -> dict[str, Array]:
-            drawn = {}
-            for name, shape in shapes.items():
-                values = rng.standard_normal(shape, np.float32)
-                values *= scale
-                drawn[name] = values.astype(dtype)
-            return drawn
-
-        self.params, self.grads = draw(way.parameter, 0.02), draw(way.gradient, 1e-3)
-        copies = {name: p.astype(BFLOAT16) for name, p in self.params.items()} if way.copy else None
-        self.optimizer = fo.Optimizer(self.params, RULE, copy_out=copies, **(way.options or {}))
-        self.step = lambda: self.optimizer.step(self.grads)
-
-    def streams(self) -> Streams:
-        """The reads and writes of a step."""
-        leaves = []
-        for name, g in self.grads.items():
-            if g.size < 4096:  # their states are in float32: another pattern, and no weight
-                continue
-            memory, _ = self.optimizer.memory(name)
-            own = [a for stored in memory.operands for a in stored.arrays]
-            pattern = [(g, 0), *((a, 1) for a in own), *((a, 2) for a in memory.mirrors)]
-            leaves.append((g.size, [(a, _tile_bytes(a, g.size), kind) for a, kind in pattern]))
-        return Streams(leaves, fo.get_threads())
+def streams(stored: Stored) -> Streams:
+    """The reads and writes of a step."""
+    leaves = []
+    for name, g in stored.grads.items():
+        if g.size < 4096:  # their states are in float32: another pattern, and no weight
+            continue
+        memory, _ = stored.optimizer.memory(name)
+        own = [a for one in memory.operands for a in one.arrays]
+        pattern = [(g, 0), *((a, 1) for a in own), *((a, 2) for a in memory.mirrors)]
+        leaves.append((g.size, [(a, _tile_bytes(a, g.size), kind) for a, kind in pattern]))
+    return Streams(leaves, fo.get_threads())
 
 
 def _tile_bytes(a: Array, n: int) -> int:
@@ -122,11 +77,13 @@ class Row:
 def rows(rounds: int) -> Iterator[Row]:
     """Every way in turn with float32."""
     shapes = gpt2_small()
-    plain, small = Arrays(WAYS["float32"], shapes), Arrays(WAYS["float32"], tensors(1, IN_CACHE))
+    plain = Stored(WAYS["float32"], shapes, RULE)
+    small = Stored(WAYS["float32"], tensors(1, IN_CACHE), RULE)
     for name, way in WAYS.items():
-        arrays = plain if name == "float32" else Arrays(way, shapes)
-        streams = arrays.streams()
-        steps: dict[str, Callable[[], object]] = {"step": arrays.step, "limit": streams}
+        arrays = plain if name == "float32" else Stored(way, shapes, RULE)
+        arrays.check()
+        sweep = streams(arrays)
+        steps: dict[str, Callable[[], object]] = {"step": arrays.step, "limit": sweep}
         if name != "float32":
             steps["float32"] = plain.step
         if name in ("float32", "all bfloat16") and pytorch():
@@ -134,12 +91,12 @@ def rows(rounds: int) -> Iterator[Row]:
         times = interleaved(steps, rounds)
         threads = fo.get_threads()
         fo.set_threads(1)
-        cached = {"way": Arrays(way, tensors(1, IN_CACHE)).step, "float32": small.step}
+        cached = {"way": Stored(way, tensors(1, IN_CACHE), RULE).step, "float32": small.step}
         in_cache = interleaved(cached, rounds)
         fo.set_threads(threads)
         yield Row(
             name,
-            streams.bytes,
+            sweep.bytes,
             times.median("step"),
             times.median("limit"),
             times.median("torch") if "torch" in steps else None,
@@ -149,7 +106,7 @@ def rows(rounds: int) -> Iterator[Row]:
         )
 
 
-def torch_step(arrays: Arrays) -> Callable[[], object]:
+def torch_step(arrays: Stored) -> Callable[[], object]:
     """PyTorch's fused AdamW on copies of the same arrays, in the same dtype."""
     torch: Any = pytorch()
 
@@ -168,17 +125,9 @@ def torch_step(arrays: Arrays) -> Callable[[], object]:
 
 
 HEAD = (
-    *(
-        "stored",
-        "bytes",
-        "GPT-2 small",
-        "limit",
-        "of the limit",
-        "over float32",
-        "over torch fused",
-    ),
-    *("in cache, 1 core, per 8", "over float32", "1 core", "2", "8", "32"),
-)
+    "stored; bytes; GPT-2 small; limit; of the limit; over float32; over torch fused;"
+    " in cache, 1 core, per 8; over float32; 1 core; 2; 8; 32"
+).split("; ")
 
 
 def cells(row: Row, elements: int) -> Iterator[str]:

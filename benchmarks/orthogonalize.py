@@ -16,10 +16,10 @@ from typing import NamedTuple
 import numpy as np
 
 import fusedopt as fo
-from contenders import pytorch
+from fusedopt.bench.contenders import pytorch
+from fusedopt.bench.measure import Times, interleaved
+from fusedopt.bench.problems import Array, Step, gpt2_small
 from fusedopt.newton_schulz import Workspace, flops
-from measure import Times, interleaved
-from problems import Array, Step, gpt2_small
 
 STACKS = (
     (1, 768, 768),

@@ -1,46 +1,168 @@
-"""Every elementwise rule, at several sizes, by every contender: pytest-benchmark groups."""
+"""Steps by rule, size and contender, and by what else matters: pytest-benchmark groups.
+
+Every test checks its contender's answer on the arrays that it times. `extra_info` has the bytes
+that the step must move, GB/s, and the share of the limit, timed in turn with the step.
+"""
 
 from __future__ import annotations
 
+import functools
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
+import fusedopt as fo
 from contenders import enter, entrants
-from problems import Problem, Shapes, elementwise_rules, gpt2_block, gpt2_small, rule_of, tensors
+from formats import streams
+from fusedopt.bench.contenders import LIMIT, Contender
+from fusedopt.bench.formats import WAYS, Stored
+from fusedopt.bench.measure import PAUSE, interleaved
+from fusedopt.bench.problems import (
+    Problem,
+    Shapes,
+    elementwise_rules,
+    gpt2_block,
+    gpt2_small,
+    resnet50,
+    rule_of,
+    tensors,
+)
 
 PROBLEMS: dict[str, tuple[Shapes, type]] = {
-    "1 of 1000": (tensors(1, 1000), np.float32),
+    "tiny, 1 of 1000": (tensors(1, 1000), np.float32),
     "1 of 100000": (tensors(1, 100_000), np.float32),
     "1000 of 1000": (tensors(1000, 1000), np.float32),
-    "a GPT-2 block": (gpt2_block(), np.float32),
     "a GPT-2 block in float64": (gpt2_block(), np.float64),
+    "ResNet-50": (resnet50(), np.float32),
+    "large, 1 of 2^24": (tensors(1, 1 << 24), np.float32),
+    "GPT-2 small": (gpt2_small(), np.float32),
 }
+SLOW_FROM = 10_000_000
+"""Elements, from which the NumPy reference is left out: it would take minutes."""
+LIMIT_ROUNDS = 5
+MATRICES = {
+    "512 x 512": {"w": (512, 512)},
+    "12 of 256 x 256": {f"w{k}": (256, 256) for k in range(12)},
+}
+ADAMW = fo.AdamW(lr=1e-4, weight_decay=0.1)
 
 
-def test_gpt2_small_has_its_size() -> None:
-    sizes = [int(np.prod(shape)) for shape in gpt2_small().values()]
-    assert (len(sizes), sum(sizes)) == (148, 124_439_808)
+def elements(shapes: Shapes) -> int:
+    return sum(int(np.prod(shape)) for shape in shapes.values())
+
+
+def backends(shapes: Shapes) -> list[str]:
+    """Those that can be used here and take less than minutes."""
+    usable = [name for name, reason in fo.info()["backends"].items() if reason == "available"]
+    return [b for b in usable if b != "reference" or elements(shapes) < SLOW_FROM]
+
+
+def names(rule: str, problem: str) -> Iterator[tuple[str, str]]:
+    """Contenders with their backends."""
+    shapes, dtype = PROBLEMS[problem]
+    for name in entrants(rule, len(shapes)):
+        if name == "optax" and dtype is not np.float32:
+            continue  # jax has no float64 unless told to
+        for backend in backends(shapes) if name == "fusedopt" else ["native"]:
+            yield name, backend
+
+
+@functools.lru_cache(maxsize=1)
+def problem_of(name: str, rule: str, backend: str) -> Problem:
+    """One for all contenders in turn."""
+    shapes, dtype = PROBLEMS[name]
+    return Problem(shapes, rule_of(rule), dtype, backend)
+
+
+def run(
+    benchmark: Any, group: str, made: Contender, limit: Callable[[], object], moved: int, *,
+    asleep: bool = False,
+) -> None:  # fmt: skip
+    """Checks the contender's step, times it, and then the limit in turn with it."""
+    made.check()
+    benchmark.group = group
+    if asleep:
+        benchmark.pedantic(made.step, setup=lambda: time.sleep(PAUSE), rounds=15, iterations=1)
+    else:
+        benchmark(made.step)
+    benchmark.extra_info["bytes"] = moved
+    if benchmark.stats is not None:  # with --benchmark-disable there are none
+        speed = moved / benchmark.stats.stats.median
+        benchmark.extra_info["GB/s"] = round(speed / 1e9, 2)
+        times = interleaved({"step": made.step, "limit": limit}, LIMIT_ROUNDS, asleep=asleep)
+        benchmark.extra_info["share of the limit"] = round(times.ratio("limit", "step"), 3)
+
+
+def run_step(
+    benchmark: Any, group: str, problem: str, rule: str, name: str, backend: str, *,
+    asleep: bool = False,
+) -> None:  # fmt: skip
+    arrays = problem_of(problem, rule, backend)
+    made, limit = enter(arrays, name, LIMIT)
+    run(benchmark, group, made, limit.step, arrays.bytes_per_step, asleep=asleep)
+
+
+def test_the_lists_have_their_sizes() -> None:
+    sizes = [(len(shapes), elements(shapes)) for shapes in (gpt2_small(), resnet50())]
+    assert sizes == [(148, 124_439_808), (161, 25_557_032)]
 
 
 CASES = [
-    (tensors, rule, contender)
-    for tensors, (shapes, _) in PROBLEMS.items()
+    (problem, rule, *name)
+    for problem in PROBLEMS
     for rule in elementwise_rules()
-    for contender in entrants(rule, len(shapes))
+    for name in names(rule, problem)
 ]
+ADAMW_CASES = [case for case in CASES if case[1] == "adamw"]
+ARGUMENTS = ("problem", "rule", "contender", "backend")
 
 
-@pytest.mark.parametrize(("tensors", "rule", "contender"), CASES)
-def test_step(benchmark: Any, tensors: str, rule: str, contender: str) -> None:
-    shapes, dtype = PROBLEMS[tensors]
-    problem = Problem(shapes, rule_of(rule), dtype)
-    (made,) = enter(problem, contender)
-    made.check()
-    benchmark.group = f"{rule}, {tensors}"
-    benchmark(made.step)
-    benchmark.extra_info["bytes"] = problem.bytes_per_step
-    if benchmark.stats is not None:  # with --benchmark-disable there are none
-        speed = problem.bytes_per_step / benchmark.stats.stats.median
-        benchmark.extra_info["GB/s"] = round(speed / 1e9, 2)
+@pytest.mark.parametrize(ARGUMENTS, CASES)
+def test_step(benchmark: Any, problem: str, rule: str, contender: str, backend: str) -> None:
+    run_step(benchmark, f"{rule}, {problem}", problem, rule, contender, backend)
+
+
+@pytest.mark.parametrize(ARGUMENTS, ADAMW_CASES)
+def test_step_asleep(benchmark: Any, problem: str, rule: str, contender: str, backend: str) -> None:
+    group = f"{rule}, {problem}, threads asleep"
+    run_step(benchmark, group, problem, rule, contender, backend, asleep=True)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = fo.get_threads()
+    fo.set_threads(1)
+    yield
+    fo.set_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(ARGUMENTS, [case for case in ADAMW_CASES if case[2] != "optax"])
+def test_step_on_one_thread(
+    benchmark: Any, problem: str, rule: str, contender: str, backend: str
+) -> None:
+    run_step(benchmark, f"{rule}, {problem}, 1 thread", problem, rule, contender, backend)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shapes", ["ResNet-50", "GPT-2 small"])
+def test_format(benchmark: Any, shapes: str, way: str) -> None:
+    stored = Stored(WAYS[way], PROBLEMS[shapes][0], ADAMW)
+    made = Contender(way, stored.step, stored.check)
+    run(benchmark, f"adamw by format, {shapes}", made, streams(stored), stored.bytes_per_step)
+
+
+@pytest.mark.parametrize("shapes", MATRICES)
+@pytest.mark.parametrize("rule", [name for name in fo.RULES if name not in elementwise_rules()])
+@pytest.mark.parametrize("contender", ["fusedopt", "textbook"])
+def test_matrices(benchmark: Any, contender: str, rule: str, shapes: str) -> None:
+    stored = Stored(WAYS["float32"], MATRICES[shapes], rule_of(rule))
+    textbook = stored.textbook
+    made = {
+        "fusedopt": Contender(contender, stored.step, stored.check),
+        "textbook": Contender(contender, textbook, textbook),  # what the other is checked by
+    }[contender]
+    run(benchmark, f"{rule}, {shapes}", made, streams(stored), stored.bytes_per_step)

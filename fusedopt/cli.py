@@ -1,4 +1,4 @@
-"""The command line: `fusedopt info`, `verify`, `train`, `landscape`, `race`."""
+"""The command line: `fusedopt info`, `verify`, `bench`, `train`, `landscape`, `race`."""
 
 from __future__ import annotations
 
@@ -89,6 +89,59 @@ def verify(
     for check in failed:
         console.print(f"FAILED {check.rule}: {check.worst}, with {check.settings}", markup=False)
     raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def bench(
+    rule: Annotated[
+        list[str] | None, typer.Option(help=f"Repeatable; all without. {RULES}")
+    ] = None,
+    size: Annotated[int, typer.Option(help="Elements of the large tensor.")] = 1 << 24,
+    rounds: Annotated[int, typer.Option(help="Samples of each time, at most.")] = 15,
+    seconds: Annotated[float, typer.Option(help="Of measuring, in all.")] = 40.0,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of every contender.")] = None,
+    out: Annotated[Path, typer.Option(help="Where the report goes.")] = Path("runs/bench"),
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(metavar="A B", help="Measure nothing; compare two runs' JSON files."),
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Measure this machine's steps against its memory, NumPy, and PyTorch where it is installed.
+
+    In about a minute: every rule over one large tensor, storage formats, small tensors. Writes
+    `bench.json` and `roofline.png` into the directory. Ctrl-C ends it with what it has, and exit
+    code 130; exit code 1 where a step gives a wrong answer, or, with --compare, where a step of
+    fusedopt became slower beyond the noise.
+
+    Example: `fusedopt bench --rule adamw --rule lion --seconds 10 --out runs/new`, and then
+    `fusedopt bench --compare runs/old/bench.json runs/new/bench.json`
+    """
+    from .bench import BenchOptions  # brings in matplotlib
+    from .bench import bench as run
+    from .bench import compare as show
+    from .bench.compare import slower
+
+    try:
+        if compare is not None:
+            changes = show(*compare, console)
+            _write(json, [{**vars(c), "verdict": c.verdict} for c in changes])
+            raise typer.Exit(1 if slower(changes) else 0)
+        options = BenchOptions(
+            rules=tuple(dict.fromkeys(rule or fo.RULES)),
+            size=size,
+            rounds=rounds,
+            seconds=seconds,
+            out=out,
+            threads=threads,
+            json=json,
+        )
+        result = run(options, console)
+    except fo.VerificationError as error:
+        _stop("bench", error, 1)
+    except (OSError, ValueError) as error:
+        _stop("bench", error)
+    raise typer.Exit(INTERRUPTED if result.status == "interrupted" else 0)
 
 
 @app.command()
@@ -235,9 +288,9 @@ def race(
     raise typer.Exit(INTERRUPTED if result.status == "interrupted" else 0)
 
 
-def _stop(command: str, error: Exception) -> NoReturn:
+def _stop(command: str, error: Exception, code: int = 2) -> NoReturn:
     console.print(f"fusedopt {command}: {error}", markup=False)
-    raise typer.Exit(2) from None
+    raise typer.Exit(code) from None
 
 
 def _lines(key: str, value: Any) -> list[str]:

@@ -57,6 +57,12 @@ def test_verify_fails_loudly(monkeypatch: pytest.MonkeyPatch) -> None:
         (("verify", "--rule", "sgd", "--storage", "int8"), "'int8'"),
         (("train", "--dtype", "float16"), "expected one of float32, bfloat16, got 'float16'"),
         (("train", "--master", "split16"), "master: 'split16' is for bfloat16"),
+        (("bench", "--rule", "sdg"), "got 'sdg'"),
+        (("bench", "--size", "7"), "size: expected at least 8, got 7"),
+        (("bench", "--rounds", "2"), "rounds: expected at least 3, got 2"),
+        (("bench", "--seconds", "0"), "seconds: expected more than 0, got 0"),
+        (("bench", "--out", "/dev/null/x"), "--out /dev/null/x"),
+        (("bench", "--compare", "/nowhere/a.json", "/nowhere/b.json"), "/nowhere/a.json"),
         (("train", "--rule", "sdg"), "got 'sdg'"),
         (("train", "--steps", "0"), "steps"),
         (("train", "--schedule", "cos"), "schedule: expected one of cosine"),
@@ -73,7 +79,7 @@ def test_module_and_help() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "fusedopt", "--help"], capture_output=True, text=True, check=True
     )
-    for command in ("info", "verify", "train", "landscape", "race"):
+    for command in ("info", "verify", "bench", "train", "landscape", "race"):
         assert command in done.stdout
         assert "Example:" in run(command, "--help").output
 

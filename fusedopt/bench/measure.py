@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Mapping
 
-from problems import Step
+from .problems import Step
 
 PAUSE = 0.02
 """Seconds before each sample: runtimes let their threads spin for some milliseconds after a call,
 and would take the processor from the next contender."""
 SAMPLE = 0.05
 """Seconds that a sample of a short step takes at least, of many calls."""
+FEWEST = 3
+"""Rounds, however long they take."""
 
 
 class Times:
@@ -38,16 +41,22 @@ class Times:
         return statistics.median(x - y for x, y in pairs)
 
 
-def interleaved(steps: Mapping[str, Step], rounds: int, *, asleep: bool = False) -> Times:
+def interleaved(
+    steps: Mapping[str, Step], rounds: int, *, asleep: bool = False, within: float = math.inf
+) -> Times:
     """Times every contender once in each of the rounds, and begins each round with another.
 
     asleep: time a single call after a pause, when all threads sleep; otherwise an untimed call
-    wakes the contender's own threads, and a short step is timed over many calls.
+    wakes the contender's own threads, and a short step is timed over many calls. within: seconds
+    after which no further round begins, if there were `FEWEST`.
     """
+    start = time.perf_counter()
     calls = {name: 1 if asleep else _calls(step) for name, step in steps.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
     for k in range(rounds):
+        if k >= FEWEST and time.perf_counter() - start > within:
+            break
         first = k % len(names)
         for name in names[first:] + names[:first]:
             step = steps[name]

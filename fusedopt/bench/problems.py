@@ -10,6 +10,8 @@ import numpy.typing as npt
 
 import fusedopt as fo
 
+from .memory import Traffic
+
 Array = npt.NDArray[Any]
 Shapes = Mapping[str, tuple[int, ...]]
 Step = Callable[[], object]
@@ -43,6 +45,32 @@ def gpt2_small() -> dict[str, tuple[int, ...]]:
     return shapes | {"ln_f.w": (768,), "ln_f.b": (768,)}
 
 
+def resnet50() -> dict[str, tuple[int, ...]]:
+    """The 161 parameters of ResNet-50 (He et al. 2015, table 1), 25.6 million elements.
+
+    A convolution has no bias; the normalisation after it has a scale and a shift.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def convolution(name: str, out: int, into: int, side: int) -> None:
+        shapes[f"{name}.w"] = (out, into, side, side)
+        shapes[f"{name}.scale"] = shapes[f"{name}.shift"] = (out,)
+
+    convolution("stem", 64, 3, 7)
+    into = 64
+    for stage, blocks in enumerate((3, 4, 6, 3)):
+        width = 64 << stage
+        for block in range(blocks):
+            name = f"{stage}.{block}"
+            convolution(f"{name}.reduce", width, into, 1)
+            convolution(f"{name}.middle", width, width, 3)
+            convolution(f"{name}.expand", 4 * width, width, 1)
+            if block == 0:
+                convolution(f"{name}.shortcut", 4 * width, into, 1)
+            into = 4 * width
+    return shapes | {"head.w": (1000, into), "head.b": (1000,)}
+
+
 def tensors(count: int, size: int) -> dict[str, tuple[int, ...]]:
     """So many vectors of one size."""
     return {f"t{k}": (size,) for k in range(count)}
@@ -70,14 +98,24 @@ class Leaf(NamedTuple):
     states: tuple[Array, ...]
 
 
+def moved(traffic: Traffic) -> int:
+    """Bytes: what is updated is read and written."""
+    return sum(
+        sum(a.nbytes for a in read) + 2 * sum(a.nbytes for a in updated)
+        for read, updated in traffic
+    )
+
+
 class Problem:
     """Parameters, gradients and states of one rule; every contender steps these very arrays.
 
-    shapes: by name. dtype: float32 or float64, of everything. The states are those that `optimizer`
-    made. All values are random, the same in each run, and none is near a denormal.
+    shapes: by name. dtype: float32 or float64, of everything. backend: of `optimizer`, which made
+    the states. All values are random, the same in each run, and none is near a denormal.
     """
 
-    def __init__(self, shapes: Shapes, rule: fo.Rule, dtype: type = np.float32) -> None:
+    def __init__(
+        self, shapes: Shapes, rule: fo.Rule, dtype: type = np.float32, backend: str = "auto"
+    ) -> None:
         rng = np.random.default_rng(0)
 
         def normal() -> dict[str, Array]:
@@ -85,7 +123,7 @@ class Problem:
 
         self.rule = rule
         self.params, self.grads = normal(), normal()
-        self.optimizer = fo.Optimizer(self.params, rule)
+        self.optimizer = fo.Optimizer(self.params, rule, backend=backend)
         self.leaves = [
             Leaf(p, self.grads[name], tuple(self.optimizer.state[name].values()))
             for name, p in self.params.items()
@@ -102,23 +140,37 @@ class Problem:
         return [k for k, (a, b) in enumerate(zip(states, new, strict=True)) if a is not b]
 
     @property
+    def elements(self) -> int:
+        """Of all parameters together."""
+        return sum(leaf.p.size for leaf in self.leaves)
+
+    @property
+    def traffic(self) -> list[tuple[list[Array], list[Array]]]:
+        """Of each tensor the arrays that a step only reads, and those that it reads and writes."""
+        written = set(self.written_states)
+        kept = set(range(len(self.rule.states))) - written
+        return [
+            ([g, *(states[k] for k in sorted(kept))], [p, *(states[k] for k in sorted(written))])
+            for p, g, states in self.leaves
+        ]
+
+    @property
     def bytes_per_step(self) -> int:
         """What a step must read and write: each array once, and twice where it changes."""
-        passes = 3 + len(self.rule.states) + len(self.written_states)
-        return passes * sum(leaf.p.nbytes for leaf in self.leaves)
+        return moved(self.traffic)
 
     def sample(self) -> list[Array]:
         """Every so manieth element of parameters, gradients and each state, in float64."""
         # Odd, so that all lanes of a vector are seen.
-        stride = sum(leaf.p.size for leaf in self.leaves) // SAMPLES | 1
+        stride = self.elements // SAMPLES | 1
         arrays = zip(*((p, g, *states) for p, g, states in self.leaves), strict=True)
         return [
             np.concatenate([a.reshape(-1)[::stride].astype(np.float64) for a in same])
             for same in arrays
         ]
 
-    def check_first(self, step: Step) -> None:
-        """Takes a contender's first step; AssertionError where it is not what the rule says.
+    def check(self, step: Step, t: int = 1) -> None:
+        """Takes a contender's t-th step; VerificationError where it is not what the rule says.
 
         Every sampled element must agree with the rule's reference within the rounding of a few
         operations.
@@ -127,9 +179,10 @@ class Problem:
         step()
         p_new, g_new, *states_new = self.sample()
         expected, expected_states = self.rule.reference(
-            p, g, tuple(states), t=1, lr=self.rule.lr_at(1)
+            p, g, tuple(states), t=t, lr=self.rule.lr_at(t)
         )
-        np.testing.assert_array_equal(g_new, g, "the gradients changed")
+        if not np.array_equal(g_new, g):
+            raise fo.VerificationError(f"{self.rule.name}: the step changed the gradients")
         names = ("p", *self.rule.states)
         olds, news = (p, *states), (p_new, *states_new)
         eps = np.finfo(self.leaves[0].p.dtype).eps
@@ -139,7 +192,8 @@ class Problem:
             size, change = np.maximum(np.abs(old), np.abs(target)), np.abs(target - old)
             slack = eps * (4 * size + 64 * change)
             wrong = np.flatnonzero(~(np.abs(new - target) <= slack))
-            assert not wrong.size, (
-                f"{name}: {wrong.size} of {new.size} sampled elements are wrong, the first is"
-                f" {new[wrong[0]]!r} instead of {target[wrong[0]]!r}"
-            )
+            if wrong.size:
+                raise fo.VerificationError(
+                    f"{self.rule.name}, {name}: {wrong.size} of {new.size} sampled elements are"
+                    f" wrong, the first is {new[wrong[0]]!r} instead of {target[wrong[0]]!r}"
+                )
