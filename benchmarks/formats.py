@@ -125,9 +125,9 @@ def torch_step(arrays: Stored) -> Callable[[], object]:
 
 
 HEAD = (
-    "stored; bytes; GPT-2 small; limit; of the limit; over float32; over torch fused;"
-    " in cache, 1 core, per 8; over float32; 1 core; 2; 8; 32"
-).split("; ")
+    "stored", "bytes", "GPT-2 small", "limit", "of the limit", "over float32", "over torch fused",
+    "in cache, 1 core, per 8", "over float32", "1 core", "2", "8", "32",
+)  # fmt: skip
 
 
 def cells(row: Row, elements: int) -> Iterator[str]:
