@@ -23,7 +23,7 @@ from fusedopt.train.trainer import History, Setup, descend
 
 # What is accepted: how much worse than float32 a way's mean loss may be; None shows it only.
 WAYS: dict[str, tuple[dict[str, Any], float | None]] = {
-    "float32": ({}, 0.0),
+    "float32": ({}, None),
     "bfloat16 + split16": ({"dtype": "bfloat16", "master": "split16"}, 0.01),
     "bfloat16, stochastic": ({"dtype": "bfloat16", "rounding": "stochastic"}, 0.01),
     "all bfloat16, stochastic": (

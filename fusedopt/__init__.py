@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from . import hessian, schedules
+from typing import TYPE_CHECKING, Any
+
+from . import hessian
 from .estimate import Estimate, estimate
 from .functional import update
 from .optimizer import Optimizer, StepInfo
@@ -23,6 +25,9 @@ from .rules import (
 )
 from .runtime import get_isa, get_threads, info, set_isa, set_threads
 from .verify import VerificationError, verify
+
+if TYPE_CHECKING:
+    from . import schedules
 
 __version__ = "0.1.0"
 
@@ -55,3 +60,11 @@ __all__ = [
     "update",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "schedules":  # 8 ms of dataclasses, for those who use them
+        import importlib
+
+        return importlib.import_module(".schedules", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
