@@ -255,7 +255,8 @@ struct E4M3 {
   }
 };
 
-// No sign, 5 + 3 bits, no denormals: number 0 is zero, and nothing else becomes zero.
+// No sign, 5 + 3 bits, no denormals: number 0 is zero, and in a block that is not zero altogether
+// nothing else becomes zero.
 struct E5M3 : Unsigned {
   static constexpr int bits = 8, block = 256;
   static constexpr std::uint32_t least = 1, most = 255;
