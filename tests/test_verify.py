@@ -151,3 +151,14 @@ def test_a_wrong_decay_is_seen(decay: Any, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(fo.AdamW, "decay_line", wrong)
     rule = fo.AdamW(lr=0.5, weight_decay=0.5, decay=decay)
     assert one_step(rule, lambda after: None) > 1
+
+
+@pytest.mark.parametrize("name", [n for n in fo.RULES if n != "muon"])
+def test_squares_that_overflow_do_so_in_the_reference_too(name: str) -> None:
+    rng = np.random.default_rng(0)
+    g = (rng.standard_normal(1200) * 1e19).astype(np.float32)
+    for rule in variants(fo.RULES[name]):
+        # A variance about the mean is infinity less infinity there, in one order or the other.
+        if not getattr(rule, "centered", False):
+            p = np.ones(1200, np.float32)
+            fo.Optimizer(p, rule, verify=True).step(g)

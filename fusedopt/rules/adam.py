@@ -143,7 +143,7 @@ class Adam(Rule):
     ) -> tuple[Array, tuple[Array, ...]]:
         b1, b2 = self.betas
         m = b1 * states[0] + (1 - b1) * g
-        v = b2 * states[1] + (1 - b2) * g * g
+        v = b2 * states[1] + (1 - b2) * (g * g)
         c1 = c2 = c1_next = 1.0
         if self.bias_correction:
             c1, c2, c1_next = (

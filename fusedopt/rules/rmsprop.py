@@ -143,7 +143,7 @@ class RMSProp(Rule):
         rho, mu = self.rho, self.momentum
         lr_t = lr / (1 + (t - 1) * self.lr_decay)
         c = textbook_correction(rho, t) if self.bias_correction else 1.0
-        s["v"] = rho * s["v"] + (1 - rho) * g * g
+        s["v"] = rho * s["v"] + (1 - rho) * (g * g)
         w = s["v"] / c
         if self.centered:
             s["a"] = rho * s["a"] + (1 - rho) * g
