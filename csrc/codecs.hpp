@@ -62,10 +62,11 @@ struct BFloat16 {
   }
   template <class T>
   static Stored nearest(T x) {
-    const std::uint32_t bits = bits_of(static_cast<float>(x));
+    const float narrow = static_cast<float>(x);
+    const std::uint32_t bits = bits_of(narrow);
     const std::uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
-    const std::uint32_t nan = (bits & SIGN) | NOT_A_NUMBER;
-    return static_cast<Stored>(((bits & ~SIGN) > INFINITE ? nan : rounded) >> 16);
+    // One NaN for all: a sign for it would cost as much as the rounding.
+    return static_cast<Stored>((narrow != narrow ? NOT_A_NUMBER : rounded) >> 16);
   }
   // Away from zero with the probability that makes it unbiased; never from finite to infinite.
   template <class T>
