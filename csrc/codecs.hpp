@@ -383,19 +383,19 @@ inline std::uint32_t nearest_number(float x, float factor) {
   return kept & mask((bits_of(x) & ~SIGN) != 0);
 }
 
-// The same or the neighbour on the element's other side, with the probability that makes the mean
-// right; a neighbour that is not there is never taken.
+// Of the two values round an element the upper one with the probability that makes the mean right;
+// for the same random bits a larger element never becomes a smaller number.
 template <class B>
 inline std::uint32_t stochastic_number(float x, float factor, std::uint32_t random) {
   const std::uint32_t number = nearest_number<B>(x, factor);
-  const float y = float_of(bits_of(x * factor) & ~SIGN), value = B::value(number);
-  const std::uint32_t up = mask(y > value), down = mask(y < value);
-  const std::uint32_t other =
-      number + (mask(number < B::most) & up & 1u) - (mask(number > B::least) & down & 1u);
-  const float share = (y - value) / (B::value(other) - value);  // NaN where both are one
+  const float y = float_of(bits_of(x * factor) & ~SIGN);
+  const std::uint32_t above = mask(B::value(number) > y) & mask(number > B::least) & 1u;
+  const std::uint32_t lower = number - above, upper = lower + (mask(lower < B::most) & 1u);
+  const float least = B::value(lower);
+  const float share = (y - least) / (B::value(upper) - least);
   const float drawn = whole(random >> 8) * 5.9604644775390625e-8f;
-  const std::uint32_t moved = mask(drawn < share);
-  return (number & ~moved) | (other & moved);
+  const std::uint32_t up = mask(drawn < share);
+  return (lower & ~up) | (upper & up);
 }
 
 template <class B>

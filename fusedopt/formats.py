@@ -277,13 +277,13 @@ class Blocks(Format):
         return self._packed(codes.astype(np.uint8)), scales
 
     def _moved(self, numbers: Values, y: Values, key: int) -> Values:
-        """The numbers, or their neighbours on the elements' other sides, at random."""
-        values = self.values(numbers).astype(np.float32)
-        others = numbers + ((y > values) & (numbers < self.most))
-        others = others - ((y < values) & (numbers > self.least))
-        share = (y - values) / (self.values(others).astype(np.float32) - values)
+        """Of the numbers round the elements, from the nearest ones, either at random."""
+        lower = numbers - ((self.values(numbers) > y) & (numbers > self.least))
+        upper = lower + (lower < self.most)
+        least = self.values(lower).astype(np.float32)
+        share = (y - least) / (self.values(upper).astype(np.float32) - least)
         drawn = (random_bits(key, y.size) >> np.uint32(8)).astype(np.float32) * np.float32(2**-24)
-        return np.where(drawn < share, others, numbers)
+        return np.where(drawn < share, upper, lower)
 
     def span(self, low: Values, high: Values, data: np.ndarray, aux: Any, key: int) -> Any:
         n = low.size
@@ -448,7 +448,7 @@ STOCHASTIC = {dtype.name: Stochastic(dtype) for dtype in (BFLOAT16, FLOAT16)}
 SPLIT16, KAHAN = Split16(), Kahan()
 
 
-def _block_formats(random: bool) -> dict[str, tuple[Format, Format]]:
+def _block_formats(random: bool) -> dict[str, tuple[Blocks, Blocks]]:
     return {
         "float8": (E4M3(random), E5M3(random)),
         "dynamic8": (SignedDynamic(8, 256, random), UnsignedDynamic8(random)),
