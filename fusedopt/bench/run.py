@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 import fusedopt as fo
 
+from ..progress import progress
 from ..writable import claim_directory, claim_file
 from . import picture
 from .contenders import LIMIT, Contender, enter, pytorch
@@ -164,14 +164,7 @@ def bench(options: BenchOptions, console: Console) -> Bench:
 
 def _measure(options: BenchOptions, console: Console, rows: list[Row]) -> None:
     todo = list(cases(options))
-    bar = Progress(
-        BarColumn(10),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}"),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    )
+    bar = progress(console)
     group: list[Row] = []
     try:
         with bar:

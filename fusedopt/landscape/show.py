@@ -9,10 +9,10 @@ from pathlib import Path as File
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 import fusedopt as fo
 
+from ..progress import progress
 from ..writable import claim_directory, claim_file
 from .claims import Claim
 from .paths import Path
@@ -77,14 +77,7 @@ def show(
     if json_file is not None:
         claim_file("--json", json_file)
     done: list[Shown] = []
-    bar = Progress(
-        BarColumn(10),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}"),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    )
+    bar = progress(console)
     try:
         with bar:
             task = bar.add_task("", total=len(scenes))

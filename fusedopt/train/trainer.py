@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TimeRemainingColumn
 
 import fusedopt as fo
 
 from ..formats import BFLOAT16, FLOAT32
+from ..progress import progress
 from ..storage import Master, Rounding
 from ..trees import Tree
 from ..writable import claim_directory, claim_file
@@ -263,15 +264,7 @@ def _fit(console: Console, setup: Setup, history: History) -> Status:
     steps = setup.options.steps
     every = max(1, steps // EVALUATIONS)
     status: Status = "finished"
-    bar = Progress(
-        BarColumn(10),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    )
+    bar = progress(console, TimeRemainingColumn())
     try:
         with bar:
             _evaluate(console, setup, history)

@@ -1,0 +1,19 @@
+"""The progress bar of long commands."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn
+
+
+def progress(console: Console, *more: ProgressColumn) -> Progress:
+    """How much is done of how much, and what; `more` behind it. Nothing where no terminal is."""
+    return Progress(
+        BarColumn(10),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        *more,
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
