@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 import numpy as np
 
 from ..arrays import check_parameter
+from .elements import Element
 from .fields import LearningRate, NonNegative, Number, check_fields
 
 if TYPE_CHECKING:
@@ -46,15 +47,18 @@ class Operation:
     operands: names; "g" and "hessian" come anew with each step, "p" is the parameter, "work" the
     matrix between two phases, every other name a state. loop: what the loop around the kernel
     does: "rule" applies the delta, "peek" only writes it to the last operand, "other" is no rule.
-    needs: run only where this input was given.
+    needs: run only where this input was given. element: the kernel in Python (elements.py).
+    written: of a rule's states it writes the first so many; None: all.
     """
 
     kernel: str
     operands: tuple[str, ...]
     scalars: Callable[[int, float], tuple[float, ...]]
+    element: Element
     loop: Literal["rule", "peek", "other"] = "rule"
     phase: int = 0
     needs: Literal["hessian"] | None = None
+    written: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +160,11 @@ class Rule:
         """The struct's fields, folded in float64, for the leaf's t-th step (1 first)."""
         raise TypeError(f"{type(self).__name__} defines no scalars")
 
+    @property
+    def element(self) -> Element:
+        """The kernel in Python: (p, g, states, scalars) -> (delta, states), as in elements.py."""
+        raise TypeError(f"{type(self).__name__} defines no element")
+
     def textbook(
         self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float
     ) -> tuple[Array, tuple[Array, ...]]:
@@ -164,7 +173,8 @@ class Rule:
 
     def operations(self) -> tuple[Operation, ...]:
         """The program of one step."""
-        return (Operation(self.kernel, ("p", "g", *self.states), self.scalars),)
+        operands = ("p", "g", *self.states)
+        return (Operation(self.kernel, operands, self.scalars, self.element),)
 
     def every_operation(self) -> tuple[Operation, ...]:
         """Of the step, and of whatever else the rule runs."""

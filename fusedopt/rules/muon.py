@@ -25,8 +25,17 @@ from .base import (
     textbook_correction,
 )
 from .fields import Count, Fraction, LearningRate, NonNegative, QuinticSet, check_field
+from .momentum import Momentum
+from .nesterov import nesterov
 
 _SCALES = {"scale": {"original": "original", "match_rms_adamw": "match_rms_adamw"}}
+
+
+def muon(
+    p: float, g: float, m: float, o: float, mu: float, a: float, lr: float
+) -> tuple[float, float]:
+    m = mu * m + a * g
+    return lr * o, m
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,9 +209,11 @@ class Muon(Rule):
             "nesterov" if self.nesterov else "momentum",
             ("p", "g", "m", "work"),
             self._direction,
+            nesterov if self.nesterov else Momentum.element,
             loop="peek",
         )
-        commit = Operation("muon", ("p", "g", "m", "work"), self._commit, phase=1)
+        operands = ("p", "g", "m", "work")
+        commit = Operation("muon", operands, self._commit, muon, phase=1, written=1)
         return (direction, commit)
 
     @property

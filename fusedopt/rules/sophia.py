@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -17,7 +17,50 @@ from .base import (
     correction,
     textbook_correction,
 )
+from .elements import Element, clamp, maximum
 from .fields import Betas, Count, LearningRate, NonNegative
+
+
+def sophia(
+    p: float,
+    g: float,
+    m: float,
+    h: float,
+    b1: float,
+    one_b1: float,
+    lr: float,
+    gamma: float,
+    eps: float,
+    clip: float,
+    k: float,
+) -> tuple[float, float]:
+    m = b1 * m + one_b1 * g
+    return lr * clamp(k * m / (gamma * h + eps), clip), m
+
+
+def sophia_paper(
+    p: float,
+    g: float,
+    m: float,
+    h: float,
+    b1: float,
+    one_b1: float,
+    lr: float,
+    gamma: float,
+    eps: float,
+    clip: float,
+    k: float,
+) -> tuple[float, float]:
+    m = b1 * m + one_b1 * g
+    return lr * clamp(k * m / maximum(eps, gamma * h), clip), m
+
+
+def sophia_refresh_square(h: float, e: float, b2: float, k: float) -> float:
+    return b2 * h + k * (e * e)
+
+
+def sophia_refresh(h: float, e: float, b2: float, k: float) -> float:
+    return b2 * h + k * e
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +152,10 @@ class Sophia(Rule):
         k = 1.0 / correction(b1, t) if self.bias_correction else 1.0
         return b1, 1.0 - b1, lr, gamma, self.eps, self.clip, k
 
+    @property
+    def element(self) -> Element:
+        return sophia if self.form == "official" else sophia_paper
+
     def operations(self) -> tuple[Operation, ...]:
         b2 = self.betas[1]
         gnb = self.estimator == "gnb"
@@ -117,10 +164,12 @@ class Sophia(Rule):
             "sophia_refresh_square" if gnb else "sophia_refresh",
             ("h", "hessian"),
             lambda t, lr: (b2, k),
+            sophia_refresh_square if gnb else sophia_refresh,
             loop="other",
             needs="hessian",
         )
-        return (*super().operations(), refresh)
+        (step,) = super().operations()
+        return replace(step, written=1), refresh
 
     def absorb(self, states: tuple[Array, ...], hessian: Array) -> tuple[Array, ...]:
         m, h = states
