@@ -1,0 +1,134 @@
+"""Functions of the core's own types (csrc/table.h), compiled by Numba and kept on disk."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import CellType, CodeType, FunctionType
+from typing import Any
+
+import numba
+from numba import types
+from numba.core.errors import NumbaError
+
+POINTER = types.voidptr
+TILE_FUNCTION = types.void(types.CPointer(POINTER), POINTER, types.intp)
+DECODE = types.void(POINTER, POINTER, POINTER, types.intp)
+ENCODE = types.void(POINTER, POINTER, POINTER, types.intp, types.uint64)
+
+# NumPy's error model: with Python's, which raises, no loop with a division is vectorised. No
+# fastmath: it contracts, and takes approximate quotients.
+jit = numba.njit(error_model="numpy", nogil=True)
+
+
+@functools.cache
+def device(function: FunctionType) -> Any:
+    """A plain Python function, compiled, and with it the plain functions that it calls."""
+    return jit(with_compiled_callees(function, device))
+
+
+def with_compiled_callees(function: FunctionType, compiled: Callable[..., Any]) -> FunctionType:
+    """The function, with `compiled` of each plain function in its globals and closure."""
+
+    def replaced(value: Any) -> Any:
+        return compiled(value) if isinstance(value, FunctionType) else value
+
+    used = {name: replaced(value) for name, value in _globals(function)}
+    cells = tuple(CellType(replaced(cell.cell_contents)) for cell in function.__closure__ or ())
+    copy = FunctionType(
+        function.__code__, {**function.__globals__, **used}, function.__name__, None, cells
+    )
+    copy.__module__ = function.__module__
+    return copy
+
+
+def _globals(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """What a function uses of its module, nested functions included."""
+    codes = [function.__code__]
+    names: dict[str, None] = {}
+    while codes:
+        code = codes.pop()
+        names |= dict.fromkeys(code.co_names)
+        codes += [c for c in code.co_consts if isinstance(c, CodeType)]
+    known = function.__globals__
+    return ((name, known[name]) for name in sorted(names) if name in known)
+
+
+def _described(value: Any) -> Iterator[str]:
+    """Everything that decides what a value of a function's surroundings compiles to."""
+    if not isinstance(value, FunctionType):
+        yield repr(value)
+        return
+    code = value.__code__
+    yield f"{value.__name__} {code.co_code.hex()} {code.co_names} {code.co_varnames}"
+    yield from (repr(c) for c in code.co_consts if not isinstance(c, CodeType))
+    for name, used in _globals(value):
+        yield f"{name} ="
+        yield from _described(used)
+    for cell in value.__closure__ or ():
+        yield from _described(cell.cell_contents)
+
+
+def entry(signature: Any, source: str, namespace: Mapping[str, Any]) -> Any:
+    """The function `entry` that `source` defines, compiled as a C function of this signature.
+
+    namespace: constants, and plain functions, which are compiled too. The machine code is kept in
+    a cache directory, where one can be written to.
+    """
+    described = [source, sys.version, *(f"{k} = {d}" for k, v in namespace.items()
+                                        for d in _described(v))]  # fmt: skip
+    digest = hashlib.sha256("\n".join(described).encode()).hexdigest()[:24]
+    path = _written(digest, source)
+    globals_ = {
+        "__name__": __name__,  # by which Numba finds a module again for what it kept
+        "carray": numba.carray,
+        **{k: device(v) if isinstance(v, FunctionType) else v for k, v in namespace.items()},
+    }
+    exec(compile(source, str(path or f"<fusedopt {digest}>"), "exec"), globals_)
+    function = globals_["entry"]
+    if path is not None:
+        try:
+            return numba.cfunc(signature, error_model="numpy", cache=True)(function)
+        except NumbaError:
+            raise
+        except Exception:  # a full disk, no place to write to, a damaged file: do without
+            pass
+    return numba.cfunc(signature, error_model="numpy")(function)
+
+
+def _written(digest: str, source: str) -> Path | None:
+    """A file of this source under a name of its own, beside which Numba keeps its machine code."""
+    path = cache_directory() / f"{digest}.py"
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(f".{os.getpid()}")
+            part.write_text(source)
+            part.replace(path)
+    except OSError:
+        return None
+    return path
+
+
+def cache_directory() -> Path:
+    """Where compiled kernels are kept: NUMBA_CACHE_DIR, or the user's cache directory."""
+    chosen = os.environ.get("NUMBA_CACHE_DIR")
+    if chosen:
+        return Path(chosen) / "fusedopt"
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "fusedopt"
+
+
+def parameters_of(function: Callable[..., Any]) -> list[str]:
+    """The names of a function's parameters."""
+    return list(inspect.signature(function).parameters)
