@@ -84,9 +84,9 @@ class Optimizer:
     nearest bfloat16, moves only where a step changes it by half a unit: take "stochastic" there.
     seed: a non-negative integer.
 
-    backend: "auto", "native" or "reference". threads: at most so many, where the process may use
-    more. verify: run every step on copies first, compare with the float64 reference, and commit
-    only what agrees (`VerificationError` otherwise, also where parameters with masters were
+    backend: "auto", "native", "numba" or "reference". threads: at most so many, where the process
+    may use more. verify: run every step on copies first, compare with the float64 reference, and
+    commit only what agrees (`VerificationError` otherwise, also where parameters with masters were
     overwritten without `sync`).
 
     Raises TypeError for a value of the wrong kind, ValueError for one that does not fit,

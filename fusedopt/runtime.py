@@ -9,7 +9,7 @@ import numpy as np
 
 from .backends import BACKENDS, FORCED, check_registry, core
 from .environment import choice
-from .threads import available, check_threads
+from .threads import available, check_threads, in_use, use
 
 
 def get_isa() -> str:
@@ -34,7 +34,7 @@ def set_isa(name: str) -> None:
 
 def get_threads() -> int:
     """How many threads a step may use."""
-    return int(core.get_threads()) if core else 1
+    return in_use()
 
 
 def set_threads(n: int) -> None:
@@ -43,8 +43,13 @@ def set_threads(n: int) -> None:
     Raises TypeError or ValueError where n is no integer >= 1.
     """
     n = check_threads("set_threads", n)
+    _use(min(n, *available().values()))
+
+
+def _use(n: int) -> None:
+    use(n)
     if core:
-        core.set_threads(min(n, *available().values()))
+        core.set_threads(n)
 
 
 def info() -> dict[str, Any]:
@@ -82,9 +87,9 @@ def _processor() -> str:
 def _start() -> None:
     limits = available()
     forced = choice("FUSEDOPT_ISA", isas())
+    _use(min(limits.values()))
     if core:
         check_registry()
-        core.set_threads(min(limits.values()))
         if forced is not None:
             set_isa(forced)
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..rules import Rule
-from ..states import Memory
+from ..states import Memory, Stored
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,13 @@ class Layout:
     keys: Sequence[Sequence[int]]
     zero_grads: bool = False
     threads: int | None = None
+
+
+def single(rule: Rule, t: int, lr: float, arrays: Sequence[Stored]) -> Layout:
+    """That of one tensor's t-th step; arrays: its parameter, then its states."""
+    memory = Memory(arrays[0], dict(zip(rule.states, arrays[1:], strict=True)))
+    rates, counters = np.array([lr]), np.array([0, t - 1])
+    return Layout(0, [memory], [Group(rule.name, rule)], [0], rates, counters, [[0] * len(arrays)])
 
 
 class Plan(Protocol):

@@ -13,6 +13,9 @@ from numpy import float32 as f32
 from numpy import float64 as f64
 from numpy import uint32 as u32
 
+Float = Any
+"""A float32, or a float64 that is to be rounded to one."""
+
 Bits = Any
 """A uint32, or a uint64 with room for what is not cut off yet."""
 
@@ -23,7 +26,7 @@ LOW, TIES, HALFWAY = u32(0xFFFF), u32(0x7FFF), u32(0x8000)
 HALF = f32(0.5)
 
 
-def bits_of(x: float) -> Bits:
+def bits_of(x: Float) -> Bits:
     return np.float32(x).view(np.uint32)
 
 
@@ -35,7 +38,7 @@ def whole(x: Bits) -> Any:
     return f32(np.int32(x))
 
 
-def truncated(x: float) -> Bits:
+def truncated(x: Float) -> Bits:
     return u32(np.int32(x))
 
 
@@ -66,19 +69,19 @@ def random_bits(key: Any, i: Any) -> Bits:
 # ---------------------------------------------------------------- decode(code), encode(x, random)
 
 
-def decode_float32(x: float) -> Any:
+def decode_float32(x: Float) -> Any:
     return f32(x)
 
 
-def encode_float32(x: float, random: Bits) -> Any:
+def encode_float32(x: Float, random: Bits) -> Any:
     return f32(x)
 
 
-def decode_float64(x: float) -> Any:
+def decode_float64(x: Float) -> Any:
     return f64(x)
 
 
-def encode_float64(x: float, random: Bits) -> Any:
+def encode_float64(x: Float, random: Bits) -> Any:
     return f64(x)
 
 
@@ -86,14 +89,14 @@ def decode_bfloat16(code: Bits) -> Any:
     return float_of(u32(code) << N16)
 
 
-def encode_bfloat16(x: float, random: Bits) -> Bits:
+def encode_bfloat16(x: Float, random: Bits) -> Bits:
     narrow = f32(x)
     bits = bits_of(narrow)
     rounded = u32(bits + TIES + ((bits >> N16) & N1))
     return (NOT_A_NUMBER if narrow != narrow else rounded) >> N16
 
 
-def stochastic_bfloat16(x: float, random: Bits) -> Bits:
+def stochastic_bfloat16(x: Float, random: Bits) -> Bits:
     bits = bits_of(x)
     rounded = u32(bits + (random >> N16))
     stays = ((bits & INFINITE) == INFINITE) | ((rounded & INFINITE) == INFINITE)
@@ -126,7 +129,7 @@ def assembled16(bits: Bits, normal: Bits, denormal: Bits) -> Bits:
     return u32(code | ((bits >> N16) & HALFWAY))
 
 
-def encode_float16(x: float, random: Bits) -> Bits:
+def encode_float16(x: Float, random: Bits) -> Bits:
     bits = bits_of(x)
     magnitude = u32(bits & MAGNITUDE)
     normal = u32(magnitude - REBIAS16 + TIES16 + ((magnitude >> N13) & N1)) >> N13
@@ -134,7 +137,7 @@ def encode_float16(x: float, random: Bits) -> Bits:
     return assembled16(bits, u32(normal), denormal)
 
 
-def stochastic_float16(x: float, random: Bits) -> Bits:
+def stochastic_float16(x: Float, random: Bits) -> Bits:
     bits = bits_of(x)
     magnitude = u32(bits & MAGNITUDE)
     normal = u32(u32(magnitude - REBIAS16 + (random >> N19)) >> N13)
@@ -151,7 +154,7 @@ def decode_split16(high: Bits, low: Bits) -> Any:
     return float_of(u32(u32(u32(high) << N16) + u32(np.int32(np.int16(low)))))
 
 
-def encode_split16(x: float) -> tuple[Bits, Bits]:
+def encode_split16(x: Float) -> tuple[Bits, Bits]:
     bits = bits_of(x)
     value = u32((bits & SIGN) | NOT_A_NUMBER) if (bits & MAGNITUDE) > INFINITE else bits
     return u32(value + HALFWAY) >> N16, value & LOW
@@ -161,7 +164,7 @@ def decode_kahan(high: Bits, low: Bits) -> Any:
     return decode_bfloat16(high) + decode_bfloat16(low)
 
 
-def encode_kahan(x: float) -> tuple[Bits, Bits]:
+def encode_kahan(x: Float) -> tuple[Bits, Bits]:
     narrow = f32(x)
     high = encode_bfloat16(narrow, N0)
     stored = decode_bfloat16(high)

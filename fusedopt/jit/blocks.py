@@ -18,6 +18,7 @@ from .bits import (
     N8,
     SIGN,
     Bits,
+    Float,
     bits_of,
     float_of,
     random_bits,
@@ -71,7 +72,7 @@ def rounded20(bits: Bits) -> Bits:
     return u32(u32(bits + ROUND20 + ((bits >> N20) & N1)) >> N20)
 
 
-def e4m3_number(y: float) -> Bits:
+def e4m3_number(y: Float) -> Bits:
     magnitude = bits_of(y)
     normal = u32(rounded20(magnitude) - OFFSET43)
     denormal = u32(bits_of(y + SHIFTER43) - SHIFTER43_BITS)
@@ -92,7 +93,7 @@ def e4m3_number_of(code: Bits) -> tuple[Bits, Bits]:
     return u32(wide & MAGNITUDE8), u32(N0 - (wide >> N7))
 
 
-def e5m3_number(y: float) -> Bits:
+def e5m3_number(y: Float) -> Bits:
     near = rounded20(bits_of(y))
     return u32(near - OFFSET53) if near > OFFSET53 else N0
 
@@ -119,7 +120,7 @@ def dynamic(first: int, top: int) -> tuple[Callable[..., Any], Callable[..., Any
     almost_all, last_place = f32(1 - 0.225 / (1 << top)), u32(2 << top)
     count = top - first
 
-    def place(y: float) -> Bits:
+    def place(y: Float) -> Bits:
         steep, begin = slopes[0], begins[0]
         for k in range(count):
             higher = y >= thresholds[k]
@@ -147,7 +148,7 @@ def signed_dynamic(bits: int, block: int) -> Block:
     most = u32(middle + N1)
     sign_shift = u32(31)
 
-    def number(y: float) -> Bits:
+    def number(y: Float) -> Bits:
         return N0 if y < nearly_zero else place(y)
 
     def value(number: Bits) -> Any:
@@ -169,18 +170,16 @@ def signed_dynamic(bits: int, block: int) -> Block:
 def unsigned_dynamic8() -> Block:
     place, inside = dynamic(1, 7)
 
-    def number(y: float) -> Bits:
+    def number(y: Float) -> Bits:
         return u32(place(y) - N1)
 
     def value(number: Bits) -> Any:
         return f32(0) if number == N0 else inside(u32(number + N1))
 
-    return Block(
-        8, 256, 0, 1, 255, 1.0, 3.25e-7, number, value, plain_code, plain_number_of
-    )
+    return Block(8, 256, 0, 1, 255, 1.0, 3.25e-7, number, value, plain_code, plain_number_of)
 
 
-def dynamic4_number(y: float) -> Bits:
+def dynamic4_number(y: Float) -> Bits:
     sixteenths = truncated(y * SIXTEEN + HALF)
     return u32(min(max(sixteenths, N1), N16) - N1)
 
@@ -210,29 +209,31 @@ BLOCKS = {
 # ---------------------------------------------------------------- one element of a block
 
 
-def element_functions(b: Block) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+def element_functions(
+    b: Block,
+) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
     """decode(code, scale), and nearest and stochastic (x, factor, key, i) -> code."""
     least, most = u32(b.least), u32(b.most)
     number_of, value_of, nearest_to, code_of = b.number_of, b.value, b.number, b.code
 
-    def decode(code: Bits, scale: float) -> Any:
+    def decode(code: Bits, scale: Float) -> Any:
         number, negative = number_of(code)
         return float_of(bits_of(value_of(number)) | (negative & SIGN)) * scale
 
-    def nearest_number(x: float, y: float) -> Bits:
+    def nearest_number(x: Float, y: Float) -> Bits:
         number = nearest_to(y)
         if least == N0:
             return number
         return max(number, least) if (bits_of(x) & MAGNITUDE) != N0 else N0
 
-    def coded(number: Bits, x: float) -> Bits:
+    def coded(number: Bits, x: Float) -> Bits:
         return code_of(number, u32(N0 - (bits_of(x) >> u32(31))))
 
-    def nearest(x: float, factor: float, key: Any, i: int) -> Bits:
+    def nearest(x: Float, factor: Float, key: Any, i: int) -> Bits:
         y = float_of(bits_of(x * factor) & MAGNITUDE)
         return coded(nearest_number(x, y), x)
 
-    def stochastic(x: float, factor: float, key: Any, i: int) -> Bits:
+    def stochastic(x: Float, factor: Float, key: Any, i: int) -> Bits:
         y = float_of(bits_of(x * factor) & MAGNITUDE)
         number = nearest_number(x, y)
         lower = u32(number - N1) if (value_of(number) > y) & (number > least) else number

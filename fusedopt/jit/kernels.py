@@ -96,7 +96,7 @@ def _normal_or_zero(dtype: np.dtype, least: float | None = None) -> Any:
 
 # ---------------------------------------------------------------- codecs
 
-_PLAIN = {
+_PLAIN: dict[str, tuple[Any, Any, Any]] = {
     "float32": (np.float32, bits.decode_float32, bits.encode_float32),
     "float64": (np.float64, bits.decode_float64, bits.encode_float64),
     "bfloat16": (np.uint16, bits.decode_bfloat16, bits.encode_bfloat16),
@@ -104,7 +104,7 @@ _PLAIN = {
     "bfloat16_stochastic": (np.uint16, bits.decode_bfloat16, bits.stochastic_bfloat16),
     "float16_stochastic": (np.uint16, bits.decode_float16, bits.stochastic_float16),
 }
-_PAIRS = {
+_PAIRS: dict[str, tuple[Any, Any]] = {
     "split16": (bits.decode_split16, bits.encode_split16),
     "kahan": (bits.decode_kahan, bits.encode_kahan),
 }

@@ -1,0 +1,167 @@
+"""Parts -> leaves -> tiles -> programs: csrc/driver.cpp, compiled by Numba."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from ..formats import TILE
+from . import bits
+from .compiler import device
+
+MAX_OPERANDS = 12
+
+OPERAND = np.dtype(
+    [
+        ("data", np.uint64),
+        ("aux", np.uint64),  # beside it
+        ("decode", np.uint64),  # functions; 0: none, it has the compute type
+        ("encode", np.uint64),
+        ("bits", np.int64),  # of an element
+        ("aux_bytes", np.int64),  # of a tile
+        ("source", np.int64),  # the operand whose tile it stores; -1: its own
+        ("key", np.uint64),  # of this step's random bits
+    ]
+)
+"""One array of a leaf."""
+
+STEP = np.dtype(
+    [
+        ("run", np.uint64),
+        ("scalars", np.uint64),
+        ("count", np.int64),
+        ("operands", np.uint8, (MAX_OPERANDS,)),
+    ]
+)
+"""One operation on a tile."""
+
+LEAF = np.dtype(
+    [
+        ("start", np.int64),  # in the concatenation of all leaves
+        ("elements", np.int64),
+        ("operand", np.int64),  # its first
+        ("operands", np.int64),  # so many
+        ("step", np.int64),
+        ("steps", np.int64),
+        ("used", np.int64),  # operands, as bits
+        ("written", np.int64),
+    ]
+)
+
+
+@intrinsic
+def _call(typing: Any, address: Any, arguments: Any) -> Any:
+    """Calls the C function at an address with integers and addresses."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        word = ir.IntType(64)
+        kind = ir.FunctionType(ir.VoidType(), [word] * len(arguments))
+        function = builder.inttoptr(values[0], kind.as_pointer())
+        builder.call(function, [builder.extract_value(values[1], k) for k in range(len(arguments))])
+        return context.get_dummy_value()
+
+    return types.void(address, arguments), generate
+
+
+_subkey = device(bits.subkey)
+_compiled = njit(nogil=True, error_model="numpy")
+
+
+@_compiled
+def _at(operand: Any, element: int) -> Any:
+    return operand.data + np.uint64(element * operand.bits // 8)
+
+
+@_compiled
+def _run_step(step: Any, tile: Any, pointers: Any, n: int) -> None:
+    for k in range(step.count):
+        pointers[k] = tile[step.operands[k]]
+    _call(step.run, (np.uint64(pointers.ctypes.data), step.scalars, np.uint64(n)))
+
+
+@_compiled
+def _run_tiles(
+    leaf: Any,
+    operands: Any,
+    steps: Any,
+    low: int,
+    high: int,
+    scratch: Any,
+    tile: Any,
+    pointers: Any,
+) -> None:
+    """Elements [low, high) of a leaf: decode, the program, encode. low: the start of a tile."""
+    zero = np.uint64(0)
+    for at in range(low, high, TILE):
+        n, index = min(TILE, high - at), at // TILE
+        size = np.uint64(n)
+        for k in range(leaf.operands):
+            operand = operands[leaf.operand + k]
+            if not (leaf.used >> k) & 1:
+                continue
+            if operand.source >= 0:
+                tile[k] = tile[operand.source]
+            elif operand.decode != zero:
+                tile[k] = np.uint64(scratch.ctypes.data) + np.uint64(k * TILE * 8)
+                beside = operand.aux + np.uint64(index * operand.aux_bytes)
+                _call(operand.decode, (_at(operand, at), beside, tile[k], size))
+            else:
+                tile[k] = _at(operand, at)
+        for k in range(leaf.steps):
+            _run_step(steps[leaf.step + k], tile, pointers, n)
+        for k in range(leaf.operands):
+            operand = operands[leaf.operand + k]
+            if (leaf.written >> k) & 1 and operand.encode != zero:
+                beside = operand.aux + np.uint64(index * operand.aux_bytes)
+                key = _subkey(operand.key, np.uint64(index))
+                _call(operand.encode, (tile[k], _at(operand, at), beside, size, key))
+
+
+@_compiled
+def _run_leaf(
+    leaf: Any,
+    operands: Any,
+    steps: Any,
+    low: int,
+    high: int,
+    scratch: Any,
+    tile: Any,
+    pointers: Any,
+) -> None:
+    in_place = leaf.steps == 1
+    for k in range(leaf.operands):
+        operand = operands[leaf.operand + k]
+        tile[k] = _at(operand, low)
+        if (leaf.used >> k) & 1 and (operand.decode | operand.encode) != np.uint64(0):
+            in_place = False
+    if in_place:
+        _run_step(steps[leaf.step], tile, pointers, high - low)
+    else:
+        _run_tiles(leaf, operands, steps, low, high, scratch, tile, pointers)
+
+
+@_compiled
+def _cut(leaf: Any, position: Any) -> Any:
+    """Cuts fall on tiles of their leaf, so that no tile is shared between two threads."""
+    inside = min(max(position - leaf.start, 0), leaf.elements)
+    return inside if inside == leaf.elements else inside // TILE * TILE
+
+
+@njit(nogil=True, error_model="numpy", cache=True)
+def run_part(leaves: Any, operands: Any, steps: Any, part: int, parts: int) -> None:
+    """One of `parts` equal parts of all elements of the leaves."""
+    scratch = np.empty(MAX_OPERANDS * TILE, np.float64)
+    tile, pointers = np.empty(MAX_OPERANDS, np.uint64), np.empty(MAX_OPERANDS, np.uint64)
+    last = leaves[leaves.size - 1]
+    each, rest = divmod(last.start + last.elements, parts)
+    start = part * each + min(part, rest)
+    stop = start + each + (1 if part < rest else 0)
+    for k in range(leaves.size):
+        leaf = leaves[k]
+        low, high = _cut(leaf, start), _cut(leaf, stop)
+        if low < high:
+            _run_leaf(leaf, operands, steps, low, high, scratch, tile, pointers)
