@@ -15,6 +15,7 @@ from .rules import (
     AdaGrad,
     Adam,
     AdamW,
+    CustomRule,
     Lion,
     Momentum,
     Muon,
@@ -23,7 +24,7 @@ from .rules import (
     Rule,
     Sophia,
 )
-from .runtime import get_isa, get_threads, info, set_isa, set_threads
+from .runtime import get_isa, get_threads, info, set_isa, set_threads, warmup
 from .verify import VerificationError, verify
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ __all__ = [
     "AdaGrad",
     "Adam",
     "AdamW",
+    "CustomRule",
     "Estimate",
     "Lion",
     "Momentum",
@@ -59,6 +61,7 @@ __all__ = [
     "set_threads",
     "update",
     "verify",
+    "warmup",
 ]
 
 

@@ -496,7 +496,7 @@ class Optimizer:
             rows.append((leaf.path, str(p.shape), p.dtype.name, rule.summary(), shown))
         widths = [max(len(row[k]) for row in rows) for k in range(5)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
-        if self._backend.native:
+        if self._backend.name != "reference":
             pairs = zip(self._parameters, self._rules, strict=True)
             lines += dict.fromkeys(filter(None, (rule.note(p.shape) for p, rule in pairs)))
         held = sum(p.nbytes for p in self._parameters)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import platform
+import time
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from .backends import BACKENDS, FORCED, check_registry, core
 from .environment import choice
+from .rules import RULES, Rule
 from .threads import available, check_threads, in_use, use
 
 
@@ -50,6 +53,26 @@ def _use(n: int) -> None:
     use(n)
     if core:
         core.set_threads(n)
+
+
+def warmup(*rules: Rule, dtype: str = "float32", backend: str = "auto", **options: Any) -> float:
+    """Compiles ahead of the first step what that would compile; returns the seconds it took.
+
+    Only the backend "numba" compiles, and whichever runs a `CustomRule`. rules: by default all of
+    `RULES` as they are. dtype: of parameters and gradients. options: what `Optimizer` takes for
+    storage, such as `state_dtype`. Compiled kernels stay on disk for later processes, below
+    NUMBA_CACHE_DIR or the user's cache directory, where one of them can be written to. Raises as
+    `Optimizer` does.
+    """
+    from .optimizer import Optimizer
+
+    start = time.perf_counter()
+    kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    for rule in rules or [cls() for cls in RULES.values()]:
+        p, g = (np.zeros((64, 64), kind) for _ in range(2))  # enough to be quantised
+        optimizer = Optimizer(p, rule, backend=backend, **options)
+        optimizer.step(g, hessian=g.copy() if rule.takes_hessian else None)
+    return time.perf_counter() - start
 
 
 def info() -> dict[str, Any]:

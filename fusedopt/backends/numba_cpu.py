@@ -11,7 +11,7 @@ import numpy as np
 from ..formats import PLAIN, Format, compute_dtype, subkey
 from ..interrupts import deferred
 from ..rules import Nesterov, Rule
-from ..rules.base import Program
+from ..rules.base import Operation, Program
 from ..states import Memory, Stored
 from ..threads import in_use
 from .base import Group, Layout, Plan, single
@@ -83,25 +83,38 @@ class Op:
     needs: str | None
 
 
-def _compiled(program: Program, dtype: np.dtype) -> list[Op]:
-    from ..jit import kernels
+def tile_function(program: Program, op: Operation, dtype: np.dtype) -> Any:
+    """An operation of a program, compiled for elements of one type; it lives as long as Numba.
 
+    Raises RuntimeError where there is no Numba, TypeError for a user's element that does not fit.
+    """
+    reason = NumbaBackend().unavailable()
+    if reason is not None:
+        raise RuntimeError(f"{op.element.__qualname__} is compiled by Numba: {reason}")
+    from ..jit import kernels
+    from ..jit.explain import check_element
+
+    operands, scalars = len(op.operands), len(op.scalars(1, 0.1))
+    if op.kernel is None:
+        check_element(op.element, dtype, operands - 2, scalars)
+    if op.loop == "other":
+        return kernels.other_tile(op.element, operands, scalars, dtype)
+    states = operands - 2 - (op.loop == "peek")
+    written = states if op.written is None else op.written
+    return kernels.rule_tile(op.element, states, written, scalars, program.mode(op), dtype)
+
+
+def _compiled(program: Program, dtype: np.dtype) -> list[Op]:
     slots = {name: k for k, name in enumerate((*INPUTS, *program.arrays))}
     ops = []
     for op in program.operations:
         places = [slots[name] for name in op.operands]
-        scalars = len(op.scalars(1, 0.1))
-        if op.loop == "other":
-            written = places[:1]
-            function = kernels.other_tile(op.element, len(places), scalars, dtype)
+        function = tile_function(program, op, dtype)
+        if op.loop == "rule":
+            count = len(places) if op.written is None else op.written
+            written = [places[0], *places[2 : 2 + count]]
         else:
-            peek = op.loop == "peek"
-            states = len(places) - 2 - peek
-            count = states if op.written is None else op.written
-            written = places[-1:] if peek else [places[0], *places[2 : 2 + count]]
-            function = kernels.rule_tile(
-                op.element, states, count, scalars, program.mode(op), dtype
-            )
+            written = places[-1:] if op.loop == "peek" else places[:1]
         used = sum(1 << k for k in places)
         changed = sum(1 << k for k in written)
         ops.append(Op(function.address, places, used, changed, op.phase, op.needs))

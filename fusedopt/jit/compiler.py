@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -13,8 +12,11 @@ from types import CellType, CodeType, FunctionType
 from typing import Any
 
 import numba
+import numpy as np
 from numba import types
 from numba.core.errors import NumbaError
+
+from ..rules.inspection import used_globals
 
 POINTER = types.voidptr
 TILE_FUNCTION = types.void(types.CPointer(POINTER), POINTER, types.intp)
@@ -24,6 +26,15 @@ ENCODE = types.void(POINTER, POINTER, POINTER, types.intp, types.uint64)
 # NumPy's error model: with Python's, which raises, no loop with a division is vectorised. No
 # fastmath: it contracts, and takes approximate quotients.
 jit = numba.njit(error_model="numpy", nogil=True)
+
+
+def returned(function: FunctionType, dtype: np.dtype, arguments: int) -> list[str]:
+    """The types of what a function of so many numbers of one type returns, one or a tuple."""
+    kinds = (numba.from_dtype(dtype),) * arguments
+    compiled = device(function)
+    compiled.compile(kinds)
+    result = compiled.overloads[kinds].signature.return_type
+    return [str(kind) for kind in (result if isinstance(result, types.BaseTuple) else [result])]
 
 
 @functools.cache
@@ -38,7 +49,7 @@ def with_compiled_callees(function: FunctionType, compiled: Callable[..., Any]) 
     def replaced(value: Any) -> Any:
         return compiled(value) if isinstance(value, FunctionType) else value
 
-    used = {name: replaced(value) for name, value in _globals(function)}
+    used = {name: replaced(value) for name, value in used_globals(function)}
     cells = tuple(CellType(replaced(cell.cell_contents)) for cell in function.__closure__ or ())
     copy = FunctionType(
         function.__code__, {**function.__globals__, **used}, function.__name__, None, cells
@@ -47,27 +58,18 @@ def with_compiled_callees(function: FunctionType, compiled: Callable[..., Any]) 
     return copy
 
 
-def _globals(function: FunctionType) -> Iterator[tuple[str, Any]]:
-    """What a function uses of its module, nested functions included."""
-    codes = [function.__code__]
-    names: dict[str, None] = {}
-    while codes:
-        code = codes.pop()
-        names |= dict.fromkeys(code.co_names)
-        codes += [c for c in code.co_consts if isinstance(c, CodeType)]
-    known = function.__globals__
-    return ((name, known[name]) for name in sorted(names) if name in known)
-
-
 def _described(value: Any) -> Iterator[str]:
     """Everything that decides what a value of a function's surroundings compiles to."""
+    if isinstance(value, np.ndarray):
+        yield f"{value.dtype} {value.shape} {value.tobytes().hex()}"
+        return
     if not isinstance(value, FunctionType):
         yield repr(value)
         return
     code = value.__code__
     yield f"{value.__name__} {code.co_code.hex()} {code.co_names} {code.co_varnames}"
     yield from (repr(c) for c in code.co_consts if not isinstance(c, CodeType))
-    for name, used in _globals(value):
+    for name, used in used_globals(value):
         yield f"{name} ="
         yield from _described(used)
     for cell in value.__closure__ or ():
@@ -127,8 +129,3 @@ def cache_directory() -> Path:
     else:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "fusedopt"
-
-
-def parameters_of(function: Callable[..., Any]) -> list[str]:
-    """The names of a function's parameters."""
-    return list(inspect.signature(function).parameters)

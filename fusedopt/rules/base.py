@@ -47,11 +47,12 @@ class Operation:
     operands: names; "g" and "hessian" come anew with each step, "p" is the parameter, "work" the
     matrix between two phases, every other name a state. loop: what the loop around the kernel
     does: "rule" applies the delta, "peek" only writes it to the last operand, "other" is no rule.
-    needs: run only where this input was given. element: the kernel in Python (elements.py).
+    needs: run only where this input was given. kernel: None where the core has none, and takes
+    the compiled element. element: the kernel in Python (elements.py).
     written: of a rule's states it writes the first so many; None: all.
     """
 
-    kernel: str
+    kernel: str | None
     operands: tuple[str, ...]
     scalars: Callable[[int, float], tuple[float, ...]]
     element: Element
