@@ -28,7 +28,7 @@ from .runtime import get_isa, get_threads, info, set_isa, set_threads, warmup
 from .verify import VerificationError, verify
 
 if TYPE_CHECKING:
-    from . import schedules
+    from . import examples, schedules
 
 __version__ = "0.1.0"
 
@@ -51,6 +51,7 @@ __all__ = [
     "StepInfo",
     "VerificationError",
     "estimate",
+    "examples",
     "get_isa",
     "get_threads",
     "hessian",
@@ -66,8 +67,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "schedules":  # 8 ms of dataclasses, for those who use them
+    if name in ("schedules", "examples"):  # milliseconds of dataclasses, for those who use them
         import importlib
 
-        return importlib.import_module(".schedules", __name__)
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
