@@ -268,8 +268,9 @@ class NumbaPlan:
         parts = 1
         if threads > 1 and start >= SERIAL:
             parts = max(1, min(start // SMALLEST_PART, threads * PARTS_PER_THREAD))
+        compiled = run_part()
         parallel_for(
-            parts, threads, lambda part: run_part(table, self._operands, program, part, parts)
+            parts, threads, lambda part: compiled(table, self._operands, program, part, parts)
         )
 
     def _steps(

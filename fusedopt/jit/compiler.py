@@ -93,14 +93,24 @@ def entry(signature: Any, source: str, namespace: Mapping[str, Any]) -> Any:
     }
     exec(compile(source, str(path or f"<fusedopt {digest}>"), "exec"), globals_)
     function = globals_["entry"]
-    if path is not None:
-        try:
-            return numba.cfunc(signature, error_model="numpy", cache=True)(function)
-        except NumbaError:
-            raise
-        except Exception:  # a full disk, no place to write to, a damaged file: do without
-            pass
-    return numba.cfunc(signature, error_model="numpy")(function)
+    decorate = functools.partial(numba.cfunc, signature, error_model="numpy")
+    return _kept(decorate, function) if path is not None else decorate()(function)
+
+
+def kept(signatures: Any, function: Any) -> Any:
+    """A function of a module, compiled, for calls from Python."""
+    return _kept(
+        functools.partial(numba.njit, signatures, error_model="numpy", nogil=True), function
+    )
+
+
+def _kept(decorate: Any, function: Any) -> Any:
+    try:
+        return decorate(cache=True)(function)
+    except NumbaError:
+        raise
+    except Exception:  # a full disk, no place to write to, a damaged file: do without
+        return decorate()(function)
 
 
 def _written(digest: str, source: str) -> Path | None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import from_dtype, types
 from numba.extending import intrinsic
 
 from ..formats import TILE
 from . import bits
-from .compiler import device
+from .compiler import device, jit, kept
 
 MAX_OPERANDS = 12
 
@@ -68,22 +69,21 @@ def _call(typing: Any, address: Any, arguments: Any) -> Any:
 
 
 _subkey = device(bits.subkey)
-_compiled = njit(nogil=True, error_model="numpy")
 
 
-@_compiled
+@jit
 def _at(operand: Any, element: int) -> Any:
     return operand.data + np.uint64(element * operand.bits // 8)
 
 
-@_compiled
+@jit
 def _run_step(step: Any, tile: Any, pointers: Any, n: int) -> None:
     for k in range(step.count):
         pointers[k] = tile[step.operands[k]]
     _call(step.run, (np.uint64(pointers.ctypes.data), step.scalars, np.uint64(n)))
 
 
-@_compiled
+@jit
 def _run_tiles(
     leaf: Any,
     operands: Any,
@@ -121,7 +121,7 @@ def _run_tiles(
                 _call(operand.encode, (tile[k], _at(operand, at), beside, size, key))
 
 
-@_compiled
+@jit
 def _run_leaf(
     leaf: Any,
     operands: Any,
@@ -144,15 +144,14 @@ def _run_leaf(
         _run_tiles(leaf, operands, steps, low, high, scratch, tile, pointers)
 
 
-@_compiled
+@jit
 def _cut(leaf: Any, position: Any) -> Any:
     """Cuts fall on tiles of their leaf, so that no tile is shared between two threads."""
     inside = min(max(position - leaf.start, 0), leaf.elements)
     return inside if inside == leaf.elements else inside // TILE * TILE
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
-def run_part(leaves: Any, operands: Any, steps: Any, part: int, parts: int) -> None:
+def _run_part(leaves: Any, operands: Any, steps: Any, part: int, parts: int) -> None:
     """One of `parts` equal parts of all elements of the leaves."""
     scratch = np.empty(MAX_OPERANDS * TILE, np.float64)
     tile, pointers = np.empty(MAX_OPERANDS, np.uint64), np.empty(MAX_OPERANDS, np.uint64)
@@ -165,3 +164,10 @@ def run_part(leaves: Any, operands: Any, steps: Any, part: int, parts: int) -> N
         low, high = _cut(leaf, start), _cut(leaf, stop)
         if low < high:
             _run_leaf(leaf, operands, steps, low, high, scratch, tile, pointers)
+
+
+@functools.cache
+def run_part() -> Any:
+    """run_part(leaves, operands, steps, part, parts), compiled."""
+    tables = (types.Array(from_dtype(kind), 1, "C") for kind in (LEAF, OPERAND, STEP))
+    return kept([types.void(*tables, types.intp, types.intp)], _run_part)
