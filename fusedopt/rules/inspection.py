@@ -66,6 +66,8 @@ def inexact(function: Any) -> Iterator[str]:
         if any(i.argrepr in ("**", "**=") for i in dis.get_instructions(code)):
             yield "**"
     names = [name for code in _codes(function.__code__) for name in code.co_names]
+    if "pow" in names:
+        yield "pow"
     for _, value in used_globals(function):
         if isinstance(value, FunctionType):
             yield from inexact(value)
