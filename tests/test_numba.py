@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,10 @@ import pytest
 import exactness
 import formatted
 import fusedopt as fo
-from exactness import DEFAULTS, assert_same_bits, case, operands, run_python, stepped
-from formatted import WAYS, Array, assert_same, draw, run
+from exactness import DEFAULTS, Array, assert_same_bits, case, operands, run_python, stepped
+from formatted import WAYS, assert_same, draw, run
 from fusedopt import threads
-from fusedopt.backends import numba_cpu
+from fusedopt.backends import numba_cpu, pool
 
 pytest.importorskip("numba")
 
@@ -74,12 +74,12 @@ def test_thread_counts(rule: fo.Rule, crowded: None) -> None:
 
 def test_parts_are_handed_out(crowded: None, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, int]] = []
-    original = numba_cpu.parallel_for
-    monkeypatch.setattr(
-        numba_cpu,
-        "parallel_for",
-        lambda parts, n, f: (seen.append((parts, n)), original(parts, n, f)),
-    )
+
+    def watched(parts: int, threads: int, run: Callable[[int], None]) -> None:
+        seen.append((parts, threads))
+        pool.parallel_for(parts, threads, run)
+
+    monkeypatch.setattr(numba_cpu, "parallel_for", watched)
     p = np.zeros(10_000, np.float32)
     fo.Optimizer(p, fo.SGD(lr=1.0), backend="numba", threads=3).step(np.ones_like(p))
     assert seen == [(33, 3)]
