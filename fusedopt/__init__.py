@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from . import hessian
 from .estimate import Estimate, estimate
 from .functional import update
-from .optimizer import Optimizer, StepInfo
+from .norms import global_norm
+from .optimizer import Optimizer
 from .orthogonalize import orthogonalize
 from .rules import (
     RULES,
@@ -25,6 +26,8 @@ from .rules import (
     Sophia,
 )
 from .runtime import get_isa, get_threads, info, set_isa, set_threads, warmup
+from .scaler import LossScaler
+from .stepping import StepInfo
 from .verify import VerificationError, verify
 
 if TYPE_CHECKING:
@@ -41,6 +44,7 @@ __all__ = [
     "CustomRule",
     "Estimate",
     "Lion",
+    "LossScaler",
     "Momentum",
     "Muon",
     "Nesterov",
@@ -54,6 +58,7 @@ __all__ = [
     "examples",
     "get_isa",
     "get_threads",
+    "global_norm",
     "hessian",
     "info",
     "orthogonalize",

@@ -89,7 +89,7 @@ def test_every_instruction_set_and_threads() -> None:
 
 
 def test_beside_other_rules_in_one_step() -> None:
-    params = {"a": np.ones(9, np.float32), "b": np.ones(7), "c": np.ones((4, 4), np.float32)}
+    params: dict[str, Any] = {"a": np.ones(9), "b": np.ones(7), "c": np.ones((4, 4), np.float32)}
     rules = {"a": OWN, "b": Clipped(lr=1.0), "c": fo.Muon(lr=0.1)}
     optimizer = fo.Optimizer(params, rules)
     info = optimizer.step({k: np.full_like(p, 3.0) for k, p in params.items()})

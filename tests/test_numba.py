@@ -15,7 +15,7 @@ import fusedopt as fo
 from exactness import DEFAULTS, Array, assert_same_bits, case, operands, run_python, stepped
 from formatted import WAYS, assert_same, draw, run
 from fusedopt import threads
-from fusedopt.backends import numba_cpu, pool
+from fusedopt.backends import numba_run, pool
 
 pytest.importorskip("numba")
 
@@ -27,8 +27,8 @@ def crowded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Four threads and many small parts, whatever the machine and the tensors."""
     before = threads.in_use()
     threads.use(4)
-    monkeypatch.setattr(numba_cpu, "SERIAL", 1)
-    monkeypatch.setattr(numba_cpu, "SMALLEST_PART", 300)
+    monkeypatch.setattr(numba_run, "SERIAL", 1)
+    monkeypatch.setattr(numba_run, "SMALLEST_PART", 300)
     yield
     threads.use(before)
 
@@ -79,7 +79,7 @@ def test_parts_are_handed_out(crowded: None, monkeypatch: pytest.MonkeyPatch) ->
         seen.append((parts, threads))
         pool.parallel_for(parts, threads, run)
 
-    monkeypatch.setattr(numba_cpu, "parallel_for", watched)
+    monkeypatch.setattr(numba_run, "parallel_for", watched)
     p = np.zeros(10_000, np.float32)
     fo.Optimizer(p, fo.SGD(lr=1.0), backend="numba", threads=3).step(np.ones_like(p))
     assert seen == [(33, 3)]

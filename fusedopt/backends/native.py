@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from ..around import EVERYTHING
 from ..environment import sleepy_openmp
 from ..formats import FLOAT32, FLOAT64, FORMATS
 from ..rules import RULES, Nesterov, Rule
 from ..rules.base import Operation, Program
 from ..states import Stored
-from .base import Layout, Plan, single
+from .base import HEAD, INPUTS, Layout, Plan, single
 from .matrices import Matrices
 
 _reason: str | None = None
@@ -24,17 +26,16 @@ except ImportError as error:
 
 __all__ = ["NativeBackend", "check_registry", "core"]
 
-INPUTS = ("g", "hessian")
-
 
 def _compile(program: Program) -> Any:
     """The program in the core's terms, made once for each rule object."""
     if program.native is None:
-        slots = {name: k for k, name in enumerate((*INPUTS, *program.arrays))}
+        names = (*INPUTS, *program.arrays, *program.scratch, *program.sums)
+        slots = {name: k for k, name in enumerate(names)}
         program.native = core.Program(
             [
                 (
-                    op.kernel or op.element.__qualname__,
+                    op.kernel or type(op.element).__name__,
                     program.MODES.index(program.mode(op)),
                     op.phase,
                     INPUTS.index(op.needs) if op.needs else -1,
@@ -44,6 +45,9 @@ def _compile(program: Program) -> Any:
                 for op in program.operations
             ],
             *program.head,
+            len(program.arrays),
+            len(program.scratch),
+            len(program.sums),
         )
     return program.native
 
@@ -53,7 +57,7 @@ def _foreign(program: Program, op: Operation) -> tuple[int, list[int]]:
     from .numba_cpu import tile_function  # 0.5 s, for those with rules of their own
 
     addresses = [tile_function(program, op, dtype).address for dtype in (FLOAT32, FLOAT64)]
-    return 2 + len(op.scalars(1, 0.1)), addresses
+    return HEAD[op.loop] + len(op.scalars(1, 0.1)), addresses
 
 
 def check_registry() -> None:
@@ -61,9 +65,9 @@ def check_registry() -> None:
     table = {name: (operands, scalars) for name, operands, scalars in core.operations()}
     rules = (cls(**example) for cls in RULES.values() for example in cls.examples)
     for rule in rules:
-        for op in rule.every_operation():
+        for op in (*rule.every_operation(), *EVERYTHING.program(rule).operations):
             operands = len(op.operands) - (op.loop == "peek")
-            scalars = len(op.scalars(1, 0.1)) + 2 * (op.loop != "other")
+            scalars = len(op.scalars(1, 0.1)) + HEAD[op.loop]
             found = table.get(op.kernel or "")
             if found != (operands, scalars):
                 raise ImportError(
@@ -117,8 +121,12 @@ class NativeBackend:
     def _update_matrix(
         self, rule: Rule, t: int, lr: float, arrays: tuple[Stored, ...], g: np.ndarray
     ) -> bool:
-        plan = NativePlan(single(rule, t, lr, arrays))
+        plan = NativePlan(single(rule, rule.program, t, lr, arrays))
         return plan.step(g, None, False) is not None
+
+    def sums_of_squares(self, arrays: Sequence[np.ndarray]) -> Sequence[tuple[float, float]]:
+        found: list[tuple[float, float]] = core.sums_of_squares(list(arrays))
+        return found
 
     def shift(self, rule: Nesterov, p: np.ndarray, v: np.ndarray) -> None:
         program = rule.shift
@@ -132,6 +140,7 @@ class NativePlan:
     def __init__(self, layout: Layout) -> None:
         matrices = Matrices(layout)
         self.work_bytes = matrices.work_bytes
+        programs = [layout.around.program(group.rule) for group in layout.groups]
         # The core's objects are unknown to the garbage collector: what it calls must not lead back
         # to this plan.
         self.step = core.Plan(
@@ -145,11 +154,13 @@ class NativePlan:
             keys=[[*keys, 0] for keys in layout.keys],
             groups=list(layout.group_of),
             batches=[matrices.batches.get(k, -1) for k in range(len(layout.leaves))],
-            programs=[_compile(group.rule.program) for group in layout.groups],
-            folds=[group.rule.program.folds for group in layout.groups],
+            programs=[_compile(program) for program in programs],
+            folds=[program.folds for program in programs],
             rates=layout.rates,
             counters=layout.counters,
             between=matrices.between,
+            results=layout.results,
+            decide=layout.decide,
             zero_grads=layout.zero_grads,
             threads=layout.threads or 0,
         ).step

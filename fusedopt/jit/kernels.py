@@ -56,20 +56,66 @@ def rule_tile(
 
 
 @functools.cache
-def other_tile(element: Any, operands: int, scalars: int, dtype: np.dtype) -> Any:
-    """The tile function of an operation that is no rule: it writes its first operand."""
+def other_tile(element: Any, operands: int, scalars: int, state: bool, dtype: np.dtype) -> Any:
+    """The tile function of an operation that is no rule: it writes its first operand.
+
+    state: as states are stored.
+    """
     names = [f"x{k}" for k in range(operands)]
     constants = [f"c{k}" for k in range(scalars)]
-    arguments = [*(f"{name}[i]" for name in names), *constants]
-    body = [f"x0[i] = normal_or_zero(element({', '.join(arguments)}))"]
+    value = f"element({', '.join([*(f'{name}[i]' for name in names), *constants])})"
+    body = [f"x0[i] = normal_or_zero({value})" if state else f"x0[i] = {value}"]
     return _tile(names, constants, body, element, dtype)
+
+
+LANES, SEGMENT = 16, 1 << 14
+"""Of sums: see csrc/table.h."""
+
+_SUM = """
+def entry(operands, scalars, n):
+    lanes = carray(operands[0], LANES, f64)
+    sums = np.empty(LANES, f64)
+    for lane in range(LANES):
+        sums[lane] = lanes[lane]
+{unpacked}
+    whole = n // LANES * LANES
+    for i in range(0, whole, LANES):
+        for lane in range(LANES):
+            sums[lane] += element({there})
+    for lane in range(n - whole):
+        sums[lane] += element({rest})
+    for lane in range(LANES):
+        lanes[lane] = sums[lane]
+"""
+
+
+@functools.cache
+def sum_tile(element: Any, operands: int, scalars: int, dtype: np.dtype) -> Any:
+    """The tile function of a sum: (its lanes, what it sums over)."""
+    names, constants = [f"x{k}" for k in range(1, operands)], [f"c{k}" for k in range(scalars)]
+    lines = _unpacked(names, constants, first=1)
+    there, rest = (
+        ", ".join([*(f"{name}[{at} + lane]" for name in names), *constants])
+        for at in ("i", "whole")
+    )
+    source = _SUM.format(
+        unpacked="\n".join(f"    {line}" for line in lines), there=there, rest=rest
+    )
+    namespace = {"element": element, "T": dtype.type, "f64": np.float64, "np": np, "LANES": LANES}
+    return entry(TILE_FUNCTION, source, namespace)
+
+
+def _unpacked(names: list[str], scalars: list[str], first: int = 0) -> list[str]:
+    return [
+        *(f"{name} = carray(operands[{k}], n, T)" for k, name in enumerate(names, first)),
+        f"constants = carray(scalars, {len(scalars)}, T)",
+        *(f"{name} = constants[{k}]" for k, name in enumerate(scalars)),
+    ]
 
 
 def _tile(names: list[str], scalars: list[str], body: list[str], element: Any, dtype: Any) -> Any:
     lines = [
-        *(f"{name} = carray(operands[{k}], n, T)" for k, name in enumerate(names)),
-        f"constants = carray(scalars, {len(scalars)}, T)",
-        *(f"{name} = constants[{k}]" for k, name in enumerate(scalars)),
+        *_unpacked(names, scalars),
         "for i in range(n):",
         *(f"    {line}" for line in body if line),
     ]

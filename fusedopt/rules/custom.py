@@ -11,6 +11,12 @@ from typing import Any, dataclass_transform
 from .base import Array, Operation, Rule
 from .inspection import inexact, on_arrays
 
+_RESERVED = {
+    *("hessian", "work", "master", "low", "compensation", "average"),
+    *("clipped", "before", "update", "weight", "gradient"),
+}
+"""Names that an optimizer gives to arrays of its own."""
+
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 class CustomRule(Rule):
@@ -85,12 +91,12 @@ class CustomRule(Rule):
             )
         states = tuple(names[2 : 2 + count])
         for state in states:
-            if state in ("hessian", "work", "master", "low", "compensation"):
+            if state in _RESERVED:
                 raise ValueError(f"{where}.element: a state cannot be called {state!r}")
         return states
 
     def operations(self) -> tuple[Operation, ...]:
-        return (Operation(None, ("p", "g", *self.states), self.scalars, self.element),)
+        return (Operation(None, ("p", "g", *self.states), self.scalars, element=self.element),)
 
     def textbook(
         self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float

@@ -209,11 +209,11 @@ class Muon(Rule):
             "nesterov" if self.nesterov else "momentum",
             ("p", "g", "m", "work"),
             self._direction,
-            nesterov if self.nesterov else Momentum.element,
             loop="peek",
+            element=nesterov if self.nesterov else Momentum.element,
         )
         operands = ("p", "g", "m", "work")
-        commit = Operation("muon", operands, self._commit, muon, phase=1, written=1)
+        commit = Operation("muon", operands, self._commit, phase=1, written=1, element=muon)
         return (direction, commit)
 
     @property

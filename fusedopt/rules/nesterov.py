@@ -19,10 +19,6 @@ def nesterov(
     return b * g + c * v, v
 
 
-def look_ahead(p: float, v: float, mu: float) -> float:
-    return p - mu * v
-
-
 @dataclass(frozen=True, kw_only=True)
 class Nesterov(Rule):
     """Nesterov's accelerated gradient. State: v.
@@ -88,7 +84,7 @@ class Nesterov(Rule):
     def shift(self) -> Program:
         """Moves p to where the gradient is wanted; the velocity takes the gradient's place."""
         scalars = (self.momentum,)
-        ahead = Operation("lookahead", ("p", "g"), lambda t, lr: scalars, look_ahead, "other")
+        ahead = Operation("lookahead", ("p", "g"), lambda t, lr: scalars, "other")
         return Program(self, (ahead,), ("p",))
 
     def textbook(
