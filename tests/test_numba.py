@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -15,7 +16,7 @@ import fusedopt as fo
 from exactness import DEFAULTS, Array, assert_same_bits, case, operands, run_python, stepped
 from formatted import WAYS, assert_same, draw, run
 from fusedopt import threads
-from fusedopt.backends import numba_run, pool
+from fusedopt.backends import BACKENDS, numba_run, pool
 
 pytest.importorskip("numba")
 
@@ -84,6 +85,37 @@ def test_parts_are_handed_out(crowded: None, monkeypatch: pytest.MonkeyPatch) ->
     fo.Optimizer(p, fo.SGD(lr=1.0), backend="numba", threads=3).step(np.ones_like(p))
     assert seen == [(33, 3)]
     assert (p == -1).all()
+
+
+@pytest.mark.parametrize("way", ["float32", "float64", "bfloat16", "split and copies"])
+@pytest.mark.parametrize("name", ["adamw", "sophia"])
+@pytest.mark.parametrize("clip", ["clip_norm", "clip_value"])
+def test_all_that_a_step_does_besides(clip: str, name: str, way: str, crowded: None) -> None:
+    rule, w = formatted.RULES[name], WAYS[way]
+    found = []
+    for backend in ("native", "numba"):
+        params = {"a": draw(0, 40_001, w.p), "b": draw(1, 300, w.p), "c": draw(2, 0, w.p)}
+        options = {clip: 0.25, "ema": 0.9, "stats": True, **w.options}
+        optimizer = fo.Optimizer(params, rule, backend=backend, **options)
+        told = []
+        for t in range(3):
+            grads = {k: draw(10 + t, p.shape, w.g) for k, p in params.items()}
+            for _ in range(2):
+                optimizer.accumulate({k: g.copy() for k, g in grads.items()})
+            told.append(optimizer.step(grad_scale=2.0))
+        found.append((told, formatted.held(optimizer)))
+    assert_same(found[1][1], found[0][1])
+    assert found[1][0] == found[0][0]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("size", [1.0, 1e-30, 1e30, 1e-200, 1e200, np.inf])
+def test_norms(size: float, dtype: Any, crowded: None) -> None:
+    arrays = [draw(n, n, np.float64) for n in (0, 1, 17, 40_001)]
+    with np.errstate(all="ignore"):
+        arrays = [np.asarray(a * size, dtype) for a in arrays]
+    native, own = (BACKENDS[name].sums_of_squares(arrays) for name in ("native", "numba"))
+    np.testing.assert_array_equal(own, native)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
