@@ -38,7 +38,7 @@ class Partials {
       }
   }
   void place() {
-    values_.resize(size_);
+    values_.assign(size_, 0.0);  // of segments that are not touched, too
     for (const auto& [operand, at] : wanted_)
       operand->data = reinterpret_cast<char*>(values_.data() + at);
   }

@@ -10,6 +10,7 @@ from .functional import update
 from .norms import global_norm
 from .optimizer import Optimizer
 from .orthogonalize import orthogonalize
+from .rows import Rows
 from .rules import (
     RULES,
     SGD,
@@ -48,6 +49,7 @@ __all__ = [
     "Nesterov",
     "Optimizer",
     "RMSProp",
+    "Rows",
     "Rule",
     "Sophia",
     "StepInfo",

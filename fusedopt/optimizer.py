@@ -15,6 +15,7 @@ from .around import AVERAGE
 from .arrays import Fit, check_apart, check_parameter, check_target, memory_order
 from .backends import Layout, get_backend
 from .backends.base import results_for
+from .catchup import Ledger
 from .checkpoint import Snapshot
 from .groups import (
     RateChoice,
@@ -82,6 +83,8 @@ class Optimizer:
     ema: keep an average of each parameter (of its master, where there is one), average := ema
     average + (1 - ema) parameter in every step, in float32 (float64 for float64), beginning as the
     parameter: see `averaged`. stats: measure what `StepInfo.stats` tells, in the same passes.
+    exact: rows that a gradient of `Rows` left out are updated later, as if their gradient had been
+    zero: see `catch_up`.
 
     backend: "auto", "native" or "reference". threads: at most so many, where the process may use
     more. verify: run every step on copies first, compare with the float64 reference, and commit
@@ -107,6 +110,7 @@ class Optimizer:
         copy_out: Any = None,
         ema: float | None = None,
         stats: bool = False,
+        exact: bool = False,
         seed: int = 0,
         backend: str = "auto",
         threads: int | None = None,
@@ -126,6 +130,7 @@ class Optimizer:
             copy_out,
             ema,
             stats,
+            exact,
             seed,
             backend,
             threads,
@@ -160,6 +165,7 @@ class Optimizer:
         self._guard.begin(1.0)
         self._exchanged = ""  # the context, if parameters are not themselves
         self._sums: Accumulator | None = None
+        self._ledger: Ledger | None = None
         self._lock = threading.Lock()
         self._prepare(parameters)
 
@@ -234,7 +240,11 @@ class Optimizer:
         else:
             self._plan = self._backend.plan(layout)
         self._plan_step = self._plan.step
-        self._stepper = Stepper(self._tree, fit, layout, self._plan)
+        if self._ledger is not None:
+            self._ledger.moved(layout, self._plan)
+        elif self._options.exact:
+            self._ledger = Ledger(self._tree, layout, self._plan)
+        self._stepper = Stepper(self._tree, fit, layout, self._plan, self._ledger)
         self._report = Report(self._tree, layout, self._guard)
         self._settle_rates()
 
@@ -252,7 +262,8 @@ class Optimizer:
         there is must be made so."""
         native = self._backend.native and not self._options.verify
         one_phase = all(group.rule.program.phases == 1 for group in self._groups)
-        asked = self._options.decides(self._wide) or self._options.stats
+        options = self._options
+        asked = options.decides(self._wide) or options.stats or options.exact
         self._simple = (
             native and one_phase and not self._scheduled and not asked and not self._accumulated
         )
@@ -323,9 +334,8 @@ class Optimizer:
         if not self._accumulated:
             raise RuntimeError("step(): nothing was accumulated; call accumulate(grads) first")
         assert self._sums is not None
-        estimates = None if hessian is None else self._stepper.estimates(hessian)
         try:
-            number = self._stepper.flat(self._sums.sums, estimates)
+            number = self._stepper.summed(self._sums.sums, hessian)
         except FloatingPointError:
             self._clear_sums()
             raise
@@ -424,6 +434,7 @@ class Optimizer:
             raise RuntimeError(
                 f"hyperparameters inside of {self._exchanged}(): leave the context first"
             )
+        self._check_caught_up("hyperparameters")
         old = self._groups
         kept = [check_successor(group, rule) for group, rule in zip(old, rules, strict=True)]
         with deferred():
@@ -474,6 +485,7 @@ class Optimizer:
         """
         if self._exchanged:
             raise RuntimeError(f"sync inside of {self._exchanged}(): leave the context first")
+        self._check_caught_up("sync")
         with deferred():
             for memory in self._leaves:
                 synchronize(memory)
@@ -510,6 +522,7 @@ class Optimizer:
         """
         if self._options.ema is None:
             raise ValueError("averaged(): there are no averages; make the optimizer with ema=0.999")
+        self._check_caught_up("averaged")
         with self._exchange("averaged", range(len(self._parameters))):
             for p, memory in zip(self._parameters, self._leaves, strict=True):
                 with np.errstate(over="ignore"):
@@ -530,6 +543,33 @@ class Optimizer:
                 for k, original in zip(leaves, backup, strict=True):
                     self._parameters[k][...] = original
                 self._exchanged = ""
+
+    def catch_up(self, rows: Mapping[str, np.ndarray] | None = None) -> None:
+        """Replays the steps that rows missed because no gradient touched them.
+
+        For `exact=True`: before the forward pass, with the rows that it will read and that the next
+        gradient will have; without an argument all rows of all leaves, before evaluation, saving
+        or a change of hyperparameters. After it they have the bits that steps with a gradient of
+        zero would have given them. The cost is that of these steps.
+
+        rows: path of a leaf -> indices, integers in any order. Raises TypeError or ValueError for
+        what is no path or no index, RuntimeError where the optimizer was made without
+        `exact=True`.
+        """
+        if self._ledger is None:
+            raise RuntimeError("catch_up(): make the optimizer with exact=True")
+        if self._exchanged:
+            raise RuntimeError(f"catch_up inside of {self._exchanged}(): leave the context first")
+        with self._exclusively():
+            self._guard.begin(1.0)
+            self._ledger.catch_up(rows)
+
+    def _check_caught_up(self, what: str) -> None:
+        behind = self._ledger.behind if self._ledger is not None else ()
+        if behind:
+            raise RuntimeError(
+                f"{what}: rows of {', '.join(behind)} have missed steps; call catch_up() first"
+            )
 
     def rebind(self, params: Any) -> None:
         """Takes new arrays in place of the old ones, for trainers that write `W = W - ...`.
@@ -616,6 +656,7 @@ class Optimizer:
         """
         if self._accumulated:
             raise RuntimeError("state_dict: accumulated gradients would be lost; call step() first")
+        self._check_caught_up("state_dict")
         return self._snapshot.take()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -627,6 +668,9 @@ class Optimizer:
         """
         with deferred():
             self._seed = self._snapshot.restore(state)
+            self._ledger = None  # what rows had missed is no more
+            if self._sums is not None:
+                self._sums.clear()
             self._prepare(self._parameters)
 
     @property

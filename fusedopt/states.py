@@ -68,12 +68,14 @@ class Stored:
         """Elements of the array's shape, in memory order."""
         return x.reshape(-1, order=self.order)
 
-    def write(self, encoded: tuple[np.ndarray, Any]) -> None:
-        """Stores what the format made of flat elements."""
-        data, aux = encoded
-        self.data[...] = data.reshape(self.data.shape, order=self.order)
-        if self.aux is not None:
-            self.aux[...] = aux
+    def write(self, encoded: tuple[np.ndarray, Any], rows: np.ndarray | None = None) -> None:
+        """Stores what the format made of flat elements; of these rows alone, if given."""
+        for mine, new in zip(self.arrays, encoded, strict=False):
+            if rows is None:
+                mine[...] = new.reshape(mine.shape, order=self.order)
+            elif rows.size:
+                count = self.shape[0]
+                mine.reshape(count, -1)[rows] = new.reshape(count, -1)[rows]
 
     def fill(self, value: float) -> None:
         """Sets every element."""

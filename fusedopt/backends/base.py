@@ -31,10 +31,10 @@ class Layout:
     learning rates and then their factors on gradients. counters: int64, the optimizer's step and
     then each leaf's; a plan advances them. keys: of each leaf, for its parameter and states, the
     keys of their random bits. results: float64, a row for each leaf, which a step fills in: the sum
-    of squares of its gradient times scale and that scale (0 where it takes no part), and the sums
-    of its program. around: what is done beside the rules. decide: asked when the first two columns
-    are known whether to go on, and may set the factors; without it they are not computed.
-    zero_grads: gradients are set to zero. threads: at most so many, or None.
+    of squares of its gradient times scale, that scale (0 where it takes no part), the elements that
+    are touched, and the sums of its program. around: what is done beside the rules. decide: asked
+    when the first two columns are known whether to go on, and may set the factors; without it they
+    are not computed. zero_grads: gradients are set to zero. threads: at most so many, or None.
     """
 
     tree: Any
@@ -53,7 +53,7 @@ class Layout:
 
 def results_for(programs: Sequence[Program], leaves: int) -> np.ndarray:
     """The array of a `Layout`."""
-    return np.zeros((leaves, 2 + max(len(program.sums) for program in programs)))
+    return np.zeros((leaves, 3 + max(len(program.sums) for program in programs)))
 
 
 class Plan(Protocol):
@@ -64,9 +64,9 @@ class Plan(Protocol):
     def step(self, grads: Any, hessian: Any, flat: bool) -> int | None:
         """Updates every leaf that has a gradient, and its counter, in place; the step's number.
 
-        flat: grads and hessian are lists of leaves, checked and laid out like their parameters;
-        otherwise trees, and None comes back, with nothing written, where something is to be
-        checked or explained first. Where `decide` says no, the number of the step before.
+        flat: grads and hessian are lists of leaves, checked, and laid out like their parameters or
+        `Touched`; otherwise trees, and None comes back, with nothing written, where something is to
+        be checked or explained first. Where `decide` says no, the number of the step before.
         """
 
 
