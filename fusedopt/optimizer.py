@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -356,8 +357,8 @@ class Optimizer:
         """Other hyperparameters from the next step on: `opt.replace(weight_decay=0.05)`.
 
         label: the pattern, or name of a rule as in `lr`, that alone is meant; without it each
-        hyperparameter goes to all rules that have it. States and counters stay. A `state_dict`
-        holds no hyperparameters; pickles and deep copies do.
+        hyperparameter goes to all rules that have it. States and counters stay. What a `state_dict`
+        or a file is loaded into must have been given the same; pickles and deep copies have it.
 
         Raises TypeError for a name that no rule meant has or a value of the wrong kind, ValueError
         for an unknown label, a value out of range, or one that the states (amsgrad) or parameters
@@ -417,8 +418,7 @@ class Optimizer:
         Without it the next step goes on from the masters, and what was written is lost. Does
         nothing where there are no masters.
         """
-        if self._shifted:
-            raise RuntimeError("sync inside of lookahead(): leave the context first")
+        self._check_unshifted("sync")
         with deferred():
             for memory in self._leaves:
                 synchronize(memory)
@@ -532,21 +532,61 @@ class Optimizer:
     def state_dict(self) -> dict[str, Any]:
         """Counters and copies of the states; the parameters are the caller's to keep.
 
-        {"format": 1, "step": ..., "seed": ..., "leaves": {path: {"rule", "t", "shape", "dtype",
-        "formats", "state"}}}. A quantised state m is there as "m.codes" and "m.scales".
+        {"format": 1, "step": ..., "seed": ..., "leaves": {path: {"rule", "hyperparameters", "t",
+        "shape", "dtype", "order", "formats", "state"}}}. A quantised state m is there as "m.codes"
+        and "m.scales". The hyperparameters are there to be compared, not to be taken over.
         """
         return self._snapshot.take()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], *, strict: bool = True) -> None:
         """Goes on from a `state_dict`, copying its arrays; with equal parameters, bit for bit.
 
-        Put the parameters back first: masters come from the `state_dict`, not from them. Raises
-        ValueError that lists every difference in paths, rules, shapes, dtypes, formats and states;
-        nothing has changed then.
+        Put the parameters back first: masters come from the `state_dict`, not from them. strict:
+        hyperparameters must be equal too (of schedules what they print; any two other callables
+        count as equal). With strict=False this optimizer's own hold from here on, and only those
+        that say what the states hold, such as `amsgrad` or `form`, must be equal.
+
+        Raises ValueError that lists every difference in paths, rules, hyperparameters, shapes,
+        dtypes, memory orders, formats and states; nothing has changed then.
         """
         with deferred():
-            self._seed = self._snapshot.restore(state)
+            self._seed = self._snapshot.restore(state, strict=strict)
             self._prepare(self._parameters)
+
+    def save(self, path: str | os.PathLike[str], *, parameters: bool = True) -> None:
+        """Writes states, counters and parameters to one safetensors file: all that a run needs.
+
+        parameters: also the parameters and the arrays of `copy_out`; without them the file is a
+        `state_dict`. The parameter of the leaf `block.0.w` is called `p:block.0.w` there, its state
+        m `m:block.0.w`; arrays in Fortran order lie there transposed. Every bit is kept.
+
+        A file at `path` is replaced at once when the new one is whole and on the disk: a process
+        killed at any moment leaves the old file or the new one. No other copy is made in memory.
+        Raises OSError where the file cannot be written, RuntimeError inside of `lookahead`.
+        """
+        self._check_unshifted("save")
+        self._snapshot.save(path, parameters)
+
+    def load(
+        self, path: str | os.PathLike[str], *, parameters: bool = True, strict: bool = True
+    ) -> None:
+        """Goes on from a file of `save`, bit for bit: parameters and states are written in place.
+
+        parameters: with False those of the file are left there; the caller's must be in place.
+        strict: as in `load_state_dict`. The file is mapped, and nothing is allocated by its word.
+
+        Raises OSError where it cannot be read, ValueError where it is not whole, of another version
+        or without parameters, or that lists every difference as `load_state_dict` does,
+        RuntimeError inside of `lookahead`; nothing has changed then.
+        """
+        self._check_unshifted("load")
+        with deferred():
+            self._seed = self._snapshot.load(path, strict=strict, parameters=parameters)
+            self._prepare(self._parameters)
+
+    def _check_unshifted(self, what: str) -> None:
+        if self._shifted:
+            raise RuntimeError(f"{what} inside of lookahead(): leave the context first")
 
     @property
     def _snapshot(self) -> Snapshot:
