@@ -101,7 +101,7 @@ def test_the_file_is_an_ordinary_one(tmp_path: Path) -> None:
         "f": np.ones((2, 3), order="F"),
     }
     opt = fo.Optimizer(params, fo.Momentum(), master="split16")
-    opt.step(params)
+    opt.step(copy.deepcopy(params))
     opt.save(tmp_path / "run.safetensors")
     found = load_file(tmp_path / "run.safetensors")
     names = {f"{kind}:{path}" for kind in "pv" for path in ("block.0.w", "f")}
