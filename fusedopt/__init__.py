@@ -27,7 +27,7 @@ from .runtime import get_isa, get_threads, info, set_isa, set_threads
 from .verify import VerificationError, verify
 
 if TYPE_CHECKING:
-    from . import schedules
+    from . import interop, schedules
 
 __version__ = "0.1.0"
 
@@ -53,6 +53,7 @@ __all__ = [
     "get_threads",
     "hessian",
     "info",
+    "interop",
     "orthogonalize",
     "schedules",
     "set_isa",
@@ -63,8 +64,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "schedules":  # 8 ms of dataclasses, for those who use them
+    if name in ("interop", "schedules"):  # 8 ms of dataclasses, for those who use them
         import importlib
 
-        return importlib.import_module(".schedules", __name__)
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
