@@ -66,10 +66,10 @@ def odd(seed: int) -> dict[str, Any]:
 @pytest.mark.parametrize("rule", [cls() for name, cls in fo.RULES.items() if name != "muon"])
 def test_every_rule_and_shape(rule: fo.Rule, tmp_path: Path) -> None:
     state_dtype = "float8" if rule.states else None
-    opt = fo.Optimizer(odd(0), rule, seed=1 << 70, state_dtype=state_dtype)
+    opt = fo.Optimizer(odd(0), rule, seed=1 << 70, state_dtype=state_dtype, ema=0.9)
     opt.step({**odd(1), "none": None})
     opt.save(tmp_path / "run")
-    twin = fo.Optimizer(odd(2), rule, state_dtype=state_dtype)
+    twin = fo.Optimizer(odd(2), rule, state_dtype=state_dtype, ema=0.9)
     twin.load(tmp_path / "run")
     assert_same(held(twin), held(opt))
     saved = twin.state_dict()

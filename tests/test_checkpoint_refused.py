@@ -226,12 +226,18 @@ def test_counters_beyond_the_cores_change_nothing() -> None:
     assert_same(everything(opt), before)
 
 
-def test_inside_of_lookahead(tmp_path: Path) -> None:
-    opt = fo.Optimizer(tree(), fo.Nesterov(form="lookahead"))
+def test_where_parameters_are_not_themselves(tmp_path: Path) -> None:
+    opt = fo.Optimizer(tree(), fo.Nesterov(form="lookahead"), ema=0.9)
     opt.save(tmp_path / "run")
-    with opt.lookahead():
-        for act in (opt.save, opt.load):
-            with pytest.raises(RuntimeError, match=r"inside of lookahead\(\): leave the context"):
-                act(tmp_path / "run")
+    for context in (opt.lookahead, opt.averaged):
+        with context():
+            for act in (opt.save, opt.load):
+                inside = rf"inside of {context.__name__}\(\): leave the context first"
+                with pytest.raises(RuntimeError, match=inside):
+                    act(tmp_path / "run")
+    opt.accumulate(tree(1))
+    for act in (opt.save, opt.load):
+        with pytest.raises(RuntimeError, match=r"accumulated gradients would be lost; call step"):
+            act(tmp_path / "run")
     with safe_open(tmp_path / "run", "np") as file:
-        assert len(file.keys()) == 4
+        assert {name.partition(":")[0] for name in file.keys()} == {"p", "v", "average"}  # noqa: SIM118

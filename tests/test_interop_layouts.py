@@ -255,14 +255,24 @@ def test_states_are_stored_as_the_optimizer_stores_them() -> None:
     state = {"state": {0: {"step": 5, "exp_avg": m, "exp_avg_sq": v}}, "param_groups": [group]}
     rule = fo.AdamW.like("torch", lr=0.1, betas=(0.9, 0.99))
     opt = fo.Optimizer(
-        p, rule, state_dtype={"m": "bfloat16", "v": "float8"}, master="float32", verify=True
+        p,
+        rule,
+        state_dtype={"m": "bfloat16", "v": "float8"},
+        master="float32",
+        ema=0.9,
+        verify=True,
     )
     p[3] = 4.0  # masters are taken anew
     interop.from_torch(opt, state)
     here = opt.state["params"]
     np.testing.assert_array_equal(here["m"], np.where(m == m[7], 0, m).astype(BF16))
     np.testing.assert_allclose(here["v"].dequantize(), v, rtol=1 / 16, atol=v.max() / 50_000)
-    assert here["master"][3] == 4
+    assert here["master"][3] == here["average"][3] == 4
+    assert set(interop.to_torch(opt, tensors=False)["state"][0]) == {
+        "step",
+        "exp_avg",
+        "exp_avg_sq",
+    }
     opt.step(draw(3, 5003, BF16))
 
 

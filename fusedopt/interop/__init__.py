@@ -7,9 +7,9 @@
 
 `opt` is an `Optimizer` over the parameters as they are now, with the library's rule: of
 `rules_from_torch(state_dict)`, or `Rule.like("torch", ...)` and `Rule.like("optax", ...)`. States
-are stored as `opt` stores them, masters are taken anew from the parameters, and the run goes on
-with the library's trajectory but for rounding. What does not map is refused: ValueError with
-every reason, and nothing has changed. No library is imported, but torch by `to_torch`.
+are stored as `opt` stores them, masters and averages begin anew as the parameters are, and the run
+goes on with the library's trajectory but for rounding. What does not map is refused: ValueError
+with every reason, and nothing has changed. No library is imported, but torch by `to_torch`.
 """
 
 from __future__ import annotations

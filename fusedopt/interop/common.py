@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..around import AVERAGE
 from ..formats import compute_dtype, least_state
 from ..rules import Muon, Rule
 from ..states import Memory, Stored
@@ -59,7 +60,9 @@ def refuse(what: str, problems: Sequence[str]) -> None:
 
 
 def take_over(opt: Optimizer, step: int, arrivals: Mapping[str, Arrival]) -> None:
-    """Stores states, each as the optimizer stores it, and counters; masters are taken anew.
+    """Stores states, each as the optimizer stores it, and counters.
+
+    Masters and averages begin anew, as the parameters are.
 
     Raises ValueError, which lists every misfit, before anything is written.
     """
@@ -67,11 +70,11 @@ def take_over(opt: Optimizer, step: int, arrivals: Mapping[str, Arrival]) -> Non
     saved = snapshot.take()
     saved["step"] = step
     problems = []
-    for path, memory in zip(snapshot.paths, snapshot.memories, strict=True):
+    for path, rule, memory in zip(snapshot.paths, snapshot.rules, snapshot.memories, strict=True):
         arrival, entry = arrivals[path], saved["leaves"][path]
-        if set(arrival.states) != set(memory.states):
+        if set(arrival.states) != set(rule.states):
             problems.append(
-                f"{path}: states {list(memory.states)} here, {list(arrival.states)} there"
+                f"{path}: states {list(rule.states)} here, {list(arrival.states)} there"
             )
             continue
         for name, value in arrival.states.items():
@@ -90,6 +93,8 @@ def _stored(memory: Memory, states: Mapping[str, Any]) -> Memory:
     """The leaf's memory with these states, in arrays of their own."""
     extra = memory.extra and (memory.extra[0], memory.extra[1].copy(order="A"))
     fresh = {name: _encoded(memory, memory.states[name].copy(), a) for name, a in states.items()}
+    if AVERAGE in memory.states:
+        fresh[AVERAGE] = _encoded(memory, memory.states[AVERAGE].copy(), memory.caller)
     trial = replace(memory, states=fresh, extra=extra)
     synchronize(trial)
     return trial
@@ -110,7 +115,8 @@ def departures(opt: Optimizer) -> Iterator[tuple[str, Rule, Arrival]]:
     """Of each leaf its path, its rule, and copies of its states in the type of its arithmetic."""
     snapshot = opt._snapshot
     for k, (path, rule) in enumerate(zip(snapshot.paths, snapshot.rules, strict=True)):
-        states = {name: state.values for name, state in snapshot.memories[k].states.items()}
+        memory = snapshot.memories[k]
+        states = {name: memory.states[name].values for name in rule.states}
         yield path, rule, Arrival(int(snapshot.counters[k + 1]), states)
 
 
