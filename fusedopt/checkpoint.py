@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -88,23 +87,22 @@ class Snapshot:
             turned = memory_order(self.parameters[k]) == "F"
             for name, a in self._held(k, parameters).items():
                 arrays[f"{name}:{path}"] = a.T if turned else a
-        write(file, arrays, json.dumps(self._described()))
+        write(file, arrays, self._described())
 
     def load(self, file: str | os.PathLike[str], *, strict: bool, parameters: bool) -> int:
         """Writes what `save` put into a file, and returns the seed; errors as in `restore`."""
         from .container import read
 
         name = os.fspath(file)
-        arrays, text = read(file)
+        arrays, saved = read(file)
         try:
-            saved = json.loads(text)
             leaves = saved["leaves"]
             for entry in leaves.values():
                 entry["state"] = {}
             for tensor, a in arrays.items():
                 kind, _, path = tensor.partition(":")
                 leaves[path]["state"][kind] = a.T if leaves[path]["order"] == "F" else a
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{name}: its table of leaves is spoilt: {error!r}") from error
         if not parameters:
             for entry in leaves.values():

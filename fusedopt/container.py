@@ -35,8 +35,8 @@ HEADER_MOST = 100_000_000
 SUFFIX = ".saving"
 
 
-def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], text: str) -> None:
-    """Writes C-ordered arrays and a text, in place of the file at `path` or as a new one.
+def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], table: Any) -> None:
+    """Writes C-ordered arrays and a table of JSON's kinds: in place of the file there, or anew.
 
     Whatever ends the process, the file there is the old one or the new one, whole and on the disk.
     What earlier saves to this path left behind is removed, and so is what another process is
@@ -53,7 +53,7 @@ def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], text: 
         fresh = scratch / "arrays"
         fresh.touch()
         mode = (target if target.exists() else fresh).stat().st_mode & 0o777
-        save_file(dict(arrays), fresh, {"fusedopt": text})
+        save_file(dict(arrays), fresh, {"fusedopt": json.dumps(table)})
         fresh.chmod(mode)
         with fresh.open("r+b") as file:
             os.fsync(file.fileno())
@@ -77,8 +77,8 @@ def _remove_strays(target: Path) -> None:
             shutil.rmtree(entry, ignore_errors=True)
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], str]:
-    """The arrays, read-only and mapped, and the text that `write` put into a file.
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], Any]:
+    """The arrays, read-only and mapped, and the table that `write` put into a file.
 
     Nothing is allocated by what the file claims. Raises OSError where it cannot be opened and
     ValueError where it is no whole safetensors file, or not one of `write`.
@@ -91,12 +91,12 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], str]:
             arrays = {name: _array(data, begin, entry) for name, entry in header.items()}
             if sum(a.nbytes for a in arrays.values()) != len(data) - begin:
                 raise ValueError("the arrays do not fill it")
-            text = metadata.get("fusedopt")
+            table = json.loads(metadata.get("fusedopt", "null"))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: is not a whole safetensors file: {error}") from error
-    if not isinstance(text, str):
+    if table is None:
         raise ValueError(f"{path}: is a safetensors file, but not one that Optimizer.save wrote")
-    return arrays, text
+    return arrays, table
 
 
 def _header(data: mmap.mmap) -> tuple[dict[str, Any], int]:
