@@ -31,7 +31,7 @@ from .stepping import StepInfo
 from .verify import VerificationError, verify
 
 if TYPE_CHECKING:
-    from . import schedules
+    from . import interop, schedules
 
 __version__ = "0.1.0"
 
@@ -60,6 +60,7 @@ __all__ = [
     "global_norm",
     "hessian",
     "info",
+    "interop",
     "orthogonalize",
     "schedules",
     "set_isa",
@@ -70,8 +71,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "schedules":  # 8 ms of dataclasses, for those who use them
+    if name in ("interop", "schedules"):  # 8 ms of dataclasses, for those who use them
         import importlib
 
-        return importlib.import_module(".schedules", __name__)
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -360,8 +361,7 @@ class Optimizer:
         Returns how many micro-batches there are now. Raises as `step` does; a `state_dict` cannot
         be taken before the step.
         """
-        if self._exchanged:
-            raise RuntimeError(f"accumulate inside of {self._exchanged}(): leave the context first")
+        self._check_at_home("accumulate")
         with self._exclusively():
             if self._sums is None:
                 self._sums = Accumulator(
@@ -419,8 +419,8 @@ class Optimizer:
         """Other hyperparameters from the next step on: `opt.replace(weight_decay=0.05)`.
 
         label: the pattern, or name of a rule as in `lr`, that alone is meant; without it each
-        hyperparameter goes to all rules that have it. States and counters stay. A `state_dict`
-        holds no hyperparameters; pickles and deep copies do.
+        hyperparameter goes to all rules that have it. States and counters stay. What a `state_dict`
+        or a file is loaded into must have been given the same; pickles and deep copies have it.
 
         Raises TypeError for a name that no rule meant has or a value of the wrong kind, ValueError
         for an unknown label, a value out of range, or one that the states (amsgrad) or parameters
@@ -430,10 +430,7 @@ class Optimizer:
 
     def _adopt(self, rules: Sequence[Rule]) -> None:
         """Puts rules in the place of the groups' own, all of them or none."""
-        if self._exchanged:
-            raise RuntimeError(
-                f"hyperparameters inside of {self._exchanged}(): leave the context first"
-            )
+        self._check_at_home("hyperparameters")
         self._check_caught_up("hyperparameters")
         old = self._groups
         kept = [check_successor(group, rule) for group, rule in zip(old, rules, strict=True)]
@@ -483,8 +480,7 @@ class Optimizer:
         Without it the next step goes on from the masters, and what was written is lost. Does
         nothing where there are no masters.
         """
-        if self._exchanged:
-            raise RuntimeError(f"sync inside of {self._exchanged}(): leave the context first")
+        self._check_at_home("sync")
         self._check_caught_up("sync")
         with deferred():
             for memory in self._leaves:
@@ -558,8 +554,7 @@ class Optimizer:
         """
         if self._ledger is None:
             raise RuntimeError("catch_up(): make the optimizer with exact=True")
-        if self._exchanged:
-            raise RuntimeError(f"catch_up inside of {self._exchanged}(): leave the context first")
+        self._check_at_home("catch_up")
         with self._exclusively():
             self._guard.begin(1.0)
             self._ledger.catch_up(rows)
@@ -651,27 +646,79 @@ class Optimizer:
     def state_dict(self) -> dict[str, Any]:
         """Counters and copies of the states; the parameters are the caller's to keep.
 
-        {"format": 1, "step": ..., "seed": ..., "leaves": {path: {"rule", "t", "shape", "dtype",
-        "formats", "state"}}}. A quantised state m is there as "m.codes" and "m.scales".
+        {"format": 1, "step": ..., "seed": ..., "leaves": {path: {"rule", "hyperparameters", "t",
+        "shape", "dtype", "order", "formats", "state"}}}. A quantised state m is there as "m.codes"
+        and "m.scales". The hyperparameters are there to be compared, not to be taken over.
         """
-        if self._accumulated:
-            raise RuntimeError("state_dict: accumulated gradients would be lost; call step() first")
-        self._check_caught_up("state_dict")
+        self._check_settled("state_dict")
         return self._snapshot.take()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], *, strict: bool = True) -> None:
         """Goes on from a `state_dict`, copying its arrays; with equal parameters, bit for bit.
 
-        Put the parameters back first: masters come from the `state_dict`, not from them. Raises
-        ValueError that lists every difference in paths, rules, shapes, dtypes, formats and states;
-        nothing has changed then.
+        Put the parameters back first: masters come from the `state_dict`, not from them. strict:
+        hyperparameters must be equal too (of schedules what they print; any two other callables
+        count as equal). With strict=False this optimizer's own hold from here on, and only those
+        that say what the states hold, such as `amsgrad` or `form`, must be equal.
+
+        Raises ValueError that lists every difference in paths, rules, hyperparameters, shapes,
+        dtypes, memory orders, formats and states, RuntimeError inside of `lookahead` and
+        `averaged`; nothing has changed then. Accumulated gradients are forgotten.
         """
+        self._check_at_home("load_state_dict")
         with deferred():
-            self._seed = self._snapshot.restore(state)
-            self._ledger = None  # what rows had missed is no more
-            if self._sums is not None:
-                self._sums.clear()
-            self._prepare(self._parameters)
+            self._go_on(self._snapshot.restore(state, strict=strict))
+
+    def save(self, path: str | os.PathLike[str], *, parameters: bool = True) -> None:
+        """Writes states, counters and parameters to one safetensors file: all that a run needs.
+
+        parameters: also the parameters and the arrays of `copy_out`; without them the file is a
+        `state_dict`. The parameter of the leaf `block.0.w` is called `p:block.0.w` there, its state
+        m `m:block.0.w`; arrays in Fortran order lie there transposed. Every bit is kept.
+
+        A file at `path` is replaced at once when the new one is whole and on the disk: a process
+        killed at any moment leaves the old file or the new one. No other copy is made in memory.
+        Raises OSError where the file cannot be written, RuntimeError inside of `lookahead` and
+        `averaged`, and between `accumulate` and `step`.
+        """
+        self._check_settled("save")
+        self._snapshot.save(path, parameters)
+
+    def load(
+        self, path: str | os.PathLike[str], *, parameters: bool = True, strict: bool = True
+    ) -> None:
+        """Goes on from a file of `save`, bit for bit: parameters and states are written in place.
+
+        parameters: with False those of the file are left there; the caller's must be in place.
+        strict: as in `load_state_dict`. The file is mapped, and nothing is allocated by its word.
+
+        Raises OSError where it cannot be read, ValueError where it is not whole, of another version
+        or without parameters, or that lists every difference as `load_state_dict` does,
+        RuntimeError inside of `lookahead` and `averaged`; nothing has changed then. Accumulated
+        gradients are forgotten.
+        """
+        self._check_at_home("load")
+        with deferred():
+            self._go_on(self._snapshot.load(path, strict=strict, parameters=parameters))
+
+    def _go_on(self, seed: int) -> None:
+        """After another state was loaded: what rows had missed, and sums of gradients, are gone."""
+        self._seed, self._ledger = seed, None
+        if self._sums is not None:
+            self._sums.clear()
+        self._prepare(self._parameters)
+
+    def _check_at_home(self, what: str) -> None:
+        """The parameters are themselves."""
+        if self._exchanged:
+            raise RuntimeError(f"{what} inside of {self._exchanged}(): leave the context first")
+
+    def _check_settled(self, what: str) -> None:
+        """There is nothing but parameters, states and counters."""
+        self._check_at_home(what)
+        if self._accumulated:
+            raise RuntimeError(f"{what}: accumulated gradients would be lost; call step() first")
+        self._check_caught_up(what)
 
     @property
     def _snapshot(self) -> Snapshot:
