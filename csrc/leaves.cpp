@@ -12,6 +12,7 @@
 #include "cpu.hpp"
 #include "driver.hpp"
 #include "programs.hpp"
+#include "windows.hpp"
 
 namespace py = pybind11;
 
@@ -22,13 +23,14 @@ std::atomic<int> thread_count{1};
 
 // Runs the leaves, for long ones without Python's lock; whoever holds the arrays alive is the
 // caller's affair. Handing the lock over costs 0.07 us, as much as 350 elements.
-void run_unlocked(std::vector<Leaf>& leaves, std::size_t elements, int threads) {
+void run_unlocked(std::vector<Leaf>& leaves, std::size_t elements, int threads,
+                  const Mapped* mapped = nullptr) {
   constexpr std::size_t SHORT = 1 << 13;
   if (elements < SHORT) {
-    run(leaves, threads);
+    run(leaves, threads, mapped);
   } else {
     const py::gil_scoped_release unlocked;
-    run(leaves, threads);
+    run(leaves, threads, mapped);
   }
 }
 
@@ -143,11 +145,13 @@ class Plan {
   // of matrices whose products come between its two phases. counters: the optimizer's step number,
   // then each leaf's. folds: for each group those of its operations. rates: float64, the groups'
   // learning rates, read in each step. between(batch, leaves) is called with the lock held;
-  // zero_grads: gradients are set to zero; threads 0 means no limit of its own.
+  // zero_grads: gradients are set to zero; threads 0 means no limit of its own. scratch: None, or
+  // an object with the block, file and window of `Mapped`.
   Plan(const py::object& tree, const py::list& arrays, const py::list& mirrors,
        const std::vector<std::vector<std::uint64_t>>& keys, std::vector<int> groups,
        std::vector<int> batches, const py::list& programs, std::vector<py::tuple> folds,
-       py::object rates, py::object counters, py::object between, bool zero_grads, int threads)
+       py::object rates, py::object counters, py::object between, bool zero_grads, int threads,
+       const py::object& scratch)
       : tree_(tree),
         groups_(std::move(groups)),
         batches_(std::move(batches)),
@@ -157,6 +161,14 @@ class Plan {
         between_(std::move(between)),
         zero_grads_(zero_grads),
         threads_(threads) {
+    if (!scratch.is_none()) {
+      const py::object block = scratch.attr("block");
+      const auto memory = py::cast<py::array>(block);
+      mapped_ = {static_cast<char*>(py::detail::array_proxy(block.ptr())->data),
+                 static_cast<std::size_t>(memory.nbytes()), scratch.attr("file").cast<int>(),
+                 scratch.attr("window").cast<std::size_t>()};
+      held_.push_back(scratch);
+    }
     for (const py::handle program : programs) {
       held_.push_back(py::reinterpret_borrow<py::object>(program));
       programs_.push_back(program.cast<const Program*>());
@@ -416,7 +428,8 @@ class Plan {
     leaves_.resize(count);
     const int limit = thread_count.load();
     const int threads = threads_ > 0 ? std::min(threads_, limit) : limit;
-    run_unlocked(leaves_, elements, threads);  // refs_ and held_ keep every array alive
+    // refs_ and held_ keep every array alive
+    run_unlocked(leaves_, elements, threads, mapped_.data ? &mapped_ : nullptr);
   }
 
   const Program& program(std::size_t k) const {
@@ -434,6 +447,7 @@ class Plan {
   const double* rate_ = nullptr;
   const Table* table_ = nullptr;
   std::vector<py::object> held_;  // programs and arrays
+  Mapped mapped_;
   std::vector<const Program*> programs_;
   std::vector<Own> own_;
   std::vector<Operand> operands_;  // MAX_OPERANDS for each leaf
@@ -461,11 +475,11 @@ void bind_leaves(py::module_& module) {
       .def(py::init<const py::object&, const py::list&, const py::list&,
                     const std::vector<std::vector<std::uint64_t>>&, std::vector<int>,
                     std::vector<int>, const py::list&, std::vector<py::tuple>, py::object,
-                    py::object, py::object, bool, int>(),
+                    py::object, py::object, bool, int, const py::object&>(),
            py::kw_only(), py::arg("tree"), py::arg("arrays"), py::arg("mirrors"), py::arg("keys"),
            py::arg("groups"), py::arg("batches"), py::arg("programs"), py::arg("folds"),
            py::arg("rates"), py::arg("counters"), py::arg("between"), py::arg("zero_grads"),
-           py::arg("threads"))
+           py::arg("threads"), py::arg("scratch"))
       .def("step", &Plan::step);
   module.def("update", &update);
   module.def("set_threads", [](int n) { thread_count.store(n); });

@@ -33,6 +33,7 @@ class Plan:
         between: Callable[[int, Sequence[int]], None],
         zero_grads: bool,
         threads: int,
+        scratch: Any,
     ) -> None: ...
     def step(self, gradients: Any, hessian: Any, flat: bool, /) -> int | None: ...
 

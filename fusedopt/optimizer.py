@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import operator
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, NamedTuple, SupportsIndex
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
 import numpy as np
 
@@ -24,10 +25,13 @@ from .groups import (
 )
 from .interrupts import deferred
 from .rules import Nesterov, Rule
-from .states import Memory
+from .states import Memory, in_memory
 from .storage import Master, Rounding, StateDtype, Storage, synchronize
 from .threads import check_threads
 from .trees import Tree
+
+if TYPE_CHECKING:
+    from .scratch import Scratch
 
 
 class StepInfo(NamedTuple):
@@ -84,13 +88,20 @@ class Optimizer:
     nearest bfloat16, moves only where a step changes it by half a unit: take "stochastic" there.
     seed: a non-negative integer.
 
+    state_path: an empty or new directory, on a disk, for states larger than memory. All that is in
+    `state` is in a file there, reserved as a whole at once, and a step has no more than 32 MiB of
+    it in memory at a time (native backend, on Linux, without `verify`). The file is scratch, not a
+    checkpoint: it goes with the optimizer or its process, and nothing can go on from one that a
+    killed process has left. Such an optimizer cannot be pickled, copied or used in a forked child.
+
     backend: "auto", "native" or "reference". threads: at most so many, where the process may use
     more. verify: run every step on copies first, compare with the float64 reference, and commit
     only what agrees (`VerificationError` otherwise, also where parameters with masters were
     overwritten without `sync`).
 
     Raises TypeError for a value of the wrong kind, ValueError for one that does not fit,
-    RuntimeError where the backend cannot be used.
+    RuntimeError where the backend cannot be used, FileExistsError where `state_path` is in use or
+    holds anything else, OSError where it cannot be made or has no room.
     """
 
     def __init__(
@@ -103,6 +114,7 @@ class Optimizer:
         rounding: Rounding = "nearest",
         master: Master | None = None,
         copy_out: Any = None,
+        state_path: str | os.PathLike[str] | None = None,
         seed: int = 0,
         backend: str = "auto",
         threads: int | None = None,
@@ -137,10 +149,22 @@ class Optimizer:
         self._check_apart(parameters, copies)
         labels, dtypes = [leaf.label for leaf in leaves], [p.dtype for p in parameters]
         self._storage.check(labels, dtypes, self._rules)
-        self._leaves = self._storage.allocate(self._rules, parameters, copies)
         self._shifted = False
         self._lock = threading.Lock()
-        self._prepare(parameters)
+        scratch: AbstractContextManager[Scratch | None] = nullcontext()
+        if state_path is not None:
+            from .scratch import scratch_in  # 5 ms, for this alone
+
+            scratch = scratch_in(state_path)
+        with scratch as self._scratch:
+            block = self._scratch.reserve if self._scratch else in_memory
+            self._leaves = self._storage.allocate(self._rules, parameters, copies, block)
+            self._prepare(parameters)
+            if self._scratch:
+                self._scratch.note(
+                    {x.path: m.saved for x, m in zip(leaves, self._leaves, strict=True)}
+                )
+                self._scratch.release()
 
     @property
     def _rules(self) -> list[Any]:
@@ -202,6 +226,7 @@ class Optimizer:
             keys=self._keys(),
             zero_grads=self._options.zero_grads,
             threads=self._options.threads,
+            scratch=self._scratch,
         )
         if self._options.verify:
             from .verify import VerifiedPlan  # an optimizer may run without the module
@@ -222,7 +247,7 @@ class Optimizer:
         # One native call guards itself, and is a whole; whatever more there is must be made so.
         native = self._backend.native and not self._options.verify
         one_phase = all(group.rule.program.phases == 1 for group in self._groups)
-        self._simple = native and one_phase and not self._scheduled
+        self._simple = native and one_phase and not self._scheduled and not self._scratch
 
     def _keys(self) -> list[list[int]]:
         """Of each leaf, for its parameter and states, the keys of their random bits."""
@@ -262,6 +287,7 @@ class Optimizer:
         return new_tuple(StepInfo, (number, rate))  # 0.08 us less than StepInfo(number, rate)
 
     def _guarded_step(self, grads: Any, hessian: Any) -> StepInfo:
+        self._check_owner()
         with deferred():
             if not self._lock.acquire(blocking=False):
                 raise RuntimeError(
@@ -419,11 +445,25 @@ class Optimizer:
         """
         if self._shifted:
             raise RuntimeError("sync inside of lookahead(): leave the context first")
+        self._check_owner()
         with deferred():
             for memory in self._leaves:
                 synchronize(memory)
             if self._options.verify:
                 self._plan.accept()
+
+    def flush(self) -> None:
+        """Writes the states in `state_path` to the disk, waits, and frees all memory they take.
+
+        The system does the same in its own time; this is for when memory is needed at once. Does
+        nothing without `state_path`. Raises OSError where the disk failed.
+        """
+        if self._scratch:
+            self._scratch.flush()
+
+    def _check_owner(self) -> None:
+        if self._scratch:
+            self._scratch.check_owner()
 
     @contextmanager
     def lookahead(self) -> Iterator[None]:
@@ -461,6 +501,7 @@ class Optimizer:
         anew where the values differ from the old arrays'. Raises TypeError or ValueError where
         something does not fit; the optimizer keeps the old ones then.
         """
+        self._check_owner()
         tree = Tree(params)
         fresh = [leaf.value for leaf in tree.leaves]
         self._tree.flatten(params, "params")
@@ -502,11 +543,15 @@ class Optimizer:
         held = sum(p.nbytes for p in self._parameters)
         states_held = sum(a.nbytes for memory in self._leaves for a in memory.saved.values())
         lines.append(
-            f"{held} bytes of parameters, {states_held} of states, {self._plan.work_bytes} of work"
-            f" space; backend {self._backend.name} ({self._backend.describe()}), step"
-            f" {self.step_count}"
+            f"{held} bytes of parameters, {states_held} of states{self._where()},"
+            f" {self._plan.work_bytes} of work space; backend {self._backend.name}"
+            f" ({self._backend.describe()}), step {self.step_count}"
         )
         return "\n".join(line.rstrip() for line in lines)
+
+    def _where(self) -> str:
+        s = self._scratch
+        return f" in {s.directory} (scratch; a step has {s.window} in memory)" if s else ""
 
     def fingerprint(self) -> str:
         """A digest of parameters, states and counters: equal where all bits are.
@@ -544,6 +589,7 @@ class Optimizer:
         ValueError that lists every difference in paths, rules, shapes, dtypes, formats and states;
         nothing has changed then.
         """
+        self._check_owner()
         with deferred():
             self._seed = self._snapshot.restore(state)
             self._prepare(self._parameters)
@@ -564,6 +610,11 @@ class Optimizer:
         # on sharing them; on its own, an optimizer takes its arrays along.
         if self._shifted:
             raise RuntimeError("an optimizer inside of lookahead() cannot be copied")
+        if self._scratch:
+            raise TypeError(
+                f"an optimizer with state_path {self._scratch.directory} cannot be copied or"
+                " pickled, since both would use that directory; take its state_dict()"
+            )
         rules = [group.rule for group in self._groups]  # those of a callable may be replaced
         return _rebuild, (self.params, self.rule, self._options, rules, self.state_dict())
 

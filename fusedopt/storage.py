@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
@@ -11,7 +11,6 @@ import numpy as np
 from .formats import (
     BFLOAT16,
     FLOAT16,
-    FLOAT32,
     KAHAN,
     PLAIN,
     QUANTIZED,
@@ -21,7 +20,7 @@ from .formats import (
     Format,
     compute_dtype,
 )
-from .states import Memory, Stored, Wanted, allocate
+from .states import Block, Memory, Stored, Wanted, allocate, in_memory
 
 if TYPE_CHECKING:
     from .rules import Rule
@@ -148,49 +147,52 @@ class Storage:
         rules: Sequence[Rule],
         parameters: Sequence[np.ndarray],
         copies: Sequence[np.ndarray | None],
+        block: Block = in_memory,
     ) -> list[Memory]:
         """The memory of each leaf; masters begin as their parameters.
 
-        copies: of each leaf the array that gets a copy of the new parameter, or None.
+        copies: of each leaf the array that gets a copy of the new parameter, or None. block: where
+        what is new lies.
         """
         wanted: list[Wanted] = []
         for rule, p in zip(rules, parameters, strict=True):
-            if self._separate(p):
-                wanted.append(Wanted(PLAIN["float32"], p))
+            if self._own(p):
+                format = self.parameter(p.dtype)
+                wanted.append(Wanted(format, p, beside=format.aux_dtype is not None))
             wanted += [
                 Wanted(self.state(rule, s, p.dtype, p.size), p, rule.initial(s))
                 for s in rule.states
             ]
-        fresh = iter(allocate(wanted))
+        fresh = iter(allocate(wanted, block))
         memories = []
         for rule, p, copied in zip(rules, parameters, copies, strict=True):
-            master = next(fresh) if self._separate(p) else None
+            own = next(fresh) if self._own(p) else None
             states = {name: next(fresh) for name in rule.states}
-            memory = self._memory(p, master, states, copied)
+            memory = self._memory(p, own, states, copied)
             synchronize(memory)
             memories.append(memory)
         return memories
 
-    def _separate(self, p: np.ndarray) -> bool:
-        return self.master == "float32" and p.dtype in LOW
+    def _own(self, p: np.ndarray) -> bool:
+        """Whether there is a master of a parameter, or anything beside its elements."""
+        format = self.parameter(p.dtype)
+        return format.dtype != p.dtype or format.aux_dtype is not None
 
     def _memory(
         self,
         p: np.ndarray,
-        master: Stored | None,
+        own: Stored | None,
         states: Mapping[str, Stored],
         copied: np.ndarray | None,
     ) -> Memory:
         mirrors = () if copied is None else (copied,)
-        if master is not None:
-            return Memory(master, states, (p, *mirrors), ("master", master.data))
-        format = self.parameter(p.dtype)
-        stored = Stored.plain(p)
-        if format.aux_dtype is None:
-            return Memory(Stored(format, p, None, p.shape, stored.order), states, mirrors)
-        aux = np.zeros(format.aux_size(p.size), format.aux_dtype)
-        name = "low" if format is SPLIT16 else "compensation"
-        return Memory(Stored(format, p, aux, p.shape, stored.order), states, mirrors, (name, aux))
+        if own is None:
+            stored = replace(Stored.plain(p), format=self.parameter(p.dtype))
+            return Memory(stored, states, mirrors)
+        if own.aux is None:
+            return Memory(own, states, (p, *mirrors), ("master", own.data))
+        name = "low" if own.format is SPLIT16 else "compensation"
+        return Memory(own, states, mirrors, (name, own.aux))
 
 
 def synchronize(memory: Memory) -> None:
@@ -199,7 +201,7 @@ def synchronize(memory: Memory) -> None:
         return
     name, array = memory.extra
     if name == "master":
-        array[...] = memory.caller.astype(FLOAT32)
+        array[...] = memory.caller
     else:
         array[...] = 0
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from ..rules import Rule
 from ..states import Memory
+
+if TYPE_CHECKING:
+    from ..scratch import Scratch
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class Layout:
     group_of: of each leaf its place among them. rates: float64, the groups' learning rates in the
     step at hand. counters: int64, the optimizer's step and then each leaf's; a plan advances them.
     keys: of each leaf, for its parameter and states, the keys of their random bits. zero_grads:
-    gradients are set to zero. threads: at most so many, or None.
+    gradients are set to zero. threads: at most so many, or None. scratch: the file that states are
+    in, of which a step is to have a window in memory at a time; None where they are in memory.
     """
 
     tree: Any
@@ -40,6 +44,7 @@ class Layout:
     keys: Sequence[Sequence[int]]
     zero_grads: bool = False
     threads: int | None = None
+    scratch: Scratch | None = None
 
 
 class Plan(Protocol):

@@ -146,6 +146,7 @@ class NativePlan:
             between=matrices.between,
             zero_grads=layout.zero_grads,
             threads=layout.threads or 0,
+            scratch=layout.scratch,
         ).step
 
 
