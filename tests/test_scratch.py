@@ -140,7 +140,9 @@ def mapped():
 n, small = 1 << 25, 1000
 params = [np.ones(n - 999 * small, ml_dtypes.bfloat16), *np.ones((999, small), ml_dtypes.bfloat16)]
 grads = [np.full(p.shape, 0.1, p.dtype) for p in params]
-optimizer = fo.Optimizer(params, fo.Adam(), state_dtype="float64", state_path=sys.argv[1])
+path, threads = sys.argv[1:]
+options = {"state_dtype": "float64", "state_path": path, "threads": int(threads)}
+optimizer = fo.Optimizer(params, fo.Adam(), **options)
 for _ in range(2):
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = rss("VmRSS")
@@ -152,9 +154,10 @@ print(mapped(), optimizer.state["0"]["v"][-1])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is bounded and measured on Linux")
-def test_a_step_has_a_window_in_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_a_step_has_a_window_in_memory(threads: str, tmp_path: Path) -> None:
     """512 MiB of states; in memory, at most 64 MiB more in the step, and next to none after it."""
-    command = [sys.executable, "-c", RESIDENT, str(tmp_path)]
+    command = [sys.executable, "-c", RESIDENT, str(tmp_path), threads]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     first, second, flushed = (line.split() for line in done.stdout.splitlines())
     for peak, left in (first, second):
