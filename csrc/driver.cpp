@@ -28,53 +28,105 @@ void run_step(const Step& step, void* const* data, std::size_t n) {
   step.run(operands, step.scalars, n);
 }
 
-char* element(const Operand& operand, std::size_t at) {
+// Elements [from, to) of a leaf's arrays; its inputs have them `ahead` further on.
+struct Span {
+  std::size_t from, to;
+  std::ptrdiff_t ahead;
+};
+
+char* element(const Operand& operand, std::size_t at, const Span& span) {
+  if (operand.role == Role::INPUT) at += static_cast<std::size_t>(span.ahead);
   return operand.data + at * operand.bits / 8;
 }
 
-// Elements [from, to) of a leaf, tile by tile: decode, the program, encode. `from` is the start of
-// a tile.
-void run_tiles(const Leaf& leaf, std::size_t from, std::size_t to) {
+// What the codec stores beside an element that begins a block.
+char* beside(const Operand& operand, std::size_t at) {
+  return operand.aux + at * operand.aux_bytes / TILE;
+}
+
+using Lanes = double[LANES];
+
+// Tile by tile: decode, the program, encode. `from` is the start of a tile, or of a row.
+void run_tiles(const Leaf& leaf, const Span& span, Lanes* lanes) {
   alignas(64) char scratch[MAX_OPERANDS][TILE * sizeof(double)];
   void* tile[MAX_OPERANDS];
-  for (std::size_t at = from; at < to; at += TILE) {
-    const std::size_t n = std::min(TILE, to - at), index = at / TILE;
+  for (std::size_t at = span.from; at < span.to; at += TILE) {
+    const std::size_t n = std::min(TILE, span.to - at);
+    Lanes* next = lanes;
     for (int k = 0; k < leaf.operand_count; ++k) {
       const Operand& operand = leaf.operands[k];
       if (!(leaf.used >> k & 1)) continue;
-      if (operand.source >= 0) {
+      if (operand.role == Role::SCRATCH) {
+        tile[k] = scratch[k];
+      } else if (operand.role == Role::SUMS) {
+        tile[k] = next++;
+      } else if (operand.source >= 0) {
         tile[k] = tile[operand.source];
       } else if (operand.decode) {
         tile[k] = scratch[k];
-        operand.decode(element(operand, at), operand.aux + index * operand.aux_bytes, tile[k], n);
+        operand.decode(element(operand, at, span), beside(operand, at), tile[k], n);
       } else {
-        tile[k] = element(operand, at);
+        tile[k] = element(operand, at, span);
       }
     }
     for (int s = 0; s < leaf.step_count; ++s) run_step(leaf.steps[s], tile, n);
     for (int k = 0; k < leaf.operand_count; ++k) {
       const Operand& operand = leaf.operands[k];
       if ((leaf.written >> k & 1) && operand.encode)
-        operand.encode(tile[k], element(operand, at), operand.aux + index * operand.aux_bytes, n,
-                       subkey(operand.key, index));
+        operand.encode(tile[k], element(operand, at, span), beside(operand, at), n,
+                       subkey(operand.key, at / TILE));
     }
   }
 }
 
-void run_leaf(const Leaf& leaf, std::size_t from, std::size_t to) {
+void run_span(const Leaf& leaf, const Span& span, Lanes* lanes) {
   void* data[MAX_OPERANDS];
-  bool in_place = true;
-  for (int k = 0; k < leaf.operand_count; ++k) {
+  bool in_place = leaf.step_count == 1;
+  for (int k = 0; k < leaf.operand_count && in_place; ++k) {
     const Operand& operand = leaf.operands[k];
-    data[k] = element(operand, from);
-    if (leaf.used >> k & 1) in_place = in_place && !operand.decode && !operand.encode;
+    if (!(leaf.used >> k & 1)) continue;
+    data[k] = element(operand, span.from, span);
+    if (operand.role == Role::SUMS) data[k] = lanes[0];
+    in_place = !operand.decode && !operand.encode;
   }
   // With nothing to decode or encode and nothing to keep in cache between operations, a tile may be
   // long.
-  if (in_place && leaf.step_count == 1)
-    run_step(leaf.steps[0], data, to - from);
+  if (in_place)
+    run_step(leaf.steps[0], data, span.to - span.from);
   else
-    run_tiles(leaf, from, to);
+    run_tiles(leaf, span, lanes);
+}
+
+// With sums: `place` is where those of this span go.
+void run_summing(const Leaf& leaf, const Span& span, std::size_t place) {
+  if (!leaf.summed) return run_span(leaf, span, nullptr);
+  alignas(64) double lanes[MAX_OPERANDS][LANES] = {};
+  run_span(leaf, span, lanes);
+  int next = 0;
+  for (int k = 0; k < leaf.operand_count; ++k) {
+    if (!(leaf.summed >> k & 1)) continue;
+    double* const sums = lanes[next++];
+    for (std::size_t half = LANES / 2; half; half /= 2)
+      for (std::size_t lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+    reinterpret_cast<double*>(leaf.operands[k].data)[place] = sums[0];
+  }
+}
+
+void run_leaf(const Leaf& leaf, std::size_t from, std::size_t to) {
+  if (leaf.rows) {
+    const std::size_t length = leaf.rows->length;
+    for (std::size_t k = from / length; k < to / length; ++k) {
+      const std::size_t row = static_cast<std::size_t>(leaf.rows->rows[k]);
+      const std::ptrdiff_t ahead =
+          (leaf.rows->from[k] - leaf.rows->rows[k]) * static_cast<std::ptrdiff_t>(length);
+      run_summing(leaf, {row * length, (row + 1) * length, ahead}, k);
+    }
+  } else if (leaf.summed) {
+    for (; from < to; from += SEGMENT)
+      run_summing(leaf, {from, std::min(from + SEGMENT, to), 0}, from / SEGMENT);
+  } else {
+    run_span(leaf, {from, to, 0}, nullptr);
+  }
 }
 
 struct Work {
@@ -85,11 +137,13 @@ struct Work {
   std::size_t threads;
 };
 
-// Cuts fall on tiles of their leaf, so that no tile is shared between two threads.
+// Cuts fall on tiles of their leaf, so that no tile is shared between two threads; or on what is
+// summed or touched as a whole.
 std::size_t cut(const Leaf& leaf, std::size_t position) {
   if (position <= leaf.start) return 0;
   if (position >= leaf.start + leaf.elements) return leaf.elements;
-  return (position - leaf.start) / TILE * TILE;
+  const std::size_t unit = leaf.rows ? leaf.rows->length : leaf.summed ? SEGMENT : TILE;
+  return (position - leaf.start) / unit * unit;
 }
 
 // Calls visit(leaf, low, high) for all that is in a part.

@@ -1,5 +1,6 @@
 // Leaves -> parts -> tiles -> programs. Knows nothing of Python.
 #pragma once
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -8,8 +9,16 @@
 
 namespace fusedopt {
 
+enum class Role : std::uint8_t {
+  ARRAY,    // of the leaf, in place
+  INPUT,    // one that comes with the step
+  SCRATCH,  // a tile that lives as long as the tile's program
+  SUMS      // lanes; data gets one double for each segment, or row
+};
+
 // One array of a leaf.
 struct Operand {
+  Role role = Role::ARRAY;
   char* data = nullptr;
   char* aux = nullptr;          // what the codec stores beside the elements
   Decode decode = nullptr;      // null: has the compute type already, is used where it lies
@@ -28,14 +37,27 @@ struct Step {
   int operand_count;
 };
 
+// Rows of a leaf that alone are touched: row r[k] has row from[k] of the inputs.
+struct Rows {
+  const std::int64_t *rows = nullptr, *from = nullptr;
+  std::size_t length = 0;  // elements of a row
+};
+
 struct Leaf {
-  std::size_t elements;
+  std::size_t elements;  // that are touched
   const Operand* operands;
   const Step* steps;
   int operand_count, step_count;
-  std::uint32_t used, written;  // operands, as bits
-  std::size_t start;            // in the concatenation of all leaves; `run` finds it
+  std::uint32_t used, written, summed;  // operands, as bits
+  const Rows* rows;                     // null: all
+  std::size_t start;                    // in the concatenation of all leaves; `run` finds it
 };
+
+// How many doubles a sum over so many elements takes.
+inline std::size_t sums_of(const Leaf& leaf) {
+  return leaf.rows ? leaf.elements / std::max<std::size_t>(1, leaf.rows->length)
+                   : (leaf.elements + SEGMENT - 1) / SEGMENT;
+}
 
 // Spreads the bits of x over all of the result (the finaliser of splitmix64).
 inline std::uint64_t mixed(std::uint64_t x) {

@@ -98,19 +98,52 @@ void rule_tile(void* const* x, const void* scalars, std::size_t n) {
   unpack_rule<Rule, T, mode>(x, scalars, n, std::make_index_sequence<Rule::states>());
 }
 
+// A struct without fields has a size all the same.
+template <template <class> class R>
+constexpr int fields() {
+  return __is_empty(R<float>) ? 0 : static_cast<int>(sizeof(R<float>) / sizeof(float));
+}
+
+template <class Op>
+Op from_scalars(const void* scalars) {
+  Op op;
+  if constexpr (!__is_empty(Op)) std::memcpy(&op, scalars, sizeof op);
+  return op;
+}
+
 template <class Op, class T>
 void other_tile(void* const* x, const void* scalars, std::size_t n) {
-  static_assert(Op::operands == 2 && Op::written == 1, "the one shape that is needed so far");
-  Op op;
-  std::memcpy(&op, scalars, sizeof op);
+  const Op op = from_scalars<Op>(scalars);
   T* target = static_cast<T*>(x[0]);
   const T* source = static_cast<const T*>(x[1]);
   OPERANDS_DO_NOT_OVERLAP
   for (std::size_t i = 0; i < n; ++i) {
     T value = target[i];
     op(value, source[i]);
-    target[i] = normal_or_zero(value);
+    target[i] = Op::state ? normal_or_zero(value) : value;
   }
+}
+
+template <class Op, class... T>
+inline void add_up(const Op& op, double* lanes, std::size_t n, const T*... x) {
+  double sums[LANES];
+  std::memcpy(sums, lanes, sizeof sums);
+  std::size_t i = 0;
+  for (; i + LANES <= n; i += LANES)
+    for (std::size_t lane = 0; lane < LANES; ++lane) sums[lane] += op(x[i + lane]...);
+  for (std::size_t lane = 0; i + lane < n; ++lane) sums[lane] += op(x[i + lane]...);
+  std::memcpy(lanes, sums, sizeof sums);
+}
+
+template <class Op, class T>
+void sum_tile(void* const* x, const void* scalars, std::size_t n) {
+  const Op op = from_scalars<Op>(scalars);
+  double* const lanes = static_cast<double*>(x[0]);
+  const T* const a = static_cast<const T*>(x[1]);
+  if constexpr (Op::operands == 1)
+    add_up(op, lanes, n, a);
+  else
+    add_up(op, lanes, n, a, static_cast<const T*>(x[2]));
 }
 
 template <class Rule, class T, int... M>
@@ -123,31 +156,41 @@ constexpr Operation rule_entry() {
   using All = std::make_integer_sequence<int, MODES>;
   return {R<float>::name,
           2 + R<float>::states,
-          true,
+          RULE,
           written<R<float>>(0),
-          2 + static_cast<int>(sizeof(R<float>) / sizeof(float)),
+          2 + fields<R>(),
           {modes<R<float>, float>(All()), modes<R<double>, double>(All())}};
 }
 
 template <template <class> class R>
 constexpr Operation other_entry() {
   return {R<float>::name,
-          R<float>::operands,
-          false,
-          R<float>::written,
-          static_cast<int>(sizeof(R<float>) / sizeof(float)),
+          2,
+          R<float>::filter ? FILTER : OTHER,
+          0,
+          fields<R>(),
           {{{other_tile<R<float>, float>}}, {{other_tile<R<double>, double>}}}};
 }
 
-template <class Rules, class Others>
+template <template <class> class R>
+constexpr Operation sum_entry() {
+  return {R<float>::name,
+          1 + R<float>::operands,
+          SUM,
+          0,
+          fields<R>(),
+          {{{sum_tile<R<float>, float>}}, {{sum_tile<R<double>, double>}}}};
+}
+
+template <class Rules, class Others, class Sums>
 struct Operations;
-template <template <class> class... R, template <class> class... O>
-struct Operations<List<R...>, List<O...>> {
-  static constexpr int count = sizeof...(R) + sizeof...(O);
-  static constexpr Operation all[] = {rule_entry<R>()..., other_entry<O>()...};
+template <template <class> class... R, template <class> class... O, template <class> class... S>
+struct Operations<List<R...>, List<O...>, List<S...>> {
+  static constexpr int count = sizeof...(R) + sizeof...(O) + sizeof...(S);
+  static constexpr Operation all[] = {rule_entry<R>()..., other_entry<O>()..., sum_entry<S>()...};
 };
 
-using Everything = Operations<Rules, Others>;
+using Everything = Operations<Rules, Others, Sums>;
 
 }  // namespace
 

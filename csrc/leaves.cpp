@@ -11,7 +11,9 @@
 #include "arrays.hpp"
 #include "cpu.hpp"
 #include "driver.hpp"
+#include "norms.hpp"
 #include "programs.hpp"
+#include "trees.hpp"
 #include "windows.hpp"
 
 namespace py = pybind11;
@@ -21,23 +23,12 @@ namespace {
 
 std::atomic<int> thread_count{1};
 
-// Runs the leaves, for long ones without Python's lock; whoever holds the arrays alive is the
-// caller's affair. Handing the lock over costs 0.07 us, as much as 350 elements.
-void run_unlocked(std::vector<Leaf>& leaves, std::size_t elements, int threads,
-                  const Mapped* mapped = nullptr) {
-  constexpr std::size_t SHORT = 1 << 13;
-  if (elements < SHORT) {
-    run(leaves, threads, mapped);
-  } else {
-    const py::gil_scoped_release unlocked;
-    run(leaves, threads, mapped);
-  }
-}
-
 // One tensor, one step, in place; false where the arrays do not fit, and nothing was written then.
 bool update(const Program& program, const py::tuple& folds, std::int64_t t, double lr,
             const py::object& gradient, const py::object& hessian, const py::tuple& arrays) {
-  if (static_cast<int>(arrays.size()) != program.arrays || program.phases != 1) return false;
+  if (static_cast<int>(arrays.size()) != program.arrays || program.phases != 1 || program.scratch ||
+      program.sums)
+    return false;
   const Proxy* parameter = as_array(arrays[0].ptr());
   const int compute = compute_of(parameter);
   if (compute < 0) return false;
@@ -73,68 +64,14 @@ bool update(const Program& program, const py::tuple& folds, std::int64_t t, doub
       return false;
     if (n && !apart({operands[i].data, operands[i].data + n * operands[i].bits / 8})) return false;
   }
-  const Scalars scalars(program, folds, t, lr, compute);
+  const Scalars scalars(program, folds, t, lr, 1.0, compute);
   std::vector<Step> steps;
   const Phase phase = append_phase(program, 0, compute, scalars, operands, steps);
   std::vector<Leaf> leaves{{n, operands, steps.data(), INPUTS + program.arrays, phase.count,
-                            phase.used, phase.written, 0}};
+                            phase.used, phase.written, 0, nullptr, 0}};
   run_unlocked(leaves, n, thread_count.load());  // the arguments hold every array alive
   return true;
 }
-
-// ---------------------------------------------------------------- trees
-
-// The shape of the parameters' tree; a leaf's index is its place in depth-first order.
-struct Node {
-  std::vector<Node> children;
-  std::vector<py::object> keys;  // of a dict
-  bool leaf = false, mapping = false;
-
-  // An int is a leaf, (keys, children) a dict, a list a list or tuple.
-  explicit Node(const py::handle spec) {
-    if (py::isinstance<py::int_>(spec)) {
-      leaf = true;
-      return;
-    }
-    mapping = py::isinstance<py::tuple>(spec);
-    if (mapping)
-      for (const py::handle key : spec[py::int_(0)])
-        keys.push_back(py::reinterpret_borrow<py::object>(key));
-    const py::object list =
-        mapping ? py::object(spec[py::int_(1)]) : py::reinterpret_borrow<py::object>(spec);
-    for (const py::handle child : list) children.emplace_back(child);
-  }
-};
-
-// Visits the leaves of a tree of the same shape, in order; false where it differs or where a visit
-// says so.
-template <class Visit>
-bool walk(const Node& node, PyObject* o, const Visit& visit) {
-  if (node.leaf) return visit(o);
-  const auto count = static_cast<Py_ssize_t>(node.children.size());
-  if (node.mapping) {
-    if (!PyDict_Check(o) || PyDict_Size(o) != count) return false;
-    Py_ssize_t k = 0, at = 0;
-    PyObject *key, *next;
-    // Nearly always the same key objects in the same order: then nothing has to be looked up.
-    while (k < count && PyDict_Next(o, &at, &key, &next) && key == node.keys[k].ptr())
-      if (!walk(node.children[k++], next, visit)) return false;
-    for (; k < count; ++k) {
-      PyObject* const value = PyDict_GetItemWithError(o, node.keys[k].ptr());
-      if (!value && PyErr_Occurred()) throw py::error_already_set();
-      if (!value || !walk(node.children[k], value, visit)) return false;
-    }
-    return true;
-  }
-  if ((!PyList_Check(o) && !PyTuple_Check(o)) || PySequence_Fast_GET_SIZE(o) != count) return false;
-  for (Py_ssize_t k = 0; k < count; ++k)
-    if (PySequence_Fast_GET_SIZE(o) != count ||
-        !walk(node.children[k], PySequence_Fast_GET_ITEM(o, k), visit))
-      return false;
-  return true;
-}
-
-// ---------------------------------------------------------------- plans
 
 // Everything about an optimizer that does not change from step to step.
 class Plan {
@@ -144,14 +81,17 @@ class Plan {
   // leaf the keys of the arrays' random bits. batches: for each leaf -1, or the number of the batch
   // of matrices whose products come between its two phases. counters: the optimizer's step number,
   // then each leaf's. folds: for each group those of its operations. rates: float64, the groups'
-  // learning rates, read in each step. between(batch, leaves) is called with the lock held;
-  // zero_grads: gradients are set to zero; threads 0 means no limit of its own. scratch: None, or
-  // an object with the block, file and window of `Mapped`.
+  // learning rates and then their factors on gradients, read in each step. between(batch, leaves)
+  // is called with the lock held. results: float64, for each leaf its gradient's sum of squares,
+  // the scale of that (0 of a leaf that took no part), and the sums of its program. decide: asked
+  // when the first two are known, with the lock held, whether to go on; None: they are not
+  // computed. zero_grads: gradients are set to zero; threads 0 means no limit of its own. scratch:
+  // None, or an object with the block, file and window of `Mapped`.
   Plan(const py::object& tree, const py::list& arrays, const py::list& mirrors,
        const std::vector<std::vector<std::uint64_t>>& keys, std::vector<int> groups,
        std::vector<int> batches, const py::list& programs, std::vector<py::tuple> folds,
-       py::object rates, py::object counters, py::object between, bool zero_grads, int threads,
-       const py::object& scratch)
+       py::object rates, py::object counters, py::object between, py::object results,
+       py::object decide, bool zero_grads, int threads, const py::object& scratch)
       : tree_(tree),
         groups_(std::move(groups)),
         batches_(std::move(batches)),
@@ -159,6 +99,8 @@ class Plan {
         rates_(std::move(rates)),
         counters_(std::move(counters)),
         between_(std::move(between)),
+        results_(std::move(results)),
+        decide_(std::move(decide)),
         zero_grads_(zero_grads),
         threads_(threads) {
     if (!scratch.is_none()) {
@@ -175,12 +117,20 @@ class Plan {
     }
     const Proxy* const counts = as_array(counters_.ptr());
     const Proxy* const rate = as_array(rates_.ptr());
+    const Proxy* const result = as_array(results_.ptr());
     const std::size_t leaves = arrays.size();
     if (!counts || elements_of(counts) != leaves + 1 || groups_.size() != leaves ||
         batches_.size() != leaves || mirrors.size() != leaves || keys.size() != leaves || !rate ||
-        format_of(rate) != F64 || elements_of(rate) != programs_.size() ||
-        folds_.size() != programs_.size())
+        format_of(rate) != F64 || elements_of(rate) != 2 * programs_.size() ||
+        folds_.size() != programs_.size() || !result || format_of(result) != F64)
       throw py::value_error("plan: the lists differ in length");
+    for (const Program* program : programs_) {
+      sums_ = std::max(sums_, program->sums);
+      most_ = std::max(most_, program->ops.size());
+    }
+    if (elements_of(result) != leaves * columns())
+      throw py::value_error("plan: the results have another size");
+    result_ = reinterpret_cast<double*>(result->data);
     counts_ = reinterpret_cast<std::int64_t*>(counts->data);
     rate_ = reinterpret_cast<const double*>(rate->data);
     table_ = level().table;
@@ -205,6 +155,11 @@ class Plan {
     if (!unmoved() || !read_tree(GRADIENT, gradients, flat) || !read_tree(HESSIAN, hessian, flat) ||
         (zero_grads_ && gradients_overlap()))
       return py::none();
+    find_active();
+    if (!decide_.is_none()) {
+      measure_gradients();
+      if (!decide_().cast<bool>()) return py::int_(counts_[0]);
+    }
     prepare();
     for (int batch = 0; batch < batch_count_; ++batch) {
       py::list members;
@@ -247,8 +202,10 @@ class Plan {
   void add_leaf(const std::vector<py::object>& arrays, const std::vector<py::object>& mirrors,
                 const std::vector<std::uint64_t>& keys, std::size_t k) {
     const Program& program = *programs_.at(static_cast<std::size_t>(groups_[k]));
+    const std::size_t first_mirror =
+        INPUTS + arrays.size() + static_cast<std::size_t>(program.scratch + program.sums);
     if (static_cast<int>(arrays.size()) != program.arrays || keys.size() < arrays.size() ||
-        INPUTS + arrays.size() + mirrors.size() > static_cast<std::size_t>(MAX_OPERANDS))
+        first_mirror + mirrors.size() > static_cast<std::size_t>(MAX_OPERANDS))
       throw py::value_error("plan: a leaf's arrays do not fit its program");
     PyObject* const first = arrays[0].ptr();
     const Proxy* const parameter =
@@ -257,9 +214,13 @@ class Plan {
     if (compute < 0) throw py::value_error("plan: no such dtype");
     const std::size_t n = elements_of(parameter);
     operands_.resize(operands_.size() + MAX_OPERANDS);
+    Operand* const own = &operands_[k * MAX_OPERANDS];
+    for (int j = 0; j < INPUTS; ++j) own[j].role = Role::INPUT;
+    for (int j = 0; j < program.scratch; ++j) own[INPUTS + program.arrays + j].role = Role::SCRATCH;
+    for (int j = 0; j < program.sums; ++j) own[program.first_sum() + j].role = Role::SUMS;
     const auto add = [&](const py::object& array, std::size_t place, int source) {
       Target target;
-      Operand& operand = operands_[k * MAX_OPERANDS + place];
+      Operand& operand = own[place];
       if (!read_target(array.ptr(), parameter, n, compute, *table_, target, operand))
         throw py::value_error("plan: an array does not fit its parameter");
       if (source >= 0) use_copy(table_->codecs[target.codec], compute, source, operand);
@@ -278,10 +239,8 @@ class Plan {
       if (table_->codecs[target.codec].random)
         random_.push_back({k * MAX_OPERANDS + PARAMETER + j, k, keys[j]});
     }
-    for (std::size_t j = 0; j < mirrors.size(); ++j)
-      add(mirrors[j], PARAMETER + arrays.size() + j, PARAMETER);
-    own_.push_back(
-        {parameter, n, compute, static_cast<int>(INPUTS + arrays.size() + mirrors.size())});
+    for (std::size_t j = 0; j < mirrors.size(); ++j) add(mirrors[j], first_mirror + j, PARAMETER);
+    own_.push_back({parameter, n, compute, static_cast<int>(first_mirror + mirrors.size())});
   }
 
   void change_level() {
@@ -362,19 +321,39 @@ class Plan {
     return fits;
   }
 
-  // Which leaves take part, and their scalars: once for each group, compute type and t.
-  void prepare() {
+  // Which leaves take part.
+  void find_active() {
     active_.clear();
+    for (std::size_t k = 0; k < own_.size(); ++k)
+      if (operands_[k * MAX_OPERANDS + GRADIENT].data) active_.push_back(k);
+    if (sums_ || !decide_.is_none()) std::fill(result_, result_ + own_.size() * columns(), 0.0);
+    if (sums_)
+      for (const std::size_t k : active_) result_[k * columns() + 1] = 1;
+  }
+
+  void measure_gradients() {
+    std::vector<Measured> inputs;
+    for (const std::size_t k : active_)
+      inputs.push_back(
+          {operands_[k * MAX_OPERANDS + GRADIENT], own_[k].elements, own_[k].compute, nullptr});
+    measure(inputs, threads());
+    for (std::size_t j = 0; j < active_.size(); ++j) {
+      double* const row = result_ + active_[j] * columns();
+      row[0] = inputs[j].sum;
+      row[1] = inputs[j].scale;
+    }
+  }
+
+  // The leaves' scalars: once for each group, compute type and t.
+  void prepare() {
     scalar_cache_.clear();
     leaf_scalars_.resize(own_.size());
     std::size_t last = own_.size();  // the leaf before this one that takes part
-    for (std::size_t k = 0; k < own_.size(); ++k) {
-      if (!operands_[k * MAX_OPERANDS + GRADIENT].data) continue;
+    for (const std::size_t k : active_) {
       const bool alike = last < k && groups_[k] == groups_[last] &&
                          own_[k].compute == own_[last].compute &&
                          counts_[k + 1] == counts_[last + 1];
       leaf_scalars_[k] = alike ? leaf_scalars_[last] : &scalars_of(k);
-      active_.push_back(k);
       last = k;
     }
     for (const Random& r : random_)
@@ -387,18 +366,18 @@ class Plan {
     auto found = scalar_cache_.find(key);
     if (found == scalar_cache_.end()) {
       const auto group = static_cast<std::size_t>(groups_[k]);
-      Scalars fresh(program(k), folds_[group], t, rate_[group], own_[k].compute);
+      Scalars fresh(program(k), folds_[group], t, rate_[group], rate_[programs_.size() + group],
+                    own_[k].compute);
       found = scalar_cache_.emplace(key, std::move(fresh)).first;
     }
     return found->second;
   }
 
   void run_phase(int batch, int phase) {
-    std::size_t most = 0;
-    for (const Program* program : programs_) most = std::max(most, program->ops.size());
     steps_.clear();
-    steps_.reserve(active_.size() * most);  // the leaves point into it
+    steps_.reserve(active_.size() * most_);  // the leaves point into it
     leaves_.resize(active_.size());
+    partials_.clear();
     std::size_t count = 0, elements = 0;
     const Scalars* scalars = nullptr;
     bool refreshed = false;
@@ -406,7 +385,7 @@ class Plan {
     Phase steps;
     for (const std::size_t k : active_) {
       if (batches_[k] != batch) continue;
-      const Operand* const operands = &operands_[k * MAX_OPERANDS];
+      Operand* const operands = &operands_[k * MAX_OPERANDS];
       // Neighbours with the same scalars, inputs and number of mirrors have the same steps.
       if (leaf_scalars_[k] != scalars || refreshed != (operands[HESSIAN].data != nullptr) ||
           operand_count != own_[k].operand_count) {
@@ -424,13 +403,37 @@ class Plan {
       leaf.step_count = steps.count;
       leaf.used = steps.used;
       leaf.written = steps.written;
+      leaf.summed = steps.summed;
+      leaf.rows = nullptr;
+      if (leaf.summed) partials_.add(leaf, operands);
     }
     leaves_.resize(count);
-    const int limit = thread_count.load();
-    const int threads = threads_ > 0 ? std::min(threads_, limit) : limit;
+    partials_.place();
     // refs_ and held_ keep every array alive
-    run_unlocked(leaves_, elements, threads, mapped_.data ? &mapped_ : nullptr);
+    run_unlocked(leaves_, elements, threads(), mapped_.data ? &mapped_ : nullptr);
+    if (sums_) take_sums(batch);
   }
+
+  void take_sums(int batch) {
+    auto leaf = leaves_.begin();
+    for (const std::size_t k : active_) {
+      if (batches_[k] != batch) continue;
+      for (int j = 0; j < program(k).sums; ++j) {
+        const int slot = program(k).first_sum() + j;
+        if (leaf->summed >> slot & 1)
+          result_[k * columns() + 2 + static_cast<std::size_t>(j)] =
+              Partials::total(*leaf, leaf->operands[slot]);
+      }
+      ++leaf;
+    }
+  }
+
+  int threads() const {
+    const int limit = thread_count.load();
+    return threads_ > 0 ? std::min(threads_, limit) : limit;
+  }
+
+  std::size_t columns() const { return 2 + static_cast<std::size_t>(sums_); }
 
   const Program& program(std::size_t k) const {
     return *programs_[static_cast<std::size_t>(groups_[k])];
@@ -439,12 +442,14 @@ class Plan {
   Node tree_;
   std::vector<int> groups_, batches_;
   std::vector<py::tuple> folds_;
-  py::object rates_, counters_, between_;
+  py::object rates_, counters_, between_, results_, decide_;
   const bool zero_grads_;
   const int threads_;
-  int batch_count_ = 0;
+  int batch_count_ = 0, sums_ = 0;  // sums_: of the program that has most
+  std::size_t most_ = 0;            // operations, likewise
   std::int64_t* counts_ = nullptr;
   const double* rate_ = nullptr;
+  double* result_ = nullptr;
   const Table* table_ = nullptr;
   std::vector<py::object> held_;  // programs and arrays
   Mapped mapped_;
@@ -464,24 +469,47 @@ class Plan {
   std::vector<const Scalars*> leaf_scalars_;
   std::vector<Step> steps_;
   std::vector<Leaf> leaves_;
+  Partials partials_;
 };
+
+// For each array (sum, scale), as `measure` finds them; None where one does not fit.
+py::object sums_of_squares(const py::list& arrays) {
+  std::vector<Measured> inputs;
+  for (const py::handle array : arrays) {
+    const Proxy* const a = as_array(array.ptr());
+    Measured m{};
+    m.compute = compute_of(a);
+    if (m.compute < 0 || !(a->flags & DENSE) ||
+        !read_input(array.ptr(), a, m.compute, *level().table, false, m.input))
+      return py::none();
+    m.elements = elements_of(a);
+    m.scale = 1;
+    inputs.push_back(m);
+  }
+  measure(inputs, thread_count.load());  // the list holds every array alive
+  py::list found;
+  for (const Measured& m : inputs) found.append(py::make_tuple(m.sum, m.scale));
+  return found;
+}
 
 }  // namespace
 
 void bind_leaves(py::module_& module) {
   numpy();
-  py::class_<Program>(module, "Program").def(py::init<const py::list&, double, double, double>());
+  py::class_<Program>(module, "Program")
+      .def(py::init<const py::list&, double, double, double, int, int, int>());
   py::class_<Plan>(module, "Plan")
       .def(py::init<const py::object&, const py::list&, const py::list&,
                     const std::vector<std::vector<std::uint64_t>>&, std::vector<int>,
                     std::vector<int>, const py::list&, std::vector<py::tuple>, py::object,
-                    py::object, py::object, bool, int, const py::object&>(),
+                    py::object, py::object, py::object, py::object, bool, int, const py::object&>(),
            py::kw_only(), py::arg("tree"), py::arg("arrays"), py::arg("mirrors"), py::arg("keys"),
            py::arg("groups"), py::arg("batches"), py::arg("programs"), py::arg("folds"),
-           py::arg("rates"), py::arg("counters"), py::arg("between"), py::arg("zero_grads"),
-           py::arg("threads"), py::arg("scratch"))
+           py::arg("rates"), py::arg("counters"), py::arg("between"), py::arg("results"),
+           py::arg("decide"), py::arg("zero_grads"), py::arg("threads"), py::arg("scratch"))
       .def("step", &Plan::step);
   module.def("update", &update);
+  module.def("sums_of_squares", &sums_of_squares);
   module.def("set_threads", [](int n) { thread_count.store(n); });
   module.def("get_threads", [] { return thread_count.load(); });
 }

@@ -18,7 +18,7 @@ namespace fusedopt {
 namespace {
 
 // Operand slots of a program: what comes anew with each step, then the leaf's own arrays
-// (parameter, states, work space).
+// (parameter, states, work space), scratch, and sums.
 enum Slot { GRADIENT, HESSIAN, INPUTS, PARAMETER = INPUTS };
 
 // One rule's operations, by their place in the table.
@@ -26,17 +26,22 @@ struct Program {
   struct Op {
     int index, mode, phase, input;
     std::vector<std::uint8_t> operands;
-    std::uint32_t used, written;  // slots, as bits
+    std::uint32_t used, written, summed;  // slots, as bits
   };
   std::vector<Op> ops;
-  int scalar_count = 0, phases = 1, arrays = 0;
-  bool takes_hessian = false;
+  int scalar_count = 0, phases = 1, arrays, scratch, sums;
+  bool takes_hessian = false, filtered = false;
   // What a rule's scalars begin with: the factor on the gradient, and base + slope lr.
   double factor, base, slope;
 
-  // Rows: (name, mode, phase, input that it needs or -1, operand slots).
-  Program(const py::list& rows, double factor, double base, double slope)
-      : factor(factor), base(base), slope(slope) {
+  // Rows: (name, mode, phase, input that it needs or -1, operand slots). arrays, scratch, sums: how
+  // many slots each of these have.
+  Program(const py::list& rows, double factor, double base, double slope, int arrays, int scratch,
+          int sums)
+      : arrays(arrays), scratch(scratch), sums(sums), factor(factor), base(base), slope(slope) {
+    const int slot_count = INPUTS + arrays + scratch + sums;
+    if (arrays < 1 || scratch < 0 || sums < 0 || slot_count > MAX_OPERANDS)
+      throw py::value_error("a program has 1 to " + std::to_string(MAX_OPERANDS) + " operands");
     const Table& table = *level().table;
     for (const py::handle row : rows) {
       const auto [name, mode, phase, input, slots] =
@@ -51,18 +56,21 @@ struct Program {
         throw py::value_error("operation '" + name + "' cannot be used so");
       std::vector<std::uint8_t> operands;
       for (const int slot : slots) {
-        if (slot < 0 || slot >= MAX_OPERANDS) throw py::value_error("no such operand slot");
-        arrays = std::max(arrays, slot + 1 - INPUTS);
+        if (slot < 0 || slot >= slot_count) throw py::value_error("no such operand slot");
         operands.push_back(static_cast<std::uint8_t>(slot));
       }
       const auto [used, written] = masks(*op, peek, operands);
-      ops.push_back(
-          {static_cast<int>(op - table.operations), mode, phase, input, operands, used, written});
+      const std::uint32_t summed = op->kind == SUM ? written : 0;
+      ops.push_back({static_cast<int>(op - table.operations), mode, phase, input, operands, used,
+                     written & ~summed, summed});
       scalar_count += op->scalars;
       phases = std::max(phases, phase + 1);
       takes_hessian = takes_hessian || input == HESSIAN;
+      filtered = filtered || op->kind == FILTER;
     }
   }
+
+  int first_sum() const { return INPUTS + arrays + scratch; }
 
  private:
   static std::pair<std::uint32_t, std::uint32_t> masks(const Operation& op, bool peek,
@@ -72,9 +80,9 @@ struct Program {
       const std::uint32_t bit = 1u << operands[k];
       const int place = static_cast<int>(k);
       used |= bit;
-      if (peek      ? k + 1 == operands.size()
-          : op.rule ? place == 0 || (place >= 2 && place < 2 + op.written)
-                    : place < op.written)
+      if (peek              ? k + 1 == operands.size()
+          : op.kind == RULE ? place == 0 || (place >= 2 && place < 2 + op.written)
+                            : place == 0)
         written |= bit;
     }
     return {used, written};
@@ -84,8 +92,10 @@ struct Program {
 // The scalars of a program, folded in float64 and cast once to the compute type.
 class Scalars {
  public:
-  // folds: for each operation Python's function from (t, lr) to a tuple of its own scalars.
-  Scalars(const Program& program, const py::tuple& folds, std::int64_t t, double lr, int compute)
+  // folds: for each operation Python's function from (t, lr) to a tuple of its own scalars. factor:
+  // on the gradient, beside the program's own.
+  Scalars(const Program& program, const py::tuple& folds, std::int64_t t, double lr, double factor,
+          int compute)
       : storage_(static_cast<std::size_t>(program.scalar_count)), compute_(compute) {
     const py::int_ step(t);
     const py::float_ rate(lr);
@@ -94,8 +104,9 @@ class Scalars {
     for (std::size_t k = 0; k < program.ops.size(); ++k) {
       const Operation& operation = level().table->operations[program.ops[k].index];
       const int first = filled_;
-      if (operation.rule) {
-        append(program.factor);
+      if (operation.kind == FILTER) append(factor * program.factor);
+      if (operation.kind == RULE) {
+        append(program.filtered ? 1.0 : factor * program.factor);
         append(program.base + program.slope * lr);
       }
       const auto own = py::reinterpret_steal<py::object>(PyObject_Vectorcall(
@@ -134,7 +145,7 @@ class Scalars {
 struct Phase {
   std::size_t first = 0;
   int count = 0;
-  std::uint32_t used = 0, written = 0;
+  std::uint32_t used = 0, written = 0, summed = 0;
 };
 
 // Appends them to `steps`; what needs an input that is not there is left out.
@@ -152,6 +163,7 @@ Phase append_phase(const Program& program, int phase, int compute, const Scalars
       ++result.count;
       result.used |= op.used;
       result.written |= op.written;
+      result.summed |= op.summed;
     }
     first += operation.scalars;
   }

@@ -232,35 +232,111 @@ using Rules =
     List<SGD, Momentum, Nesterov, AdaGrad, RMSProp, CenteredRMSProp, BufferedRMSProp,
          BufferedCenteredRMSProp, Adam, NesterovAdam, AMSGrad, Lion, Sophia, PaperSophia, Muon>;
 
-// Operations that are no rule: operands are theirs alone, the first `written` are written.
+// Operations that are no rule, on a target and a source. `state`: the target is stored as states
+// are, without denormals; `filter`: the target is the gradient that the rule will see, and the
+// first scalar the factor on it.
 
 // Sophia's refresh from a gradient at sampled labels (Gauss-Newton-Bartlett) ...
 template <class T>
 struct SquareRefresh {
   static constexpr const char* name = "sophia_refresh_square";
-  static constexpr int operands = 2, written = 1;
+  static constexpr bool state = true, filter = false;
   T b2, k;
   void operator()(T& h, T e) const { h = b2 * h + k * (e * e); }
 };
 
-// ... and from a product with the Hessian (Hutchinson).
+// ... and from a product with the Hessian (Hutchinson); also an average of weights.
 template <class T>
-struct Refresh {
-  static constexpr const char* name = "sophia_refresh";
-  static constexpr int operands = 2, written = 1;
-  T b2, k;
-  void operator()(T& h, T e) const { h = b2 * h + k * e; }
+struct Average {
+  static constexpr const char* name = "average";
+  static constexpr bool state = true, filter = false;
+  T keep, gain;
+  void operator()(T& average, T x) const { average = keep * average + gain * x; }
 };
 
 // Nesterov's look-ahead: the point at which the gradient is wanted.
 template <class T>
 struct LookAhead {
   static constexpr const char* name = "lookahead";
-  static constexpr int operands = 2, written = 1;
+  static constexpr bool state = false, filter = false;
   T mu;
   void operator()(T& p, T v) const { p = p - mu * v; }
 };
 
-using Others = List<SquareRefresh, Refresh, LookAhead>;
+// Gradients of micro-batches: the first (keep = 0) takes the place of whatever was there.
+template <class T>
+struct Accumulate {
+  static constexpr const char* name = "accumulate";
+  static constexpr bool state = false, filter = false;
+  T keep;
+  void operator()(T& sum, T g) const { sum = keep == T(0) ? g : sum + g; }
+};
+
+// The parameter as it was, for sums that compare.
+template <class T>
+struct Keep {
+  static constexpr const char* name = "keep";
+  static constexpr bool state = false, filter = false;
+  void operator()(T& kept, T p) const { kept = p; }
+};
+
+// NaN stays NaN.
+template <class T>
+struct ClipValue {
+  static constexpr const char* name = "clip_value";
+  static constexpr bool state = false, filter = true;
+  T factor, limit;
+  void operator()(T& clipped, T g) const { clipped = clamp(factor * g, limit); }
+};
+
+using Others = List<SquareRefresh, Average, LookAhead, Accumulate, Keep, ClipValue>;
+
+// Sums over a leaf: what one element adds, in float64.
+
+// The scale keeps float64's squares in range; of float32's none leaves it.
+template <class T>
+struct Squares {
+  static constexpr const char* name = "squares";
+  static constexpr int operands = 1;
+  T scale;
+  double operator()(T x) const {
+    const double scaled = static_cast<double>(scale * x);
+    return scaled * scaled;
+  }
+};
+
+template <class T>
+struct SquaredDifferences {
+  static constexpr const char* name = "squared_differences";
+  static constexpr int operands = 2;
+  double operator()(T x, T y) const {
+    const double difference = static_cast<double>(x) - static_cast<double>(y);
+    return difference * difference;
+  }
+};
+
+// Sophia's win rate: elements that move by less than the clip; both denominators.
+template <class T>
+struct SophiaWins {
+  static constexpr const char* name = "sophia_wins";
+  static constexpr int operands = 2;
+  T gamma, eps, clip, k;
+  double operator()(T m, T h) const {
+    const T r = k * m / (gamma * h + eps);
+    return r < clip && r > -clip ? 1.0 : 0.0;
+  }
+};
+template <class T>
+struct PaperSophiaWins {
+  static constexpr const char* name = "sophia_paper_wins";
+  static constexpr int operands = 2;
+  T gamma, eps, clip, k;
+  double operator()(T m, T h) const {
+    const T r = k * m / maximum(eps, gamma * h);
+    return r < clip && r > -clip ? 1.0 : 0.0;
+  }
+};
+
+using Sums = List<Squares, SquaredDifferences, SophiaWins, PaperSophiaWins>;
 
 }  // namespace

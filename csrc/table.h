@@ -8,7 +8,13 @@ namespace fusedopt {
 // Codecs work on tiles of this many elements: a decoded tile of doubles is 2 KiB of stack, so a
 // program's operands stay in the first-level cache between its operations.
 constexpr std::size_t TILE = 256;
-constexpr int MAX_OPERANDS = 12;
+constexpr int MAX_OPERANDS = 16;
+
+// Sums over a leaf are taken in float64, in so many lanes: element i of a segment goes to lane
+// i % LANES, lanes are added pairwise at the segment's end, and segments in order. So no bit of a
+// sum depends on the width of vectors, on tiles or on threads.
+constexpr std::size_t LANES = 16, SEGMENT = 1 << 14;
+static_assert(TILE % LANES == 0 && SEGMENT % TILE == 0, "a lane goes on from tile to tile");
 
 // The codecs of NumPy's own arrays come first, in this order; those of the first COMPUTE_TYPES are
 // also computed in.
@@ -27,20 +33,28 @@ enum Mode : std::uint8_t {
 };
 
 // One operation on one tile, every operand already in the compute type. Operand order: the
-// parameter, the gradient, the states, and in the PEEK modes the output; for an operation that is
-// no rule, what its struct says. Scalars: the struct's fields, behind (factor on the gradient,
-// decay coefficient c) for a rule.
+// parameter, the gradient, the states, and in the PEEK modes the output; for a sum its lanes, in
+// float64, and what it sums over; for other operations what their structs say. Scalars: the
+// struct's fields, behind (factor on the gradient, decay coefficient c) for a rule and behind that
+// factor for a filter.
 using TileFunction = void (*)(void* const* operands, const void* scalars, std::size_t n);
 
 struct Functions {
   TileFunction mode[MODES];
 };
 
+enum Kind : std::uint8_t {
+  RULE,    // the loop writes the parameter as its mode says, and the first `written` states
+  FILTER,  // of the gradient, which it takes over from the rule: writes its first operand
+  SUM,     // adds to its first operand
+  OTHER    // writes its first operand
+};
+
 struct Operation {
   const char* name;
   int operands;  // in every mode but PEEK and PEEK_L2, which have one more
-  bool rule;     // the loop writes the parameter as its mode says, and the first `written` states
-  int written;   // of an operation that is no rule: it writes the first so many operands
+  Kind kind;
+  int written;  // of a rule: the first so many of its states
   int scalars;
   Functions compute[COMPUTE_TYPES];
 };

@@ -25,6 +25,8 @@ std::size_t Mapped::parts(const std::vector<Leaf>& leaves, int threads) const {
       if (contains(operand.data)) bits += operand.bits;
       if (contains(operand.aux)) bits += (operand.aux_bytes * 8 + TILE - 1) / TILE;
     }
+    // A row may lie alone in its pages.
+    if (leaf.rows && bits) bits += 8 * AROUND / std::max<std::size_t>(1, leaf.rows->length);
     elements += leaf.elements;
     most = std::max(most, bits);
   }
@@ -33,16 +35,26 @@ std::size_t Mapped::parts(const std::vector<Leaf>& leaves, int threads) const {
 }
 
 void Advisor::add(const Leaf& leaf, std::size_t from, std::size_t to) {
+  if (!leaf.rows) return add_range(leaf, from, to);
+  const std::size_t length = leaf.rows->length;
+  for (std::size_t k = from / length; k < to / length; ++k) {
+    const std::size_t row = static_cast<std::size_t>(leaf.rows->rows[k]);
+    add_range(leaf, row * length, (row + 1) * length);
+  }
+}
+
+void Advisor::add_range(const Leaf& leaf, std::size_t from, std::size_t to) {
   for (int k = 0; k < leaf.operand_count; ++k) {
     const Operand& operand = leaf.operands[k];
     if (!(leaf.used >> k & 1)) continue;
-    add(operand.data, from * operand.bits / 8, (to * operand.bits + 7) / 8);
-    add(operand.aux, from * operand.aux_bytes / TILE, (to * operand.aux_bytes + TILE - 1) / TILE);
+    add_bytes(operand.data, from * operand.bits / 8, (to * operand.bits + 7) / 8);
+    add_bytes(operand.aux, from * operand.aux_bytes / TILE,
+              (to * operand.aux_bytes + TILE - 1) / TILE);
   }
 }
 
 // Bytes [from, to) of an array, which need not be in the block.
-void Advisor::add(const char* array, std::size_t from, std::size_t to) {
+void Advisor::add_bytes(const char* array, std::size_t from, std::size_t to) {
   if (!mapped_.contains(array) || from == to) return;
   const std::size_t start = static_cast<std::size_t>(array - mapped_.data);
   from = (start + from) / AROUND * AROUND;

@@ -30,11 +30,12 @@ class Advisor {
   Advisor(const Advisor&) = delete;
   Advisor& operator=(const Advisor&) = delete;
 
-  // Elements [from, to) of a leaf.
+  // What is touched as elements [from, to) of a leaf.
   void add(const Leaf& leaf, std::size_t from, std::size_t to);
 
  private:
-  void add(const char* array, std::size_t from, std::size_t to);
+  void add_range(const Leaf& leaf, std::size_t from, std::size_t to);
+  void add_bytes(const char* array, std::size_t from, std::size_t to);
   void send();
 
   const Mapped& mapped_;

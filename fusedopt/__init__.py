@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from . import hessian
 from .estimate import Estimate, estimate
 from .functional import update
-from .optimizer import Optimizer, StepInfo
+from .norms import global_norm
+from .optimizer import Optimizer
 from .orthogonalize import orthogonalize
 from .rules import (
     RULES,
@@ -24,6 +25,8 @@ from .rules import (
     Sophia,
 )
 from .runtime import get_isa, get_threads, info, set_isa, set_threads
+from .scaler import LossScaler
+from .stepping import StepInfo
 from .verify import VerificationError, verify
 
 if TYPE_CHECKING:
@@ -39,6 +42,7 @@ __all__ = [
     "AdamW",
     "Estimate",
     "Lion",
+    "LossScaler",
     "Momentum",
     "Muon",
     "Nesterov",
@@ -51,6 +55,7 @@ __all__ = [
     "estimate",
     "get_isa",
     "get_threads",
+    "global_norm",
     "hessian",
     "info",
     "orthogonalize",

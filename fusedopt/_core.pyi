@@ -13,6 +13,9 @@ class Program:
         factor: float,
         base: float,
         slope: float,
+        arrays: int,
+        scratch: int,
+        sums: int,
         /,
     ) -> None: ...
 
@@ -31,6 +34,8 @@ class Plan:
         rates: np.ndarray,
         counters: np.ndarray,
         between: Callable[[int, Sequence[int]], None],
+        results: np.ndarray,
+        decide: Callable[[], bool] | None,
         zero_grads: bool,
         threads: int,
         scratch: Any,
@@ -47,6 +52,7 @@ def update(
     arrays: tuple[Any, ...],
     /,
 ) -> bool: ...
+def sums_of_squares(arrays: list[np.ndarray], /) -> Any: ...
 def codecs() -> list[tuple[str, int, int, int]]: ...
 def operations() -> list[tuple[str, int, int]]: ...
 def levels() -> list[str]: ...

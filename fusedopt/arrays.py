@@ -73,6 +73,15 @@ def check_target(label: str, array: Any) -> np.ndarray:
     return _plain(a)
 
 
+def check_input(label: str, array: Any) -> np.ndarray:
+    """An array that will only be read, dense: itself, or a copy. Raises TypeError for another kind
+    or dtype."""
+    a = _check_array(label, array)
+    if a.flags.aligned and (a.flags.c_contiguous or a.flags.f_contiguous):
+        return _plain(a)
+    return _plain(np.array(a, subok=False))
+
+
 def check_parameter(label: str, array: Any, rule: Rule) -> np.ndarray:
     """A parameter that this rule can update; raises as `check_target`, and where it cannot."""
     a = check_target(label, array)

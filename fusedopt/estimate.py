@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .around import Around
 from .arrays import EXPECTED, memory_order
 from .formats import DTYPES, compute_dtype
 from .groups import RuleChoice, assign
@@ -42,14 +43,15 @@ def estimate(
     state_dtype: StateDtype = None,
     rounding: Rounding = "nearest",
     master: Master | None = None,
+    ema: float | None = None,
     state_path: str | os.PathLike[str] | None = None,
 ) -> Estimate:
     """The memory of `Optimizer(params, rule, ...)` on the native backend, in bytes.
 
     params: arrays nested as there, or anything with a shape and a dtype in their place. The rest is
-    as there; masters count as states; with a state_path, which is not looked at, states are on
-    disk. Raises TypeError or ValueError where the optimizer would, as
-    far as shapes and dtypes tell.
+    as there; masters and averages count as states; with a state_path, which is not looked at,
+    states are on disk. Raises TypeError or ValueError where the optimizer would, as far as shapes
+    and dtypes tell.
     """
     storage = Storage(state_dtype, master, rounding)
     tree = Tree(params)
@@ -66,7 +68,7 @@ def estimate(
             raise ValueError(f"{leaf.label}: {reason}")
         n, own = int(np.prod(shape, dtype=np.int64)), groups[k].rule
         parameters += n * dtype.itemsize
-        formats = [storage.state(own, name, dtype, n) for name in own.states]
+        formats = [storage.state(own, name, dtype, n) for name in Around(ema=ema).states(own)]
         states += sum(f.nbytes(n) for f in formats)
         computed = storage.parameter(dtype)
         if computed.aux_dtype is not None:

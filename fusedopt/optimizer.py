@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import operator
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .accumulate import Accumulator
+from .around import AVERAGE
 from .arrays import Fit, check_apart, check_parameter, check_target, memory_order
 from .backends import Layout, get_backend
+from .backends.base import results_for
 from .checkpoint import Snapshot
 from .groups import (
     RateChoice,
@@ -24,42 +26,28 @@ from .groups import (
     with_rates,
 )
 from .interrupts import deferred
+from .norms import Guard
+from .options import ClipNorm, Options, check_grad_scale, check_seed
 from .rules import Nesterov, Rule
 from .states import Memory, in_memory
-from .storage import Master, Rounding, StateDtype, Storage, synchronize
-from .threads import check_threads
+from .stepping import Report, StepInfo, Stepper
+from .storage import Master, Rounding, StateDtype, synchronize
 from .trees import Tree
 
 if TYPE_CHECKING:
     from .scratch import Scratch
 
 
-class StepInfo(NamedTuple):
-    """What a step did.
+class Accumulated:
+    """Stands for the gradients that `Optimizer.accumulate` added up."""
 
-    step: its number, 1 for the first. lr: the learning rate that it used; with several rules a
-    dict of them, by pattern (or by rule name where a callable chose).
-    """
-
-    step: int
-    lr: float | dict[str, float]
+    def __repr__(self) -> str:
+        return "<accumulated>"
 
 
 new_tuple = tuple.__new__
-
-
-class Options(NamedTuple):
-    """The keyword arguments of an optimizer."""
-
-    zero_grads: bool
-    state_dtype: StateDtype
-    rounding: Rounding
-    master: Master | None
-    copy_out: Any
-    seed: int
-    backend: str
-    threads: int | None
-    verify: bool
+ACCUMULATED: Any = Accumulated()
+NOTHING_ASKED = tuple(StepInfo._field_defaults.values())  # the rest of a simple step's StepInfo
 
 
 class Optimizer:
@@ -71,6 +59,13 @@ class Optimizer:
     arithmetic, any other in float32. rule: a rule for all; a mapping of path patterns to rules, of
     which the first that matches a leaf's dotted path (`block.0.w`) takes it; or a callable of path
     and array.
+
+    clip_norm: gradients are multiplied by min(1, clip_norm / norm), where norm is that of all
+    (unscaled) gradients together; or a mapping with a limit, or None, for each rule's pattern (or
+    name, as in `lr`), whose gradients are then clipped on their own. A norm that is NaN or infinite
+    raises, before anything is written. clip_value: every element of the (unscaled) gradients is
+    kept within +- clip_value instead. skip_nonfinite: a step with a NaN or infinity in any gradient
+    does nothing, and says so.
 
     zero_grads: the step sets the gradients to zero. state_dtype: what states are stored in, one
     name for all or a mapping from states' names: "float32", "float64", "bfloat16", "float16", or,
@@ -88,6 +83,9 @@ class Optimizer:
     nearest bfloat16, moves only where a step changes it by half a unit: take "stochastic" there.
     seed: a non-negative integer.
 
+    ema: keep an average of each parameter (of its master, where there is one), average := ema
+    average + (1 - ema) parameter in every step, in float32 (float64 for float64), beginning as the
+    parameter: see `averaged`. stats: measure what `StepInfo.stats` tells, in the same passes.
     state_path: an empty or new directory, on a disk, for states larger than memory. All that is in
     `state` is in a file there, reserved as a whole at once, and a step has no more than 32 MiB of
     it in memory at a time (native backend, on Linux, without `verify`). The file is scratch, not a
@@ -109,11 +107,16 @@ class Optimizer:
         params: Any,
         rule: RuleChoice,
         *,
+        clip_norm: ClipNorm = None,
+        clip_value: float | None = None,
+        skip_nonfinite: bool = False,
         zero_grads: bool = False,
         state_dtype: StateDtype = None,
         rounding: Rounding = "nearest",
         master: Master | None = None,
         copy_out: Any = None,
+        ema: float | None = None,
+        stats: bool = False,
         state_path: str | os.PathLike[str] | None = None,
         seed: int = 0,
         backend: str = "auto",
@@ -123,33 +126,50 @@ class Optimizer:
         self.params = params
         self.rule = rule
         self._backend = get_backend(backend)
-        for name, value in (("verify", verify), ("zero_grads", zero_grads)):
-            if not isinstance(value, bool):
-                raise TypeError(f"{name}: expected True or False, got {value!r}")
-        self._storage = Storage(state_dtype, master, rounding)
-        self._seed = check_seed(seed)
-        threads = None if threads is None else check_threads("threads", threads)
         self._options = Options(
+            clip_norm,
+            clip_value,
+            skip_nonfinite,
             zero_grads,
             state_dtype,
             rounding,
             master,
             copy_out,
+            ema,
+            stats,
             seed,
             backend,
             threads,
             verify,
-        )
+        ).checked()
+        self._seed = check_seed(seed)
+        self._storage = self._options.storage()
         self._tree = Tree(params)
         leaves = self._tree.leaves
         self._groups, self._group_of = assign(leaves, rule)
-        self._rates = np.zeros(len(self._groups))
+        self._rates = np.ones(2 * len(self._groups))
+        clip = self._options.clip_by_group([group.label for group in self._groups])
         self._counters = np.zeros(1 + len(leaves), np.int64)
         parameters, copies = self._check_parameters(), self._check_copies()
         self._check_apart(parameters, copies)
         labels, dtypes = [leaf.label for leaf in leaves], [p.dtype for p in parameters]
         self._storage.check(labels, dtypes, self._rules)
-        self._shifted = False
+        self._wide = any(p.dtype == np.float64 for p in parameters)
+        self._around = self._options.around(self._wide)
+        programs = [self._around.program(group.rule) for group in self._groups]
+        self._results = results_for(programs, len(leaves))
+        self._guard = Guard(
+            [leaf.path for leaf in leaves],
+            [group.label for group in self._groups],
+            self._group_of,
+            self._results,
+            self._rates,
+            clip,
+            skip_nonfinite,
+        )
+        self._guard.begin(1.0)
+        self._exchanged = ""  # the context, if parameters are not themselves
+        self._sums: Accumulator | None = None
         self._lock = threading.Lock()
         scratch: AbstractContextManager[Scratch | None] = nullcontext()
         if state_path is not None:
@@ -158,7 +178,9 @@ class Optimizer:
             scratch = scratch_in(state_path)
         with scratch as self._scratch:
             block = self._scratch.reserve if self._scratch else in_memory
-            self._leaves = self._storage.allocate(self._rules, parameters, copies, block)
+            self._leaves = self._storage.allocate(
+                self._rules, parameters, copies, self._around, block
+            )
             self._prepare(parameters)
             if self._scratch:
                 self._scratch.note(
@@ -215,7 +237,7 @@ class Optimizer:
         labels = [leaf.label for leaf in self._tree.leaves]
         written = [memory.written for memory in self._leaves]
         copies = [len(memory.copies) for memory in self._leaves]
-        self._fit = Fit(labels, parameters, written, copies)
+        fit = Fit(labels, parameters, written, copies)
         layout = Layout(
             tree=self._tree.spec,
             leaves=self._leaves,
@@ -224,6 +246,9 @@ class Optimizer:
             rates=self._rates,
             counters=self._counters,
             keys=self._keys(),
+            results=self._results,
+            around=self._around,
+            decide=self._guard if self._options.decides(self._wide) else None,
             zero_grads=self._options.zero_grads,
             threads=self._options.threads,
             scratch=self._scratch,
@@ -235,6 +260,8 @@ class Optimizer:
         else:
             self._plan = self._backend.plan(layout)
         self._plan_step = self._plan.step
+        self._stepper = Stepper(self._tree, fit, layout, self._plan)
+        self._report = Report(self._tree, layout, self._guard)
         self._settle_rates()
 
     def _settle_rates(self) -> None:
@@ -244,10 +271,17 @@ class Optimizer:
             self._set_rates(1)
         # Of the usual optimizer, found once; 0 is as good as not found.
         self._only_rate = float(self._rates[0]) if len(self._groups) == 1 else 0.0
-        # One native call guards itself, and is a whole; whatever more there is must be made so.
+        self._settle_simple()
+
+    def _settle_simple(self) -> None:
+        """Whether a step is one native call, which guards itself and is a whole; whatever more
+        there is must be made so."""
         native = self._backend.native and not self._options.verify
         one_phase = all(group.rule.program.phases == 1 for group in self._groups)
-        self._simple = native and one_phase and not self._scheduled and not self._scratch
+        asked = self._options.decides(self._wide) or self._options.stats or self._scratch
+        self._simple = (
+            native and one_phase and not self._scheduled and not asked and not self._accumulated
+        )
 
     def _keys(self) -> list[list[int]]:
         """Of each leaf, for its parameter and states, the keys of their random bits."""
@@ -264,30 +298,103 @@ class Optimizer:
             for leaf, memory in zip(self._tree.leaves, self._leaves, strict=True)
         ]
 
-    def step(self, grads: Any, *, hessian: Any = None) -> StepInfo:
+    def step(
+        self, grads: Any = ACCUMULATED, *, grad_scale: float = 1.0, hessian: Any = None
+    ) -> StepInfo:
         """One step, in place.
 
         grads: nested like the parameters, of their shapes, in any dtype that a parameter may have;
         a None leaf leaves its parameter, its states and its step count alone. Left as they are,
         unless `zero_grads`; gradients may overlap each other, unless `zero_grads`, but not a
         parameter or state. A gradient in another memory layout than its parameter's is copied
-        first. hessian: for Sophia, Hessian estimates nested likewise.
+        first. Without it, those that `accumulate` added up, which are consumed, also where the
+        step is skipped or finds no finite norm. grad_scale: divides the gradients, before they are
+        examined and clipped: the scale of the loss, or the number of micro-batches. hessian: for
+        Sophia, Hessian estimates nested like the gradients, as they are.
 
-        Raises TypeError or ValueError for what does not fit, RuntimeError inside of `lookahead`
-        or while another thread steps this optimizer; nothing has changed then.
+        Raises TypeError or ValueError for what does not fit, FloatingPointError where `clip_norm`
+        finds a norm that is NaN or infinite, RuntimeError inside of `lookahead` and `averaged` or
+        while another thread steps this optimizer; nothing has changed then.
         """
-        if self._shifted:
-            raise RuntimeError("step inside of lookahead(): leave the context first")
-        if not self._simple:
-            return self._guarded_step(grads, hessian)
+        if self._exchanged:
+            raise RuntimeError(f"step inside of {self._exchanged}(): leave the context first")
+        if not self._simple or grad_scale != 1.0 or grads is ACCUMULATED:
+            return self._guarded_step(grads, grad_scale, hessian)
         number = self._plan_step(grads, hessian, False)
         if number is None:
-            number = self._explained_step(grads, hessian)
+            number = self._stepper.explained(grads, hessian)
         rate = self._only_rate or self._rates_by_label()
-        return new_tuple(StepInfo, (number, rate))  # 0.08 us less than StepInfo(number, rate)
+        # 0.08 us less than StepInfo(number, rate)
+        return new_tuple(StepInfo, (number, rate, *NOTHING_ASKED))
 
-    def _guarded_step(self, grads: Any, hessian: Any) -> StepInfo:
+    def _guarded_step(self, grads: Any, grad_scale: float, hessian: Any) -> StepInfo:
         self._check_owner()
+        scale = check_grad_scale(grad_scale)
+        with self._exclusively():
+            if self._scheduled:
+                self._set_rates(self.step_count + 1)
+            self._guard.begin(scale)
+            try:
+                number = self._number_of_step(grads, hessian)
+            finally:
+                self._rates[len(self._groups) :] = 1.0  # the simple way leaves them alone
+            return self._report.info(number, self._rates_by_label())
+
+    def _number_of_step(self, grads: Any, hessian: Any) -> int:
+        if grads is not ACCUMULATED:
+            if self._accumulated:
+                raise RuntimeError(
+                    "step(grads): accumulated gradients are waiting; call step() without gradients"
+                )
+            return self._stepper.step(grads, hessian)
+        if not self._accumulated:
+            raise RuntimeError("step(): nothing was accumulated; call accumulate(grads) first")
+        assert self._sums is not None
+        estimates = None if hessian is None else self._stepper.estimates(hessian)
+        try:
+            number = self._stepper.flat(self._sums.sums, estimates)
+        except FloatingPointError:
+            self._clear_sums()
+            raise
+        self._clear_sums()
+        return number
+
+    @property
+    def _accumulated(self) -> bool:
+        return self._sums is not None and not self._sums.empty
+
+    def _clear_sums(self) -> None:
+        if self._sums is not None:
+            self._sums.clear()
+        self._settle_simple()
+
+    def accumulate(self, grads: Any) -> int:
+        """Adds the gradients of a micro-batch to those that the next `step()` will take.
+
+        grads: as for `step`; a leaf that is None every time takes no part in the step. Summed in
+        float32 (float64 for float64 parameters), in arrays that are allocated at the first call;
+        divide by their number with `step(grad_scale=n)`. With `zero_grads` they are set to zero.
+        Returns how many micro-batches there are now. Raises as `step` does; a `state_dict` cannot
+        be taken before the step.
+        """
+        if self._exchanged:
+            raise RuntimeError(f"accumulate inside of {self._exchanged}(): leave the context first")
+        with self._exclusively():
+            if self._sums is None:
+                self._sums = Accumulator(
+                    self._backend,
+                    self._tree,
+                    self._parameters,
+                    self._options.zero_grads,
+                    self._options.threads,
+                )
+            count = self._sums.add(grads)
+            self._settle_simple()
+        return count
+
+    @contextmanager
+    def _exclusively(self) -> Iterator[None]:
+        """No interrupt inside, and no other thread."""
         with deferred():
             if not self._lock.acquire(blocking=False):
                 raise RuntimeError(
@@ -295,68 +402,15 @@ class Optimizer:
                     " optimizer"
                 )
             try:
-                if self._scheduled:
-                    self._set_rates(self.step_count + 1)
-                number = self._plan.step(grads, hessian, False)
-                if number is None:
-                    number = self._explained_step(grads, hessian)
-                return StepInfo(number, self._rates_by_label())
+                yield
             finally:
                 self._lock.release()
 
-    def _explained_step(self, grads: Any, hessian: Any) -> int:
-        """What the plan did not take: refused with the reason, or laid out so that it will be."""
-        self._fit.check_unmoved()
-        fitted = self._fitted(grads, "grads")
-        estimates = None
-        if hessian is not None:
-            estimates = self._fitted(hessian, "hessian")
-            for leaf, rule, e in zip(self._tree.leaves, self._rules, estimates, strict=True):
-                if e is not None and not rule.takes_hessian:
-                    raise ValueError(
-                        f"hessian: {leaf.label} is updated by {type(rule).__name__}, which takes"
-                        " none; give None there"
-                    )
-        if not self._options.zero_grads:
-            number = self._plan.step(fitted, estimates, True)
-        else:
-            number = self._zeroing_step(fitted, estimates, self._tree.flatten(grads, "grads"))
-        if number is None:
-            raise RuntimeError(
-                "the core refused arrays that passed the checks; if a parameter was resized, call"
-                " rebind(params), otherwise please report this"
-            )
-        return int(number)
-
-    def _zeroing_step(self, fitted: Any, estimates: Any, given: Sequence[Any]) -> Any:
-        inputs = list(zip(self._labels("grads"), given, strict=True))
-        if estimates is not None:
-            inputs += zip(self._labels("hessian"), estimates, strict=True)
-        self._fit.check_exclusive(inputs, len(given))
-        with deferred():
-            number = self._plan.step(fitted, estimates, True)
-            if number is not None:
-                for g in given:
-                    if g is not None:
-                        g[...] = 0  # where a copy was used, that was zeroed
-        return number
-
-    def _fitted(self, tree: Any, what: str) -> list[np.ndarray | None]:
-        values = self._tree.flatten(tree, what)
-        return [
-            self._fit.gradient(k, label, value)
-            for k, (label, value) in enumerate(zip(self._labels(what), values, strict=True))
-        ]
-
-    def _labels(self, what: str) -> list[str]:
-        """How messages call the leaves of another tree."""
-        return [what + leaf.label.removeprefix("params") for leaf in self._tree.leaves]
-
     def _set_rates(self, step: int) -> None:
-        self._rates[:] = [group.rule.lr_at(step) for group in self._groups]
+        self._rates[: len(self._groups)] = [group.rule.lr_at(step) for group in self._groups]
 
     def _rates_by_label(self) -> float | dict[str, float]:
-        rates: list[float] = self._rates.tolist()
+        rates: list[float] = self._rates[: len(self._groups)].tolist()
         if len(rates) == 1:
             return rates[0]
         return {group.label: lr for group, lr in zip(self._groups, rates, strict=True)}
@@ -393,8 +447,10 @@ class Optimizer:
 
     def _adopt(self, rules: Sequence[Rule]) -> None:
         """Puts rules in the place of the groups' own, all of them or none."""
-        if self._shifted:
-            raise RuntimeError("hyperparameters inside of lookahead(): leave the context first")
+        if self._exchanged:
+            raise RuntimeError(
+                f"hyperparameters inside of {self._exchanged}(): leave the context first"
+            )
         old = self._groups
         kept = [check_successor(group, rule) for group, rule in zip(old, rules, strict=True)]
         with deferred():
@@ -443,8 +499,8 @@ class Optimizer:
         Without it the next step goes on from the masters, and what was written is lost. Does
         nothing where there are no masters.
         """
-        if self._shifted:
-            raise RuntimeError("sync inside of lookahead(): leave the context first")
+        if self._exchanged:
+            raise RuntimeError(f"sync inside of {self._exchanged}(): leave the context first")
         self._check_owner()
         with deferred():
             for memory in self._leaves:
@@ -479,20 +535,42 @@ class Optimizer:
         ]
         if not moving:
             raise ValueError("lookahead(): no leaf is updated by Nesterov(form='lookahead')")
-        if self._shifted:
-            raise RuntimeError("lookahead(): already inside of one")
-        backup = [self._parameters[k].copy(order="A") for k in moving]
-        self._shifted = True
-        try:
+        with self._exchange("lookahead", moving):
             for k in moving:
                 velocity = self._leaves[k].states["v"].values
                 self._backend.shift(self._rules[k], self._parameters[k], velocity)
             yield
+
+    @contextmanager
+    def averaged(self) -> Iterator[Any]:
+        """Puts the averages of `ema` in the place of the parameters, and gives these.
+
+        On leaving, by an exception too, the parameters' exact bits are restored. To look at the
+        averages as they are, in float32, see `state`: path -> "average". Raises ValueError where
+        there are none, RuntimeError when nested.
+        """
+        if self._options.ema is None:
+            raise ValueError("averaged(): there are no averages; make the optimizer with ema=0.999")
+        with self._exchange("averaged", range(len(self._parameters))):
+            for p, memory in zip(self._parameters, self._leaves, strict=True):
+                with np.errstate(over="ignore"):
+                    p[...] = memory.states[AVERAGE].data
+            yield self.params
+
+    @contextmanager
+    def _exchange(self, name: str, leaves: Sequence[int]) -> Iterator[None]:
+        """Inside, these parameters may be anything; after it they have their own bits again."""
+        if self._exchanged:
+            raise RuntimeError(f"{name}(): already inside of {self._exchanged}()")
+        backup = [self._parameters[k].copy(order="A") for k in leaves]
+        self._exchanged = name
+        try:
+            yield
         finally:
             with deferred():
-                for k, original in zip(moving, backup, strict=True):
+                for k, original in zip(leaves, backup, strict=True):
                     self._parameters[k][...] = original
-                self._shifted = False
+                self._exchanged = ""
 
     def rebind(self, params: Any) -> None:
         """Takes new arrays in place of the old ones, for trainers that write `W = W - ...`.
@@ -522,6 +600,8 @@ class Optimizer:
             moved = self._leaves[k] = self._leaves[k].rebound(p)
             if not np.array_equal(old, p, equal_nan=True):
                 synchronize(moved)
+        if self._sums is not None:
+            self._sums.watch(parameters)
         self._prepare(parameters)
 
     def describe(self) -> str:
@@ -580,6 +660,8 @@ class Optimizer:
         {"format": 1, "step": ..., "seed": ..., "leaves": {path: {"rule", "t", "shape", "dtype",
         "formats", "state"}}}. A quantised state m is there as "m.codes" and "m.scales".
         """
+        if self._accumulated:
+            raise RuntimeError("state_dict: accumulated gradients would be lost; call step() first")
         return self._snapshot.take()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -608,8 +690,8 @@ class Optimizer:
     def __reduce__(self) -> tuple[Any, ...]:
         # Pickled or deep-copied together with a tree that holds the same arrays, both copies go
         # on sharing them; on its own, an optimizer takes its arrays along.
-        if self._shifted:
-            raise RuntimeError("an optimizer inside of lookahead() cannot be copied")
+        if self._exchanged:
+            raise RuntimeError(f"an optimizer inside of {self._exchanged}() cannot be copied")
         if self._scratch:
             raise TypeError(
                 f"an optimizer with state_path {self._scratch.directory} cannot be copied or"
@@ -622,15 +704,6 @@ class Optimizer:
         raise TypeError(
             "two optimizers would update the same arrays; copy.deepcopy makes one with its own"
         )
-
-
-def check_seed(seed: Any) -> int:
-    """An integer >= 0; TypeError or ValueError otherwise."""
-    if isinstance(seed, bool) or not isinstance(seed, SupportsIndex):
-        raise TypeError(f"seed: expected an integer >= 0, got {seed!r}")
-    if operator.index(seed) < 0:
-        raise ValueError(f"seed: expected an integer >= 0, got {seed!r}")
-    return operator.index(seed)
 
 
 def _rebuild(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
+from .around import AVERAGE, NOTHING, Around
 from .formats import (
     BFLOAT16,
     FLOAT16,
@@ -117,6 +118,8 @@ class Storage:
 
     def state(self, rule: Rule, name: str, dtype: np.dtype, size: int) -> Format:
         """Of a state, for a parameter of this dtype and size."""
+        if name == AVERAGE:
+            return PLAIN[compute_dtype(dtype).name]
         chosen = self.state_dtype
         if isinstance(chosen, Mapping):
             chosen = chosen.get(name)
@@ -147,12 +150,13 @@ class Storage:
         rules: Sequence[Rule],
         parameters: Sequence[np.ndarray],
         copies: Sequence[np.ndarray | None],
+        around: Around = NOTHING,
         block: Block = in_memory,
     ) -> list[Memory]:
-        """The memory of each leaf; masters begin as their parameters.
+        """The memory of each leaf; masters begin as their parameters, and so do averages.
 
-        copies: of each leaf the array that gets a copy of the new parameter, or None. block: where
-        what is new lies.
+        copies: of each leaf the array that gets a copy of the new parameter, or None. around: may
+        add states to the rules'. block: where what is new lies.
         """
         wanted: list[Wanted] = []
         for rule, p in zip(rules, parameters, strict=True):
@@ -161,15 +165,17 @@ class Storage:
                 wanted.append(Wanted(format, p, beside=format.aux_dtype is not None))
             wanted += [
                 Wanted(self.state(rule, s, p.dtype, p.size), p, rule.initial(s))
-                for s in rule.states
+                for s in around.states(rule)
             ]
         fresh = iter(allocate(wanted, block))
         memories = []
         for rule, p, copied in zip(rules, parameters, copies, strict=True):
             own = next(fresh) if self._own(p) else None
-            states = {name: next(fresh) for name in rule.states}
+            states = {name: next(fresh) for name in around.states(rule)}
             memory = self._memory(p, own, states, copied)
             synchronize(memory)
+            if AVERAGE in states:
+                states[AVERAGE].data[...] = memory.parameter.values
             memories.append(memory)
         return memories
 

@@ -16,6 +16,11 @@ class Leaf(NamedTuple):
     value: Any
 
 
+def leaves_of(tree: Any, root: str) -> Iterator[Leaf]:
+    """The leaves of any nesting, in order, under a name of their own."""
+    return _walk(tree, "", root)
+
+
 class Tree:
     """The shape of a nesting of dicts, lists and tuples, taken from the parameters.
 
@@ -25,7 +30,7 @@ class Tree:
     """
 
     def __init__(self, params: Any) -> None:
-        self.leaves = list(_walk(params, "", ROOT))
+        self.leaves = list(leaves_of(params, ROOT))
         if not self.leaves:
             raise ValueError(f"{ROOT}: found no arrays; give an ndarray or a nesting of them")
         self.spec = _spec(params, iter(range(len(self.leaves))))

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .around import NOTHING, Around
 from .backends import BACKENDS, Backend, Layout
 from .bounded import Bounded
 from .formats import PLAIN, Values, least_state, subkey
@@ -20,6 +21,11 @@ from .trees import Leaf
 SLACK = 2.0
 """A kernel may differ from the reference by so many times the bound on its rounding: the kernel
 folds constants and orders operations otherwise than the textbook, whose bound it is."""
+
+
+NORM_BOUND = 1e-11
+"""Of the relative difference between a norm and the reference's. A lane adds 1024 squares, and a
+billion elements have 61035 segments: at most 62000 roundings, each of 1.1e-16."""
 
 
 class VerificationError(ArithmeticError):
@@ -100,11 +106,13 @@ def judge(
     lr: float,
     keys: Sequence[int] | None = None,
     copies: Sequence[np.ndarray] = (),
+    factor: float = 1.0,
+    around: Around = NOTHING,
 ) -> list[Worst]:
     """Compares a step's parameter and states with the reference's.
 
     before: what they held, in the type that is computed in. after: as they are stored. keys: of
-    the random bits. copies: other arrays that got the new parameter.
+    the random bits. copies: other arrays that got the new parameter. factor: on the gradient.
     """
     dtype, order = before[0].dtype, after[0].order
     whole = rule.program.phases > 1  # a matrix, which the reference needs in its shape
@@ -113,15 +121,17 @@ def judge(
         return Bounded.exact(a if whole else a.reshape(-1, order=order), dtype)
 
     p, *states = (lift(a) for a in before)
-    new, new_states = rule.reference(p, lift(g), tuple(states), t=t, lr=lr)
-    if hessian is not None:
-        new_states = rule.absorb(new_states, lift(hessian))
+    estimate = None if hessian is None else lift(hessian)
+    new, new_states = around.reference(
+        rule, p, lift(g), tuple(states), estimate, t=t, lr=lr, factor=factor
+    )
     kept = (
         state.stored(least_state(dtype, stored.format.dtype))
         for state, stored in zip(new_states, after[1:], strict=True)
     )
     expected = (new, *kept)
-    targets = list(zip(("p", *rule.states), after, expected, keys or [0] * len(after), strict=True))
+    names = ("p", *around.states(rule))
+    targets = list(zip(names, after, expected, keys or [0] * len(after), strict=True))
     targets += [("copy of p", Stored.plain(copy), new, 0) for copy in copies]
     worst = (
         compare(name, stored, e.flat(order) if whole else e, int(subkey(key, t - 1)[0]))
@@ -152,6 +162,9 @@ class VerifiedPlan:
         self.accept()
         number = self._plan.step(grads, hessian, True)
         try:
+            self._check_norms(grads)
+            if number == self._layout.counters[0]:  # skipped
+                return number
             for k, g in enumerate(grads):
                 if g is not None:
                     self._check(k, g, hessian[k] if hessian is not None else None)
@@ -181,15 +194,35 @@ class VerifiedPlan:
                     " call sync() after writing parameters"
                 )
 
+    def _check_norms(self, grads: Sequence[np.ndarray | None]) -> None:
+        if self._layout.decide is None:
+            return
+        for k, g in enumerate(grads):
+            total, scale = self._layout.results[k, :2]
+            wide = np.zeros(0) if g is None else g.astype(np.float64)
+            with np.errstate(all="ignore"):
+                found = np.sqrt(total) / scale if scale else 0.0
+                largest = np.max(np.abs(wide), initial=0.0) or 1.0
+                expected = largest * np.sqrt(np.sum((wide / largest) ** 2))
+                agree = found == expected or abs(found / expected - 1) < NORM_BOUND
+            if not agree and (np.isfinite(found) or np.isfinite(largest)):
+                raise VerificationError(
+                    f"{self._leaves[k].label}: the norm of its gradient is {found!r}, the reference"
+                    f" {expected!r}"
+                )
+
     def _check(self, k: int, g: np.ndarray, hessian: np.ndarray | None) -> None:
         layout = self._layout
         rule = layout.groups[layout.group_of[k]].rule
-        lr = float(layout.rates[layout.group_of[k]])
+        lr, factor = (
+            float(rate) for rate in layout.rates[layout.group_of[k] :: len(layout.groups)]
+        )
         before = [stored.values for stored in layout.leaves[k].operands]
         after, t = self._copies.leaves[k], int(self._copies.counters[k + 1])
         found = judge(
             rule, before, after.operands, g, hessian,
-            t=t, lr=lr, keys=layout.keys[k], copies=after.mirrors,
+            t=t, lr=lr, keys=layout.keys[k], copies=after.mirrors, factor=factor,
+            around=layout.around,
         )  # fmt: skip
         for worst in found:
             if worst.share > 1.0:

@@ -56,7 +56,8 @@ MUTANTS = {
         "-k denormal or decay_to_zero",
     ),
     "a tail left out": Mutant(
-        "driver.cpp", "at < to; at += TILE", "at + 1 < to || at == from; at += TILE",
+        "driver.cpp", "at < span.to; at += TILE",
+        "at + 1 < span.to || at == span.from; at += TILE",
         "-k gradients_of_the_other_dtype",
     ),
     "a bfloat16 cut off": Mutant(

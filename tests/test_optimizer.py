@@ -54,7 +54,7 @@ def test_step_info_and_rates() -> None:
     opt = fo.Optimizer(tree(), fo.AdamW(lr=lambda step: 0.1 / step))
     assert opt.lr == 0.1
     assert opt.step(tree(1)) == fo.StepInfo(step=1, lr=0.1)
-    assert opt.step(tree(1)) == (2, 0.05)
+    assert opt.step(tree(1))[:2] == (2, 0.05)
     assert opt.step_count == 2
     opt = fo.Optimizer(tree(), MIXED)
     assert opt.step(tree(1)).lr == {"block.*.w": 0.01, "embed": 1e-4, "*": 0.01} == opt.lr

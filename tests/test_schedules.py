@@ -198,10 +198,10 @@ def test_in_an_optimizer(schedule: Schedule, closed: Any) -> None:
     opt = fo.Optimizer(p, fo.SGD(lr=schedule))
     for t in (1, 2, 3):
         assert opt.lr == schedule(t)
-        assert opt.step(np.zeros(3)) == (t, schedule(t))
+        assert opt.step(np.zeros(3))[:2] == (t, schedule(t))
     twin = pickle.loads(pickle.dumps(opt))
     assert twin.rule == opt.rule
-    assert twin.step(np.zeros(3)) == (4, schedule(4))
+    assert twin.step(np.zeros(3))[:2] == (4, schedule(4))
 
 
 @every_case

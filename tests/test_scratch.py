@@ -96,6 +96,25 @@ def test_what_changes_an_optimizer_changes_the_file(windows: None, tmp_path: Pat
     assert_same(history(master="float32", state_path=tmp_path), want)
 
 
+def test_what_is_done_around_the_rules(windows: None, tmp_path: Path) -> None:
+    """Clipping, averages and statistics, of accumulated gradients."""
+
+    def history(**options: Any) -> tuple[list[fo.StepInfo], dict[str, Array]]:
+        p, *grads = np.random.default_rng(0).standard_normal((4, SERIAL + 300), np.float32)
+        optimizer = fo.Optimizer(p, ADAMW, clip_norm=1.0, ema=0.9, stats=True, **options)
+        infos = []
+        for g in grads:
+            optimizer.accumulate(g)
+            optimizer.accumulate(grads[0])
+            infos.append(optimizer.step(grad_scale=2.0))
+        return infos, held(optimizer)
+
+    infos, want = history()
+    stored_infos, got = history(state_path=tmp_path)
+    assert stored_infos == infos
+    assert_same(got, want)
+
+
 def test_all_that_an_optimizer_keeps_is_in_the_file(tmp_path: Path) -> None:
     ways: dict[str, dict[str, Any]] = {
         "quantised": {"state_dtype": "dynamic8", "master": "float32"},

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 import fusedopt as fo
+from fusedopt.accumulate import Accumulation
+from fusedopt.around import EVERYTHING
 from fusedopt.bounded import Bounded
 from fusedopt.states import Stored
 from fusedopt.verify import STORAGES, compare, judge, variants
@@ -31,9 +33,12 @@ def test_examples_select_every_kernel() -> None:
     from fusedopt.backends import core
 
     used = {
-        op.kernel for cls in fo.RULES.values() for rule in variants(cls) for op in rule.operations()
+        op.kernel
+        for cls in fo.RULES.values()
+        for rule in variants(cls)
+        for op in (*rule.every_operation(), *EVERYTHING.program(rule).operations)
     }
-    used |= {op.kernel for op in fo.Nesterov().shift.operations}
+    used |= {op.kernel for op in Accumulation().operations()}
     assert used == {name for name, *_ in core.operations()}
 
 

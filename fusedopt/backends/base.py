@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from ..around import NOTHING, Around
 from ..rules import Rule
+from ..rules.base import Program
 from ..states import Memory
 
 if TYPE_CHECKING:
@@ -28,11 +30,16 @@ class Layout:
     """Everything about an optimizer that a plan needs.
 
     tree: the parameters' `Tree.spec`. leaves: what a step writes of each. groups: the rules;
-    group_of: of each leaf its place among them. rates: float64, the groups' learning rates in the
-    step at hand. counters: int64, the optimizer's step and then each leaf's; a plan advances them.
-    keys: of each leaf, for its parameter and states, the keys of their random bits. zero_grads:
-    gradients are set to zero. threads: at most so many, or None. scratch: the file that states are
-    in, of which a step is to have a window in memory at a time; None where they are in memory.
+    group_of: of each leaf its place among them. rates: float64, in the step at hand the groups'
+    learning rates and then their factors on gradients. counters: int64, the optimizer's step and
+    then each leaf's; a plan advances them. keys: of each leaf, for its parameter and states, the
+    keys of their random bits. results: float64, a row for each leaf, which a step fills in: the sum
+    of squares of its gradient times scale and that scale (0 where it takes no part), and the sums
+    of its program. around: what is done beside the rules. decide: asked when the first two columns
+    are known whether to go on, and may set the factors; without it they are not computed.
+    zero_grads: gradients are set to zero. threads: at most so many, or None. scratch: the file that
+    states are in, of which a step is to have a window in memory at a time; None where they are in
+    memory.
     """
 
     tree: Any
@@ -42,9 +49,17 @@ class Layout:
     rates: np.ndarray
     counters: np.ndarray
     keys: Sequence[Sequence[int]]
+    results: np.ndarray
+    around: Around = NOTHING
+    decide: Callable[[], bool] | None = None
     zero_grads: bool = False
     threads: int | None = None
     scratch: Scratch | None = None
+
+
+def results_for(programs: Sequence[Program], leaves: int) -> np.ndarray:
+    """The array of a `Layout`."""
+    return np.zeros((leaves, 2 + max(len(program.sums) for program in programs)))
 
 
 class Plan(Protocol):
@@ -57,7 +72,7 @@ class Plan(Protocol):
 
         flat: grads and hessian are lists of leaves, checked and laid out like their parameters;
         otherwise trees, and None comes back, with nothing written, where something is to be
-        checked or explained first.
+        checked or explained first. Where `decide` says no, the number of the step before.
         """
 
 
@@ -93,6 +108,10 @@ class Backend(Protocol):
         caller passed, and False comes back, with nothing written, where something is to be checked
         or explained first.
         """
+
+    def sums_of_squares(self, arrays: Sequence[np.ndarray]) -> Sequence[tuple[float, float]]:
+        """Of each dense array the sum of the squares of its elements times scale, and that scale, a
+        power of two which keeps the sum in range."""
 
     def shift(self, rule: Any, p: np.ndarray, v: np.ndarray) -> None:
         """Moves a parameter to where a look-ahead rule wants its gradient."""

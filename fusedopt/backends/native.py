@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from ..around import EVERYTHING
 from ..environment import sleepy_openmp
 from ..formats import FORMATS, compute_dtype
 from ..newton_schulz import Workspace, batches
 from ..rules import RULES, Nesterov, Rule
 from ..rules.base import Program
 from ..states import Memory, Stored
-from .base import Group, Layout, Plan
+from .base import Group, Layout, Plan, results_for
 
 _reason: str | None = None
 try:
@@ -26,12 +27,15 @@ except ImportError as error:
 __all__ = ["NativeBackend", "check_registry", "core"]
 
 INPUTS = ("g", "hessian")
+HEAD = {"rule": 2, "peek": 2, "filter": 1, "sum": 0, "other": 0}
+"""How many scalars the core puts before an operation's own."""
 
 
 def _compile(program: Program) -> Any:
     """The program in the core's terms, made once for each rule object."""
     if program.native is None:
-        slots = {name: k for k, name in enumerate((*INPUTS, *program.arrays))}
+        names = (*INPUTS, *program.arrays, *program.scratch, *program.sums)
+        slots = {name: k for k, name in enumerate(names)}
         program.native = core.Program(
             [
                 (
@@ -44,6 +48,9 @@ def _compile(program: Program) -> Any:
                 for op in program.operations
             ],
             *program.head,
+            len(program.arrays),
+            len(program.scratch),
+            len(program.sums),
         )
     return program.native
 
@@ -53,9 +60,9 @@ def check_registry() -> None:
     table = {name: (operands, scalars) for name, operands, scalars in core.operations()}
     rules = (cls(**example) for cls in RULES.values() for example in cls.examples)
     for rule in rules:
-        for op in rule.every_operation():
+        for op in (*rule.every_operation(), *EVERYTHING.program(rule).operations):
             operands = len(op.operands) - (op.loop == "peek")
-            scalars = len(op.scalars(1, 0.1)) + 2 * (op.loop != "other")
+            scalars = len(op.scalars(1, 0.1)) + HEAD[op.loop]
             if table.get(op.kernel) != (operands, scalars):
                 raise ImportError(
                     f"stale extension, rebuild: {type(rule).__name__} needs the kernel"
@@ -108,11 +115,16 @@ class NativeBackend:
     def _update_matrix(
         self, rule: Rule, t: int, lr: float, arrays: tuple[Stored, ...], g: np.ndarray
     ) -> bool:
-        rates, counters = np.array([lr]), np.array([0, t - 1])
+        rates, counters = np.array([lr, 1.0]), np.array([0, t - 1])
         memory = Memory(arrays[0], dict(zip(rule.states, arrays[1:], strict=True)))
         group, keys = Group(rule.name, rule), [[0] * len(arrays)]
-        plan = NativePlan(Layout(0, [memory], [group], [0], rates, counters, keys))
+        results = results_for([rule.program], 1)
+        plan = NativePlan(Layout(0, [memory], [group], [0], rates, counters, keys, results))
         return plan.step(g, None, False) is not None
+
+    def sums_of_squares(self, arrays: Sequence[np.ndarray]) -> Sequence[tuple[float, float]]:
+        found: list[tuple[float, float]] = core.sums_of_squares(list(arrays))
+        return found
 
     def shift(self, rule: Nesterov, p: np.ndarray, v: np.ndarray) -> None:
         program = rule.shift
@@ -126,6 +138,7 @@ class NativePlan:
     def __init__(self, layout: Layout) -> None:
         matrices = _Matrices(layout)
         self.work_bytes = matrices.work_bytes
+        programs = [layout.around.program(group.rule) for group in layout.groups]
         # The core's objects are unknown to the garbage collector: what it calls must not lead back
         # to this plan.
         self.step = core.Plan(
@@ -139,11 +152,13 @@ class NativePlan:
             keys=[[*keys, 0] for keys in layout.keys],
             groups=list(layout.group_of),
             batches=[matrices.batches.get(k, -1) for k in range(len(layout.leaves))],
-            programs=[_compile(group.rule.program) for group in layout.groups],
-            folds=[group.rule.program.folds for group in layout.groups],
+            programs=[_compile(program) for program in programs],
+            folds=[program.folds for program in programs],
             rates=layout.rates,
             counters=layout.counters,
             between=matrices.between,
+            results=layout.results,
+            decide=layout.decide,
             zero_grads=layout.zero_grads,
             threads=layout.threads or 0,
             scratch=layout.scratch,

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..around import NOTHING, Around
 from ..formats import compute_dtype, least_state, subkey
 from ..interrupts import deferred
 from ..rules import Rule
@@ -23,22 +24,36 @@ def reference_step(
     *,
     t: int,
     lr: float,
-) -> list[tuple[Stored, tuple[np.ndarray, Any]]]:
-    """What is to be written, and where: the new parameter, states and copies, encoded."""
+    factor: float = 1.0,
+    around: Around = NOTHING,
+) -> tuple[list[np.ndarray], list[tuple[Stored, tuple[np.ndarray, Any]]]]:
+    """The new parameter and states, in the type that is computed in; and what is to be written,
+    and where: these and the copies, encoded."""
     operands = memory.operands
     p, *states = (stored.values.astype(np.float64) for stored in operands)
     dtype = compute_dtype(operands[0].format.dtype)
+    estimate = None if hessian is None else hessian.astype(np.float64)
     with np.errstate(all="ignore"):
-        new, after = rule.reference(p, g.astype(np.float64), tuple(states), t=t, lr=lr)
-        if hessian is not None:
-            after = rule.absorb(after, hessian.astype(np.float64))
+        new, after = around.reference(
+            rule, p, g.astype(np.float64), tuple(states), estimate, t=t, lr=lr, factor=factor
+        )
         narrow = [np.asarray(a).astype(dtype) for a in (new, *after)]
     for stored, state in zip(operands[1:], narrow[1:], strict=True):
         state[np.abs(state) < least_state(dtype, stored.format.dtype)] = 0
     copies = [Stored.plain(copy) for copy in memory.mirrors]
     keyed = [int(subkey(key, t - 1)[0]) for key in keys] + [0] * len(copies)
     targets = zip([*operands, *copies], [*narrow, *[narrow[0]] * len(copies)], keyed, strict=True)
-    return [(stored, stored.format.encode(stored.flat(a), key)) for stored, a, key in targets]
+    encoded = [(stored, stored.format.encode(stored.flat(a), key)) for stored, a, key in targets]
+    return narrow, encoded
+
+
+def sum_of_squares(array: np.ndarray) -> tuple[float, float]:
+    """(sum, scale) as `Backend.sums_of_squares` gives them; any order of adding will do here."""
+    wide = array.astype(np.float64)
+    with np.errstate(all="ignore"):
+        largest = float(np.max(np.abs(wide), initial=0.0))
+        scale = 2.0 ** -np.clip(np.frexp(largest)[1], -1000, 1000) if array.itemsize == 8 else 1.0
+        return float(np.sum((wide * scale) ** 2)), float(scale)
 
 
 class ReferenceBackend:
@@ -69,11 +84,14 @@ class ReferenceBackend:
         if not checked:
             return False
         memory = Memory(arrays[0], dict(zip(rule.states, arrays[1:], strict=True)))
-        new = reference_step(rule, memory, g, hessian, [0] * len(arrays), t=t, lr=lr)
+        _, new = reference_step(rule, memory, g, hessian, [0] * len(arrays), t=t, lr=lr)
         with deferred():
             for stored, encoded in new:
                 stored.write(encoded)
         return True
+
+    def sums_of_squares(self, arrays: Sequence[np.ndarray]) -> Sequence[tuple[float, float]]:
+        return [sum_of_squares(a) for a in arrays]
 
     def shift(self, rule: Any, p: np.ndarray, v: np.ndarray) -> None:
         p[...] = p.astype(np.float64) - rule.momentum * v.astype(np.float64)
@@ -90,25 +108,55 @@ class ReferencePlan:
     def step(self, grads: Any, hessian: Any, flat: bool) -> int | None:
         if not flat:  # the optimizer checks, and sees to it that this is not interrupted
             return None
-        layout = self._layout
-        results = {}
-        for k, g in enumerate(grads):
-            if g is not None:
-                group = layout.groups[layout.group_of[k]]
-                results[k] = reference_step(
-                    group.rule,
-                    layout.leaves[k],
-                    g,
-                    hessian[k] if hessian is not None else None,
-                    layout.keys[k],
-                    t=int(layout.counters[k + 1]) + 1,
-                    lr=float(layout.rates[layout.group_of[k]]),
-                )
-        for k, new in results.items():
-            for stored, encoded in new:
+        layout, groups = self._layout, len(self._layout.groups)
+        layout.results[...] = 0
+        active = [k for k, g in enumerate(grads) if g is not None]
+        if layout.decide is not None:
+            for k in active:
+                layout.results[k, :2] = sum_of_squares(grads[k])
+            if not layout.decide():
+                return int(layout.counters[0])
+        new = {}
+        for k in active:
+            group = layout.group_of[k]
+            new[k] = reference_step(
+                layout.groups[group].rule,
+                layout.leaves[k],
+                grads[k],
+                hessian[k] if hessian is not None else None,
+                layout.keys[k],
+                t=int(layout.counters[k + 1]) + 1,
+                lr=float(layout.rates[group]),
+                factor=float(layout.rates[groups + group]),
+                around=layout.around,
+            )
+        for k in active:
+            self._sum(k, grads[k], new[k][0])
+        for k in active:
+            for stored, encoded in new[k][1]:
                 stored.write(encoded)
             if layout.zero_grads:
                 grads[k][...] = 0
             layout.counters[k + 1] += 1
         layout.counters[0] += 1
         return int(layout.counters[0])
+
+    def _sum(self, k: int, g: np.ndarray, new: Sequence[np.ndarray]) -> None:
+        """Fills in the sums of a leaf's program."""
+        layout, memory = self._layout, self._layout.leaves[k]
+        if not layout.around.stats:
+            return
+        rule = layout.groups[layout.group_of[k]].rule
+        p, *before = (stored.values.astype(np.float64) for stored in memory.operands)
+        after = [a.astype(np.float64) for a in new]
+        t = int(layout.counters[k + 1]) + 1
+        with np.errstate(all="ignore"):
+            found = {
+                "gradient": np.sum(g.astype(np.float64) ** 2),
+                "update": np.sum((after[0] - p) ** 2),
+                "weight": np.sum(p**2),
+                **rule.textbook_sums(before, after[1:], t=t),
+            }
+        sums = layout.around.program(rule).sums
+        layout.results[k, 2 : 2 + len(sums)] = [found[name] for name in sums]
+        layout.results[k, 1] = layout.results[k, 1] or 1.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import expm1, log
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
@@ -44,15 +44,16 @@ class Operation:
     """One operation of a rule's program, run on each tile (csrc/rules.hpp holds the kernels).
 
     operands: names; "g" and "hessian" come anew with each step, "p" is the parameter, "work" the
-    matrix between two phases, every other name a state. loop: what the loop around the kernel
-    does: "rule" applies the delta, "peek" only writes it to the last operand, "other" is no rule.
-    needs: run only where this input was given.
+    matrix between two phases, every other name a state, scratch or sum. loop: what the loop around
+    the kernel does: "rule" applies the delta, "peek" only writes it to the last operand, "filter"
+    makes its first operand of the gradient times its factor, "sum" adds up, and "other" writes its
+    first operand. needs: run only where this input was given.
     """
 
     kernel: str
     operands: tuple[str, ...]
     scalars: Callable[[int, float], tuple[float, ...]]
-    loop: Literal["rule", "peek", "other"] = "rule"
+    loop: Literal["rule", "peek", "filter", "sum", "other"] = "rule"
     phase: int = 0
     needs: Literal["hessian"] | None = None
 
@@ -166,6 +167,17 @@ class Rule:
         """The program of one step."""
         return (Operation(self.kernel, ("p", "g", *self.states), self.scalars),)
 
+    def sums(self) -> tuple[Operation, ...]:
+        """Counts of elements that `stats` adds to its own: run after the rule, each named by its
+        first operand."""
+        return ()
+
+    def textbook_sums(
+        self, before: Sequence[np.ndarray], after: Sequence[np.ndarray], *, t: int
+    ) -> dict[str, float]:
+        """The same, from the states before and after a step."""
+        return {}
+
     def every_operation(self) -> tuple[Operation, ...]:
         """Of the step, and of whatever else the rule runs."""
         return self.operations()
@@ -266,25 +278,32 @@ class Rule:
 
     @functools.cached_property
     def program(self) -> Program:
-        operations = self.operations()
-        work = ("work",) if any(op.phase for op in operations) else ()
-        return Program(self, operations, ("p", *self.states, *work))
+        return Program(self, self.operations(), ("p", *self.states))
 
 
 class Program:
     """Operations on a rule's arrays, and their scalars.
 
-    folds: of each operation its function from (t, lr). head: (factor, a, b); a rule's own scalars
-    stand behind the factor on the gradient and the coefficient a + b lr of weight decay.
+    arrays: names; work space is added where there are two phases. scratch: names of tiles that live
+    as long as a tile is worked on; sums: of sums over a leaf. folds: of each operation its function
+    from (t, lr). head: (factor, a, b); a rule's own scalars stand behind the factor on the gradient
+    and the coefficient a + b lr of weight decay.
     """
 
     MODES: ClassVar = ("plain", "l2", "decoupled", "first", "peek", "peek_l2")  # csrc/table.h
 
     def __init__(
-        self, rule: Rule, operations: tuple[Operation, ...], arrays: tuple[str, ...]
+        self,
+        rule: Rule,
+        operations: tuple[Operation, ...],
+        arrays: tuple[str, ...],
+        scratch: tuple[str, ...] = (),
+        sums: tuple[str, ...] = (),
     ) -> None:
-        self.operations, self.arrays = operations, arrays
+        self.operations, self.scratch, self.sums = operations, scratch, sums
         self.phases = 1 + max(op.phase for op in operations)
+        work = ("work",) if self.phases > 1 else ()
+        self.arrays = (*arrays, *work)
         decay = {"independent": "decoupled", "decoupled_first": "first"}.get(rule.decay, rule.decay)
         self._decay = decay if rule.weight_decay else "plain"
         self.folds = tuple(op.scalars for op in operations)

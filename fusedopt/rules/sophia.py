@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -105,22 +106,36 @@ class Sophia(Rule):
 
     def scalars(self, t: int, lr: float) -> tuple[float, ...]:
         b1 = self.betas[0]
+        return b1, 1.0 - b1, lr, *self._denominator(t, lr)
+
+    def _denominator(self, t: int, lr: float) -> tuple[float, ...]:
         gamma = self.rho * self.bs if self.form == "official" else self.rho
-        k = 1.0 / correction(b1, t) if self.bias_correction else 1.0
-        return b1, 1.0 - b1, lr, gamma, self.eps, self.clip, k
+        k = 1.0 / correction(self.betas[0], t) if self.bias_correction else 1.0
+        return gamma, self.eps, self.clip, k
 
     def operations(self) -> tuple[Operation, ...]:
         b2 = self.betas[1]
         gnb = self.estimator == "gnb"
         k = (1.0 - b2) * (self.bs if gnb and self.form == "paper" else 1)
         refresh = Operation(
-            "sophia_refresh_square" if gnb else "sophia_refresh",
+            "sophia_refresh_square" if gnb else "average",
             ("h", "hessian"),
             lambda t, lr: (b2, k),
             loop="other",
             needs="hessian",
         )
         return (*super().operations(), refresh)
+
+    def sums(self) -> tuple[Operation, ...]:
+        # A share of the elements in the published code's log, as "win_rate".
+        kernel = f"{self.kernel}_wins"
+        return (Operation(kernel, ("win_rate", "m", "h"), self._denominator, loop="sum"),)
+
+    def textbook_sums(
+        self, before: Sequence[np.ndarray], after: Sequence[np.ndarray], *, t: int
+    ) -> dict[str, float]:
+        r = self._textbook_ratio(after[0], before[1], t)
+        return {"win_rate": float(np.sum((-self.clip < r) & (r < self.clip)))}
 
     def absorb(self, states: tuple[Array, ...], hessian: Array) -> tuple[Array, ...]:
         m, h = states
@@ -138,9 +153,11 @@ class Sophia(Rule):
         m, h = states
         b1 = self.betas[0]
         m = b1 * m + (1 - b1) * g
-        m_hat = m / textbook_correction(b1, t) if self.bias_correction else m
-        if self.form == "official":
-            r = m_hat / (self.rho * self.bs * h + self.eps)
-        else:
-            r = m_hat / np.maximum(self.rho * h, self.eps)
+        r = self._textbook_ratio(m, h, t)
         return lr * np.minimum(np.maximum(r, -self.clip), self.clip), (m, h)
+
+    def _textbook_ratio(self, m: Array, h: Array, t: int) -> Array:
+        m_hat = m / textbook_correction(self.betas[0], t) if self.bias_correction else m
+        if self.form == "official":
+            return m_hat / (self.rho * self.bs * h + self.eps)
+        return m_hat / np.maximum(self.rho * h, self.eps)

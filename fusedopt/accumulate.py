@@ -1,0 +1,106 @@
+"""Gradients of micro-batches, added up until a step takes their sum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from .arrays import Fit
+from .backends import Backend, Group, Layout
+from .backends.base import results_for
+from .formats import PLAIN, compute_dtype
+from .rules import Rule
+from .rules.base import Array, Operation
+from .states import Memory, Wanted, allocate
+from .stepping import Stepper
+from .trees import Tree
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accumulation(Rule):
+    """The sum takes the parameter's place: sum := g in its first step, sum := sum + g later."""
+
+    name: ClassVar[str] = "accumulate"
+
+    def operations(self) -> tuple[Operation, ...]:
+        def keep(t: int, lr: float) -> tuple[float]:
+            return (float(t > 1),)
+
+        return (Operation("accumulate", ("p", "g"), keep, loop="other"),)
+
+    def reference(
+        self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float
+    ) -> tuple[Array, tuple[Array, ...]]:
+        return (p + g if t > 1 else g), ()
+
+
+class Accumulator:
+    """Sums of gradients, in the type that each leaf is computed in.
+
+    fit: of the parameters, which gradients may not share memory with. An empty sum is one whose
+    leaf has counted no gradient; what stands in its array is of no account, so that emptying
+    touches no memory.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        tree: Tree,
+        parameters: Sequence[np.ndarray],
+        zero_grads: bool,
+        threads: int | None,
+    ) -> None:
+        self._sums = allocate([Wanted(PLAIN[compute_dtype(p.dtype).name], p) for p in parameters])
+        self._counters = np.zeros(1 + len(self._sums), np.int64)
+        rule = Accumulation()
+        layout = Layout(
+            tree=tree.spec,
+            leaves=[Memory(stored, {}) for stored in self._sums],
+            groups=[Group(rule.name, rule)],
+            group_of=[0] * len(self._sums),
+            rates=np.array([0.0, 1.0]),
+            counters=self._counters,
+            keys=[[0]] * len(self._sums),
+            results=results_for([rule.program], len(self._sums)),
+            zero_grads=zero_grads,
+            threads=threads,
+        )
+        self._tree, self._layout, self._plan = tree, layout, backend.plan(layout)
+        self.watch(parameters)
+
+    def watch(self, parameters: Sequence[np.ndarray]) -> None:
+        """Takes note of where the parameters are."""
+        written = [[p, *s.arrays] for p, s in zip(parameters, self._sums, strict=True)]
+        fit = Fit([leaf.label for leaf in self._tree.leaves], parameters, written)
+        self._stepper = Stepper(self._tree, fit, self._layout, self._plan)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the sums."""
+        return sum(stored.nbytes for stored in self._sums)
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to consume."""
+        return not self._counters[0]
+
+    def add(self, grads: Any) -> int:
+        """Adds a micro-batch's gradients; how many there are now."""
+        if (
+            self._layout.zero_grads
+        ):  # only the slow way knows the parameters, which must not be zeroed
+            return self._stepper.explained(grads, None)
+        return self._stepper.step(grads, None)
+
+    @property
+    def sums(self) -> list[np.ndarray | None]:
+        """Of each leaf; None where there was no gradient."""
+        counted = zip(self._sums, self._counters[1:], strict=True)
+        return [stored.data if count else None for stored, count in counted]
+
+    def clear(self) -> None:
+        """Makes them empty."""
+        self._counters[:] = 0

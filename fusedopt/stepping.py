@@ -1,0 +1,146 @@
+"""Between an optimizer's arguments and its plan: what is taken, what is refused, what is told."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .arrays import Fit
+from .backends import Layout, Plan
+from .interrupts import deferred
+from .norms import Guard, combined
+from .trees import Tree
+
+
+class StepInfo(NamedTuple):
+    """What a step did.
+
+    step: its number, 1 for the first; of a skipped one that of the step before. lr: the learning
+    rate that it used; with several rules a dict of them, by pattern (or by rule name where a
+    callable chose). grad_norm: of the unscaled gradients, before any clipping; None where nothing
+    asked for it (`clip_norm`, `skip_nonfinite`, `stats`). clip_scale: by what `clip_norm`
+    multiplied them; where groups clip each on its own, these two are dicts. skipped: whether
+    nothing was done, for a NaN or infinity in the gradients of `bad_leaves`, a tuple of paths.
+    stats: with `stats=True`, by path of the leaves that took part, a dict of "grad_norm",
+    "update_ratio" (the norm of the parameter's change over its own), and what the rule adds
+    ("win_rate" of Sophia: the share of elements that were not clipped); else None.
+    """
+
+    step: int
+    lr: float | dict[str, float]
+    grad_norm: float | dict[str, float] | None = None
+    clip_scale: float | dict[str, float] = 1.0
+    skipped: bool = False
+    bad_leaves: tuple[str, ...] = ()
+    stats: dict[str, dict[str, float]] | None = None
+
+
+class Stepper:
+    """Runs an optimizer's plan, and finds the reason where it takes something only after a look.
+
+    fit: of the tree's leaves. zero_grads: as in the layout.
+    """
+
+    def __init__(self, tree: Tree, fit: Fit, layout: Layout, plan: Plan) -> None:
+        self._tree, self._fit, self._layout, self._plan = tree, fit, layout, plan
+        self._rules = [layout.groups[k].rule for k in layout.group_of]
+
+    def step(self, grads: Any, hessian: Any) -> int:
+        """One step; its number."""
+        number = self._plan.step(grads, hessian, False)
+        return self.explained(grads, hessian) if number is None else number
+
+    def explained(self, grads: Any, hessian: Any) -> int:
+        """What the plan did not take: refused with the reason, or laid out so that it will be."""
+        self._fit.check_unmoved()
+        fitted = self._fitted(grads, "grads")
+        estimates = None if hessian is None else self.estimates(hessian)
+        if not self._layout.zero_grads:
+            return self.flat(fitted, estimates)
+        return self._zeroing(fitted, estimates, self._tree.flatten(grads, "grads"))
+
+    def estimates(self, hessian: Any) -> list[np.ndarray | None]:
+        """The leaves of a tree of Hessian estimates, checked."""
+        estimates = self._fitted(hessian, "hessian")
+        for leaf, rule, e in zip(self._tree.leaves, self._rules, estimates, strict=True):
+            if e is not None and not rule.takes_hessian:
+                raise ValueError(
+                    f"hessian: {leaf.label} is updated by {type(rule).__name__}, which takes none;"
+                    " give None there"
+                )
+        return estimates
+
+    def flat(self, grads: Sequence[Any], hessian: Sequence[Any] | None) -> int:
+        """A step with leaves that passed all checks."""
+        number = self._plan.step(grads, hessian, True)
+        if number is None:
+            raise RuntimeError(
+                "the core refused arrays that passed the checks; if a parameter was resized, call"
+                " rebind(params), otherwise please report this"
+            )
+        return int(number)
+
+    def _zeroing(self, fitted: Any, estimates: Any, given: Sequence[Any]) -> int:
+        inputs = list(zip(self._labels("grads"), given, strict=True))
+        if estimates is not None:
+            inputs += zip(self._labels("hessian"), estimates, strict=True)
+        self._fit.check_exclusive(inputs, len(given))
+        before = int(self._layout.counters[0])
+        with deferred():
+            number = self.flat(fitted, estimates)
+            for g in given if number > before else ():
+                if g is not None:
+                    g[...] = 0  # where a copy was used, that was zeroed
+        return number
+
+    def _fitted(self, tree: Any, what: str) -> list[np.ndarray | None]:
+        values = self._tree.flatten(tree, what)
+        return [
+            self._fit.gradient(k, label, value)
+            for k, (label, value) in enumerate(zip(self._labels(what), values, strict=True))
+        ]
+
+    def _labels(self, what: str) -> list[str]:
+        """How messages call the leaves of another tree."""
+        return [what + leaf.label.removeprefix("params") for leaf in self._tree.leaves]
+
+
+class Report:
+    """Makes the `StepInfo` of a step from what the plan and the guard found."""
+
+    def __init__(self, tree: Tree, layout: Layout, guard: Guard) -> None:
+        self._paths = [leaf.path for leaf in tree.leaves]
+        self._sizes = [leaf.value.size for leaf in tree.leaves]
+        self._layout, self._guard = layout, guard
+        programs = [layout.around.program(group.rule) for group in layout.groups]
+        self._sums = [programs[k].sums for k in layout.group_of]
+
+    def info(self, number: int, lr: float | dict[str, float]) -> StepInfo:
+        """Of the step that was taken last."""
+        guard, stats = self._guard, None
+        if self._layout.around.stats and not guard.skipped:
+            stats = self._stats()
+            if self._layout.decide is None:
+                guard.take_norm()
+        return StepInfo(
+            number, lr, guard.grad_norm, guard.clip_scale, guard.skipped, guard.bad_leaves, stats
+        )
+
+    def _stats(self) -> dict[str, dict[str, float]]:
+        found = {}
+        for path, row, names, size in zip(
+            self._paths, self._layout.results, self._sums, self._sizes, strict=True
+        ):
+            sums = dict(zip(names, row[2:].tolist(), strict=False))
+            if "gradient" in sums:
+                row[0] = sums.pop("gradient")
+            if row[1]:
+                norm = combined(row[None, :2]) * self._guard.factor
+                update, weight = math.sqrt(sums.pop("update")), math.sqrt(sums.pop("weight"))
+                shares = {name: value / max(size, 1) for name, value in sums.items()}
+                ratio = update / weight if weight else math.inf if update else 0.0
+                found[path] = {"grad_norm": norm, "update_ratio": ratio, **shares}
+        return found

@@ -1,0 +1,108 @@
+"""Averages of weights: their bits, and the exchange with the parameters."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import fusedopt as fo
+from exactness import DEFAULTS, Array
+
+N = 33_333
+rng = np.random.default_rng(11)
+
+
+def blended(average: Array, p: Array, ema: float) -> Array:
+    """The kernel's arithmetic, in plain NumPy."""
+    kind = average.dtype.type
+    blend: Array = kind(ema) * average + kind(1.0 - ema) * p.astype(average.dtype)
+    return blend
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_bits_of_an_average(name: str, dtype: Any) -> None:
+    rule = DEFAULTS[name]
+    shape = (111, 300) if rule.program.phases > 1 else (N,)
+    p = rng.standard_normal(shape).astype(dtype)
+    opt = fo.Optimizer(p, rule, ema=0.97)
+    expected = p.copy()
+    for _ in range(3):
+        opt.step(rng.standard_normal(shape).astype(dtype))
+        expected = blended(expected, p, 0.97)
+        assert opt.state["params"]["average"].tobytes() == expected.tobytes()
+
+
+def test_it_follows_the_master() -> None:
+    p = rng.standard_normal(N).astype(ml_dtypes.bfloat16)
+    opt = fo.Optimizer(p, fo.AdamW(lr=1e-3), ema=0.9, master="float32")
+    expected = opt.state["params"]["master"].copy()
+    for _ in range(3):
+        opt.step(rng.standard_normal(N).astype(np.float32))
+        expected = blended(expected, opt.state["params"]["master"], 0.9)
+    average = opt.state["params"]["average"]
+    assert average.dtype == np.float32
+    assert average.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_the_exchange_is_exact(dtype: Any) -> None:
+    params = {
+        "w": np.asfortranarray(rng.standard_normal((60, 70))).astype(dtype),
+        "b": np.ones(3, dtype),
+    }
+    grads = {k: rng.standard_normal(p.shape).astype(dtype) for k, p in params.items()}
+    grads["b"] = None
+    opt = fo.Optimizer(params, fo.Lion(lr=0.1), ema=0.5)
+    opt.step(grads)
+    own = {k: p.copy() for k, p in params.items()}
+    with suppress(KeyError), opt.averaged() as inside:
+        assert inside is params
+        for k, p in params.items():
+            want = opt.state[k]["average"].astype(dtype)
+            assert p.tobytes("A") == want.tobytes("A")
+        assert params["w"].tobytes() != own["w"].tobytes()
+        for refused in (
+            lambda: opt.step(grads),
+            lambda: opt.accumulate(grads),
+            opt.sync,
+            lambda: opt.averaged().__enter__(),
+        ):
+            with pytest.raises(RuntimeError, match=r"inside of averaged\(\)"):
+                refused()
+        raise KeyError
+    for k, p in params.items():
+        assert p.tobytes() == own[k].tobytes()
+    opt.step(grads)
+
+
+def test_an_average_of_one_value_stays_and_of_none_is_refused() -> None:
+    p = np.full(5, 0.3, np.float32)
+    opt = fo.Optimizer(p, fo.SGD(lr=0.0), ema=0.5)
+    for _ in range(50):
+        opt.step(np.ones(5))
+    np.testing.assert_array_max_ulp(opt.state["params"]["average"], p, 1)
+    plain = fo.Optimizer(p, fo.SGD())
+    with pytest.raises(ValueError, match=r"make the optimizer with ema=0\.999"), plain.averaged():
+        pass
+
+
+def test_it_travels_with_the_state() -> None:
+    p, g = np.ones(9, np.float32), np.ones(9, np.float32)
+    opt = fo.Optimizer(p, fo.Adam(), ema=0.9)
+    opt.step(g)
+    saved, there = opt.state_dict(), p.copy()
+    opt.step(g)
+    q = there.copy()
+    twin = fo.Optimizer(q, fo.Adam(), ema=0.9)
+    twin.load_state_dict(saved)
+    twin.step(g)
+    assert twin.fingerprint() == opt.fingerprint()
+    with pytest.raises(ValueError, match="average"):
+        fo.Optimizer(q, fo.Adam()).load_state_dict(saved)
+    estimate = fo.estimate(p, fo.Adam(), ema=0.9)
+    assert estimate.states == sum(a.nbytes for a in opt.state["params"].values())
