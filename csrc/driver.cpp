@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "parallel.hpp"
+#include "windows.hpp"
 
 namespace fusedopt {
 namespace {
@@ -163,6 +164,8 @@ struct Work {
   const std::vector<Leaf>& leaves;
   std::size_t elements;  // of all leaves
   std::size_t parts;
+  const Mapped* mapped;
+  std::size_t threads;
 };
 
 // Cuts fall on tiles of their leaf, so that no tile is shared between two threads; or on rows, or
@@ -182,8 +185,9 @@ std::size_t cut(const Leaf& leaf, std::size_t position) {
   return k * rows.length;
 }
 
-void run_part(void* context, std::size_t part) {
-  const Work& work = *static_cast<const Work*>(context);
+// Calls visit(leaf, low, high) for all that is in a part.
+template <class Visit>
+void visit_part(const Work& work, std::size_t part, const Visit& visit) {
   // Two divisions instead of part * elements / parts: that product could overflow.
   const std::size_t each = work.elements / work.parts, rest = work.elements % work.parts;
   const std::size_t from = part * each + std::min(part, rest);
@@ -192,27 +196,46 @@ void run_part(void* context, std::size_t part) {
                                    [from](const Leaf& l) { return l.start + l.elements <= from; });
   for (; leaf != work.leaves.end() && leaf->start < to; ++leaf) {
     const std::size_t low = cut(*leaf, from), high = cut(*leaf, to);
-    if (low < high) run_leaf(*leaf, low, high);
+    if (low < high) visit(*leaf, low, high);
   }
+}
+
+void advise(const Work& work, std::size_t part, Advice advice) {
+  Advisor advisor(*work.mapped, advice);
+  visit_part(work, part, [&](const Leaf& leaf, std::size_t low, std::size_t high) {
+    advisor.add(leaf, low, high);
+  });
+}
+
+void run_part(void* context, std::size_t part) {
+  const Work& work = *static_cast<const Work*>(context);
+  // Parts are handed out in order: the one that this thread will get next is about so far ahead.
+  if (work.mapped && part + work.threads < work.parts)
+    advise(work, part + work.threads, Advice::READ_AHEAD);
+  visit_part(work, part, run_leaf);
+  if (work.mapped) advise(work, part, Advice::WRITE_AND_DROP);
 }
 
 }  // namespace
 
-void run(std::vector<Leaf>& leaves, int threads) {
+void run(std::vector<Leaf>& leaves, int threads, const Mapped* mapped) {
   std::size_t elements = 0;
   for (Leaf& leaf : leaves) {
     leaf.start = elements;
     elements += leaf.elements;
   }
-  threads = std::min(threads, parallel_limit());
-  if (threads <= 1 || elements < SERIAL) {
+  threads = std::max(1, std::min(threads, parallel_limit()));
+  if (elements < SERIAL) threads = 1;
+  if (threads == 1 && !mapped) {
     for (const Leaf& leaf : leaves)
       if (leaf.elements) run_leaf(leaf, 0, leaf.elements);
     return;
   }
-  Work work{leaves, elements, 0};
-  work.parts = std::max<std::size_t>(
-      1, std::min<std::size_t>(elements / SMALLEST_PART, threads * PARTS_PER_THREAD));
+  Work work{leaves, elements, 1, mapped, static_cast<std::size_t>(threads)};
+  if (threads > 1)
+    work.parts = std::max<std::size_t>(
+        1, std::min<std::size_t>(elements / SMALLEST_PART, threads * PARTS_PER_THREAD));
+  if (mapped) work.parts = std::max(work.parts, mapped->parts(leaves, threads));
   parallel_for(work.parts, threads, run_part, &work);
 }
 

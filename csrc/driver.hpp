@@ -68,8 +68,11 @@ inline std::uint64_t subkey(std::uint64_t key, std::uint64_t index) {
   return mixed(key + (index + 1) * 0x9e3779b97f4a7c15u);
 }
 
+struct Mapped;  // windows.hpp
+
 // Runs every leaf's program over all of its elements, in one parallel region. The result does not
-// depend on `threads` or on how the leaves are cut.
-void run(std::vector<Leaf>& leaves, int threads);
+// depend on `threads` or on how the leaves are cut. mapped: operands that lie in this block are in
+// memory a window at a time.
+void run(std::vector<Leaf>& leaves, int threads, const Mapped* mapped = nullptr);
 
 }  // namespace fusedopt

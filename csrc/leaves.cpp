@@ -14,6 +14,7 @@
 #include "norms.hpp"
 #include "programs.hpp"
 #include "trees.hpp"
+#include "windows.hpp"
 
 namespace py = pybind11;
 
@@ -85,12 +86,13 @@ class Plan {
   // the scale of that (0 of a leaf that took no part), the elements that were touched, and the sums
   // of its program. decide: asked
   // when the first two are known, with the lock held, whether to go on; None: they are not
-  // computed. zero_grads: gradients are set to zero; threads 0 means no limit of its own.
+  // computed. zero_grads: gradients are set to zero; threads 0 means no limit of its own. scratch:
+  // None, or an object with the block, file and window of `Mapped`.
   Plan(const py::object& tree, const py::list& arrays, const py::list& mirrors,
        const std::vector<std::vector<std::uint64_t>>& keys, std::vector<int> groups,
        std::vector<int> batches, const py::list& programs, std::vector<py::tuple> folds,
        py::object rates, py::object counters, py::object between, py::object results,
-       py::object decide, bool zero_grads, int threads)
+       py::object decide, bool zero_grads, int threads, const py::object& scratch)
       : tree_(tree),
         groups_(std::move(groups)),
         batches_(std::move(batches)),
@@ -102,6 +104,14 @@ class Plan {
         decide_(std::move(decide)),
         zero_grads_(zero_grads),
         threads_(threads) {
+    if (!scratch.is_none()) {
+      const py::object block = scratch.attr("block");
+      const auto memory = py::cast<py::array>(block);
+      mapped_ = {static_cast<char*>(py::detail::array_proxy(block.ptr())->data),
+                 static_cast<std::size_t>(memory.nbytes()), scratch.attr("file").cast<int>(),
+                 scratch.attr("window").cast<std::size_t>()};
+      held_.push_back(scratch);
+    }
     for (const py::handle program : programs) {
       held_.push_back(py::reinterpret_borrow<py::object>(program));
       programs_.push_back(program.cast<const Program*>());
@@ -450,7 +460,8 @@ class Plan {
     }
     leaves_.resize(count);
     partials_.place();
-    run_unlocked(leaves_, elements, threads());  // refs_ and held_ keep every array alive
+    // refs_ and held_ keep every array alive
+    run_unlocked(leaves_, elements, threads(), mapped_.data ? &mapped_ : nullptr);
     if (sums_) take_sums(batch);
   }
 
@@ -492,6 +503,7 @@ class Plan {
   double* result_ = nullptr;
   const Table* table_ = nullptr;
   std::vector<py::object> held_;  // programs and arrays
+  Mapped mapped_;
   std::vector<const Program*> programs_;
   std::vector<Own> own_;
   std::vector<Operand> operands_;  // MAX_OPERANDS for each leaf
@@ -542,11 +554,11 @@ void bind_leaves(py::module_& module) {
       .def(py::init<const py::object&, const py::list&, const py::list&,
                     const std::vector<std::vector<std::uint64_t>>&, std::vector<int>,
                     std::vector<int>, const py::list&, std::vector<py::tuple>, py::object,
-                    py::object, py::object, py::object, py::object, bool, int>(),
+                    py::object, py::object, py::object, py::object, bool, int, const py::object&>(),
            py::kw_only(), py::arg("tree"), py::arg("arrays"), py::arg("mirrors"), py::arg("keys"),
            py::arg("groups"), py::arg("batches"), py::arg("programs"), py::arg("folds"),
            py::arg("rates"), py::arg("counters"), py::arg("between"), py::arg("results"),
-           py::arg("decide"), py::arg("zero_grads"), py::arg("threads"))
+           py::arg("decide"), py::arg("zero_grads"), py::arg("threads"), py::arg("scratch"))
       .def("step", &Plan::step);
   module.def("update", &update);
   module.def("sums_of_squares", &sums_of_squares);

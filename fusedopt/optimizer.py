@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,10 +30,13 @@ from .interrupts import deferred
 from .norms import Guard
 from .options import ClipNorm, Options, check_grad_scale, check_seed
 from .rules import Nesterov, Rule
-from .states import Memory
+from .states import Memory, in_memory
 from .stepping import Report, StepInfo, Stepper
 from .storage import Master, Rounding, StateDtype, synchronize
 from .trees import Tree
+
+if TYPE_CHECKING:
+    from .scratch import Scratch
 
 
 class Accumulated:
@@ -86,6 +89,11 @@ class Optimizer:
     parameter: see `averaged`. stats: measure what `StepInfo.stats` tells, in the same passes.
     exact: rows that a gradient of `Rows` left out are updated later, as if their gradient had been
     zero: see `catch_up`.
+    state_path: an empty or new directory, on a disk, for states larger than memory. All that is in
+    `state` is in a file there, reserved as a whole at once, and a step has no more than 32 MiB of
+    it in memory at a time (native backend, on Linux, without `verify`). The file is scratch, not a
+    checkpoint: it goes with the optimizer or its process, and nothing can go on from one that a
+    killed process has left. Such an optimizer cannot be pickled, copied or used in a forked child.
 
     backend: "auto", "native" or "reference". threads: at most so many, where the process may use
     more. verify: run every step on copies first, compare with the float64 reference, and commit
@@ -93,7 +101,8 @@ class Optimizer:
     overwritten without `sync`).
 
     Raises TypeError for a value of the wrong kind, ValueError for one that does not fit,
-    RuntimeError where the backend cannot be used.
+    RuntimeError where the backend cannot be used, FileExistsError where `state_path` is in use or
+    holds anything else, OSError where it cannot be made or has no room.
     """
 
     def __init__(
@@ -112,6 +121,7 @@ class Optimizer:
         ema: float | None = None,
         stats: bool = False,
         exact: bool = False,
+        state_path: str | os.PathLike[str] | None = None,
         seed: int = 0,
         backend: str = "auto",
         threads: int | None = None,
@@ -151,7 +161,6 @@ class Optimizer:
         self._storage.check(labels, dtypes, self._rules)
         self._wide = any(p.dtype == np.float64 for p in parameters)
         self._around = self._options.around(self._wide)
-        self._leaves = self._storage.allocate(self._rules, parameters, copies, self._around)
         programs = [self._around.program(group.rule) for group in self._groups]
         self._results = results_for(programs, len(leaves))
         self._guard = Guard(
@@ -168,7 +177,22 @@ class Optimizer:
         self._sums: Accumulator | None = None
         self._ledger: Ledger | None = None
         self._lock = threading.Lock()
-        self._prepare(parameters)
+        scratch: AbstractContextManager[Scratch | None] = nullcontext()
+        if state_path is not None:
+            from .scratch import scratch_in  # 5 ms, for this alone
+
+            scratch = scratch_in(state_path)
+        with scratch as self._scratch:
+            block = self._scratch.reserve if self._scratch else in_memory
+            self._leaves = self._storage.allocate(
+                self._rules, parameters, copies, self._around, block
+            )
+            self._prepare(parameters)
+            if self._scratch:
+                self._scratch.note(
+                    {x.path: m.saved for x, m in zip(leaves, self._leaves, strict=True)}
+                )
+                self._scratch.release()
 
     @property
     def _rules(self) -> list[Any]:
@@ -233,6 +257,7 @@ class Optimizer:
             decide=self._guard if self._options.decides(self._wide) else None,
             zero_grads=self._options.zero_grads,
             threads=self._options.threads,
+            scratch=self._scratch,
         )
         if self._options.verify:
             from .verify import VerifiedPlan  # an optimizer may run without the module
@@ -264,7 +289,7 @@ class Optimizer:
         native = self._backend.native and not self._options.verify
         one_phase = all(group.rule.program.phases == 1 for group in self._groups)
         options = self._options
-        asked = options.decides(self._wide) or options.stats or options.exact
+        asked = options.decides(self._wide) or options.stats or options.exact or self._scratch
         self._simple = (
             native and one_phase and not self._scheduled and not asked and not self._accumulated
         )
@@ -314,6 +339,7 @@ class Optimizer:
         return new_tuple(StepInfo, (number, rate, *NOTHING_ASKED))
 
     def _guarded_step(self, grads: Any, grad_scale: float, hessian: Any) -> StepInfo:
+        self._check_owner()
         scale = check_grad_scale(grad_scale)
         with self._exclusively():
             if self._scheduled:
@@ -488,6 +514,19 @@ class Optimizer:
             if self._options.verify:
                 self._plan.accept()
 
+    def flush(self) -> None:
+        """Writes the states in `state_path` to the disk, waits, and frees all memory they take.
+
+        The system does the same in its own time; this is for when memory is needed at once. Does
+        nothing without `state_path`. Raises OSError where the disk failed.
+        """
+        if self._scratch:
+            self._scratch.flush()
+
+    def _check_owner(self) -> None:
+        if self._scratch:
+            self._scratch.check_owner()
+
     @contextmanager
     def lookahead(self) -> Iterator[None]:
         """Moves the parameters to p - mu v, where Nesterov's look-ahead form wants its gradient.
@@ -573,6 +612,7 @@ class Optimizer:
         anew where the values differ from the old arrays'. Raises TypeError or ValueError where
         something does not fit; the optimizer keeps the old ones then.
         """
+        self._check_owner()
         tree = Tree(params)
         fresh = [leaf.value for leaf in tree.leaves]
         self._tree.flatten(params, "params")
@@ -616,11 +656,15 @@ class Optimizer:
         held = sum(p.nbytes for p in self._parameters)
         states_held = sum(a.nbytes for memory in self._leaves for a in memory.saved.values())
         lines.append(
-            f"{held} bytes of parameters, {states_held} of states, {self._plan.work_bytes} of work"
-            f" space; backend {self._backend.name} ({self._backend.describe()}), step"
-            f" {self.step_count}"
+            f"{held} bytes of parameters, {states_held} of states{self._where()},"
+            f" {self._plan.work_bytes} of work space; backend {self._backend.name}"
+            f" ({self._backend.describe()}), step {self.step_count}"
         )
         return "\n".join(line.rstrip() for line in lines)
+
+    def _where(self) -> str:
+        s = self._scratch
+        return f" in {s.directory} (scratch; a step has {s.window} in memory)" if s else ""
 
     def fingerprint(self) -> str:
         """A digest of parameters, states and counters: equal where all bits are.
@@ -709,7 +753,8 @@ class Optimizer:
         self._prepare(self._parameters)
 
     def _check_at_home(self, what: str) -> None:
-        """The parameters are themselves."""
+        """The parameters are themselves, and states are this process's."""
+        self._check_owner()
         if self._exchanged:
             raise RuntimeError(f"{what} inside of {self._exchanged}(): leave the context first")
 
@@ -736,6 +781,11 @@ class Optimizer:
         # on sharing them; on its own, an optimizer takes its arrays along.
         if self._exchanged:
             raise RuntimeError(f"an optimizer inside of {self._exchanged}() cannot be copied")
+        if self._scratch:
+            raise TypeError(
+                f"an optimizer with state_path {self._scratch.directory} cannot be copied or"
+                " pickled, since both would use that directory; take its state_dict()"
+            )
         rules = [group.rule for group in self._groups]  # those of a callable may be replaced
         return _rebuild, (self.params, self.rule, self._options, rules, self.state_dict())
 

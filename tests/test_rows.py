@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -305,3 +306,15 @@ def test_estimates_of_other_rows_are_refused() -> None:
     for other in (fo.Rows(np.array([1, 3]), draw(2, 3)), draw(5, 3)):
         with pytest.raises(ValueError, match="hessian: expected Rows of the gradient's indices"):
             opt.step(given, hessian=other)
+
+
+def test_rows_of_states_on_disk(tmp_path: Path) -> None:
+    p = draw(40_000, 64)
+    q, given = p.copy(), fo.Rows(rng.permutation(40_000)[:9000], draw(9000, 64))
+    there = fo.Optimizer(p, fo.Adam(), state_path=tmp_path / "states", exact=True)
+    here = fo.Optimizer(q, fo.Adam(), exact=True)
+    for opt in (there, here):
+        opt.step(given)
+        opt.catch_up()
+        opt.step(given)
+    assert there.fingerprint() == here.fingerprint()

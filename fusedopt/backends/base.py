@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -12,6 +12,9 @@ from ..around import NOTHING, Around
 from ..rules import Rule
 from ..rules.base import Program
 from ..states import Memory
+
+if TYPE_CHECKING:
+    from ..scratch import Scratch
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Layout:
     are touched, and the sums of its program. around: what is done beside the rules. decide: asked
     when the first two columns are known whether to go on, and may set the factors; without it they
     are not computed. zero_grads: gradients are set to zero. threads: at most so many, or None.
+    scratch: the file that states are in, of which a step is to have a window in memory at a time;
+    None where they are in memory.
     """
 
     tree: Any
@@ -49,6 +54,7 @@ class Layout:
     decide: Callable[[], bool] | None = None
     zero_grads: bool = False
     threads: int | None = None
+    scratch: Scratch | None = None
 
 
 def results_for(programs: Sequence[Program], leaves: int) -> np.ndarray:

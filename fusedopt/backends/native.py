@@ -161,6 +161,7 @@ class NativePlan:
             decide=layout.decide,
             zero_grads=layout.zero_grads,
             threads=layout.threads or 0,
+            scratch=layout.scratch,
         ).step
 
 
