@@ -10,6 +10,7 @@ import numpy as np
 
 from .arrays import check_input
 from .backends import default_backend
+from .rows import added_up, as_rows
 from .trees import leaves_of
 
 SHOWN = 5
@@ -20,10 +21,10 @@ def global_norm(grads: Any) -> float:
     """The Euclidean norm of all elements of all arrays.
 
     grads: an array or any nesting of dicts, lists and tuples of them, of float32, float64,
-    bfloat16 or float16, in any layout; None counts as nothing. Squares are summed in float64, in an
-    order that depends on nothing but each array's elements in memory: the result has the same bits
-    with any number of threads, on any instruction set and in any order of the leaves. NaN where an
-    element is NaN, infinite where one is; large elements do not overflow it otherwise.
+    bfloat16 or float16, in any layout, or `Rows`; None counts as nothing. Squares are summed in
+    float64, in an order that depends on nothing but each array's elements in memory: the result has
+    the same bits with any number of threads, on any instruction set and in any order of the leaves.
+    NaN where an element is NaN, infinite where one is; large elements do not overflow it otherwise.
 
     Raises TypeError for what is no array, or of another dtype.
 
@@ -32,9 +33,14 @@ def global_norm(grads: Any) -> float:
     5.0
     """
     found = [(leaf.label, leaf.value) for leaf in leaves_of(grads, "grads")]
-    arrays = [check_input(label, value) for label, value in found if value is not None]
+    arrays = [_elements(label, value) for label, value in found if value is not None]
     rows = np.array(default_backend().sums_of_squares(arrays), np.float64).reshape(-1, 2)
     return combined(rows)
+
+
+def _elements(label: str, gradient: Any) -> np.ndarray:
+    rows = as_rows(label, gradient)
+    return check_input(label, gradient) if rows is None else added_up(label, rows)
 
 
 def combined(rows: np.ndarray) -> float:

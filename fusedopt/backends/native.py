@@ -163,4 +163,5 @@ class NativePlan:
             decide=layout.decide,
             zero_grads=layout.zero_grads,
             threads=layout.threads or 0,
+            scratch=layout.scratch,
         ).step
