@@ -113,6 +113,32 @@ def test_all_that_a_step_does_besides(clip: str, name: str, way: str, crowded: N
     assert found[1][0] == found[0][0]
 
 
+@pytest.mark.parametrize("length", [1, 37, 256, 700])
+@pytest.mark.parametrize("way", ["float32", "float64", "bfloat16", "dynamic8"])
+@pytest.mark.parametrize("name", ["adamw", "sophia"])
+def test_gradients_of_some_rows(name: str, way: str, length: int, crowded: None) -> None:
+    rule, w = formatted.RULES[name], WAYS[way]
+    if way == "dynamic8" and length % 256:
+        pytest.skip("blocks need rows of a multiple of 256 elements")
+    found = []
+    for backend in ("native", "numba"):
+        p, rng = draw(0, (300, length), w.p), np.random.default_rng(0)
+        options = {"clip_norm": 0.5, "ema": 0.9, "stats": True, "zero_grads": True, **w.options}
+        optimizer = fo.Optimizer({"p": p}, rule, backend=backend, **options)
+        told = []
+        for t in range(3):
+            indices = rng.integers(0, 300, 90)
+            grads, estimates = (
+                {"p": fo.Rows(indices, draw(k + t, (90, length), w.g))} for k in (10, 20)
+            )
+            hessian = estimates if rule.takes_hessian and t != 1 else None
+            told.append(optimizer.step(grads, hessian=hessian))
+            assert not grads["p"].values.any()
+        found.append((told, formatted.held(optimizer)))
+    assert_same(found[1][1], found[0][1])
+    assert found[1][0] == found[0][0]
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("size", [1.0, 1e-30, 1e30, 1e-200, 1e200, np.inf])
 def test_norms(size: float, dtype: Any, crowded: None) -> None:

@@ -17,7 +17,7 @@ from fusedopt import runtime
 from fusedopt.verify import STORAGES, variants
 
 ROWS, LENGTH = 301, 256
-BACKENDS = ("native", "reference")
+BACKENDS = ("native", "numba", "reference")
 ELEMENTWISE = {name: rule for name, rule in DEFAULTS.items() if rule.program.phases == 1}
 
 rng = np.random.default_rng(23)
