@@ -123,9 +123,9 @@ class Backend(Protocol):
         or explained first.
         """
 
-    def sums_of_squares(self, arrays: Sequence[np.ndarray]) -> Sequence[tuple[float, float]]:
+    def sums_of_squares(self, arrays: Sequence[Any]) -> Sequence[tuple[float, float]] | None:
         """Of each dense array the sum of the squares of its elements times scale, and that scale, a
-        power of two which keeps the sum in range."""
+        power of two which keeps the sum in range. None where something is to be checked first."""
 
     def shift(self, rule: Any, p: np.ndarray, v: np.ndarray) -> None:
         """Moves a parameter to where a look-ahead rule wants its gradient."""
