@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..formats import PLAIN, TILE, compute_dtype, subkey
+from ..formats import DTYPES, PLAIN, TILE, compute_dtype, subkey
 from ..interrupts import deferred
 from ..rows import Touched, values_of
 from ..rules import Nesterov, Rule
@@ -59,8 +59,14 @@ class NumbaBackend:
         with deferred():
             return plan.step([g], [hessian], True) is not None
 
-    def sums_of_squares(self, arrays: Sequence[np.ndarray]) -> Sequence[tuple[float, float]]:
+    def sums_of_squares(self, arrays: Sequence[Any]) -> Sequence[tuple[float, float]] | None:
         from .numba_run import sums_of_dense
+
+        for a in arrays:
+            if type(a) is not np.ndarray or a.dtype not in DTYPES or not a.flags.aligned:
+                return None
+            if not a.flags.forc:
+                return None
 
         return sums_of_dense(arrays)
 
