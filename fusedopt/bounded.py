@@ -72,6 +72,21 @@ class Bounded(NDArrayOperatorsMixin):
         largest = float(np.max(np.abs(value), initial=0.0))
         return self._like(value, MATRIX_FACTOR * gain * self._unit * largest)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
+
+    def reshape(self, *shape: int) -> Bounded:
+        """The same elements in C order."""
+        return self._like(self.value.reshape(*shape), self.error.reshape(*shape))
+
+    def sum(self, axis: int, keepdims: bool = False) -> Bounded:
+        """Added up in any order."""
+        with np.errstate(all="ignore"):
+            total = self.value.sum(axis, keepdims=keepdims)
+            rounding = self.value.shape[axis] * self._unit * np.abs(self.value)
+            return self._like(total, (self.error + rounding).sum(axis, keepdims=keepdims))
+
     def _like(self, value: np.ndarray, error: np.ndarray | float) -> Bounded:
         return Bounded(value, error, self.dtype)
 

@@ -490,6 +490,7 @@ class Optimizer:
         return {
             leaf.path: {
                 **{name: state.visible for name, state in memory.states.items()},
+                **{name: side.data for name, side in memory.sides.items()},
                 **dict([memory.extra] if memory.extra else []),
             }
             for leaf, memory in zip(self._tree.leaves, self._leaves, strict=True)
@@ -644,6 +645,7 @@ class Optimizer:
             self._tree.leaves, self._parameters, self._rules, self._leaves, strict=True
         ):
             states = [self._storage.describe(rule, name, p) for name in rule.states]
+            states += [f"{name} {s.shape} {s.data.dtype}" for name, s in memory.sides.items()]
             if memory.extra:
                 states.append(f"{memory.extra[0]} {memory.extra[1].dtype}")
             shown = ", ".join(states) or "-"

@@ -45,10 +45,15 @@ def elementwise(rule: fo.Rule) -> fo.Rule:
     if rule.program.phases == 1:
         return rule
 
-    def between(self: fo.Rule, direction: Array, space: Any) -> None:
-        direction *= 0.5
+    def between(self: fo.Rule, phase: int, works: Any, space: Any, members: Any) -> None:
+        for work in works:
+            work *= 0.5
 
-    cls = type("Elementwise" + type(rule).__name__, (type(rule),), {"between": between})
+    def sides(self: fo.Rule, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        return {}
+
+    members = {"between": between, "sides": sides}
+    cls = type("Elementwise" + type(rule).__name__, (type(rule),), members)
     stand_in: fo.Rule = cls(**{field.name: getattr(rule, field.name) for field in fields(rule)})
     return stand_in
 

@@ -32,6 +32,7 @@ def test_registry() -> None:
         "lion",
         "sophia",
         "muon",
+        "normuon",
     ]
     assert all(getattr(fo, cls.__name__) is cls for cls in ALL)
 

@@ -10,13 +10,17 @@ from .lion import Lion
 from .momentum import Momentum
 from .muon import Muon
 from .nesterov import Nesterov
+from .normuon import NorMuon
 from .rmsprop import RMSProp
 from .sgd import SGD
 from .sophia import Sophia
 
 RULES: dict[str, type[Rule]] = {
     rule.name: rule
-    for rule in (SGD, Momentum, Nesterov, AdaGrad, RMSProp, Adam, AdamW, Lion, Sophia, Muon)
+    for rule in (
+        *(SGD, Momentum, Nesterov, AdaGrad, RMSProp, Adam, AdamW, Lion, Sophia),
+        *(Muon, NorMuon),
+    )
 }
 """Every rule by its lower-case name."""
 
@@ -31,6 +35,7 @@ __all__ = [
     "Momentum",
     "Muon",
     "Nesterov",
+    "NorMuon",
     "RMSProp",
     "Rule",
     "Sophia",
