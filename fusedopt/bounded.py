@@ -66,6 +66,10 @@ class Bounded(NDArrayOperatorsMixin):
         # Where the kernel may have seen something else than a zero, anything goes.
         return self._like(quotient.value, np.where(zero & (self.error > 0), np.inf, quotient.error))
 
+    def capped(self, limit: float) -> Bounded:
+        """The same, of which it is known by other means that no magnitude exceeds `limit`."""
+        return self._like(self.value, np.minimum(self.error, limit + np.abs(self.value)))
+
     def through(self, function: Callable[[np.ndarray], np.ndarray], gain: float) -> Bounded:
         """`function` of the value, for one that amplifies rounding up to `gain` times."""
         value = function(self.value)
@@ -133,8 +137,14 @@ def _subtract(a: Bounded, b: Bounded) -> Bounded:
 
 
 def _multiply(a: Bounded, b: Bounded) -> Bounded:
-    error = np.abs(a.value) * b.error + np.abs(b.value) * a.error + a.error * b.error
-    return _rounded(a.value * b.value, np.where(np.isnan(error), 0.0, error), a)
+    error = _times(np.abs(a.value), b.error) + _times(np.abs(b.value), a.error)
+    return _rounded(a.value * b.value, error + _times(a.error, b.error), a)
+
+
+def _times(x: np.ndarray, error: np.ndarray) -> np.ndarray:
+    """The product of magnitudes, zero where one is: no zero is moved by what is unbounded."""
+    product = x * error
+    return np.where(np.isnan(product), 0.0, product)
 
 
 def _divide(a: Bounded, b: Bounded) -> Bounded:

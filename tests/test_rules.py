@@ -33,6 +33,7 @@ def test_registry() -> None:
         "sophia",
         "muon",
         "normuon",
+        "adamuon",
     ]
     assert all(getattr(fo, cls.__name__) is cls for cls in ALL)
 

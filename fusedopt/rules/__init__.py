@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .adagrad import AdaGrad
 from .adam import Adam, AdamW
+from .adamuon import AdaMuon
 from .base import Rule
 from .custom import CustomRule
 from .lion import Lion
@@ -19,7 +20,7 @@ RULES: dict[str, type[Rule]] = {
     rule.name: rule
     for rule in (
         *(SGD, Momentum, Nesterov, AdaGrad, RMSProp, Adam, AdamW, Lion, Sophia),
-        *(Muon, NorMuon),
+        *(Muon, NorMuon, AdaMuon),
     )
 }
 """Every rule by its lower-case name."""
@@ -28,6 +29,7 @@ __all__ = [
     "RULES",
     "SGD",
     "AdaGrad",
+    "AdaMuon",
     "Adam",
     "AdamW",
     "CustomRule",

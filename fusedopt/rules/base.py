@@ -376,6 +376,11 @@ def textbook_correction(beta: float, t: int) -> float:
     return float(1 - Decimal(beta) ** t)
 
 
+def capped(x: Array, limit: float) -> Array:
+    """x, whose magnitude never exceeds `limit`, as whoever bounds its rounding is to know."""
+    return x if isinstance(x, np.ndarray) else x.capped(limit)
+
+
 def ratio(numerator: Array, denominator: Array) -> Array:
     """The quotient, 0 where the denominator is 0: no step where nothing was accumulated."""
     if isinstance(denominator, (np.ndarray, np.generic)):
