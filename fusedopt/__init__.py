@@ -14,9 +14,10 @@ from .rows import Rows
 from .rules import (
     RULES,
     SGD,
+    SOAP,
     AdaGrad,
-    AdaMuon,
     Adam,
+    AdaMuon,
     AdamW,
     CustomRule,
     Lion,
@@ -41,6 +42,7 @@ __version__ = "0.1.0"
 __all__ = [
     "RULES",
     "SGD",
+    "SOAP",
     "AdaGrad",
     "AdaMuon",
     "Adam",

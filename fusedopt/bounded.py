@@ -80,6 +80,10 @@ class Bounded(NDArrayOperatorsMixin):
     def shape(self) -> tuple[int, ...]:
         return self.value.shape
 
+    @property
+    def T(self) -> Bounded:  # noqa: N802  # as NumPy has it
+        return self._like(self.value.T, self.error.T)
+
     def reshape(self, *shape: int) -> Bounded:
         """The same elements in C order."""
         return self._like(self.value.reshape(*shape), self.error.reshape(*shape))
@@ -147,6 +151,12 @@ def _times(x: np.ndarray, error: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(product), 0.0, product)
 
 
+def _matmul(a: Bounded, b: Bounded) -> Bounded:
+    x, y = np.abs(a.value), np.abs(b.value)
+    error = x @ (b.error + x.shape[1] * b._unit * y) + a.error @ (y + b.error)
+    return _rounded(a.value @ b.value, np.where(np.isnan(error), np.inf, error), a)
+
+
 def _divide(a: Bounded, b: Bounded) -> Bounded:
     value = a.value / b.value
     error = (a.error + np.abs(value) * b.error) / np.maximum(np.abs(b.value) - b.error, 0.0)
@@ -179,6 +189,7 @@ _OPERATIONS: dict[np.ufunc, Callable[..., Bounded]] = {
     np.add: _add,
     np.subtract: _subtract,
     np.multiply: _multiply,
+    np.matmul: _matmul,
     np.divide: _divide,
     np.negative: _negative,
     np.sqrt: _sqrt,

@@ -122,7 +122,8 @@ class Quantized(Stored):
 class Wanted:
     """An array to be allocated like another, in a format of its own.
 
-    shape: of its own, in C order, if given. beside: only what stands beside the elements; these are the other array's own.
+    shape: of its own, in C order, if given. beside: only what stands beside the elements; these
+    are the other array's own.
     """
 
     format: Format
@@ -195,8 +196,8 @@ class Memory:
 
     parameter: the elements that are computed with. states: by name. mirrors: arrays into which the
     new parameter is written besides; with separate masters the first is the caller's parameter.
-    sides: states of another shape, by name. extra: the name of what there is beside the caller's parameter ("master", "low",
-    "compensation"), and its array.
+    extra: the name of what there is beside the caller's parameter ("master", "low",
+    "compensation"), and its array. sides: states of another shape, by name.
     """
 
     parameter: Stored

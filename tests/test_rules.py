@@ -34,6 +34,7 @@ def test_registry() -> None:
         "muon",
         "normuon",
         "adamuon",
+        "soap",
     ]
     assert all(getattr(fo, cls.__name__) is cls for cls in ALL)
 

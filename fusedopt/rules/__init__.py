@@ -14,13 +14,14 @@ from .nesterov import Nesterov
 from .normuon import NorMuon
 from .rmsprop import RMSProp
 from .sgd import SGD
+from .soap import SOAP
 from .sophia import Sophia
 
 RULES: dict[str, type[Rule]] = {
     rule.name: rule
     for rule in (
         *(SGD, Momentum, Nesterov, AdaGrad, RMSProp, Adam, AdamW, Lion, Sophia),
-        *(Muon, NorMuon, AdaMuon),
+        *(Muon, NorMuon, AdaMuon, SOAP),
     )
 }
 """Every rule by its lower-case name."""
@@ -28,6 +29,7 @@ RULES: dict[str, type[Rule]] = {
 __all__ = [
     "RULES",
     "SGD",
+    "SOAP",
     "AdaGrad",
     "AdaMuon",
     "Adam",

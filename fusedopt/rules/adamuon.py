@@ -10,7 +10,16 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from ..newton_schulz import Workspace
-from .base import Array, Convention, Member, Operation, capped, correction, ratio, textbook_correction
+from .base import (
+    Array,
+    Convention,
+    Member,
+    Operation,
+    capped,
+    correction,
+    ratio,
+    textbook_correction,
+)
 from .fields import Fraction, NonNegative
 from .muon import Muon, through
 

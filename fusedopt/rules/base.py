@@ -55,10 +55,10 @@ class Operation:
     """One operation of a rule's program, run on each tile (csrc/rules.hpp holds the kernels).
 
     operands: names; "g" and "hessian" come anew with each step, "p" is the parameter, those of
-    `Rule.works` are the matrices between two phases, every other name a state, scratch or sum. loop: what the loop around
-    the kernel does: "rule" applies the delta, "peek" only writes it to the last operand, "filter"
-    makes its first operand of the gradient times its factor, "sum" adds up, and "other" writes its
-    first operand. needs: run only where this input was given. written: of a rule's states the first
+    `Rule.works` are the matrices between two phases, every other name a state, scratch or sum.
+    loop: what the loop around the kernel does: "rule" applies the delta, "peek" only writes it to
+    the last operand, "filter" makes its first operand of the gradient times its factor, "sum" adds
+    up, and "other" writes its first operand. needs: run only where this input was given. written: of a rule's states the first
     so many; None: all. element: the kernel in Python, where elements.py does not have it under the
     kernel's name. kernel: None where the core has none, and is given the compiled element.
     """
@@ -330,8 +330,8 @@ class Rule:
 class Program:
     """Operations on a rule's arrays, and their scalars.
 
-    arrays: names; work space is added where there are several phases. scratch: names of tiles that live
-    as long as a tile is worked on; sums: of sums over a leaf. folds: of each operation its function
+    arrays: names; work space is added where there are several phases. scratch: names of tiles that
+    live as long as a tile is worked on; sums: of sums over a leaf. folds: of each operation its function
     from (t, lr). head: (factor, a, b); a rule's own scalars stand behind the factor on the gradient
     and the coefficient a + b lr of weight decay.
     """

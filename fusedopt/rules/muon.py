@@ -147,7 +147,8 @@ class Muon(Rule):
         super().__post_init__()
         if self.bias_correction and self.form != "ema":
             raise ValueError(
-                f"{type(self).__name__}(bias_correction): only the form 'ema' has a bias; got {self.form!r}"
+                f"{type(self).__name__}(bias_correction): only the form 'ema' has a bias; got"
+                f" {self.form!r}"
             )
         _ = self.iteration  # or why there is none
 
@@ -193,16 +194,12 @@ class Muon(Rule):
         return ("m",)
 
     def refuses(self, p: np.ndarray) -> str | None:
-        own = type(self).__name__
         if p.ndim < 2:
-            return (
-                f"{own} updates arrays of two dimensions or more, got shape {p.shape}; send it to"
-                f" AdamW by a pattern: {{'<this path>': fo.AdamW(), '*': fo.{own}()}}"
-            )
+            return refuses_vectors(self, p)
         if p.shape[0] % self.split:
             return (
-                f"{own}(split={self.split}) splits the first axis into equal parts, got shape"
-                f" {p.shape}; give such parameters a rule of their own by a pattern"
+                f"{type(self).__name__}(split={self.split}) splits the first axis into equal parts,"
+                f" got shape {p.shape}; give such parameters a rule of their own by a pattern"
             )
         return None
 
@@ -244,7 +241,9 @@ class Muon(Rule):
     @functools.cached_property
     def iteration(self) -> Iteration:
         """What is done to each matrix."""
-        coefficients = coefficient_set(self.ns_coefficients, self.ns_steps, f"{type(self).__name__}(ns_coefficients)")
+        coefficients = coefficient_set(
+            self.ns_coefficients, self.ns_steps, f"{type(self).__name__}(ns_coefficients)"
+        )
         return Iteration(coefficients, self.norm, self.gram, self.eps)
 
     def matrices(self, shape: tuple[int, ...]) -> Stack:
@@ -273,7 +272,8 @@ class Muon(Rule):
     def note(self, shape: tuple[int, ...]) -> str:
         stack = count, rows, cols = self.matrices(shape)
         treated = "" if stack == (1, *shape) else f", as {count} of ({rows}, {cols})"
-        return f"{type(self).__name__} of shape {shape}{treated}: {self.iteration.describe(rows, cols)}"
+        form = self.iteration.describe(rows, cols)
+        return f"{type(self).__name__} of shape {shape}{treated}: {form}"
 
     def orthogonalized(self, u: np.ndarray) -> np.ndarray:
         """s o of a direction, in its shape, in plain NumPy; `between` is the fast form."""
@@ -320,6 +320,17 @@ class Muon(Rule):
         if self.bias_correction:
             c_g, c_m = textbook_correction(mu, t), textbook_correction(mu, t + 1)
         return gained / c_g + mu * m / c_m if self.nesterov else m / c_g, m
+
+
+def refuses_vectors(rule: Rule, p: np.ndarray) -> str | None:
+    """`Rule.refuses` of a rule for matrices."""
+    if p.ndim > 1:
+        return None
+    own = type(rule).__name__
+    return (
+        f"{own} updates arrays of two dimensions or more, got shape {p.shape}; send it to AdamW by"
+        f" a pattern: {{'<this path>': fo.AdamW(), '*': fo.{own}()}}"
+    )
 
 
 def through(u: Array, function: Callable[[np.ndarray], np.ndarray], gain: float) -> Array:

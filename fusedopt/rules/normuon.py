@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 
 from ..newton_schulz import Workspace
-from .base import Array, Convention, Member, ratio
+from .base import Array, Convention, Member, capped, ratio
 from .fields import Fraction, NonNegative
 from .muon import Muon, through
 
@@ -103,6 +104,7 @@ class NorMuon(Muon):
         squares = (o * o).sum(axis=-1, keepdims=True)
         v = self.beta2 * v.reshape(count, rows, 1) + (1 - self.beta2) * (squares / cols)
         n = ratio(o, np.sqrt(v) + self.eps_v)
+        n = capped(n, 1.01 * math.sqrt(cols / (1 - self.beta2)))  # since v holds the mean itself
         after = np.sqrt((n * n).sum(axis=-1, keepdims=True).sum(axis=-2, keepdims=True))
         n = n * ratio(np.sqrt(squares.sum(axis=-2, keepdims=True)), after + self.eps_v)
         return lr * (self.factor(rows, cols) * n).reshape(*p.shape), (m, v.reshape(count * rows))
