@@ -58,9 +58,10 @@ class Operation:
     `Rule.works` are the matrices between two phases, every other name a state, scratch or sum.
     loop: what the loop around the kernel does: "rule" applies the delta, "peek" only writes it to
     the last operand, "filter" makes its first operand of the gradient times its factor, "sum" adds
-    up, and "other" writes its first operand. needs: run only where this input was given. written: of a rule's states the first
-    so many; None: all. element: the kernel in Python, where elements.py does not have it under the
-    kernel's name. kernel: None where the core has none, and is given the compiled element.
+    up, and "other" writes its first operand. needs: run only where this input was given. written:
+    of a rule's states the first so many; None: all. element: the kernel in Python, where
+    elements.py does not have it under the kernel's name. kernel: None where the core has none, and
+    is given the compiled element.
     """
 
     kernel: str | None
@@ -331,9 +332,9 @@ class Program:
     """Operations on a rule's arrays, and their scalars.
 
     arrays: names; work space is added where there are several phases. scratch: names of tiles that
-    live as long as a tile is worked on; sums: of sums over a leaf. folds: of each operation its function
-    from (t, lr). head: (factor, a, b); a rule's own scalars stand behind the factor on the gradient
-    and the coefficient a + b lr of weight decay.
+    live as long as a tile is worked on; sums: of sums over a leaf. folds: of each operation its
+    function from (t, lr). head: (factor, a, b); a rule's own scalars stand behind the factor on the
+    gradient and the coefficient a + b lr of weight decay.
     """
 
     MODES: ClassVar = ("plain", "l2", "decoupled", "first", "peek", "peek_l2")  # csrc/table.h

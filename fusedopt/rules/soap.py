@@ -41,7 +41,8 @@ class SOAP(Rule):
     iteration: the QR decomposition of L Q with its columns by falling eigenvalue, which then
     return to their places, so that v, unlike in the authors' code, need not be sorted again. To L
     a 1e-7 part of its trace is added there, so that directions that no gradient had stay where
-    they are. All of that is in float64.
+    they are. All of that is in float64. Where the first gradient has not the full rank, the rest of
+    the first basis is whatever LAPACK takes, and so in part are all later steps.
 
     A side longer than `max_precond_dim` has no L and QL (R and QR): there Q is the identity. L, R,
     QL and QR are in the compute type, whatever the optimizer's `state_dtype`; m and v are as
