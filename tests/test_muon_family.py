@@ -20,7 +20,7 @@ BACKENDS = ["native", "reference"]
 every_rule = pytest.mark.parametrize("rule", FAMILY.values(), ids=FAMILY)
 
 
-def keller(g: np.ndarray, steps: int = 5) -> np.ndarray:
+def keller(g: np.ndarray, steps: int = 5) -> Any:
     x = g / np.linalg.norm(g)
     a, b, c = 3.4445, -4.7750, 2.0315
     for _ in range(steps):
@@ -33,7 +33,7 @@ class NorMuon:
     def __init__(self, p: np.ndarray) -> None:
         self.m, self.v = np.zeros_like(p), np.zeros(len(p))
 
-    def delta(self, g: np.ndarray, lr: float) -> np.ndarray:
+    def delta(self, g: np.ndarray, lr: float) -> Any:
         self.m = 0.95 * self.m + 0.05 * g
         o = keller(0.05 * g + 0.95 * self.m)
         self.v = 0.95 * self.v + 0.05 * np.mean(o**2, axis=1)
@@ -46,7 +46,7 @@ class AdaMuon:
     def __init__(self, p: np.ndarray) -> None:
         self.m, self.v, self.t = np.zeros_like(p), np.zeros_like(p), 0
 
-    def delta(self, g: np.ndarray, lr: float) -> np.ndarray:
+    def delta(self, g: np.ndarray, lr: float) -> Any:
         self.t += 1
         self.m = 0.95 * self.m + 0.05 * g
         o = keller(0.05 * g + 0.95 * self.m)
@@ -63,16 +63,17 @@ class SOAP:
     def __init__(self, p: np.ndarray) -> None:
         self.m, self.v, self.t = np.zeros_like(p), np.zeros_like(p), 0
         self.moments = [np.zeros((n, n)) for n in p.shape]
+        self.bases: list[np.ndarray] = []
         self.chosen = [n == min(p.shape) for n in p.shape]
 
-    def delta(self, g: np.ndarray, lr: float) -> np.ndarray:
+    def delta(self, g: np.ndarray, lr: float) -> Any:
         if self.t:
             left, right = self.bases
             self.m = 0.95 * self.m + 0.05 * g
             self.v = 0.95 * self.v + 0.05 * (left.T @ g @ right) ** 2
             n = (left.T @ self.m @ right) / (np.sqrt(self.v) + 1e-8)
             c = 1 - 0.95**self.t
-            step: np.ndarray = lr * left @ n @ right.T * np.sqrt(c) / c
+            step = lr * left @ n @ right.T * np.sqrt(c) / c
         else:
             step = np.zeros_like(g)
         for moment, outer in zip(self.moments, (g @ g.T, g.T @ g), strict=True):

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -118,7 +118,7 @@ class Muon(Rule):
         ),
     }
     settled = ("form",)
-    examples = (
+    examples: ClassVar[tuple[dict[str, Any], ...]] = (
         {},
         {"nesterov": False, "scale": "match_rms_adamw"},
         {"form": "heavy_ball", "scale": "spectral", "ns_steps": 3},
@@ -277,7 +277,9 @@ class Muon(Rule):
 
     def orthogonalized(self, u: np.ndarray) -> np.ndarray:
         """s o of a direction, in its shape, in plain NumPy; `between` is the fast form."""
-        return self.factor(*self.matrices(u.shape)[1:]) * self.polar(u) if u.size else u.copy()
+        if u.size == 0:
+            return u.copy()
+        return self.factor(*self.matrices(u.shape)[1:]) * self.polar(u)
 
     def polar(self, u: np.ndarray) -> np.ndarray:
         """The same without s."""
@@ -333,6 +335,6 @@ def refuses_vectors(rule: Rule, p: np.ndarray) -> str | None:
     )
 
 
-def through(u: Array, function: Callable[[np.ndarray], np.ndarray], gain: float) -> Array:
+def through(u: Array, function: Callable[[np.ndarray], Any], gain: float) -> Any:
     """`function` of a reference's array, which amplifies rounding up to `gain` times."""
     return function(u) if isinstance(u, np.ndarray) else u.through(function, gain)

@@ -71,7 +71,7 @@ class SOAP(Rule):
         {},
         {"betas": (0.9, 0.99), "shampoo_beta": 0.8, "precondition_frequency": 1, "eps": 1e-6},
         {"max_precond_dim": 64},
-        {"max_precond_dim": 1},
+        {"max_precond_dim": 3},
     )
 
     lr: LearningRate = 3e-3
@@ -211,7 +211,8 @@ class SOAP(Rule):
             return basis
         old = np.asarray(getattr(basis, "value", basis))
         find = eigenbasis if t == 2 else lambda a: refined(a, old)
-        return through(moment, find, 1 / 64)  # rounded once: the same computation in float64
+        q = through(moment, find, 1 / 64)  # rounded once: the same computation in float64
+        return q.astype(moment.dtype) if isinstance(q, np.ndarray) else q
 
     @staticmethod
     def _rotated(x: Array, left: Array | None, right: Array | None) -> Array:
