@@ -300,7 +300,8 @@ class Muon(Rule):
         for a, b, c in coefficients.rows:
             gram = x @ x.T
             x = a * x + (b * gram + c * gram @ gram) @ x
-        return x if wide else x.T
+        o: np.ndarray = x if wide else x.T
+        return o
 
     @property
     def amplification(self) -> float:
