@@ -713,28 +713,34 @@ class Optimizer:
         with deferred():
             self._go_on(self._snapshot.restore(state, strict=strict))
 
-    def save(self, path: str | os.PathLike[str], *, parameters: bool = True) -> None:
+    def save(
+        self, path: str | os.PathLike[str], *, parameters: bool = True, metadata: Any = None
+    ) -> None:
         """Writes states, counters and parameters to one safetensors file: all that a run needs.
 
         parameters: also the parameters and the arrays of `copy_out`; without them the file is a
         `state_dict`. The parameter of the leaf `block.0.w` is called `p:block.0.w` there, its state
         m `m:block.0.w`; arrays in Fortran order lie there transposed. Every bit is kept.
+        metadata: whatever else of the run must be of the same moment, such as the state of a random
+        generator, in the types of JSON: `load` returns it.
 
         A file at `path` is replaced at once when the new one is whole and on the disk: a process
         killed at any moment leaves the old file or the new one. No other copy is made in memory.
-        Raises OSError where the file cannot be written, RuntimeError inside of `lookahead` and
+        Raises OSError where the file cannot be written, TypeError or ValueError for metadata that
+        JSON does not take or that a file cannot hold, RuntimeError inside of `lookahead` and
         `averaged`, and between `accumulate` and `step`.
         """
         self._check_settled("save")
-        self._snapshot.save(path, parameters)
+        self._snapshot.save(path, parameters, metadata)
 
     def load(
         self, path: str | os.PathLike[str], *, parameters: bool = True, strict: bool = True
-    ) -> None:
+    ) -> Any:
         """Goes on from a file of `save`, bit for bit: parameters and states are written in place.
 
         parameters: with False those of the file are left there; the caller's must be in place.
         strict: as in `load_state_dict`. The file is mapped, and nothing is allocated by its word.
+        Returns the metadata that `save` was given, tuples as lists.
 
         Raises OSError where it cannot be read, ValueError where it is not whole, of another version
         or without parameters, or that lists every difference as `load_state_dict` does,
@@ -743,7 +749,9 @@ class Optimizer:
         """
         self._check_at_home("load")
         with deferred():
-            self._go_on(self._snapshot.load(path, strict=strict, parameters=parameters))
+            seed, metadata = self._snapshot.load(path, strict=strict, parameters=parameters)
+            self._go_on(seed)
+        return metadata
 
     def _go_on(self, seed: int) -> None:
         """After another state was loaded: what rows had missed, and sums of gradients, are gone."""

@@ -28,6 +28,8 @@ from formatted import (
     held,
     made,
 )
+from fusedopt import container
+from fusedopt.checkpoint import read_metadata
 
 ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 
@@ -143,6 +145,8 @@ import os, random, signal, sys, time
 from pathlib import Path
 import numpy as np, safetensors.numpy
 import fusedopt as fo
+from fusedopt import container
+from fusedopt.checkpoint import read_metadata
 path = Path(sys.argv[1])
 def optimizer():
     params = {"a": np.zeros(60_000, np.float32), "f": np.zeros((3, 2), order="F")}
@@ -231,6 +235,24 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
         opt.save(tmp_path / "missing" / "run")
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
     assert (tmp_path / "run").read_bytes() == before
+
+
+def test_what_else_belongs_to_the_moment_travels_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opt, file = fo.Optimizer(tree(), fo.AdamW()), tmp_path / "run"
+    opt.save(file)
+    assert opt.load(file) is None
+    kept = {"losses": [0.1, 1e-300], "generator": np.random.default_rng(1).bit_generator.state}
+    opt.save(file, metadata=kept)
+    assert opt.load(file) == read_metadata(file) == kept
+    with pytest.raises(TypeError, match="complex"):
+        opt.save(file, metadata=1j)
+    monkeypatch.setattr(container, "HEADER_MOST", 10_000)
+    with pytest.raises(ValueError, match=r"run: \d+ bytes of metadata are too many to be read"):
+        opt.save(file, metadata="x" * 5_000)
+    assert read_metadata(file) == kept
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
 def test_links_and_permissions_stay(tmp_path: Path) -> None:
