@@ -78,8 +78,8 @@ def _step(setup: Setup, history: History) -> None:
     history.losses.append(fmean(losses))
     if isinstance(info.grad_norm, float):
         history.grad_norms.append(info.grad_norm)
-    if options.takes_hessian:
-        history.win_rates.append(_win_rate(setup, info))
+    if info.stats is not None:
+        history.win_rates.append(_win_rate(setup, info.stats))
 
 
 def _curvature(
@@ -115,9 +115,8 @@ def _mean(so_far: gpt.Params | None, estimate: gpt.Params, count: int) -> gpt.Pa
     return so_far
 
 
-def _win_rate(setup: Setup, info: fo.StepInfo) -> float:
+def _win_rate(setup: Setup, stats: dict[str, dict[str, float]]) -> float:
     """The share of all elements whose update was not clipped."""
-    assert info.stats is not None
     sizes = {leaf.path: leaf.value.size for leaf in Tree(setup.params).leaves}
-    wins = [sizes[path] * found["win_rate"] for path, found in info.stats.items()]
+    wins = [sizes[path] * found["win_rate"] for path, found in stats.items()]
     return math.fsum(wins) / setup.parameters

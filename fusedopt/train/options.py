@@ -27,7 +27,9 @@ class TrainOptions:
     schedule: a name in `recipes.SCHEDULES`. clip: the largest norm of all gradients together, None
     for any. ema: decay of an average of the parameters, which is evaluated too, None for none.
     estimator, hessian_every: for rules that take curvature, a name in `recipes.ESTIMATORS`, and how
-    many steps there are from one estimate to the next; None for "gnb" and 10.
+    many steps there are from one estimate to the next; None for "gnb" and 10. stats: whether
+    these rules' statistics are taken in every step, which take time of their own (the step of the
+    default model takes 0.19 instead of 0.06 ms on one core of a Zen 5).
     context, layers, heads, width, tied: sizes, see `gpt.Config`. seed: of the parameters, batches
     and sample, at least 0. out: the directory for `run.json` and `loss.png`, made if it is not
     there; both are overwritten. json: a second place for the JSON.
@@ -52,6 +54,7 @@ class TrainOptions:
     ema: float | None = None
     estimator: str | None = None
     hessian_every: int | None = None
+    stats: bool = True
     context: int = 64
     layers: int = 2
     heads: int = 4
@@ -126,5 +129,5 @@ class TrainOptions:
     @property
     def optimizer(self) -> dict[str, Any]:
         """All keyword arguments of the optimizer."""
-        measured = {"clip_norm": self.clip, "ema": self.ema, "stats": self.takes_hessian}
-        return self.storage | measured
+        stats = self.stats and self.takes_hessian
+        return self.storage | {"clip_norm": self.clip, "ema": self.ema, "stats": stats}
