@@ -39,6 +39,22 @@ if TYPE_CHECKING:
     from .scratch import Scratch
 
 
+class Averaged:
+    """Averages of weights, live: `params`, float32 or float64, nested like the parameters.
+
+    As a context manager, once, puts them in the parameters' place, and gives the parameters.
+    """
+
+    def __init__(self, params: Any, exchange: AbstractContextManager[Any]) -> None:
+        self.params, self._exchange = params, exchange
+
+    def __enter__(self) -> Any:
+        return self._exchange.__enter__()
+
+    def __exit__(self, *raised: object) -> bool | None:
+        return self._exchange.__exit__(*raised)
+
+
 class Accumulated:
     """Stands for the gradients that `Optimizer.accumulate` added up."""
 
@@ -547,21 +563,25 @@ class Optimizer:
                 self._backend.shift(self._rules[k], self._parameters[k], velocity)
             yield
 
-    @contextmanager
-    def averaged(self) -> Iterator[Any]:
-        """Puts the averages of `ema` in the place of the parameters, and gives these.
+    def averaged(self) -> Averaged:
+        """The averages of `ema`: `averaged().params` is nested like the parameters.
 
-        On leaving, by an exception too, the parameters' exact bits are restored. To look at the
-        averages as they are, in float32, see `state`: path -> "average". Raises ValueError where
-        there are none, RuntimeError when nested.
+        `with opt.averaged():` puts them in the place of the parameters, rounded to their dtypes; on
+        leaving, by an exception too, the parameters' exact bits are restored. Raises ValueError
+        where there are no averages, RuntimeError on entering inside of another such context.
         """
         if self._options.ema is None:
             raise ValueError("averaged(): there are no averages; make the optimizer with ema=0.999")
         self._check_caught_up("averaged")
+        averages = [memory.states[AVERAGE].data for memory in self._leaves]
+        return Averaged(self._tree.build(averages), self._in_place_of_parameters(averages))
+
+    @contextmanager
+    def _in_place_of_parameters(self, averages: Sequence[np.ndarray]) -> Iterator[Any]:
         with self._exchange("averaged", range(len(self._parameters))):
-            for p, memory in zip(self._parameters, self._leaves, strict=True):
+            for p, average in zip(self._parameters, averages, strict=True):
                 with np.errstate(over="ignore"):
-                    p[...] = memory.states[AVERAGE].data
+                    p[...] = average
             yield self.params
 
     @contextmanager
