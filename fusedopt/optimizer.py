@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,8 +52,13 @@ class Averaged:
     def __enter__(self) -> Any:
         return self._exchange.__enter__()
 
-    def __exit__(self, *raised: object) -> bool | None:
-        return self._exchange.__exit__(*raised)
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool | None:
+        return self._exchange.__exit__(kind, error, trace)
 
 
 class Accumulated:
