@@ -10,6 +10,7 @@ import numpy as np
 
 import fusedopt as fo
 
+from .backends import BACKENDS as KNOWN
 from .storage import STATE_DTYPES
 from .verify import STORAGES
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
 console = Console(highlight=False)
 
-RULES, BACKENDS = (f"One of {', '.join(names)}." for names in (fo.RULES, fo.info()["backends"]))
+RULES, BACKENDS = (f"One of {', '.join(names)}." for names in (fo.RULES, KNOWN))
 INTERRUPTED = 130  # the exit code that shells give to Ctrl-C
 Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this file too.")]
 

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,6 +38,27 @@ from .trees import Tree
 
 if TYPE_CHECKING:
     from .scratch import Scratch
+
+
+class Averaged:
+    """Averages of weights, live: `params`, float32 or float64, nested like the parameters.
+
+    As a context manager, once, puts them in the parameters' place, and gives the parameters.
+    """
+
+    def __init__(self, params: Any, exchange: AbstractContextManager[Any]) -> None:
+        self.params, self._exchange = params, exchange
+
+    def __enter__(self) -> Any:
+        return self._exchange.__enter__()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool | None:
+        return self._exchange.__exit__(kind, error, trace)
 
 
 class Accumulated:
@@ -95,9 +117,9 @@ class Optimizer:
     checkpoint: it goes with the optimizer or its process, and nothing can go on from one that a
     killed process has left. Such an optimizer cannot be pickled, copied or used in a forked child.
 
-    backend: "auto", "native" or "reference". threads: at most so many, where the process may use
-    more. verify: run every step on copies first, compare with the float64 reference, and commit
-    only what agrees (`VerificationError` otherwise, also where parameters with masters were
+    backend: "auto", "native", "numba" or "reference". threads: at most so many, where the process
+    may use more. verify: run every step on copies first, compare with the float64 reference, and
+    commit only what agrees (`VerificationError` otherwise, also where parameters with masters were
     overwritten without `sync`).
 
     Raises TypeError for a value of the wrong kind, ValueError for one that does not fit,
@@ -547,21 +569,25 @@ class Optimizer:
                 self._backend.shift(self._rules[k], self._parameters[k], velocity)
             yield
 
-    @contextmanager
-    def averaged(self) -> Iterator[Any]:
-        """Puts the averages of `ema` in the place of the parameters, and gives these.
+    def averaged(self) -> Averaged:
+        """The averages of `ema`: `averaged().params` is nested like the parameters.
 
-        On leaving, by an exception too, the parameters' exact bits are restored. To look at the
-        averages as they are, in float32, see `state`: path -> "average". Raises ValueError where
-        there are none, RuntimeError when nested.
+        `with opt.averaged():` puts them in the place of the parameters, rounded to their dtypes; on
+        leaving, by an exception too, the parameters' exact bits are restored. Raises ValueError
+        where there are no averages, RuntimeError on entering inside of another such context.
         """
         if self._options.ema is None:
             raise ValueError("averaged(): there are no averages; make the optimizer with ema=0.999")
         self._check_caught_up("averaged")
+        averages = [memory.states[AVERAGE].data for memory in self._leaves]
+        return Averaged(self._tree.build(averages), self._in_place_of_parameters(averages))
+
+    @contextmanager
+    def _in_place_of_parameters(self, averages: Sequence[np.ndarray]) -> Iterator[Any]:
         with self._exchange("averaged", range(len(self._parameters))):
-            for p, memory in zip(self._parameters, self._leaves, strict=True):
+            for p, average in zip(self._parameters, averages, strict=True):
                 with np.errstate(over="ignore"):
-                    p[...] = memory.states[AVERAGE].data
+                    p[...] = average
             yield self.params
 
     @contextmanager
@@ -650,7 +676,7 @@ class Optimizer:
             rows.append((leaf.path, str(p.shape), p.dtype.name, rule.summary(), shown))
         widths = [max(len(row[k]) for row in rows) for k in range(5)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
-        if self._backend.native:
+        if self._backend.name != "reference":
             pairs = zip(self._parameters, self._rules, strict=True)
             lines += dict.fromkeys(filter(None, (rule.note(p.shape) for p, rule in pairs)))
         held = sum(p.nbytes for p in self._parameters)

@@ -197,7 +197,7 @@ class Report:
                 update, weight = np.sqrt(sums.pop("update")), np.sqrt(sums.pop("weight"))
                 ratios = np.where(update == 0, 0.0, update / weight)
                 columns = {"grad_norm": norms, "update_ratio": ratios}
-                columns |= {name: total / rows[:, 2] for name, total in sums.items()}
+                columns |= {n: total / np.maximum(rows[:, 2], 1.0) for n, total in sums.items()}
             values = zip(*(column.tolist() for column in columns.values()), strict=True)
             for k, took_part, row in zip(leaves, rows[:, 1].tolist(), values, strict=True):
                 if took_part:

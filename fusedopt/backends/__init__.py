@@ -8,9 +8,12 @@ import warnings
 from ..environment import choice
 from .base import Backend, Group, Layout, Plan
 from .native import NativeBackend, check_registry, core
+from .numba_cpu import NumbaBackend
 from .reference import ReferenceBackend
 
-BACKENDS: dict[str, Backend] = {b.name: b for b in (NativeBackend(), ReferenceBackend())}
+BACKENDS: dict[str, Backend] = {
+    b.name: b for b in (NativeBackend(), NumbaBackend(), ReferenceBackend())
+}
 """Every backend, the preferred first."""
 
 FORCED = choice("FUSEDOPT_BACKEND", ("auto", *BACKENDS))
@@ -29,7 +32,7 @@ def get_backend(name: str = "auto") -> Backend:
         if name == "reference":
             warnings.warn(
                 "fusedopt runs on its NumPy reference, which is slow:"
-                f" {BACKENDS['native'].unavailable()}",
+                f" {BACKENDS['native'].unavailable()}. {BACKENDS['numba'].unavailable()}",
                 RuntimeWarning,
                 stacklevel=3,
             )

@@ -11,7 +11,13 @@ import numpy as np
 from ..around import NOTHING, Around
 from ..rules import Rule
 from ..rules.base import Program
-from ..states import Memory
+from ..states import Memory, Stored
+
+INPUTS = ("g", "hessian")
+"""The operands that come with each step; they have the first slots."""
+
+HEAD = {"rule": 2, "peek": 2, "filter": 1, "sum": 0, "other": 0}
+"""How many scalars an operation has before its own, by its loop."""
 
 if TYPE_CHECKING:
     from ..scratch import Scratch
@@ -60,6 +66,14 @@ class Layout:
 def results_for(programs: Sequence[Program], leaves: int) -> np.ndarray:
     """The array of a `Layout`."""
     return np.zeros((leaves, 3 + max(len(program.sums) for program in programs)))
+
+
+def single(rule: Rule, program: Program, t: int, lr: float, arrays: Sequence[Stored]) -> Layout:
+    """That of one tensor's t-th step; arrays: the parameter, then those of the program."""
+    memory = Memory(arrays[0], dict(zip(program.arrays[1:], arrays[1:], strict=False)))
+    rates, counters = np.array([lr, 1.0]), np.array([0, t - 1])
+    group, keys = Group(rule.name, rule), [[0] * len(arrays)]
+    return Layout(0, [memory], [group], [0], rates, counters, keys, results_for([program], 1))
 
 
 class Plan(Protocol):
