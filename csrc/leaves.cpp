@@ -82,18 +82,19 @@ class Plan {
   // of matrices whose products come between its two phases. counters: the optimizer's step number,
   // then each leaf's. folds: for each group those of its operations. rates: float64, the groups'
   // learning rates and then their factors on gradients, read in each step. beside: what else a step
-  // writes. before(leaves), if not None, is called before anything is written, between(batch, phase,
-  // leaves) after each phase but the last, both with the lock held. results: float64, for each leaf its gradient's sum of squares,
-  // the scale of that (0 of a leaf that took no part), the elements that were touched, and the sums
-  // of its program. decide: asked
-  // when the first two are known, with the lock held, whether to go on; None: they are not
-  // computed. zero_grads: gradients are set to zero; threads 0 means no limit of its own. scratch:
-  // None, or an object with the block, file and window of `Mapped`.
+  // writes. before(leaves), if not None, is called before anything is written, between(batch,
+  // phase, leaves) after each phase but the last, both with the lock held. results: float64, for
+  // each leaf its gradient's sum of squares, the scale of that (0 of a leaf that took no part), the
+  // elements that were touched, and the sums of its program. decide: asked when the first two are
+  // known, with the lock held, whether to go on; None: they are not computed. zero_grads: gradients
+  // are set to zero; threads 0 means no limit of its own. scratch: None, or an object with the
+  // block, file and window of `Mapped`.
   Plan(const py::object& tree, const py::list& arrays, const py::list& mirrors,
        const std::vector<std::vector<std::uint64_t>>& keys, std::vector<int> groups,
        std::vector<int> batches, const py::list& programs, std::vector<py::tuple> folds,
        py::object rates, py::object counters, const py::list& beside, py::object before,
-       py::object between, py::object results, py::object decide, bool zero_grads, int threads, const py::object& scratch)
+       py::object between, py::object results, py::object decide, bool zero_grads, int threads,
+       const py::object& scratch)
       : tree_(tree),
         groups_(std::move(groups)),
         batches_(std::move(batches)),
@@ -573,7 +574,8 @@ void bind_leaves(py::module_& module) {
            py::kw_only(), py::arg("tree"), py::arg("arrays"), py::arg("mirrors"), py::arg("keys"),
            py::arg("groups"), py::arg("batches"), py::arg("programs"), py::arg("folds"),
            py::arg("rates"), py::arg("counters"), py::arg("beside"), py::arg("before"),
-           py::arg("between"), py::arg("results"), py::arg("decide"), py::arg("zero_grads"), py::arg("threads"), py::arg("scratch"))
+           py::arg("between"), py::arg("results"), py::arg("decide"), py::arg("zero_grads"),
+           py::arg("threads"), py::arg("scratch"))
       .def("step", &Plan::step);
   module.def("update", &update);
   module.def("sums_of_squares", &sums_of_squares);

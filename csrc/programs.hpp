@@ -52,7 +52,8 @@ struct Program {
         base(base),
         slope(slope) {
     const int slot_count = INPUTS + arrays + scratch + sums;
-    if (arrays < 1 || works < 0 || works >= arrays || scratch < 0 || sums < 0 || slot_count > MAX_OPERANDS)
+    if (arrays < 1 || works < 0 || works >= arrays || scratch < 0 || sums < 0 ||
+        slot_count > MAX_OPERANDS)
       throw py::value_error("a program has 1 to " + std::to_string(MAX_OPERANDS) + " operands");
     const Table& table = *level().table;
     for (const py::handle row : rows) {
