@@ -226,9 +226,10 @@ def test_plain_lines_into_a_pipe(whole: tuple[Any, Path, str]) -> None:
     assert sum(line.startswith("step ") for line in lines) == 20
     assert lines[-1].startswith("wrote ")
     ranks = [o.rule for o in sorted(result.outcomes, key=lambda o: o.loss)]
-    assert [line.split()[0] for line in lines[-11:-1]] == ranks
-    assert "learning rates: 0 of 10 known" in printed
-    assert re.search(r"10 rules, 40 steps each, in batches of 4: \d+ (s|min) to \d+", printed)
+    count = len(fo.RULES)
+    assert [line.split()[0] for line in lines[-1 - count : -1]] == ranks
+    assert f"learning rates: 0 of {count} known" in printed
+    assert re.search(rf"{count} rules, 40 steps each, in batches of 4: \d+ (s|min) to \d+", printed)
 
 
 def test_a_table_on_a_terminal(small: RaceOptions) -> None:
