@@ -37,7 +37,8 @@ const Numpy& numpy() {
 }
 
 constexpr std::size_t SIZES[FORMATS] = {4, 8, 2, 2};
-constexpr int DENSE = 0x1 | 0x2, ALIGNED = 0x100, WRITEABLE = 0x400;  // NumPy's C and F order
+constexpr int C_ORDER = 0x1, DENSE = C_ORDER | 0x2, ALIGNED = 0x100,
+              WRITEABLE = 0x400;  // NumPy's C and F order
 
 // The array behind a Python object, or null: subclasses and unusual dtype objects take the slow
 // way, through Python.

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "parallel.hpp"
+#include "windows.hpp"
 
 namespace fusedopt {
 namespace {
@@ -96,35 +97,66 @@ void run_span(const Leaf& leaf, const Span& span, Lanes* lanes) {
     run_tiles(leaf, span, lanes);
 }
 
-// With sums: `place` is where those of this span go.
-void run_summing(const Leaf& leaf, const Span& span, std::size_t place) {
-  if (!leaf.summed) return run_span(leaf, span, nullptr);
-  alignas(64) double lanes[MAX_OPERANDS][LANES] = {};
-  run_span(leaf, span, lanes);
-  int next = 0;
-  for (int k = 0; k < leaf.operand_count; ++k) {
-    if (!(leaf.summed >> k & 1)) continue;
-    double* const sums = lanes[next++];
-    for (std::size_t half = LANES / 2; half; half /= 2)
-      for (std::size_t lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
-    reinterpret_cast<double*>(leaf.operands[k].data)[place] = sums[0];
+// The sums of one segment after the other.
+class Summing {
+ public:
+  explicit Summing(const Leaf& leaf) : leaf_(leaf) {}
+  ~Summing() { finish(); }
+
+  // Spans come in ascending order.
+  void add(Span span) {
+    for (const std::size_t end = span.to; span.from < end; span.from = span.to) {
+      const std::size_t segment = span.from / SEGMENT;
+      if (segment != segment_) finish();
+      segment_ = segment;
+      span.to = std::min(end, (segment + 1) * SEGMENT);
+      // A tile's first element goes to the first lane, whichever is the turn of that element.
+      turn(span.from % LANES);
+      run_span(leaf_, span, lanes_);
+      turn(LANES - span.from % LANES);
+    }
   }
+
+ private:
+  void turn(std::size_t by) {
+    if (by % LANES)
+      for (Lanes& lanes : lanes_) std::rotate(lanes, lanes + by, lanes + LANES);
+  }
+
+  void finish() {
+    int next = 0;
+    for (int k = 0; k < leaf_.operand_count && segment_ != NONE; ++k) {
+      if (!(leaf_.summed >> k & 1)) continue;
+      double* const sums = lanes_[next++];
+      for (std::size_t half = LANES / 2; half; half /= 2)
+        for (std::size_t lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+      reinterpret_cast<double*>(leaf_.operands[k].data)[segment_] = sums[0];
+      std::fill_n(sums, LANES, 0.0);
+    }
+  }
+
+  static constexpr std::size_t NONE = ~std::size_t(0);
+  const Leaf& leaf_;
+  std::size_t segment_ = NONE;
+  alignas(64) Lanes lanes_[MAX_OPERANDS] = {};
+};
+
+// The row that is the k-th to be touched.
+Span row_span(const Rows& rows, std::size_t k) {
+  const std::size_t from = static_cast<std::size_t>(rows.rows[k]) * rows.length;
+  return {from, from + rows.length,
+          (rows.from[k] - rows.rows[k]) * static_cast<std::ptrdiff_t>(rows.length)};
 }
 
 void run_leaf(const Leaf& leaf, std::size_t from, std::size_t to) {
-  if (leaf.rows) {
-    const std::size_t length = leaf.rows->length;
-    for (std::size_t k = from / length; k < to / length; ++k) {
-      const std::size_t row = static_cast<std::size_t>(leaf.rows->rows[k]);
-      const std::ptrdiff_t ahead =
-          (leaf.rows->from[k] - leaf.rows->rows[k]) * static_cast<std::ptrdiff_t>(length);
-      run_summing(leaf, {row * length, (row + 1) * length, ahead}, k);
-    }
-  } else if (leaf.summed) {
-    for (; from < to; from += SEGMENT)
-      run_summing(leaf, {from, std::min(from + SEGMENT, to), 0}, from / SEGMENT);
+  if (!leaf.rows && !leaf.summed) return run_span(leaf, {from, to, 0}, nullptr);
+  if (!leaf.rows) return Summing(leaf).add({from, to, 0});
+  const std::size_t first = from / leaf.rows->length, last = to / leaf.rows->length;
+  if (!leaf.summed) {
+    for (std::size_t k = first; k < last; ++k) run_span(leaf, row_span(*leaf.rows, k), nullptr);
   } else {
-    run_span(leaf, {from, to, 0}, nullptr);
+    Summing summing(leaf);
+    for (std::size_t k = first; k < last; ++k) summing.add(row_span(*leaf.rows, k));
   }
 }
 
@@ -132,19 +164,30 @@ struct Work {
   const std::vector<Leaf>& leaves;
   std::size_t elements;  // of all leaves
   std::size_t parts;
+  const Mapped* mapped;
+  std::size_t threads;
 };
 
-// Cuts fall on tiles of their leaf, so that no tile is shared between two threads; or on what is
-// summed or touched as a whole.
+// Cuts fall on tiles of their leaf, so that no tile is shared between two threads; or on rows, or
+// on segments that are summed.
 std::size_t cut(const Leaf& leaf, std::size_t position) {
   if (position <= leaf.start) return 0;
   if (position >= leaf.start + leaf.elements) return leaf.elements;
-  const std::size_t unit = leaf.rows ? leaf.rows->length : leaf.summed ? SEGMENT : TILE;
-  return (position - leaf.start) / unit * unit;
+  const std::size_t at = position - leaf.start;
+  if (!leaf.rows) return leaf.summed ? at / SEGMENT * SEGMENT : at / TILE * TILE;
+  const Rows& rows = *leaf.rows;
+  std::size_t k = at / rows.length;
+  const auto shared = [&rows](std::size_t next) {
+    return row_span(rows, next).from / SEGMENT == (row_span(rows, next - 1).to - 1) / SEGMENT;
+  };
+  if (leaf.summed && k)
+    while (k * rows.length < leaf.elements && shared(k)) ++k;
+  return k * rows.length;
 }
 
-void run_part(void* context, std::size_t part) {
-  const Work& work = *static_cast<const Work*>(context);
+// Calls visit(leaf, low, high) for all that is in a part.
+template <class Visit>
+void visit_part(const Work& work, std::size_t part, const Visit& visit) {
   // Two divisions instead of part * elements / parts: that product could overflow.
   const std::size_t each = work.elements / work.parts, rest = work.elements % work.parts;
   const std::size_t from = part * each + std::min(part, rest);
@@ -153,27 +196,46 @@ void run_part(void* context, std::size_t part) {
                                    [from](const Leaf& l) { return l.start + l.elements <= from; });
   for (; leaf != work.leaves.end() && leaf->start < to; ++leaf) {
     const std::size_t low = cut(*leaf, from), high = cut(*leaf, to);
-    if (low < high) run_leaf(*leaf, low, high);
+    if (low < high) visit(*leaf, low, high);
   }
+}
+
+void advise(const Work& work, std::size_t part, Advice advice) {
+  Advisor advisor(*work.mapped, advice);
+  visit_part(work, part, [&](const Leaf& leaf, std::size_t low, std::size_t high) {
+    advisor.add(leaf, low, high);
+  });
+}
+
+void run_part(void* context, std::size_t part) {
+  const Work& work = *static_cast<const Work*>(context);
+  // Parts are handed out in order: the one that this thread will get next is about so far ahead.
+  if (work.mapped && part + work.threads < work.parts)
+    advise(work, part + work.threads, Advice::READ_AHEAD);
+  visit_part(work, part, run_leaf);
+  if (work.mapped) advise(work, part, Advice::WRITE_AND_DROP);
 }
 
 }  // namespace
 
-void run(std::vector<Leaf>& leaves, int threads) {
+void run(std::vector<Leaf>& leaves, int threads, const Mapped* mapped) {
   std::size_t elements = 0;
   for (Leaf& leaf : leaves) {
     leaf.start = elements;
     elements += leaf.elements;
   }
-  threads = std::min(threads, parallel_limit());
-  if (threads <= 1 || elements < SERIAL) {
+  threads = std::max(1, std::min(threads, parallel_limit()));
+  if (elements < SERIAL) threads = 1;
+  if (threads == 1 && !mapped) {
     for (const Leaf& leaf : leaves)
       if (leaf.elements) run_leaf(leaf, 0, leaf.elements);
     return;
   }
-  Work work{leaves, elements, 0};
-  work.parts = std::max<std::size_t>(
-      1, std::min<std::size_t>(elements / SMALLEST_PART, threads * PARTS_PER_THREAD));
+  Work work{leaves, elements, 1, mapped, static_cast<std::size_t>(threads)};
+  if (threads > 1)
+    work.parts = std::max<std::size_t>(
+        1, std::min<std::size_t>(elements / SMALLEST_PART, threads * PARTS_PER_THREAD));
+  if (mapped) work.parts = std::max(work.parts, mapped->parts(leaves, threads));
   parallel_for(work.parts, threads, run_part, &work);
 }
 

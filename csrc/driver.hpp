@@ -1,6 +1,5 @@
 // Leaves -> parts -> tiles -> programs. Knows nothing of Python.
 #pragma once
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -13,7 +12,7 @@ enum class Role : std::uint8_t {
   ARRAY,    // of the leaf, in place
   INPUT,    // one that comes with the step
   SCRATCH,  // a tile that lives as long as the tile's program
-  SUMS      // lanes; data gets one double for each segment, or row
+  SUMS      // lanes; data gets one double for each segment
 };
 
 // One array of a leaf.
@@ -37,10 +36,10 @@ struct Step {
   int operand_count;
 };
 
-// Rows of a leaf that alone are touched: row r[k] has row from[k] of the inputs.
+// Rows of a leaf that alone are touched, in ascending order: rows[k] has row from[k] of the inputs.
 struct Rows {
   const std::int64_t *rows = nullptr, *from = nullptr;
-  std::size_t length = 0;  // elements of a row
+  std::size_t length = 0, elements = 0;  // of a row, of the leaf
 };
 
 struct Leaf {
@@ -53,10 +52,9 @@ struct Leaf {
   std::size_t start;                    // in the concatenation of all leaves; `run` finds it
 };
 
-// How many doubles a sum over so many elements takes.
+// How many doubles a sum over a leaf takes.
 inline std::size_t sums_of(const Leaf& leaf) {
-  return leaf.rows ? leaf.elements / std::max<std::size_t>(1, leaf.rows->length)
-                   : (leaf.elements + SEGMENT - 1) / SEGMENT;
+  return ((leaf.rows ? leaf.rows->elements : leaf.elements) + SEGMENT - 1) / SEGMENT;
 }
 
 // Spreads the bits of x over all of the result (the finaliser of splitmix64).
@@ -70,8 +68,11 @@ inline std::uint64_t subkey(std::uint64_t key, std::uint64_t index) {
   return mixed(key + (index + 1) * 0x9e3779b97f4a7c15u);
 }
 
+struct Mapped;  // windows.hpp
+
 // Runs every leaf's program over all of its elements, in one parallel region. The result does not
-// depend on `threads` or on how the leaves are cut.
-void run(std::vector<Leaf>& leaves, int threads);
+// depend on `threads` or on how the leaves are cut. mapped: operands that lie in this block are in
+// memory a window at a time.
+void run(std::vector<Leaf>& leaves, int threads, const Mapped* mapped = nullptr);
 
 }  // namespace fusedopt

@@ -14,6 +14,7 @@
 #include "norms.hpp"
 #include "programs.hpp"
 #include "trees.hpp"
+#include "windows.hpp"
 
 namespace py = pybind11;
 
@@ -82,14 +83,16 @@ class Plan {
   // then each leaf's. folds: for each group those of its operations. rates: float64, the groups'
   // learning rates and then their factors on gradients, read in each step. between(batch, leaves)
   // is called with the lock held. results: float64, for each leaf its gradient's sum of squares,
-  // the scale of that (0 of a leaf that took no part), and the sums of its program. decide: asked
+  // the scale of that (0 of a leaf that took no part), the elements that were touched, and the sums
+  // of its program. decide: asked
   // when the first two are known, with the lock held, whether to go on; None: they are not
-  // computed. zero_grads: gradients are set to zero; threads 0 means no limit of its own.
+  // computed. zero_grads: gradients are set to zero; threads 0 means no limit of its own. scratch:
+  // None, or an object with the block, file and window of `Mapped`.
   Plan(const py::object& tree, const py::list& arrays, const py::list& mirrors,
        const std::vector<std::vector<std::uint64_t>>& keys, std::vector<int> groups,
        std::vector<int> batches, const py::list& programs, std::vector<py::tuple> folds,
        py::object rates, py::object counters, py::object between, py::object results,
-       py::object decide, bool zero_grads, int threads)
+       py::object decide, bool zero_grads, int threads, const py::object& scratch)
       : tree_(tree),
         groups_(std::move(groups)),
         batches_(std::move(batches)),
@@ -101,6 +104,14 @@ class Plan {
         decide_(std::move(decide)),
         zero_grads_(zero_grads),
         threads_(threads) {
+    if (!scratch.is_none()) {
+      const py::object block = scratch.attr("block");
+      const auto memory = py::cast<py::array>(block);
+      mapped_ = {static_cast<char*>(py::detail::array_proxy(block.ptr())->data),
+                 static_cast<std::size_t>(memory.nbytes()), scratch.attr("file").cast<int>(),
+                 scratch.attr("window").cast<std::size_t>()};
+      held_.push_back(scratch);
+    }
     for (const py::handle program : programs) {
       held_.push_back(py::reinterpret_borrow<py::object>(program));
       programs_.push_back(program.cast<const Program*>());
@@ -171,6 +182,12 @@ class Plan {
     std::size_t elements;
     int compute, operand_count;
   };
+  // What a step touches of a leaf: all elements, or those of some rows.
+  struct Touched {
+    std::size_t elements, given[INPUTS];  // given: of its inputs, which may hold other rows too
+    Rows rows;
+    const Rows* some() const { return rows.rows ? &rows : nullptr; }
+  };
   // An array of the caller's, which he could resize under the plan's feet.
   struct Watched {
     const Proxy* array;
@@ -231,6 +248,7 @@ class Plan {
     }
     for (std::size_t j = 0; j < mirrors.size(); ++j) add(mirrors[j], first_mirror + j, PARAMETER);
     own_.push_back({parameter, n, compute, static_cast<int>(first_mirror + mirrors.size())});
+    touched_.push_back({n, {n, n}, {}});
   }
 
   void change_level() {
@@ -266,7 +284,8 @@ class Plan {
     for (std::size_t k = 0; k < own_.size(); ++k)
       for (const int slot : {GRADIENT, HESSIAN}) {
         const Operand& input = operands_[k * MAX_OPERANDS + slot];
-        if (input.data && own_[k].elements) ranges_.push_back(range_of(input, own_[k].elements));
+        const std::size_t n = touched_[k].given[slot];
+        if (input.data && n) ranges_.push_back(range_of(input, n));
       }
     std::sort(ranges_.begin(), ranges_.end(), by_address);
     for (std::size_t k = 1; k < ranges_.size(); ++k)
@@ -299,16 +318,55 @@ class Plan {
     const char* const passed = operand.data;
     const std::uint32_t passed_bits = operand.bits;
     clear(operand);
+    const std::size_t n = own_[k].elements;
+    if (slot == GRADIENT) touched_[k] = {n, {n, n}, {}};
     if (o == Py_None) return true;
     refs_.push_back(py::reinterpret_borrow<py::object>(o));
+    const bool some = PyTuple_Check(o);
     bool fits = (slot != HESSIAN || program(k).takes_hessian) &&
-                read_input(o, own_[k].parameter, own_[k].compute, *table_,
-                           zero_grads_ && slot == GRADIENT, operand);
+                (some ? read_rows(slot, k, o, operand)
+                      : read_input(o, own_[k].parameter, own_[k].compute, *table_,
+                                   zero_grads_ && slot == GRADIENT, operand));
     // Memory that passed in the last step passes again.
-    if (operand.data != passed || operand.bits != passed_bits)
-      fits = fits && !overlaps_written(range_of(operand, own_[k].elements));
+    if (some || operand.data != passed || operand.bits != passed_bits)
+      fits = fits && !overlaps_written(range_of(operand, touched_[k].given[slot]));
     if (!fits) clear(operand);
     return fits;
+  }
+
+  // (rows, places, values): row rows[j] of the leaf has values[places[j]]; Python has checked the
+  // indices, and that estimates have the gradient's.
+  bool read_rows(Slot slot, std::size_t k, PyObject* o, Operand& operand) {
+    if (PyTuple_GET_SIZE(o) != 3 || program(k).phases > 1) return false;
+    const Proxy* parts[3];
+    for (int j = 0; j < 3; ++j)
+      if (!(parts[j] = as_array(PyTuple_GET_ITEM(o, j)))) return false;
+    const auto [rows, places, values] = parts;
+    const Proxy* const p = own_[k].parameter;
+    const int format = format_of(values);
+    const int needed = ALIGNED | C_ORDER, passed = values->flags & rows->flags & places->flags;
+    if (format < 0 || (passed & needed) != needed || !(p->flags & C_ORDER) || p->nd < 1 ||
+        values->nd != p->nd || rows->nd != 1 || places->nd != 1 ||
+        elements_of(rows) != elements_of(places))
+      return false;
+    for (int j = 1; j < p->nd; ++j)
+      if (values->dimensions[j] != p->dimensions[j]) return false;
+    const bool zero = zero_grads_ && slot == GRADIENT;
+    if (zero && !(values->flags & WRITEABLE)) return false;
+    const Codec& codec = table_->codecs[format];
+    use_codec(codec, own_[k].compute, operand);
+    operand.encode = zero ? codec.zero : nullptr;
+    operand.data = values->data;
+    Touched& touched = touched_[k];
+    touched.given[slot] = elements_of(values);
+    if (slot != GRADIENT) return true;
+    touched.rows = {
+        reinterpret_cast<const std::int64_t*>(rows->data),
+        reinterpret_cast<const std::int64_t*>(places->data),
+        own_[k].elements / std::max<std::size_t>(1, static_cast<std::size_t>(p->dimensions[0])),
+        own_[k].elements};
+    touched.elements = elements_of(rows) * touched.rows.length;
+    return true;
   }
 
   // Which leaves take part.
@@ -318,14 +376,17 @@ class Plan {
       if (operands_[k * MAX_OPERANDS + GRADIENT].data) active_.push_back(k);
     if (sums_ || !decide_.is_none()) std::fill(result_, result_ + own_.size() * columns(), 0.0);
     if (sums_)
-      for (const std::size_t k : active_) result_[k * columns() + 1] = 1;
+      for (const std::size_t k : active_) {
+        result_[k * columns() + 1] = 1;
+        result_[k * columns() + 2] = static_cast<double>(touched_[k].elements);
+      }
   }
 
   void measure_gradients() {
     std::vector<Measured> inputs;
     for (const std::size_t k : active_)
-      inputs.push_back(
-          {operands_[k * MAX_OPERANDS + GRADIENT], own_[k].elements, own_[k].compute, nullptr});
+      inputs.push_back({operands_[k * MAX_OPERANDS + GRADIENT], touched_[k].elements,
+                        own_[k].compute, touched_[k].some()});
     measure(inputs, threads());
     for (std::size_t j = 0; j < active_.size(); ++j) {
       double* const row = result_ + active_[j] * columns();
@@ -386,7 +447,7 @@ class Plan {
       }
       // Field by field: a struct made beside its place and copied stalls on its own stores.
       Leaf& leaf = leaves_[count++];
-      elements += leaf.elements = own_[k].elements;
+      elements += leaf.elements = touched_[k].elements;
       leaf.operands = operands;
       leaf.steps = steps_.data() + steps.first;
       leaf.operand_count = operand_count;
@@ -394,12 +455,13 @@ class Plan {
       leaf.used = steps.used;
       leaf.written = steps.written;
       leaf.summed = steps.summed;
-      leaf.rows = nullptr;
+      leaf.rows = touched_[k].some();
       if (leaf.summed) partials_.add(leaf, operands);
     }
     leaves_.resize(count);
     partials_.place();
-    run_unlocked(leaves_, elements, threads());  // refs_ and held_ keep every array alive
+    // refs_ and held_ keep every array alive
+    run_unlocked(leaves_, elements, threads(), mapped_.data ? &mapped_ : nullptr);
     if (sums_) take_sums(batch);
   }
 
@@ -410,7 +472,7 @@ class Plan {
       for (int j = 0; j < program(k).sums; ++j) {
         const int slot = program(k).first_sum() + j;
         if (leaf->summed >> slot & 1)
-          result_[k * columns() + 2 + static_cast<std::size_t>(j)] =
+          result_[k * columns() + 3 + static_cast<std::size_t>(j)] =
               Partials::total(*leaf, leaf->operands[slot]);
       }
       ++leaf;
@@ -422,7 +484,7 @@ class Plan {
     return threads_ > 0 ? std::min(threads_, limit) : limit;
   }
 
-  std::size_t columns() const { return 2 + static_cast<std::size_t>(sums_); }
+  std::size_t columns() const { return 3 + static_cast<std::size_t>(sums_); }
 
   const Program& program(std::size_t k) const {
     return *programs_[static_cast<std::size_t>(groups_[k])];
@@ -441,9 +503,11 @@ class Plan {
   double* result_ = nullptr;
   const Table* table_ = nullptr;
   std::vector<py::object> held_;  // programs and arrays
+  Mapped mapped_;
   std::vector<const Program*> programs_;
   std::vector<Own> own_;
   std::vector<Operand> operands_;  // MAX_OPERANDS for each leaf
+  std::vector<Touched> touched_;
   std::vector<Coded> coded_;
   std::vector<Random> random_;
   std::vector<Watched> watched_;
@@ -490,11 +554,11 @@ void bind_leaves(py::module_& module) {
       .def(py::init<const py::object&, const py::list&, const py::list&,
                     const std::vector<std::vector<std::uint64_t>>&, std::vector<int>,
                     std::vector<int>, const py::list&, std::vector<py::tuple>, py::object,
-                    py::object, py::object, py::object, py::object, bool, int>(),
+                    py::object, py::object, py::object, py::object, bool, int, const py::object&>(),
            py::kw_only(), py::arg("tree"), py::arg("arrays"), py::arg("mirrors"), py::arg("keys"),
            py::arg("groups"), py::arg("batches"), py::arg("programs"), py::arg("folds"),
            py::arg("rates"), py::arg("counters"), py::arg("between"), py::arg("results"),
-           py::arg("decide"), py::arg("zero_grads"), py::arg("threads"))
+           py::arg("decide"), py::arg("zero_grads"), py::arg("threads"), py::arg("scratch"))
       .def("step", &Plan::step);
   module.def("update", &update);
   module.def("sums_of_squares", &sums_of_squares);

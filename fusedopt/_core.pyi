@@ -38,6 +38,7 @@ class Plan:
         decide: Callable[[], bool] | None,
         zero_grads: bool,
         threads: int,
+        scratch: Any,
     ) -> None: ...
     def step(self, gradients: Any, hessian: Any, flat: bool, /) -> int | None: ...
 

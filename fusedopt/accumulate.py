@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,6 +12,7 @@ from .arrays import Fit
 from .backends import Backend, Group, Layout
 from .backends.base import results_for
 from .formats import PLAIN, compute_dtype
+from .rows import Rows, as_rows, joined, values_of
 from .rules import Rule
 from .rules.base import Array, Operation
 from .states import Memory, Wanted, allocate
@@ -42,7 +43,7 @@ class Accumulator:
 
     fit: of the parameters, which gradients may not share memory with. An empty sum is one whose
     leaf has counted no gradient; what stands in its array is of no account, so that emptying
-    touches no memory.
+    touches no memory. `Rows` are copied and kept until the step.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Accumulator:
     ) -> None:
         self._sums = allocate([Wanted(PLAIN[compute_dtype(p.dtype).name], p) for p in parameters])
         self._counters = np.zeros(1 + len(self._sums), np.int64)
+        self._rows: dict[int, list[Rows]] = {}
         rule = Accumulation()
         layout = Layout(
             tree=tree.spec,
@@ -89,18 +91,44 @@ class Accumulator:
 
     def add(self, grads: Any) -> int:
         """Adds a micro-batch's gradients; how many there are now."""
-        if (
-            self._layout.zero_grads
-        ):  # only the slow way knows the parameters, which must not be zeroed
+        leaves = self._tree.flatten(grads, "grads")
+        some = {k: as_rows("grads", g) for k, g in enumerate(leaves)}
+        rows = {k: given for k, given in some.items() if given is not None}
+        if not rows:
+            self._refuse_mixed([k for k, g in enumerate(leaves) if g is not None], self._rows)
+            return self._add(grads)
+        self._refuse_mixed(rows, np.flatnonzero(self._counters[1:]))
+        taken = {k: self._stepper.fit_leaf(k, "grads", given) for k, given in rows.items()}
+        dense = [None if k in rows else g for k, g in enumerate(leaves)]
+        self._refuse_mixed([k for k, g in enumerate(dense) if g is not None], self._rows)
+        count = self._add(self._tree.build(dense))
+        for k, t in taken.items():
+            self._rows.setdefault(k, []).append(Rows(t.rows, t.gathered))
+            if self._layout.zero_grads:
+                values_of(leaves[k])[...] = 0
+        return count
+
+    def _add(self, grads: Any) -> int:
+        if self._layout.zero_grads:  # only the slow way knows the parameters, which must stay
             return self._stepper.explained(grads, None)
         return self._stepper.step(grads, None)
 
+    def _refuse_mixed(self, leaves: Iterable[int], others: Collection[int]) -> None:
+        for k in leaves:
+            if k in others:
+                raise ValueError(
+                    f"{self._tree.leaves[k].label}: the micro-batches of one step give either Rows"
+                    " or whole gradients"
+                )
+
     @property
-    def sums(self) -> list[np.ndarray | None]:
+    def sums(self) -> list[np.ndarray | Rows | None]:
         """Of each leaf; None where there was no gradient."""
         counted = zip(self._sums, self._counters[1:], strict=True)
-        return [stored.data if count else None for stored, count in counted]
+        dense = [stored.data if count else None for stored, count in counted]
+        return [joined(self._rows[k]) if k in self._rows else g for k, g in enumerate(dense)]
 
     def clear(self) -> None:
         """Makes them empty."""
         self._counters[:] = 0
+        self._rows.clear()

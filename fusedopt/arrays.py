@@ -170,14 +170,15 @@ class Fit:
             raise ValueError(
                 f"{label}: expected the shape {p.shape} of {self._labels[k]}, got {g.shape}"
             )
-        self._check_apart(label, g)
+        self.check_apart(label, g)
         order = memory_order(p)
         dense = g.flags.c_contiguous if order == "C" else g.flags.f_contiguous
         if dense and g.flags.aligned:
             return _plain(g)
         return _plain(np.array(g, order=order, subok=False))
 
-    def _check_apart(self, label: str, g: np.ndarray) -> None:
+    def check_apart(self, label: str, g: np.ndarray) -> None:
+        """ValueError where an input shares memory with what the step writes."""
         if not g.size:
             return
         low, high = np.lib.array_utils.byte_bounds(g)

@@ -46,6 +46,15 @@ class Bounded(NDArrayOperatorsMixin):
         """One-dimensional, in memory order."""
         return self._like(self.value.reshape(-1, order=order), self.error.reshape(-1, order=order))
 
+    def where(self, chosen: np.ndarray, other: Bounded) -> Bounded:
+        """The other's elements where chosen."""
+        value = np.where(chosen, other.value, self.value)
+        return self._like(value, np.where(chosen, other.error, self.error))
+
+    def pick(self, chosen: np.ndarray) -> Bounded:
+        """The chosen elements of a flat array."""
+        return self._like(self.value[..., chosen], self.error[..., chosen])
+
     def stored(self, least: float) -> Bounded:
         """As a state, which is zero where it would be below `least`."""
         return self._like(self.value, self.error + least)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,20 +13,26 @@ from .arrays import EXPECTED, memory_order
 from .formats import DTYPES, compute_dtype
 from .groups import RuleChoice, assign
 from .newton_schulz import Stack, Workspace, batches
+from .states import WINDOW
 from .storage import Master, Rounding, StateDtype, Storage
 from .trees import Tree
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of the parameters, of the states, and of work space that all leaves share."""
+    """Bytes of the parameters, of the states, and of work space that all leaves share.
+
+    states: in memory; those of a `state_path` are on disk, of which a step has a window in memory.
+    """
 
     parameters: int
     states: int
     work: int
+    disk: int = 0
 
     @property
     def total(self) -> int:
+        """Bytes of memory."""
         return self.parameters + self.states + self.work
 
 
@@ -37,12 +44,14 @@ def estimate(
     rounding: Rounding = "nearest",
     master: Master | None = None,
     ema: float | None = None,
+    state_path: str | os.PathLike[str] | None = None,
 ) -> Estimate:
     """The memory of `Optimizer(params, rule, ...)` on the native backend, in bytes.
 
     params: arrays nested as there, or anything with a shape and a dtype in their place. The rest is
-    as there; masters and averages count as states. Raises TypeError or ValueError where the
-    optimizer would, as far as shapes and dtypes tell.
+    as there; masters and averages count as states; with a state_path, which is not looked at,
+    states are on disk. Raises TypeError or ValueError where the optimizer would, as far as shapes
+    and dtypes tell.
     """
     storage = Storage(state_dtype, master, rounding)
     tree = Tree(params)
@@ -77,4 +86,6 @@ def estimate(
         Workspace.bytes_for([batch.stack for batch in made if batch.dtype == dtype], dtype)
         for dtype in {batch.dtype for batch in made}
     )
-    return Estimate(parameters, states, work)
+    if state_path is None:
+        return Estimate(parameters, states, work)
+    return Estimate(parameters, min(states, WINDOW), work, states)

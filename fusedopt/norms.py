@@ -10,7 +10,8 @@ import numpy as np
 
 from .arrays import check_input
 from .backends import default_backend
-from .trees import leaves_of
+from .rows import added_up, as_rows
+from .trees import leaves_of, values_of
 
 SHOWN = 5
 """So many paths of bad leaves are named in a message."""
@@ -20,10 +21,10 @@ def global_norm(grads: Any) -> float:
     """The Euclidean norm of all elements of all arrays.
 
     grads: an array or any nesting of dicts, lists and tuples of them, of float32, float64,
-    bfloat16 or float16, in any layout; None counts as nothing. Squares are summed in float64, in an
-    order that depends on nothing but each array's elements in memory: the result has the same bits
-    with any number of threads, on any instruction set and in any order of the leaves. NaN where an
-    element is NaN, infinite where one is; large elements do not overflow it otherwise.
+    bfloat16 or float16, in any layout, or `Rows`; None counts as nothing. Squares are summed in
+    float64, in an order that depends on nothing but each array's elements in memory: the result has
+    the same bits with any number of threads, on any instruction set and in any order of the leaves.
+    NaN where an element is NaN, infinite where one is; large elements do not overflow it otherwise.
 
     Raises TypeError for what is no array, or of another dtype.
 
@@ -31,10 +32,18 @@ def global_norm(grads: Any) -> float:
     >>> fo.global_norm({"w": np.float32([3.0, 0.0]), "b": [None, np.array(4.0)]})
     5.0
     """
-    found = [(leaf.label, leaf.value) for leaf in leaves_of(grads, "grads")]
-    arrays = [check_input(label, value) for label, value in found if value is not None]
-    rows = np.array(default_backend().sums_of_squares(arrays), np.float64).reshape(-1, 2)
-    return combined(rows)
+    arrays = [value for value in values_of(grads) if value is not None]
+    found = default_backend().sums_of_squares(arrays)
+    if found is None:
+        given = [(leaf.label, leaf.value) for leaf in leaves_of(grads, "grads")]
+        arrays = [_elements(label, value) for label, value in given if value is not None]
+        found = default_backend().sums_of_squares(arrays)
+    return combined(np.array(found, np.float64).reshape(-1, 2))
+
+
+def _elements(label: str, gradient: Any) -> np.ndarray:
+    rows = as_rows(label, gradient)
+    return check_input(label, gradient) if rows is None else added_up(label, rows)
 
 
 def combined(rows: np.ndarray) -> float:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from .around import AVERAGE
 from .arrays import Fit, check_apart, check_parameter, check_target, memory_order
 from .backends import Layout, get_backend
 from .backends.base import results_for
+from .catchup import Ledger
 from .checkpoint import Snapshot
 from .groups import (
     RateChoice,
@@ -28,10 +30,13 @@ from .interrupts import deferred
 from .norms import Guard
 from .options import ClipNorm, Options, check_grad_scale, check_seed
 from .rules import Nesterov, Rule
-from .states import Memory
+from .states import Memory, in_memory
 from .stepping import Report, StepInfo, Stepper
 from .storage import Master, Rounding, StateDtype, synchronize
 from .trees import Tree
+
+if TYPE_CHECKING:
+    from .scratch import Scratch
 
 
 class Accumulated:
@@ -82,6 +87,13 @@ class Optimizer:
     ema: keep an average of each parameter (of its master, where there is one), average := ema
     average + (1 - ema) parameter in every step, in float32 (float64 for float64), beginning as the
     parameter: see `averaged`. stats: measure what `StepInfo.stats` tells, in the same passes.
+    exact: rows that a gradient of `Rows` left out are updated later, as if their gradient had been
+    zero: see `catch_up`.
+    state_path: an empty or new directory, on a disk, for states larger than memory. All that is in
+    `state` is in a file there, reserved as a whole at once, and a step has no more than 32 MiB of
+    it in memory at a time (native backend, on Linux, without `verify`). The file is scratch, not a
+    checkpoint: it goes with the optimizer or its process, and nothing can go on from one that a
+    killed process has left. Such an optimizer cannot be pickled, copied or used in a forked child.
 
     backend: "auto", "native", "numba" or "reference". threads: at most so many, where the process
     may use more. verify: run every step on copies first, compare with the float64 reference, and
@@ -89,7 +101,8 @@ class Optimizer:
     overwritten without `sync`).
 
     Raises TypeError for a value of the wrong kind, ValueError for one that does not fit,
-    RuntimeError where the backend cannot be used.
+    RuntimeError where the backend cannot be used, FileExistsError where `state_path` is in use or
+    holds anything else, OSError where it cannot be made or has no room.
     """
 
     def __init__(
@@ -107,6 +120,8 @@ class Optimizer:
         copy_out: Any = None,
         ema: float | None = None,
         stats: bool = False,
+        exact: bool = False,
+        state_path: str | os.PathLike[str] | None = None,
         seed: int = 0,
         backend: str = "auto",
         threads: int | None = None,
@@ -126,6 +141,7 @@ class Optimizer:
             copy_out,
             ema,
             stats,
+            exact,
             seed,
             backend,
             threads,
@@ -145,7 +161,6 @@ class Optimizer:
         self._storage.check(labels, dtypes, self._rules)
         self._wide = any(p.dtype == np.float64 for p in parameters)
         self._around = self._options.around(self._wide)
-        self._leaves = self._storage.allocate(self._rules, parameters, copies, self._around)
         programs = [self._around.program(group.rule) for group in self._groups]
         self._results = results_for(programs, len(leaves))
         self._guard = Guard(
@@ -160,8 +175,24 @@ class Optimizer:
         self._guard.begin(1.0)
         self._exchanged = ""  # the context, if parameters are not themselves
         self._sums: Accumulator | None = None
+        self._ledger: Ledger | None = None
         self._lock = threading.Lock()
-        self._prepare(parameters)
+        scratch: AbstractContextManager[Scratch | None] = nullcontext()
+        if state_path is not None:
+            from .scratch import scratch_in  # 5 ms, for this alone
+
+            scratch = scratch_in(state_path)
+        with scratch as self._scratch:
+            block = self._scratch.reserve if self._scratch else in_memory
+            self._leaves = self._storage.allocate(
+                self._rules, parameters, copies, self._around, block
+            )
+            self._prepare(parameters)
+            if self._scratch:
+                self._scratch.note(
+                    {x.path: m.saved for x, m in zip(leaves, self._leaves, strict=True)}
+                )
+                self._scratch.release()
 
     @property
     def _rules(self) -> list[Any]:
@@ -226,6 +257,7 @@ class Optimizer:
             decide=self._guard if self._options.decides(self._wide) else None,
             zero_grads=self._options.zero_grads,
             threads=self._options.threads,
+            scratch=self._scratch,
         )
         if self._options.verify:
             from .verify import VerifiedPlan  # an optimizer may run without the module
@@ -234,7 +266,11 @@ class Optimizer:
         else:
             self._plan = self._backend.plan(layout)
         self._plan_step = self._plan.step
-        self._stepper = Stepper(self._tree, fit, layout, self._plan)
+        if self._ledger is not None:
+            self._ledger.moved(layout, self._plan)
+        elif self._options.exact:
+            self._ledger = Ledger(self._tree, layout, self._plan)
+        self._stepper = Stepper(self._tree, fit, layout, self._plan, self._ledger)
         self._report = Report(self._tree, layout, self._guard)
         self._settle_rates()
 
@@ -252,7 +288,8 @@ class Optimizer:
         there is must be made so."""
         native = self._backend.native and not self._options.verify
         one_phase = all(group.rule.program.phases == 1 for group in self._groups)
-        asked = self._options.decides(self._wide) or self._options.stats
+        options = self._options
+        asked = options.decides(self._wide) or options.stats or options.exact or self._scratch
         self._simple = (
             native and one_phase and not self._scheduled and not asked and not self._accumulated
         )
@@ -302,6 +339,7 @@ class Optimizer:
         return new_tuple(StepInfo, (number, rate, *NOTHING_ASKED))
 
     def _guarded_step(self, grads: Any, grad_scale: float, hessian: Any) -> StepInfo:
+        self._check_owner()
         scale = check_grad_scale(grad_scale)
         with self._exclusively():
             if self._scheduled:
@@ -323,9 +361,8 @@ class Optimizer:
         if not self._accumulated:
             raise RuntimeError("step(): nothing was accumulated; call accumulate(grads) first")
         assert self._sums is not None
-        estimates = None if hessian is None else self._stepper.estimates(hessian)
         try:
-            number = self._stepper.flat(self._sums.sums, estimates)
+            number = self._stepper.summed(self._sums.sums, hessian)
         except FloatingPointError:
             self._clear_sums()
             raise
@@ -350,8 +387,7 @@ class Optimizer:
         Returns how many micro-batches there are now. Raises as `step` does; a `state_dict` cannot
         be taken before the step.
         """
-        if self._exchanged:
-            raise RuntimeError(f"accumulate inside of {self._exchanged}(): leave the context first")
+        self._check_at_home("accumulate")
         with self._exclusively():
             if self._sums is None:
                 self._sums = Accumulator(
@@ -409,8 +445,8 @@ class Optimizer:
         """Other hyperparameters from the next step on: `opt.replace(weight_decay=0.05)`.
 
         label: the pattern, or name of a rule as in `lr`, that alone is meant; without it each
-        hyperparameter goes to all rules that have it. States and counters stay. A `state_dict`
-        holds no hyperparameters; pickles and deep copies do.
+        hyperparameter goes to all rules that have it. States and counters stay. What a `state_dict`
+        or a file is loaded into must have been given the same; pickles and deep copies have it.
 
         Raises TypeError for a name that no rule meant has or a value of the wrong kind, ValueError
         for an unknown label, a value out of range, or one that the states (amsgrad) or parameters
@@ -420,10 +456,8 @@ class Optimizer:
 
     def _adopt(self, rules: Sequence[Rule]) -> None:
         """Puts rules in the place of the groups' own, all of them or none."""
-        if self._exchanged:
-            raise RuntimeError(
-                f"hyperparameters inside of {self._exchanged}(): leave the context first"
-            )
+        self._check_at_home("hyperparameters")
+        self._check_caught_up("hyperparameters")
         old = self._groups
         kept = [check_successor(group, rule) for group, rule in zip(old, rules, strict=True)]
         with deferred():
@@ -472,13 +506,26 @@ class Optimizer:
         Without it the next step goes on from the masters, and what was written is lost. Does
         nothing where there are no masters.
         """
-        if self._exchanged:
-            raise RuntimeError(f"sync inside of {self._exchanged}(): leave the context first")
+        self._check_at_home("sync")
+        self._check_caught_up("sync")
         with deferred():
             for memory in self._leaves:
                 synchronize(memory)
             if self._options.verify:
                 self._plan.accept()
+
+    def flush(self) -> None:
+        """Writes the states in `state_path` to the disk, waits, and frees all memory they take.
+
+        The system does the same in its own time; this is for when memory is needed at once. Does
+        nothing without `state_path`. Raises OSError where the disk failed.
+        """
+        if self._scratch:
+            self._scratch.flush()
+
+    def _check_owner(self) -> None:
+        if self._scratch:
+            self._scratch.check_owner()
 
     @contextmanager
     def lookahead(self) -> Iterator[None]:
@@ -510,6 +557,7 @@ class Optimizer:
         """
         if self._options.ema is None:
             raise ValueError("averaged(): there are no averages; make the optimizer with ema=0.999")
+        self._check_caught_up("averaged")
         with self._exchange("averaged", range(len(self._parameters))):
             for p, memory in zip(self._parameters, self._leaves, strict=True):
                 with np.errstate(over="ignore"):
@@ -531,6 +579,32 @@ class Optimizer:
                     self._parameters[k][...] = original
                 self._exchanged = ""
 
+    def catch_up(self, rows: Mapping[str, np.ndarray] | None = None) -> None:
+        """Replays the steps that rows missed because no gradient touched them.
+
+        For `exact=True`: before the forward pass, with the rows that it will read and that the next
+        gradient will have; without an argument all rows of all leaves, before evaluation, saving
+        or a change of hyperparameters. After it they have the bits that steps with a gradient of
+        zero would have given them. The cost is that of these steps.
+
+        rows: path of a leaf -> indices, integers in any order. Raises TypeError or ValueError for
+        what is no path or no index, RuntimeError where the optimizer was made without
+        `exact=True`.
+        """
+        if self._ledger is None:
+            raise RuntimeError("catch_up(): make the optimizer with exact=True")
+        self._check_at_home("catch_up")
+        with self._exclusively():
+            self._guard.begin(1.0)
+            self._ledger.catch_up(rows)
+
+    def _check_caught_up(self, what: str) -> None:
+        behind = self._ledger.behind if self._ledger is not None else ()
+        if behind:
+            raise RuntimeError(
+                f"{what}: rows of {', '.join(behind)} have missed steps; call catch_up() first"
+            )
+
     def rebind(self, params: Any) -> None:
         """Takes new arrays in place of the old ones, for trainers that write `W = W - ...`.
 
@@ -538,6 +612,7 @@ class Optimizer:
         anew where the values differ from the old arrays'. Raises TypeError or ValueError where
         something does not fit; the optimizer keeps the old ones then.
         """
+        self._check_owner()
         tree = Tree(params)
         fresh = [leaf.value for leaf in tree.leaves]
         self._tree.flatten(params, "params")
@@ -581,11 +656,15 @@ class Optimizer:
         held = sum(p.nbytes for p in self._parameters)
         states_held = sum(a.nbytes for memory in self._leaves for a in memory.saved.values())
         lines.append(
-            f"{held} bytes of parameters, {states_held} of states, {self._plan.work_bytes} of work"
-            f" space; backend {self._backend.name} ({self._backend.describe()}), step"
-            f" {self.step_count}"
+            f"{held} bytes of parameters, {states_held} of states{self._where()},"
+            f" {self._plan.work_bytes} of work space; backend {self._backend.name}"
+            f" ({self._backend.describe()}), step {self.step_count}"
         )
         return "\n".join(line.rstrip() for line in lines)
+
+    def _where(self) -> str:
+        s = self._scratch
+        return f" in {s.directory} (scratch; a step has {s.window} in memory)" if s else ""
 
     def fingerprint(self) -> str:
         """A digest of parameters, states and counters: equal where all bits are.
@@ -611,23 +690,80 @@ class Optimizer:
     def state_dict(self) -> dict[str, Any]:
         """Counters and copies of the states; the parameters are the caller's to keep.
 
-        {"format": 1, "step": ..., "seed": ..., "leaves": {path: {"rule", "t", "shape", "dtype",
-        "formats", "state"}}}. A quantised state m is there as "m.codes" and "m.scales".
+        {"format": 1, "step": ..., "seed": ..., "leaves": {path: {"rule", "hyperparameters", "t",
+        "shape", "dtype", "order", "formats", "state"}}}. A quantised state m is there as "m.codes"
+        and "m.scales". The hyperparameters are there to be compared, not to be taken over.
         """
-        if self._accumulated:
-            raise RuntimeError("state_dict: accumulated gradients would be lost; call step() first")
+        self._check_settled("state_dict")
         return self._snapshot.take()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], *, strict: bool = True) -> None:
         """Goes on from a `state_dict`, copying its arrays; with equal parameters, bit for bit.
 
-        Put the parameters back first: masters come from the `state_dict`, not from them. Raises
-        ValueError that lists every difference in paths, rules, shapes, dtypes, formats and states;
-        nothing has changed then.
+        Put the parameters back first: masters come from the `state_dict`, not from them. strict:
+        hyperparameters must be equal too (of schedules what they print; any two other callables
+        count as equal). With strict=False this optimizer's own hold from here on, and only those
+        that say what the states hold, such as `amsgrad` or `form`, must be equal.
+
+        Raises ValueError that lists every difference in paths, rules, hyperparameters, shapes,
+        dtypes, memory orders, formats and states, RuntimeError inside of `lookahead` and
+        `averaged`; nothing has changed then. Accumulated gradients are forgotten.
         """
+        self._check_at_home("load_state_dict")
         with deferred():
-            self._seed = self._snapshot.restore(state)
-            self._prepare(self._parameters)
+            self._go_on(self._snapshot.restore(state, strict=strict))
+
+    def save(self, path: str | os.PathLike[str], *, parameters: bool = True) -> None:
+        """Writes states, counters and parameters to one safetensors file: all that a run needs.
+
+        parameters: also the parameters and the arrays of `copy_out`; without them the file is a
+        `state_dict`. The parameter of the leaf `block.0.w` is called `p:block.0.w` there, its state
+        m `m:block.0.w`; arrays in Fortran order lie there transposed. Every bit is kept.
+
+        A file at `path` is replaced at once when the new one is whole and on the disk: a process
+        killed at any moment leaves the old file or the new one. No other copy is made in memory.
+        Raises OSError where the file cannot be written, RuntimeError inside of `lookahead` and
+        `averaged`, and between `accumulate` and `step`.
+        """
+        self._check_settled("save")
+        self._snapshot.save(path, parameters)
+
+    def load(
+        self, path: str | os.PathLike[str], *, parameters: bool = True, strict: bool = True
+    ) -> None:
+        """Goes on from a file of `save`, bit for bit: parameters and states are written in place.
+
+        parameters: with False those of the file are left there; the caller's must be in place.
+        strict: as in `load_state_dict`. The file is mapped, and nothing is allocated by its word.
+
+        Raises OSError where it cannot be read, ValueError where it is not whole, of another version
+        or without parameters, or that lists every difference as `load_state_dict` does,
+        RuntimeError inside of `lookahead` and `averaged`; nothing has changed then. Accumulated
+        gradients are forgotten.
+        """
+        self._check_at_home("load")
+        with deferred():
+            self._go_on(self._snapshot.load(path, strict=strict, parameters=parameters))
+
+    def _go_on(self, seed: int) -> None:
+        """After another state was loaded: what rows had missed, and sums of gradients, are gone."""
+        self._seed, self._ledger = seed, None
+        if self._sums is not None:
+            self._sums.clear()
+        self._prepare(self._parameters)
+
+    def _check_at_home(self, what: str) -> None:
+        """The parameters are themselves, and states are this process's."""
+        self._check_owner()
+        if self._exchanged:
+            raise RuntimeError(f"{what} inside of {self._exchanged}(): leave the context first")
+
+    def _check_settled(self, what: str) -> None:
+        """There is nothing but parameters, states and counters."""
+        self._check_at_home(what)
+        if self._accumulated:
+            raise RuntimeError(f"{what}: accumulated gradients would be lost; call step() first")
+        self._check_caught_up(what)
 
     @property
     def _snapshot(self) -> Snapshot:
@@ -645,6 +781,11 @@ class Optimizer:
         # on sharing them; on its own, an optimizer takes its arrays along.
         if self._exchanged:
             raise RuntimeError(f"an optimizer inside of {self._exchanged}() cannot be copied")
+        if self._scratch:
+            raise TypeError(
+                f"an optimizer with state_path {self._scratch.directory} cannot be copied or"
+                " pickled, since both would use that directory; take its state_dict()"
+            )
         rules = [group.rule for group in self._groups]  # those of a callable may be replaced
         return _rebuild, (self.params, self.rule, self._options, rules, self.state_dict())
 

@@ -28,6 +28,7 @@ class Options(NamedTuple):
     copy_out: Any
     ema: float | None
     stats: bool
+    exact: bool
     seed: int
     backend: str
     threads: int | None
@@ -35,7 +36,7 @@ class Options(NamedTuple):
 
     def checked(self) -> Options:
         """TypeError or ValueError where a value does not fit."""
-        for name in ("skip_nonfinite", "zero_grads", "stats", "verify"):
+        for name in ("skip_nonfinite", "zero_grads", "stats", "exact", "verify"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         if self.clip_norm is not None and self.clip_value is not None:

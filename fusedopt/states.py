@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -12,6 +12,8 @@ from .arrays import memory_order
 from .formats import PLAIN, Format, Values
 
 LINE = 64  # bytes: of a cache line, and of the widest vector
+WINDOW = 32 << 20
+"""Bytes of states in a file that a step has in memory at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,12 +70,14 @@ class Stored:
         """Elements of the array's shape, in memory order."""
         return x.reshape(-1, order=self.order)
 
-    def write(self, encoded: tuple[np.ndarray, Any]) -> None:
-        """Stores what the format made of flat elements."""
-        data, aux = encoded
-        self.data[...] = data.reshape(self.data.shape, order=self.order)
-        if self.aux is not None:
-            self.aux[...] = aux
+    def write(self, encoded: tuple[np.ndarray, Any], rows: np.ndarray | None = None) -> None:
+        """Stores what the format made of flat elements; of these rows alone, if given."""
+        for mine, new in zip(self.arrays, encoded, strict=False):
+            if rows is None:
+                mine[...] = new.reshape(mine.shape, order=self.order)
+            elif rows.size:
+                count = self.shape[0]
+                mine.reshape(count, -1)[rows] = new.reshape(count, -1)[rows]
 
     def fill(self, value: float) -> None:
         """Sets every element."""
@@ -115,33 +119,47 @@ class Quantized(Stored):
 
 @dataclass(frozen=True)
 class Wanted:
-    """An array to be allocated like another, in a format of its own."""
+    """An array to be allocated like another, in a format of its own.
+
+    beside: only what stands beside the elements; these are the other array's own.
+    """
 
     format: Format
     like: np.ndarray
     initial: float = 0.0
+    beside: bool = False
 
     def sizes(self) -> Iterator[int]:
-        """Bytes of its data and of what stands beside it."""
+        """Bytes of its data and of what stands beside it, where they are to be allocated."""
         n = self.like.size
-        yield self.format.data_size(n) * self.format.dtype.itemsize
+        if not self.beside:
+            yield self.format.data_size(n) * self.format.dtype.itemsize
         if self.format.aux_dtype is not None:
             yield self.format.aux_size(n) * self.format.aux_dtype.itemsize
 
 
-def allocate(wanted: Sequence[Wanted]) -> list[Stored]:
+Block = Callable[[int], np.ndarray]
+"""Makes so many bytes of memory, uint8, zero."""
+
+
+def in_memory(size: int) -> np.ndarray:
+    """Pages stay untouched until the first step."""
+    return np.zeros(size, np.uint8)
+
+
+def allocate(wanted: Sequence[Wanted], block: Block = in_memory) -> list[Stored]:
     """New arrays, with the shapes and memory orders of others.
 
     All of them lie in one block, each on a line of its own. With 1000 tensors of 1000 elements a
     step took 250 us on one core, and 310 to 430 with each state an array of its own.
     """
     total = sum(-(-size // LINE) * LINE for w in wanted for size in w.sizes())
-    block = np.zeros(total + LINE, np.uint8)  # pages stay untouched until the first step
-    at = -block.__array_interface__["data"][0] % LINE
+    memory = block(total + LINE if total else 0)
+    at = -memory.__array_interface__["data"][0] % LINE
 
     def take(size: int) -> np.ndarray:
         nonlocal at
-        piece = block[at : at + size]
+        piece = memory[at : at + size]
         at += -(-size // LINE) * LINE
         return piece
 
@@ -149,12 +167,14 @@ def allocate(wanted: Sequence[Wanted]) -> list[Stored]:
 
 
 def _make(w: Wanted, data: np.ndarray, aux: np.ndarray | None = None) -> Stored:
-    order = memory_order(w.like)
+    order, aux_dtype = memory_order(w.like), w.format.aux_dtype or np.dtype(np.uint8)
+    if w.beside:  # the caller's array stays that very object: the core watches it
+        return Stored(w.format, w.like, data.view(aux_dtype), w.like.shape, order)
     if w.format.zero:
         data.fill(w.format.zero)
     data = data.view(w.format.dtype)
     if aux is not None:
-        aux = aux.view(w.format.aux_dtype or np.uint8)
+        aux = aux.view(aux_dtype)
     if w.format.bits >= 16:
         data = data.reshape(w.like.shape, order=order)
     cls = Quantized if w.format.quantized else Stored

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,8 +9,10 @@ import numpy as np
 
 from .arrays import Fit
 from .backends import Layout, Plan
+from .catchup import Ledger
 from .interrupts import deferred
-from .norms import Guard, combined
+from .norms import Guard
+from .rows import Rows, Touched, as_rows, refuses_rows, touched, values_of
 from .trees import Tree
 
 
@@ -26,7 +27,8 @@ class StepInfo(NamedTuple):
     nothing was done, for a NaN or infinity in the gradients of `bad_leaves`, a tuple of paths.
     stats: with `stats=True`, by path of the leaves that took part, a dict of "grad_norm",
     "update_ratio" (the norm of the parameter's change over its own), and what the rule adds
-    ("win_rate" of Sophia: the share of elements that were not clipped); else None.
+    ("win_rate" of Sophia: the share of elements that were not clipped), of `Rows` those that were
+    touched; else None.
     """
 
     step: int
@@ -41,15 +43,20 @@ class StepInfo(NamedTuple):
 class Stepper:
     """Runs an optimizer's plan, and finds the reason where it takes something only after a look.
 
-    fit: of the tree's leaves. zero_grads: as in the layout.
+    fit: of the tree's leaves. ledger: of rows that miss steps, where these are to be replayed.
     """
 
-    def __init__(self, tree: Tree, fit: Fit, layout: Layout, plan: Plan) -> None:
+    def __init__(
+        self, tree: Tree, fit: Fit, layout: Layout, plan: Plan, ledger: Ledger | None = None
+    ) -> None:
         self._tree, self._fit, self._layout, self._plan = tree, fit, layout, plan
         self._rules = [layout.groups[k].rule for k in layout.group_of]
+        self._ledger = ledger
 
     def step(self, grads: Any, hessian: Any) -> int:
         """One step; its number."""
+        if self._ledger is not None:  # which wants to see the leaves
+            return self.explained(grads, hessian)
         number = self._plan.step(grads, hessian, False)
         return self.explained(grads, hessian) if number is None else number
 
@@ -57,51 +64,97 @@ class Stepper:
         """What the plan did not take: refused with the reason, or laid out so that it will be."""
         self._fit.check_unmoved()
         fitted = self._fitted(grads, "grads")
-        estimates = None if hessian is None else self.estimates(hessian)
+        estimates = None if hessian is None else self.estimates(hessian, fitted)
         if not self._layout.zero_grads:
             return self.flat(fitted, estimates)
         return self._zeroing(fitted, estimates, self._tree.flatten(grads, "grads"))
 
-    def estimates(self, hessian: Any) -> list[np.ndarray | None]:
-        """The leaves of a tree of Hessian estimates, checked."""
+    def estimates(self, hessian: Any, grads: Sequence[Any]) -> list[np.ndarray | Touched | None]:
+        """The leaves of a tree of Hessian estimates, checked; grads: those that go with them, which
+        are of the same rows."""
         estimates = self._fitted(hessian, "hessian")
-        for leaf, rule, e in zip(self._tree.leaves, self._rules, estimates, strict=True):
-            if e is not None and not rule.takes_hessian:
+        for k, (leaf, rule, e) in enumerate(
+            zip(self._tree.leaves, self._rules, estimates, strict=True)
+        ):
+            if e is None:
+                continue
+            if not rule.takes_hessian:
                 raise ValueError(
                     f"hessian: {leaf.label} is updated by {type(rule).__name__}, which takes none;"
                     " give None there"
                 )
+            estimates[k] = self._same_rows(k, e, grads)
         return estimates
+
+    def _same_rows(self, k: int, e: Any, grads: Sequence[Any]) -> Any:
+        """A leaf's estimate, with its rows where those of the gradient are."""
+        g = grads[k]
+        if g is None or not (isinstance(g, Touched) or isinstance(e, Touched)):
+            return e
+        if type(g) is not type(e) or not np.array_equal(g.rows, e.rows):
+            raise ValueError(
+                f"{self._labels('hessian')[k]}: expected Rows of the gradient's indices, or both as"
+                " whole arrays"
+            )
+        values = np.zeros(g.values.shape, e.values.dtype)
+        values[g.places] = e.gathered
+        return Touched(g.rows, g.places, values)
+
+    def summed(self, sums: Sequence[Any], hessian: Any) -> int:
+        """A step with accumulated gradients; their number."""
+        fitted = [
+            self.fit_leaf(k, "grads", g) if isinstance(g, Rows) else g for k, g in enumerate(sums)
+        ]
+        return self.flat(fitted, None if hessian is None else self.estimates(hessian, fitted))
 
     def flat(self, grads: Sequence[Any], hessian: Sequence[Any] | None) -> int:
         """A step with leaves that passed all checks."""
+        if self._ledger is not None:
+            self._ledger.check(grads)
+        before = int(self._layout.counters[0])
         number = self._plan.step(grads, hessian, True)
         if number is None:
             raise RuntimeError(
                 "the core refused arrays that passed the checks; if a parameter was resized, call"
                 " rebind(params), otherwise please report this"
             )
+        if self._ledger is not None and number > before:
+            self._ledger.record(grads, hessian)
         return int(number)
 
     def _zeroing(self, fitted: Any, estimates: Any, given: Sequence[Any]) -> int:
-        inputs = list(zip(self._labels("grads"), given, strict=True))
+        inputs = list(zip(self._labels("grads"), map(values_of, given), strict=True))
         if estimates is not None:
-            inputs += zip(self._labels("hessian"), estimates, strict=True)
+            inputs += zip(self._labels("hessian"), map(values_of, estimates), strict=True)
         self._fit.check_exclusive(inputs, len(given))
         before = int(self._layout.counters[0])
         with deferred():
             number = self.flat(fitted, estimates)
             for g in given if number > before else ():
+                # Where a copy was used, that was zeroed.
                 if g is not None:
-                    g[...] = 0  # where a copy was used, that was zeroed
+                    values_of(g)[...] = 0
         return number
 
-    def _fitted(self, tree: Any, what: str) -> list[np.ndarray | None]:
+    def _fitted(self, tree: Any, what: str) -> list[np.ndarray | Touched | None]:
         values = self._tree.flatten(tree, what)
         return [
-            self._fit.gradient(k, label, value)
+            self.fit_leaf(k, label, value)
             for k, (label, value) in enumerate(zip(self._labels(what), values, strict=True))
         ]
+
+    def fit_leaf(self, k: int, label: str, value: Any) -> Any:
+        """The k-th leaf's gradient as the plan takes it; raises where it does not fit."""
+        rows = as_rows(label, value)
+        if rows is None:
+            return self._fit.gradient(k, label, value)
+        memory, rule = self._layout.leaves[k], self._rules[k]
+        taken = touched(label, rows, memory.caller)
+        refusal = refuses_rows(rule, memory)
+        if refusal:
+            raise ValueError(f"{label}: {refusal}; give the whole gradient")
+        self._fit.check_apart(label, taken.values)
+        return taken
 
     def _labels(self, what: str) -> list[str]:
         """How messages call the leaves of another tree."""
@@ -113,10 +166,12 @@ class Report:
 
     def __init__(self, tree: Tree, layout: Layout, guard: Guard) -> None:
         self._paths = [leaf.path for leaf in tree.leaves]
-        self._sizes = [leaf.value.size for leaf in tree.leaves]
         self._layout, self._guard = layout, guard
         programs = [layout.around.program(group.rule) for group in layout.groups]
-        self._sums = [programs[k].sums for k in layout.group_of]
+        # By their sums' names the leaves that have these.
+        self._alike: dict[tuple[str, ...], list[int]] = {}
+        for k, group in enumerate(layout.group_of):
+            self._alike.setdefault(programs[group].sums, []).append(k)
 
     def info(self, number: int, lr: float | dict[str, float]) -> StepInfo:
         """Of the step that was taken last."""
@@ -130,17 +185,21 @@ class Report:
         )
 
     def _stats(self) -> dict[str, dict[str, float]]:
-        found = {}
-        for path, row, names, size in zip(
-            self._paths, self._layout.results, self._sums, self._sizes, strict=True
-        ):
-            sums = dict(zip(names, row[2:].tolist(), strict=False))
+        results = self._layout.results
+        found: dict[str, dict[str, float]] = {}
+        for names, leaves in self._alike.items():
+            rows = results[leaves]
+            sums = dict(zip(names, rows[:, 3:].T, strict=False))
             if "gradient" in sums:
-                row[0] = sums.pop("gradient")
-            if row[1]:
-                norm = combined(row[None, :2]) * self._guard.factor
-                update, weight = math.sqrt(sums.pop("update")), math.sqrt(sums.pop("weight"))
-                shares = {name: value / max(size, 1) for name, value in sums.items()}
-                ratio = update / weight if weight else math.inf if update else 0.0
-                found[path] = {"grad_norm": norm, "update_ratio": ratio, **shares}
+                results[leaves, 0] = rows[:, 0] = sums.pop("gradient")
+            with np.errstate(all="ignore"):
+                norms = np.sqrt(rows[:, 0]) / rows[:, 1] * self._guard.factor
+                update, weight = np.sqrt(sums.pop("update")), np.sqrt(sums.pop("weight"))
+                ratios = np.where(update == 0, 0.0, update / weight)
+                columns = {"grad_norm": norms, "update_ratio": ratios}
+                columns |= {n: total / np.maximum(rows[:, 2], 1.0) for n, total in sums.items()}
+            values = zip(*(column.tolist() for column in columns.values()), strict=True)
+            for k, took_part, row in zip(leaves, rows[:, 1].tolist(), values, strict=True):
+                if took_part:
+                    found[self._paths[k]] = dict(zip(columns, row, strict=True))
         return found

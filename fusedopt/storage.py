@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
@@ -12,7 +12,6 @@ from .around import AVERAGE, NOTHING, Around
 from .formats import (
     BFLOAT16,
     FLOAT16,
-    FLOAT32,
     KAHAN,
     PLAIN,
     QUANTIZED,
@@ -22,7 +21,7 @@ from .formats import (
     Format,
     compute_dtype,
 )
-from .states import Memory, Stored, Wanted, allocate
+from .states import Block, Memory, Stored, Wanted, allocate, in_memory
 
 if TYPE_CHECKING:
     from .rules import Rule
@@ -152,52 +151,54 @@ class Storage:
         parameters: Sequence[np.ndarray],
         copies: Sequence[np.ndarray | None],
         around: Around = NOTHING,
+        block: Block = in_memory,
     ) -> list[Memory]:
         """The memory of each leaf; masters begin as their parameters, and so do averages.
 
         copies: of each leaf the array that gets a copy of the new parameter, or None. around: may
-        add states to the rules'.
+        add states to the rules'. block: where what is new lies.
         """
         wanted: list[Wanted] = []
         for rule, p in zip(rules, parameters, strict=True):
-            if self._separate(p):
-                wanted.append(Wanted(PLAIN["float32"], p))
+            if self._own(p):
+                format = self.parameter(p.dtype)
+                wanted.append(Wanted(format, p, beside=format.aux_dtype is not None))
             wanted += [
                 Wanted(self.state(rule, s, p.dtype, p.size), p, rule.initial(s))
                 for s in around.states(rule)
             ]
-        fresh = iter(allocate(wanted))
+        fresh = iter(allocate(wanted, block))
         memories = []
         for rule, p, copied in zip(rules, parameters, copies, strict=True):
-            master = next(fresh) if self._separate(p) else None
+            own = next(fresh) if self._own(p) else None
             states = {name: next(fresh) for name in around.states(rule)}
-            memory = self._memory(p, master, states, copied)
+            memory = self._memory(p, own, states, copied)
             synchronize(memory)
             if AVERAGE in states:
                 states[AVERAGE].data[...] = memory.parameter.values
             memories.append(memory)
         return memories
 
-    def _separate(self, p: np.ndarray) -> bool:
-        return self.master == "float32" and p.dtype in LOW
+    def _own(self, p: np.ndarray) -> bool:
+        """Whether there is a master of a parameter, or anything beside its elements."""
+        format = self.parameter(p.dtype)
+        return format.dtype != p.dtype or format.aux_dtype is not None
 
     def _memory(
         self,
         p: np.ndarray,
-        master: Stored | None,
+        own: Stored | None,
         states: Mapping[str, Stored],
         copied: np.ndarray | None,
     ) -> Memory:
         mirrors = () if copied is None else (copied,)
-        if master is not None:
-            return Memory(master, states, (p, *mirrors), ("master", master.data))
-        format = self.parameter(p.dtype)
-        stored = Stored.plain(p)
-        if format.aux_dtype is None:
-            return Memory(Stored(format, p, None, p.shape, stored.order), states, mirrors)
-        aux = np.zeros(format.aux_size(p.size), format.aux_dtype)
-        name = "low" if format is SPLIT16 else "compensation"
-        return Memory(Stored(format, p, aux, p.shape, stored.order), states, mirrors, (name, aux))
+        if own is None:
+            stored = replace(Stored.plain(p), format=self.parameter(p.dtype))
+            return Memory(stored, states, mirrors)
+        if own.aux is None:
+            return Memory(own, states, (p, *mirrors), ("master", own.data))
+        name = "low" if own.format is SPLIT16 else "compensation"
+        return Memory(own, states, mirrors, (name, own.aux))
 
 
 def synchronize(memory: Memory) -> None:
@@ -206,7 +207,7 @@ def synchronize(memory: Memory) -> None:
         return
     name, array = memory.extra
     if name == "master":
-        array[...] = memory.caller.astype(FLOAT32)
+        array[...] = memory.caller
     else:
         array[...] = 0
 

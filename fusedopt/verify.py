@@ -14,6 +14,7 @@ from .backends import BACKENDS, Backend, Layout
 from .bounded import Bounded
 from .formats import PLAIN, Values, least_state, subkey
 from .interrupts import deferred
+from .rows import Touched, selected, whole
 from .rules import RULES, Rule
 from .states import Stored
 from .trees import Leaf
@@ -108,11 +109,13 @@ def judge(
     copies: Sequence[np.ndarray] = (),
     factor: float = 1.0,
     around: Around = NOTHING,
+    rows: np.ndarray | None = None,
 ) -> list[Worst]:
     """Compares a step's parameter and states with the reference's.
 
     before: what they held, in the type that is computed in. after: as they are stored. keys: of
     the random bits. copies: other arrays that got the new parameter. factor: on the gradient.
+    rows: what alone may have changed, if given.
     """
     dtype, order = before[0].dtype, after[0].order
     whole = rule.program.phases > 1  # a matrix, which the reference needs in its shape
@@ -120,7 +123,8 @@ def judge(
     def lift(a: np.ndarray) -> Bounded:
         return Bounded.exact(a if whole else a.reshape(-1, order=order), dtype)
 
-    p, *states = (lift(a) for a in before)
+    old = [lift(a) for a in before]
+    p, *states = old
     estimate = None if hessian is None else lift(hessian)
     new, new_states = around.reference(
         rule, p, lift(g), tuple(states), estimate, t=t, lr=lr, factor=factor
@@ -129,7 +133,13 @@ def judge(
         state.stored(least_state(dtype, stored.format.dtype))
         for state, stored in zip(new_states, after[1:], strict=True)
     )
-    expected = (new, *kept)
+    expected = [new, *kept]
+    if rows is not None:
+        untouched = np.ones(after[0].shape, bool)
+        untouched[rows] = False
+        flat = untouched.reshape(-1)
+        expected = [e.where(flat, o) for e, o in zip(expected, old, strict=True)]
+        copies, new = [copy[rows].reshape(-1) for copy in copies], new.pick(~flat)
     names = ("p", *around.states(rule))
     targets = list(zip(names, after, expected, keys or [0] * len(after), strict=True))
     targets += [("copy of p", Stored.plain(copy), new, 0) for copy in copies]
@@ -194,12 +204,12 @@ class VerifiedPlan:
                     " call sync() after writing parameters"
                 )
 
-    def _check_norms(self, grads: Sequence[np.ndarray | None]) -> None:
+    def _check_norms(self, grads: Sequence[Any]) -> None:
         if self._layout.decide is None:
             return
         for k, g in enumerate(grads):
             total, scale = self._layout.results[k, :2]
-            wide = np.zeros(0) if g is None else g.astype(np.float64)
+            wide = np.zeros(0) if g is None else selected(g).astype(np.float64)
             with np.errstate(all="ignore"):
                 found = np.sqrt(total) / scale if scale else 0.0
                 largest = np.max(np.abs(wide), initial=0.0) or 1.0
@@ -211,7 +221,7 @@ class VerifiedPlan:
                     f" {expected!r}"
                 )
 
-    def _check(self, k: int, g: np.ndarray, hessian: np.ndarray | None) -> None:
+    def _check(self, k: int, g: Any, hessian: Any) -> None:
         layout = self._layout
         rule = layout.groups[layout.group_of[k]].rule
         lr, factor = (
@@ -219,10 +229,11 @@ class VerifiedPlan:
         )
         before = [stored.values for stored in layout.leaves[k].operands]
         after, t = self._copies.leaves[k], int(self._copies.counters[k + 1])
+        shape, rows = after.parameter.shape, g.rows if isinstance(g, Touched) else None
         found = judge(
-            rule, before, after.operands, g, hessian,
+            rule, before, after.operands, whole(g, shape), whole(hessian, shape),
             t=t, lr=lr, keys=layout.keys[k], copies=after.mirrors, factor=factor,
-            around=layout.around,
+            around=layout.around, rows=rows,
         )  # fmt: skip
         for worst in found:
             if worst.share > 1.0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -9,6 +10,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import pytest
 
 import fusedopt as fo
 from exactness import Array, elementwise, ordinary
@@ -82,6 +84,15 @@ def held(optimizer: fo.Optimizer, copies: Any = None) -> dict[str, Array]:
     if copies is not None:
         found |= {f"{leaf.path}/copy": leaf.value for leaf in Tree(copies).leaves}
     return {name: a.copy(order="K") for name, a in found.items()}
+
+
+def everything(opt: fo.Optimizer) -> dict[str, Any]:
+    """What an optimizer and its caller hold, copies and counters included."""
+    copies = opt._options.copy_out
+    found = held(opt, copies and {"a": copies["a"]})
+    saved = opt.state_dict()
+    counters = [saved["step"], saved["seed"], *(e["t"] for e in saved["leaves"].values())]
+    return {**found, "counters": np.array(counters)}
 
 
 @dataclass(frozen=True)
@@ -229,3 +240,13 @@ def published_map(codec: str) -> Array:
         "dynamic4": dynamic_map([1, 2, 4], signed=True),
         "dynamic4_unsigned": np.arange(1, 17) / 16,
     }[codec]
+
+
+def refused(act: Callable[[], object], opt: fo.Optimizer, *parts: str) -> None:
+    """A ValueError with these parts in its message, after which nothing has changed."""
+    before = held(opt) | {"t": np.array(opt.step_count)}
+    with pytest.raises(ValueError, match=re.escape(parts[0])) as raised:
+        act()
+    for part in parts:
+        assert part in str(raised.value)
+    assert_same(held(opt) | {"t": np.array(opt.step_count)}, before)

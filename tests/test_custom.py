@@ -13,7 +13,7 @@ import pytest
 
 import fusedopt as fo
 from exactness import assert_same_bits, case, stepped
-from formatted import WAYS, assert_same, on_each_isa, run
+from formatted import WAYS, assert_same, held, on_each_isa, run
 from fusedopt.backends import numba_cpu
 from fusedopt.rules.adam import adam
 from fusedopt.rules.elements import clamp, quotient
@@ -78,6 +78,19 @@ def test_every_format(way: str, backend: str) -> None:
     leaves = {"a": 5003, "b": 4096, "c": 3}
     got = run(OWN, WAYS[way], leaves, backend=backend)
     assert_same(got, run(BUILT_IN, WAYS[way], leaves), way)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("clip", ["clip_norm", "clip_value"])
+def test_all_that_a_step_does_besides(clip: str, backend: str) -> None:
+    p, g = np.ones(5000, np.float32), np.linspace(-1, 1, 5000, dtype=np.float32)
+    found = []
+    for rule, where in ((OWN, backend), (BUILT_IN, "native")):
+        options: dict[str, Any] = {clip: 0.1, "ema": 0.9, "stats": True, "backend": where}
+        optimizer = fo.Optimizer(p.copy(), rule, **options)
+        found.append(([optimizer.step(g) for _ in range(3)], held(optimizer)))
+    assert found[0][0] == found[1][0]
+    assert_same(found[0][1], found[1][1])
 
 
 def test_every_instruction_set_and_threads() -> None:

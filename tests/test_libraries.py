@@ -27,19 +27,6 @@ def rule_of(entry: Entry) -> Any:
     return fo.RULES[entry["rule"]].like(entry["library"], **arguments)
 
 
-def allowed(entry: Entry, step: int, start: problem.Array, want: problem.Array) -> problem.Array:
-    """How far each element may be off after a step.
-
-    In float64 both sides round the parameter once per step, hence the number of steps, and the
-    update is small beside it. Where the library itself computes with less, the entry says what
-    share of the tensor's largest movement that amounts to.
-    """
-    rounding = np.finfo(np.float64).eps * np.maximum(np.abs(start), np.abs(want))
-    loose = entry["tolerance"] or 0.0
-    bound: problem.Array = (4 + step) * rounding + loose * np.abs(want - start).max()
-    return bound
-
-
 @pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize("entry", ENTRIES, ids=identifier)
 def test_trajectory_is_the_librarys(entry: Entry, backend: str) -> None:
@@ -52,7 +39,8 @@ def test_trajectory_is_the_librarys(entry: Entry, backend: str) -> None:
         optimizer.step(problem.gradients(name, step), hessian=hessian)
         for path, recorded in entry["after"].get(str(step), {}).items():
             want, got = np.array(recorded), params[path]
-            share = np.abs(got - want) / allowed(entry, step, start[path], want)
+            bound = problem.allowed(entry["tolerance"], step, start[path], want)
+            share = np.abs(got - want) / bound
             worst = np.unravel_index(np.argmax(share), share.shape)
             assert share[worst] <= 1.0, (
                 f"step {step}, {path}[{', '.join(map(str, worst))}]: {got[worst]!r} where "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -18,6 +18,9 @@ INPUTS = ("g", "hessian")
 
 HEAD = {"rule": 2, "peek": 2, "filter": 1, "sum": 0, "other": 0}
 """How many scalars an operation has before its own, by its loop."""
+
+if TYPE_CHECKING:
+    from ..scratch import Scratch
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,12 @@ class Layout:
     learning rates and then their factors on gradients. counters: int64, the optimizer's step and
     then each leaf's; a plan advances them. keys: of each leaf, for its parameter and states, the
     keys of their random bits. results: float64, a row for each leaf, which a step fills in: the sum
-    of squares of its gradient times scale and that scale (0 where it takes no part), and the sums
-    of its program. around: what is done beside the rules. decide: asked when the first two columns
-    are known whether to go on, and may set the factors; without it they are not computed.
-    zero_grads: gradients are set to zero. threads: at most so many, or None.
+    of squares of its gradient times scale, that scale (0 where it takes no part), the elements that
+    are touched, and the sums of its program. around: what is done beside the rules. decide: asked
+    when the first two columns are known whether to go on, and may set the factors; without it they
+    are not computed. zero_grads: gradients are set to zero. threads: at most so many, or None.
+    scratch: the file that states are in, of which a step is to have a window in memory at a time;
+    None where they are in memory.
     """
 
     tree: Any
@@ -55,11 +60,12 @@ class Layout:
     decide: Callable[[], bool] | None = None
     zero_grads: bool = False
     threads: int | None = None
+    scratch: Scratch | None = None
 
 
 def results_for(programs: Sequence[Program], leaves: int) -> np.ndarray:
     """The array of a `Layout`."""
-    return np.zeros((leaves, 2 + max(len(program.sums) for program in programs)))
+    return np.zeros((leaves, 3 + max(len(program.sums) for program in programs)))
 
 
 def single(rule: Rule, program: Program, t: int, lr: float, arrays: Sequence[Stored]) -> Layout:
@@ -78,9 +84,9 @@ class Plan(Protocol):
     def step(self, grads: Any, hessian: Any, flat: bool) -> int | None:
         """Updates every leaf that has a gradient, and its counter, in place; the step's number.
 
-        flat: grads and hessian are lists of leaves, checked and laid out like their parameters;
-        otherwise trees, and None comes back, with nothing written, where something is to be
-        checked or explained first. Where `decide` says no, the number of the step before.
+        flat: grads and hessian are lists of leaves, checked, and laid out like their parameters or
+        `Touched`; otherwise trees, and None comes back, with nothing written, where something is to
+        be checked or explained first. Where `decide` says no, the number of the step before.
         """
 
 
@@ -117,9 +123,9 @@ class Backend(Protocol):
         or explained first.
         """
 
-    def sums_of_squares(self, arrays: Sequence[np.ndarray]) -> Sequence[tuple[float, float]]:
+    def sums_of_squares(self, arrays: Sequence[Any]) -> Sequence[tuple[float, float]] | None:
         """Of each dense array the sum of the squares of its elements times scale, and that scale, a
-        power of two which keeps the sum in range."""
+        power of two which keeps the sum in range. None where something is to be checked first."""
 
     def shift(self, rule: Any, p: np.ndarray, v: np.ndarray) -> None:
         """Moves a parameter to where a look-ahead rule wants its gradient."""

@@ -124,8 +124,8 @@ class NativeBackend:
         plan = NativePlan(single(rule, rule.program, t, lr, arrays))
         return plan.step(g, None, False) is not None
 
-    def sums_of_squares(self, arrays: Sequence[np.ndarray]) -> Sequence[tuple[float, float]]:
-        found: list[tuple[float, float]] = core.sums_of_squares(list(arrays))
+    def sums_of_squares(self, arrays: Sequence[Any]) -> Sequence[tuple[float, float]] | None:
+        found: list[tuple[float, float]] | None = core.sums_of_squares(list(arrays))
         return found
 
     def shift(self, rule: Nesterov, p: np.ndarray, v: np.ndarray) -> None:
@@ -163,4 +163,5 @@ class NativePlan:
             decide=layout.decide,
             zero_grads=layout.zero_grads,
             threads=layout.threads or 0,
+            scratch=layout.scratch,
         ).step

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from ..formats import PLAIN, TILE, compute_dtype, subkey
+from ..formats import DTYPES, PLAIN, TILE, compute_dtype, subkey
 from ..interrupts import deferred
+from ..rows import Touched, values_of
 from ..rules import Nesterov, Rule
 from ..rules.base import Operation, Program
 from ..rules.elements import ELEMENTS, OF_STATES
@@ -58,8 +59,14 @@ class NumbaBackend:
         with deferred():
             return plan.step([g], [hessian], True) is not None
 
-    def sums_of_squares(self, arrays: Sequence[np.ndarray]) -> Sequence[tuple[float, float]]:
+    def sums_of_squares(self, arrays: Sequence[Any]) -> Sequence[tuple[float, float]] | None:
         from .numba_run import sums_of_dense
+
+        for a in arrays:
+            if type(a) is not np.ndarray or a.dtype not in DTYPES or not a.flags.aligned:
+                return None
+            if not a.flags.forc:
+                return None
 
         return sums_of_dense(arrays)
 
@@ -91,6 +98,13 @@ def tile_function(program: Program, op: Operation, dtype: np.dtype) -> Any:
     states = operands - 2 - (op.loop == "peek")
     written = states if op.written is None else op.written
     return kernels.rule_tile(element, states, written, scalars, program.mode(op), dtype)
+
+
+def selected_size(gradient: Any) -> int:
+    """How many elements of a parameter a step touches."""
+    if isinstance(gradient, Touched):
+        return len(gradient.rows) * int(gradient.values[:1].size)
+    return int(gradient.size)
 
 
 @dataclass(frozen=True)
@@ -151,7 +165,7 @@ class NumbaPlan:
         self._operands = np.concatenate([*rows, np.zeros(0, OPERAND)])
 
     def _row(self, k: int) -> np.ndarray:
-        from ..jit.driver import OPERAND, SCRATCH, SUMS
+        from ..jit.driver import INPUT, OPERAND, SCRATCH, SUMS
 
         memory, dtype = self._layout.leaves[k], self._dtypes[k]
         program = self._programs[self._layout.group_of[k]]
@@ -162,6 +176,7 @@ class NumbaPlan:
         mirrors = sums + len(program.sums)
         row = np.zeros(mirrors + len(memory.mirrors), OPERAND)
         row["source"] = -1
+        row["role"][:PARAMETER] = INPUT
         row["role"][scratch:sums], row["role"][sums:mirrors] = SCRATCH, SUMS
         for place, stored in enumerate(arrays, PARAMETER):
             self._set(row[place], stored, dtype)
@@ -198,6 +213,8 @@ class NumbaPlan:
         layout.results[...] = 0
         if any(program.sums for program in self._programs):
             layout.results[active, 1] = 1
+            for k in active:
+                layout.results[k, 2] = selected_size(grads[k])
         if layout.decide is not None:
             self._measure(active, grads)
             if not layout.decide():
@@ -209,10 +226,10 @@ class NumbaPlan:
         batches = self._matrices.batches
         for batch in sorted({batches[k] for k in active if k in batches}):
             members = [k for k in active if batches.get(k) == batch]
-            self._run(members, 0, scalars)
+            self._run(members, 0, scalars, grads)
             self._matrices.between(batch, members)
-            self._run(members, 1, scalars)
-        self._run([k for k in active if k not in batches], 0, scalars)
+            self._run(members, 1, scalars, grads)
+        self._run([k for k in active if k not in batches], 0, scalars, grads)
         layout.counters[1:][active] += 1
         layout.counters[0] += 1
         return int(layout.counters[0])
@@ -226,7 +243,7 @@ class NumbaPlan:
         for k in active if inputs is not None else ():
             if inputs[k] is not None:
                 row = self._operands[self._starts[k] + slot]
-                take_input(row, inputs[k], self._dtypes[k], zeroed)
+                take_input(row, values_of(inputs[k]), self._dtypes[k], zeroed)
 
     def _measure(self, active: Sequence[int], grads: Any) -> None:
         from .numba_run import sums_of_squares
@@ -259,7 +276,11 @@ class NumbaPlan:
         return self._layout.group_of[k], self._dtypes[k], int(self._layout.counters[k + 1]) + 1
 
     def _run(
-        self, members: Sequence[int], phase: int, scalars: dict[Kind, list[np.ndarray]]
+        self,
+        members: Sequence[int],
+        phase: int,
+        scalars: dict[Kind, list[np.ndarray]],
+        grads: Sequence[Any],
     ) -> None:
         from .numba_run import Table
 
@@ -280,14 +301,15 @@ class NumbaPlan:
                 zeroed = int(self._layout.zero_grads) << GRADIENT
                 used, written = used | copies, written | copies | zeroed
             n = self._layout.leaves[k].parameter.size
-            summed[k] = table.add_leaf(n, first, count, steps, used, written, sums), sums
+            leaf = table.add_leaf(n, first, count, steps, used, written, sums, grads[k])
+            summed[k] = leaf, sums
         total = table.run(self._layout.threads)
         for k, (leaf, sums) in summed.items():
             program = self._programs[self._layout.group_of[k]]
             at = PARAMETER + len(program.arrays) + len(program.scratch)
             for j in range(len(program.sums)):
                 if sums >> (at + j) & 1:
-                    self._layout.results[k, 2 + j] = total(leaf, at + j)
+                    self._layout.results[k, 3 + j] = total(leaf, at + j)
 
     def _steps(
         self, table: Any, kind: Kind, phase: int, refreshed: bool, scalars: Sequence[np.ndarray]

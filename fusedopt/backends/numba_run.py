@@ -9,7 +9,8 @@ import numpy as np
 
 from ..formats import FLOAT64, PLAIN, compute_dtype
 from ..jit import kernels
-from ..jit.driver import LEAF, MAX_OPERANDS, OPERAND, STEP, SUMS, run_part
+from ..jit.driver import INPUT, LEAF, MAX_OPERANDS, OPERAND, STEP, SUMS, run_part
+from ..rows import Touched, values_of
 from ..rules.elements import ELEMENTS
 from ..threads import in_use
 from .pool import parallel_for
@@ -36,6 +37,8 @@ class Table:
         self._leaves: list[Any] = []
         self._steps: list[Any] = []
         self._elements = self._partials = 0
+        self._rows: list[np.ndarray] = []
+        self._row_count = 0
         self._places: dict[tuple[int, int], tuple[int, int]] = {}
 
     def add_step(self, run: int, scalars: np.ndarray, slots: Sequence[int]) -> int:
@@ -53,15 +56,25 @@ class Table:
         used: int,
         written: int,
         summed: int,
+        gradient: Any,
     ) -> int:
         """The number of a new leaf. first, count: of its operands. steps: the first, and how many.
-        used, written, summed: operands, as bits."""
-        number = len(self._leaves)
-        self._leaves.append((self._elements, elements, first, count, *steps, used, written, summed))
+        used, written, summed: operands, as bits. gradient: says which rows are touched."""
+        number, whole = len(self._leaves), elements
+        row, length = self._row_count, 0
+        if isinstance(gradient, Touched):
+            rows = np.stack((gradient.rows, gradient.places), axis=1)
+            length = gradient.values[:1].size
+            elements = len(rows) * length
+            self._rows.append(rows)
+            self._row_count += len(rows)
+        self._leaves.append(
+            (self._elements, elements, first, count, *steps, used, written, summed, row, length)
+        )
         self._elements += elements
         for k in range(count):
             if summed >> k & 1:
-                size = -(-elements // kernels.SEGMENT)
+                size = -(-whole // kernels.SEGMENT)
                 self._operands[first + k]["data"] = self._partials
                 self._places[number, k] = self._partials, size
                 self._partials += size
@@ -79,11 +92,12 @@ class Table:
             if threads > 1 and self._elements >= SERIAL:
                 parts = min(self._elements // SMALLEST_PART, threads * PARTS_PER_THREAD)
             parts = max(1, parts)
+            rows = np.concatenate([np.zeros((0, 2), np.int64), *self._rows])
             compiled = run_part()
             parallel_for(
                 parts,
                 threads,
-                lambda part: compiled(leaves, self._operands, steps, partials, part, parts),
+                lambda part: compiled(leaves, self._operands, steps, rows, partials, part, parts),
             )
 
         def total(leaf: int, operand: int) -> float:
@@ -95,9 +109,10 @@ class Table:
 
 
 def sums_of_squares(
-    arrays: Sequence[np.ndarray], dtypes: Sequence[np.dtype], threads: int | None
+    arrays: Sequence[Any], dtypes: Sequence[np.dtype], threads: int | None
 ) -> list[tuple[float, float]]:
-    """Of each array (sum, scale), as `Backend` has it; dtypes: the types to compute them in."""
+    """Of each gradient, an array or `Touched`, (sum, scale), as `Backend` has it; dtypes: the types
+    to compute them in."""
     found = _squares(arrays, dtypes, [1.0] * len(arrays), threads)
     # Once more for float64 arrays whose squares left the range: see csrc/norms.hpp.
     lost = [
@@ -113,23 +128,30 @@ def sums_of_squares(
 
 
 def _squares(
-    arrays: Sequence[np.ndarray],
+    arrays: Sequence[Any],
     dtypes: Sequence[np.dtype],
     scales: Sequence[float],
     threads: int | None,
 ) -> list[tuple[float, float]]:
     operands = np.zeros(2 * len(arrays), OPERAND)
     operands["source"] = -1
-    operands[::2]["role"] = SUMS
+    operands["role"][::2], operands["role"][1::2] = SUMS, INPUT
     table = Table(operands)
     constants = [np.array([s], dtype) for s, dtype in zip(scales, dtypes, strict=True)]
     for k, (a, dtype) in enumerate(zip(arrays, dtypes, strict=True)):
-        take_input(operands[2 * k + 1], a, dtype)
+        take_input(operands[2 * k + 1], values_of(a), dtype)
         run = kernels.sum_tile(ELEMENTS["squares"], 2, 1, dtype).address
         step = table.add_step(run, constants[k], (0, 1))
-        table.add_leaf(a.size, 2 * k, 2, (step, 1), 3, 0, 1)
+        table.add_leaf(elements_of(a), 2 * k, 2, (step, 1), 3, 0, 1, a)
     total = table.run(threads)
     return [(total(k, 0), scale) for k, scale in enumerate(scales)]
+
+
+def elements_of(a: Any) -> int:
+    """Of the rows up to the last that a gradient touches, or of all."""
+    if not isinstance(a, Touched):
+        return int(a.size)
+    return int(a.rows[-1] + 1) * a.values[:1].size if len(a.rows) else 0
 
 
 def take_input(row: Any, a: np.ndarray, dtype: np.dtype, zeroed: bool = False) -> None:

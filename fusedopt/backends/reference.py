@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from ..around import NOTHING, Around
-from ..formats import compute_dtype, least_state, subkey
+from ..formats import DTYPES, compute_dtype, least_state, subkey
 from ..interrupts import deferred
+from ..rows import Touched, selected, values_of, whole
 from ..rules import Rule
 from ..states import Memory, Stored
 from .base import Layout, Plan
@@ -90,7 +91,9 @@ class ReferenceBackend:
                 stored.write(encoded)
         return True
 
-    def sums_of_squares(self, arrays: Sequence[np.ndarray]) -> Sequence[tuple[float, float]]:
+    def sums_of_squares(self, arrays: Sequence[Any]) -> Sequence[tuple[float, float]] | None:
+        if not all(isinstance(a, np.ndarray) and a.dtype in DTYPES for a in arrays):
+            return None
         return [sum_of_squares(a) for a in arrays]
 
     def shift(self, rule: Any, p: np.ndarray, v: np.ndarray) -> None:
@@ -113,17 +116,17 @@ class ReferencePlan:
         active = [k for k, g in enumerate(grads) if g is not None]
         if layout.decide is not None:
             for k in active:
-                layout.results[k, :2] = sum_of_squares(grads[k])
+                layout.results[k, :2] = sum_of_squares(selected(grads[k]))
             if not layout.decide():
                 return int(layout.counters[0])
         new = {}
         for k in active:
-            group = layout.group_of[k]
+            group, shape = layout.group_of[k], layout.leaves[k].parameter.shape
             new[k] = reference_step(
                 layout.groups[group].rule,
                 layout.leaves[k],
-                grads[k],
-                hessian[k] if hessian is not None else None,
+                whole(grads[k], shape),
+                whole(hessian[k], shape) if hessian is not None else None,
                 layout.keys[k],
                 t=int(layout.counters[k + 1]) + 1,
                 lr=float(layout.rates[group]),
@@ -133,30 +136,33 @@ class ReferencePlan:
         for k in active:
             self._sum(k, grads[k], new[k][0])
         for k in active:
+            rows = grads[k].rows if isinstance(grads[k], Touched) else None
             for stored, encoded in new[k][1]:
-                stored.write(encoded)
+                stored.write(encoded, rows)
             if layout.zero_grads:
-                grads[k][...] = 0
+                values_of(grads[k])[...] = 0
             layout.counters[k + 1] += 1
         layout.counters[0] += 1
         return int(layout.counters[0])
 
-    def _sum(self, k: int, g: np.ndarray, new: Sequence[np.ndarray]) -> None:
+    def _sum(self, k: int, g: Any, new: Sequence[np.ndarray]) -> None:
         """Fills in the sums of a leaf's program."""
         layout, memory = self._layout, self._layout.leaves[k]
         if not layout.around.stats:
             return
+        rows = g.rows if isinstance(g, Touched) else ...
         rule = layout.groups[layout.group_of[k]].rule
-        p, *before = (stored.values.astype(np.float64) for stored in memory.operands)
-        after = [a.astype(np.float64) for a in new]
+        p, *before = (stored.values.astype(np.float64)[rows] for stored in memory.operands)
+        after = [a.astype(np.float64)[rows] for a in new]
         t = int(layout.counters[k + 1]) + 1
         with np.errstate(all="ignore"):
             found = {
-                "gradient": np.sum(g.astype(np.float64) ** 2),
+                "gradient": np.sum(selected(g).astype(np.float64) ** 2),
                 "update": np.sum((after[0] - p) ** 2),
                 "weight": np.sum(p**2),
                 **rule.textbook_sums(before, after[1:], t=t),
             }
         sums = layout.around.program(rule).sums
-        layout.results[k, 2 : 2 + len(sums)] = [found[name] for name in sums]
         layout.results[k, 1] = layout.results[k, 1] or 1.0
+        layout.results[k, 2] = p.size
+        layout.results[k, 3 : 3 + len(sums)] = [found[name] for name in sums]

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import CellType, CodeType, FunctionType
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 from numba import types
 from numba.core.errors import NumbaError
 
-from ..rules.inspection import used_globals
+from ..rules.inspection import codes, used_globals
 
 POINTER = types.voidptr
 TILE_FUNCTION = types.void(types.CPointer(POINTER), POINTER, types.intp)
@@ -60,15 +60,16 @@ def with_compiled_callees(function: FunctionType, compiled: Callable[..., Any]) 
 
 def _described(value: Any) -> Iterator[str]:
     """Everything that decides what a value of a function's surroundings compiles to."""
+    value = getattr(value, "py_func", value)
     if isinstance(value, np.ndarray):
         yield f"{value.dtype} {value.shape} {value.tobytes().hex()}"
         return
     if not isinstance(value, FunctionType):
         yield repr(value)
         return
-    code = value.__code__
-    yield f"{value.__name__} {code.co_code.hex()} {code.co_names} {code.co_varnames}"
-    yield from (repr(c) for c in code.co_consts if not isinstance(c, CodeType))
+    for code in codes(value.__code__):
+        yield f"{code.co_name} {code.co_code.hex()} {code.co_names} {code.co_varnames}"
+        yield from (repr(c) for c in code.co_consts if not isinstance(c, CodeType))
     for name, used in used_globals(value):
         yield f"{name} ="
         yield from _described(used)
@@ -82,26 +83,28 @@ def entry(signature: Any, source: str, namespace: Mapping[str, Any]) -> Any:
     namespace: constants, and plain functions, which are compiled too. The machine code is kept in
     a cache directory, where one can be written to.
     """
-    described = [source, sys.version, *(f"{k} = {d}" for k, v in namespace.items()
-                                        for d in _described(v))]  # fmt: skip
-    digest = hashlib.sha256("\n".join(described).encode()).hexdigest()[:24]
-    path = _written(digest, source)
+    path = _written(source, [d for v in (source, *namespace, *namespace.values())
+                             for d in _described(v)])  # fmt: skip
     globals_ = {
         "__name__": __name__,  # by which Numba finds a module again for what it kept
         "carray": numba.carray,
         **{k: device(v) if isinstance(v, FunctionType) else v for k, v in namespace.items()},
     }
-    exec(compile(source, str(path or f"<fusedopt {digest}>"), "exec"), globals_)
+    exec(compile(source, str(path or "<fusedopt>"), "exec"), globals_)
     function = globals_["entry"]
     decorate = functools.partial(numba.cfunc, signature, error_model="numpy")
     return _kept(decorate, function) if path is not None else decorate()(function)
 
 
 def kept(signatures: Any, function: Any) -> Any:
-    """A function of a module, compiled, for calls from Python."""
-    return _kept(
-        functools.partial(numba.njit, signatures, error_model="numpy", nogil=True), function
-    )
+    """A function of a module, compiled for calls from Python, and kept likewise."""
+    decorate = functools.partial(numba.njit, signatures, error_model="numpy", nogil=True)
+    path = _written(f"# stands for {function.__name__}\n", _described(function))
+    if path is None:
+        return decorate()(function)
+    # Numba looks at the file that a function is from, but not at those of what it uses.
+    code = function.__code__.replace(co_filename=str(path))
+    return _kept(decorate, FunctionType(code, function.__globals__, function.__name__))
 
 
 def _kept(decorate: Any, function: Any) -> Any:
@@ -113,16 +116,18 @@ def _kept(decorate: Any, function: Any) -> Any:
         return decorate()(function)
 
 
-def _written(digest: str, source: str) -> Path | None:
-    """A file of this source under a name of its own, beside which Numba keeps its machine code."""
-    path = cache_directory() / f"{digest}.py"
+def _written(source: str, described: Iterable[str]) -> Path | None:
+    """A file of this source, under a name that depends on the description too, beside which Numba
+    keeps its machine code; None where nothing can be written."""
+    digest = hashlib.sha256("\n".join((sys.version, *described)).encode()).hexdigest()[:24]
     try:
+        path = cache_directory() / f"{digest}.py"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_suffix(f".{os.getpid()}")
             part.write_text(source)
             part.replace(path)
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: there is no home directory
         return None
     return path
 

@@ -32,16 +32,17 @@ _ARRAYS: dict[Any, Any] = {
 
 def used_globals(function: FunctionType) -> Iterator[tuple[str, Any]]:
     """What a function uses of its module, nested functions included."""
-    names = dict.fromkeys(name for code in _codes(function.__code__) for name in code.co_names)
+    names = dict.fromkeys(name for code in codes(function.__code__) for name in code.co_names)
     known = function.__globals__
     return ((name, known[name]) for name in sorted(names) if name in known)
 
 
-def _codes(code: CodeType) -> Iterator[CodeType]:
+def codes(code: CodeType) -> Iterator[CodeType]:
+    """Of a function, and of those within it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _codes(constant)
+            yield from codes(constant)
 
 
 def on_arrays(function: Any) -> Any:
@@ -62,10 +63,10 @@ def on_arrays(function: Any) -> Any:
 
 def inexact(function: Any) -> Iterator[str]:
     """What a function calls that is outside of the contract on bits."""
-    for code in _codes(function.__code__):
+    for code in codes(function.__code__):
         if any(i.argrepr in ("**", "**=") for i in dis.get_instructions(code)):
             yield "**"
-    names = [name for code in _codes(function.__code__) for name in code.co_names]
+    names = [name for code in codes(function.__code__) for name in code.co_names]
     if "pow" in names:
         yield "pow"
     for _, value in used_globals(function):

@@ -59,6 +59,18 @@ def learning_rate(lr: float, step: int) -> float:
     return lr * (2.0 if step % 5 == 0 else 1.0) / (1.0 + step / 12.0)
 
 
+def allowed(tolerance: float | None, step: int, start: Array, want: Array) -> Array:
+    """How far each element may be off after a step.
+
+    In float64 both sides round the parameter once per step, hence the number of steps, and the
+    update is small beside it. Where the library itself computes with less, ``tolerance`` says what
+    share of the tensor's largest movement that amounts to.
+    """
+    rounding = np.finfo(np.float64).eps * np.maximum(np.abs(start), np.abs(want))
+    bound: Array = (4 + step) * rounding + (tolerance or 0.0) * np.abs(want - start).max()
+    return bound
+
+
 def _waves(shape: tuple[int, ...], frequency: float, phase: float) -> Array:
     index = np.arange(np.prod(shape)).reshape(shape)
     waves: Array = np.round(np.sin(frequency * (index + shape[-1]) + phase), 4)

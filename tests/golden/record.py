@@ -42,8 +42,8 @@ def torch_step(case: Case, start: problem.Tree) -> Step:
     return step
 
 
-def optax_step(case: Case, start: problem.Tree) -> Step:
-    """A step of an optimizer of ``optax`` or ``optax.contrib`` on float64 arrays."""
+def optax_transformation(case: Case) -> Any:
+    """The transformation of ``optax`` or ``optax.contrib``, for float64 arrays."""
     jax = importlib.import_module("jax")
     optax = importlib.import_module("optax")
     contrib = importlib.import_module("optax.contrib")
@@ -61,9 +61,16 @@ def optax_step(case: Case, start: problem.Tree) -> Step:
     if case.rule == "muon":
         # Matrices are (output, input) here, as they are in PyTorch; optax takes the reverse.
         axes = contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=0)
-        arguments["muon_weight_dimension_numbers"] = dict.fromkeys(start, axes)
+        arguments["muon_weight_dimension_numbers"] = dict.fromkeys(problem.MATRICES, axes)
     make = getattr(optax, case.function, None) or getattr(contrib, case.function)
-    optimizer = make(**arguments)
+    return make(**arguments)
+
+
+def optax_step(case: Case, start: problem.Tree) -> Step:
+    """A step of such a transformation."""
+    optimizer = optax_transformation(case)
+    jax = importlib.import_module("jax")
+    optax = importlib.import_module("optax")
     params = {name: jax.numpy.array(p) for name, p in start.items()}
     state = optimizer.init(params)
 

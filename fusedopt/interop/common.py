@@ -1,0 +1,155 @@
+"""What every exchange of states needs: arrays, rules that mean the same, states put in place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..around import AVERAGE
+from ..formats import compute_dtype, least_state
+from ..rules import Muon, Rule
+from ..states import Memory, Stored
+from ..storage import synchronize
+
+if TYPE_CHECKING:
+    from ..optimizer import Optimizer
+
+RATE_TOLERANCE = 1e-6
+"""Relative; a library may have computed a schedule's rate in float32."""
+
+
+def as_array(value: Any) -> np.ndarray:
+    """Anything array-like; of a torch tensor its memory, or of bfloat16 the same in float32."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = (value.float() if "bfloat16" in str(value.dtype) else value).numpy()
+    return np.asarray(value)
+
+
+def number(value: Any) -> Any:
+    """A hyperparameter as a rule takes it: numbers out of tensors, tuples of them."""
+    if isinstance(value, (tuple, list)):
+        return tuple(map(number, value))
+    return as_array(value).item() if hasattr(value, "dtype") else value
+
+
+@dataclass
+class Arrival:
+    """What came for one leaf: its own step count, and its states by name."""
+
+    t: int = 0
+    states: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A state that came as it is to be stored."""
+
+    data: np.ndarray
+    aux: np.ndarray
+
+
+def refuse(what: str, problems: Sequence[str]) -> None:
+    """ValueError where there are problems."""
+    if problems:
+        raise ValueError(f"{what} does not fit: " + "; ".join(dict.fromkeys(problems)))
+
+
+def take_over(opt: Optimizer, step: int, arrivals: Mapping[str, Arrival]) -> None:
+    """Stores states, each as the optimizer stores it, and counters.
+
+    Masters and averages begin anew, as the parameters are.
+
+    Raises ValueError, which lists every misfit, before anything is written.
+    """
+    snapshot = opt._snapshot
+    saved = snapshot.take()
+    saved["step"] = step
+    problems = []
+    for path, rule, memory in zip(snapshot.paths, snapshot.rules, snapshot.memories, strict=True):
+        arrival, entry = arrivals[path], saved["leaves"][path]
+        if set(arrival.states) != set(rule.states):
+            problems.append(
+                f"{path}: states {list(rule.states)} here, {list(arrival.states)} there"
+            )
+            continue
+        for name, value in arrival.states.items():
+            if not isinstance(value, Encoded) and value.shape != memory.caller.shape:
+                problems.append(
+                    f"{path}: {name} has shape {memory.caller.shape} here, {value.shape} there"
+                )
+        if not problems:
+            entry["t"] = arrival.t
+            entry["state"] = _stored(memory, arrival.states).saved
+    refuse("the state", problems)
+    opt.load_state_dict(saved)
+
+
+def _stored(memory: Memory, states: Mapping[str, Any]) -> Memory:
+    """The leaf's memory with these states, in arrays of their own."""
+    extra = memory.extra and (memory.extra[0], memory.extra[1].copy(order="A"))
+    fresh = {name: _encoded(memory, memory.states[name].copy(), a) for name, a in states.items()}
+    if AVERAGE in memory.states:
+        fresh[AVERAGE] = _encoded(memory, memory.states[AVERAGE].copy(), memory.caller)
+    trial = replace(memory, states=fresh, extra=extra)
+    synchronize(trial)
+    return trial
+
+
+def _encoded(memory: Memory, state: Stored, value: Any) -> Stored:
+    if isinstance(value, Encoded):
+        state.write((value.data, value.aux))
+        return state
+    x = value.astype(compute_dtype(memory.caller.dtype))
+    # As the step itself stores it.
+    x[np.abs(x) < least_state(x.dtype, state.format.dtype)] = 0
+    state.write(state.format.encode(state.flat(x)))
+    return state
+
+
+def departures(opt: Optimizer) -> Iterator[tuple[str, Rule, Arrival]]:
+    """Of each leaf its path, its rule, and copies of its states in the type of its arithmetic."""
+    snapshot = opt._snapshot
+    for k, (path, rule) in enumerate(zip(snapshot.paths, snapshot.rules, strict=True)):
+        memory = snapshot.memories[k]
+        states = {name: memory.states[name].values for name in rule.states}
+        yield path, rule, Arrival(int(snapshot.counters[k + 1]), states)
+
+
+def initial_states(opt: Optimizer, k: int) -> dict[str, np.ndarray]:
+    """Those of a leaf that has seen no step."""
+    snapshot = opt._snapshot
+    rule, p = snapshot.rules[k], snapshot.parameters[k]
+    dtype = compute_dtype(p.dtype)
+    return {name: np.full(p.shape, rule.initial(name), dtype) for name in rule.states}
+
+
+def meaning(rule: Rule, step: int) -> dict[str, Any]:
+    """What a rule does from a step on, under names that two ways to write it share."""
+    found = {each.name: getattr(rule, each.name) for each in fields(rule)}
+    found["lr"] = rule.lr_at(step)
+    found["rule"] = {"adamw": "adam"}.get(rule.name, rule.name)
+    if not rule.weight_decay:
+        found["decay"] = "none"
+    elif rule.decay == "decoupled_first":  # differs in rounding alone
+        found["decay"] = "decoupled"
+    if isinstance(rule, Muon):
+        del found["gram"], found["ns_steps"]  # the same values another way; the rows count them
+        found["ns_coefficients"] = rule.iteration.coefficients.rows
+        found["prescale"] = rule.iteration.coefficients.prescale
+    return found
+
+
+def differences(here: Rule, there: Rule, step: int, strict: bool = True) -> Iterator[str]:
+    """How a rule differs from another from a step on; unless `strict`, in what the states are."""
+    own, other = meaning(here, step), meaning(there, step)
+    names: Sequence[str] = ("rule",) if own["rule"] != other["rule"] else tuple(own)
+    for name in names:
+        a, b = own[name], other[name]
+        same = math.isclose(a, b, rel_tol=RATE_TOLERANCE) if name == "lr" else a == b
+        if not same and (strict or name in ("rule", *here.settled)):
+            yield f"{name} {a!r} here, {b!r} there"

@@ -1,0 +1,235 @@
+"""The states of optax: the pytrees of `init` and `update`, in NumPy or JAX arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from ..rules import Rule
+from .common import Arrival, as_array, departures, refuse, take_over
+
+if TYPE_CHECKING:
+    from ..optimizer import Optimizer
+
+
+class Part(NamedTuple):
+    """A state of optax: the rules here that have it, its trees, and what they are called here."""
+
+    rules: tuple[str, ...]
+    trees: dict[str, str]
+
+
+_ADAM, _RMS = ("adam", "adamw"), ("rmsprop",)
+_STDDEV = Part(_RMS, {"mu": "a", "nu": "v"})
+PARTS = {
+    "ScaleByAdamState": Part(_ADAM, {"mu": "m", "nu": "v"}),
+    "ScaleByAmsgradState": Part(_ADAM, {"mu": "m", "nu": "v", "nu_max": "x"}),
+    "ScaleByLionState": Part(("lion",), {"mu": "m"}),
+    "ScaleByRssState": Part(("adagrad",), {"sum_of_squares": "G"}),
+    "ScaleByRmsState": Part(_RMS, {"nu": "v"}),
+    "ScaleByRmsWithCountState": Part(_RMS, {"nu": "v"}),
+    "ScaleByRStdDevState": _STDDEV,
+    "ScaleByRStdDevWithCountState": _STDDEV,
+    "SophiaState": Part(("sophia",), {"mu": "m", "nu": "h"}),
+    "MuonState": Part(("muon",), {"mu": "m"}),
+    "TraceState": Part(("momentum", "nesterov", "rmsprop"), {"trace": "v"}),
+    "ScaleByScheduleState": Part((), {}),
+    "EmptyState": Part((), {}),
+}
+_NOTHING = Part((), {})
+# Those that hold others. Hyperparameters in them are the caller's.
+HOLDERS = {
+    "MaskedState": "inner_state",
+    "PartitionState": "inner_states",
+    "InjectHyperparamsState": "inner_state",
+    "InjectStatefulHyperparamsState": "inner_state",
+}
+FREE = ("lr", "weight_decay", "decay", "maximize", "norm", "gram", "split")
+"""What a chain may have in any form, and how Muon gets at its matrices."""
+
+
+def from_optax(opt: Optimizer, state: Any, *, step: int | None = None) -> None:
+    """Goes on from an optax state: of `optax.adamw` and its like, or a chain of their parts.
+
+    state: what `init` or `update` returned, over parameters nested as here. Known are the states
+    of scale_by_adam, _amsgrad, _lion, _rss, _rms, _stddev, _muon, of trace and schedules, Sophia,
+    and inside of masks, partitions (`optax.contrib.muon`) and inject_hyperparams. step: how many
+    steps were taken; to be given where no part of the state counts them. optax keeps no
+    hyperparameters in a state, so that only their form is checked: `Rule.like("optax", ...)` with
+    those of the chain. What `inject_hyperparams` holds is not read.
+
+    Raises ValueError that lists everything that does not fit; nothing has changed then.
+    """
+    snapshot = opt._snapshot
+    problems = list(_unlike(opt))
+    arrivals = {path: Arrival() for path in snapshot.paths}
+    rules = dict(zip(snapshot.paths, snapshot.rules, strict=True))
+    counts: list[int] = []
+    own_counts: dict[str, int] = {}
+
+    def take(node: Any) -> Any:
+        kind = type(node).__name__
+        count = int(as_array(node.count)) if "count" in node._fields else None
+        counts.extend([] if count is None else [count])
+        for theirs, ours in PARTS.get(kind, _NOTHING).trees.items():
+            tree = opt._tree.flatten(_unmasked(getattr(node, theirs)), f"{kind}.{theirs}")
+            for path, value in zip(snapshot.paths, tree, strict=True):
+                if value is None:
+                    continue
+                name, sign = _own(rules[path], ours, kind)
+                if name in arrivals[path].states:
+                    problems.append(f"{path}: {name} is there twice")
+                arrivals[path].states[name] = sign * as_array(value)
+                problems.extend(f"{path}: {reason}" for reason in _unfit(rules[path], kind))
+                if count is not None:
+                    own_counts[path] = count
+        return node
+
+    _walked(state, take)
+    if step is None:
+        if not counts:
+            raise ValueError("step: no part of this state counts the steps; give their number")
+        step = max(counts)
+    if max(counts, default=0) > step:
+        problems.append(f"step: {step} given, {max(counts)} there")
+    refuse("the state of optax", problems)
+    for path, arrival in arrivals.items():
+        arrival.t = own_counts.get(path, step)
+    take_over(opt, step, arrivals)
+
+
+def to_optax(opt: Optimizer, template: Any) -> Any:
+    """An optax state that goes on from here: the template with these states and counts.
+
+    template: what `init` of the optax transformation returned for the parameters, or any state of
+    it; it is left alone. The result is nested alike, with NumPy arrays of the template's dtypes in
+    the place of states and counts; anything else, such as Sophia's key or injected
+    hyperparameters, is the template's. The transformation must have this optimizer's
+    hyperparameters.
+
+    Raises ValueError that lists what does not fit: a rule in another form than optax's, a part of
+    the template without an equal here, or leaves of which some saw fewer steps than others.
+    """
+    problems = list(_unlike(opt))
+    leaves = {path: (rule, leaf) for path, rule, leaf in departures(opt)}
+    given: dict[str, set[str]] = {path: set() for path in leaves}
+
+    def put(node: Any) -> Any:
+        kind = type(node).__name__
+        changed: dict[str, Any] = {}
+        seen: set[int] = set()
+        for theirs, ours in PARTS.get(kind, _NOTHING).trees.items():
+            old = getattr(node, theirs)
+            new: list[Any] = []
+            tree = opt._tree.flatten(_unmasked(old), f"{kind}.{theirs}")
+            for (path, (rule, leaf)), value in zip(leaves.items(), tree, strict=True):
+                name, sign = _own(rule, ours, kind)
+                if value is None:
+                    new.append(None)
+                    continue
+                if name not in leaf.states or np.shape(value) != leaf.states[name].shape:
+                    problems.append(f"{path}: has no {name} for {kind}.{theirs} of this shape")
+                    new.append(value)
+                    continue
+                problems.extend(f"{path}: {reason}" for reason in _unfit(rule, kind))
+                new.append((sign * leaf.states[name]).astype(as_array(value).dtype))
+                given[path].add(name)
+                seen.add(leaf.t)
+            changed[theirs] = _filled(opt.params, old, iter(new))
+        if "count" in node._fields:
+            if len(seen) > 1:
+                problems.append(f"{kind} has one count, and leaves here saw {sorted(seen)} steps")
+            count = min(seen, default=opt.step_count)
+            changed["count"] = np.asarray(count, as_array(node.count).dtype)
+        return node._replace(**changed)
+
+    made = _walked(template, put)
+    for path, (_, leaf) in leaves.items():
+        if given[path] != set(leaf.states):
+            problems.append(f"{path}: states {list(leaf.states)} here, {sorted(given[path])} there")
+    refuse("the template of optax", problems)
+    return made
+
+
+def _walked(node: Any, act: Callable[[Any], Any]) -> Any:
+    """The state rebuilt with what `act` makes of each of its parts."""
+    kind = type(node).__name__
+    if kind in HOLDERS:
+        inner = HOLDERS[kind]
+        held = node._replace(**{inner: _walked(getattr(node, inner), act)})
+        return act(held) if "count" in node._fields else held
+    if isinstance(node, dict):
+        return {key: _walked(each, act) for key, each in node.items()}
+    if hasattr(node, "_fields"):
+        if kind not in PARTS:
+            raise ValueError(f"optax: {kind} has no equal here; known are {', '.join(PARTS)}")
+        return act(node)
+    if isinstance(node, (tuple, list)):
+        return type(node)(_walked(each, act) for each in node)
+    raise ValueError(f"optax: expected the state of a transformation, got a {kind}")
+
+
+def _own(rule: Rule, name: str, kind: str) -> tuple[str, int]:
+    """What a state is called here, and the factor on it: optax's RMSProp traces -lr u."""
+    return ("b", -1) if kind == "TraceState" and rule.name == "rmsprop" else (name, 1)
+
+
+def _unlike(opt: Optimizer) -> Iterator[str]:
+    """Where rules do what optax cannot."""
+    for group in opt._groups:
+        rule = group.rule
+        if "optax" not in rule.conventions:
+            yield f"{group.label!r}: optax has no {type(rule).__name__}"
+            continue
+        convention = rule.conventions["optax"]
+        for each in fields(rule):
+            value = getattr(rule, each.name)
+            spelled = convention.spelled.get(each.name)
+            if each.name == "lr_in_buffer" and not getattr(rule, "momentum", 0):
+                continue  # there is no buffer
+            if spelled is not None:
+                accepted = list(dict.fromkeys(spelled.values()))
+            elif each.name in convention.free or each.name in FREE:
+                continue
+            else:
+                accepted = [convention.fixed.get(each.name, each.default)]
+            if value not in accepted:
+                shown = " or ".join(map(repr, accepted))
+                yield f"{group.label!r}: {each.name} {value!r} here, {shown} in optax"
+
+
+def _unfit(rule: Rule, kind: str) -> Iterator[str]:
+    """Where a state is another rule's, or of another form of the rule."""
+    if rule.name not in PARTS[kind].rules:
+        yield f"{kind} is none of {type(rule).__name__}"
+    if rule.name == "rmsprop" and kind != "TraceState":
+        corrected = bool(getattr(rule, "bias_correction", False))
+        if corrected != kind.endswith("WithCountState"):
+            yield f"bias_correction {corrected} here, {not corrected} in {kind}"
+
+
+def _is_masked(tree: Any) -> bool:
+    return type(tree).__name__ == "MaskedNode"
+
+
+def _unmasked(tree: Any) -> Any:
+    """The tree with None for what a mask hides."""
+    if _is_masked(tree):
+        return None
+    if isinstance(tree, dict):
+        return {key: _unmasked(each) for key, each in tree.items()}
+    return [_unmasked(each) for each in tree] if isinstance(tree, (list, tuple)) else tree
+
+
+def _filled(like: Any, tree: Any, fresh: Iterator[Any]) -> Any:
+    """The tree with other leaves, which come in the order of the parameters `like`."""
+    if isinstance(like, dict):
+        new = {key: _filled(each, tree[key], fresh) for key, each in like.items()}
+        return {key: new[key] for key in tree}
+    if isinstance(like, (list, tuple)):
+        return type(tree)(_filled(a, b, fresh) for a, b in zip(like, tree, strict=True))
+    value = next(fresh)
+    return tree if _is_masked(tree) else value

@@ -1,0 +1,336 @@
+"""The states of torch.optim: `state_dict()` of its optimizers."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..rules import RULES, Muon, Rule
+from .common import (
+    Arrival,
+    as_array,
+    departures,
+    differences,
+    initial_states,
+    number,
+    refuse,
+    take_over,
+)
+
+if TYPE_CHECKING:
+    from ..optimizer import Optimizer
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A class of torch.optim.
+
+    mark: the hyperparameter by which its groups are known. states: torch's names, and ours.
+    named: torch's hyperparameters, and ours. flags: the rest of a group. counted: whether there is
+    a step count.
+    """
+
+    cls: str
+    mark: str
+    states: Mapping[str, str]
+    named: Mapping[str, str]
+    flags: Mapping[str, Any]
+    counted: bool = True
+
+
+_ALL = {"lr": "lr", "weight_decay": "weight_decay"}
+_BOTH = {**_ALL, "maximize": "maximize"}
+# How torch computes, not what.
+_FOREACH = {"foreach": None, "differentiable": False}
+_FUSED = {**_FOREACH, "fused": None}
+_CAPTURABLE = {"capturable": False}
+HOW = ("foreach", "differentiable", "fused", "capturable")
+IGNORED = (*HOW, "initial_lr", "params", "param_names")
+"""`initial_lr` is a scheduler's note."""
+
+LAYOUTS = (
+    Layout(
+        "SGD",
+        "dampening",
+        {"momentum_buffer": "v"},
+        {**_BOTH, "momentum": "momentum", "dampening": "dampening"},
+        {"nesterov": False, **_FUSED},
+        counted=False,
+    ),
+    Layout(
+        "Adam",
+        "amsgrad",
+        {"exp_avg": "m", "exp_avg_sq": "v", "max_exp_avg_sq": "x"},
+        {**_BOTH, "betas": "betas", "eps": "eps"},
+        {"amsgrad": False, "decoupled_weight_decay": False, **_CAPTURABLE, **_FUSED},
+    ),
+    Layout(
+        "Adagrad",
+        "initial_accumulator_value",
+        {"sum": "G"},
+        {
+            **_BOTH,
+            "lr_decay": "lr_decay",
+            "eps": "eps",
+            "initial_accumulator_value": "initial_accumulator",
+        },
+        _FUSED,
+    ),
+    Layout(
+        "RMSprop",
+        "centered",
+        {"square_avg": "v", "momentum_buffer": "b", "grad_avg": "a"},
+        {**_BOTH, "alpha": "rho", "eps": "eps", "momentum": "momentum", "centered": "centered"},
+        {**_CAPTURABLE, **_FOREACH},
+    ),
+    Layout(
+        "Muon",
+        "ns_coefficients",
+        {"momentum_buffer": "m"},
+        {
+            **_ALL,
+            "momentum": "momentum",
+            "nesterov": "nesterov",
+            "ns_coefficients": "ns_coefficients",
+            "ns_steps": "ns_steps",
+            "eps": "eps",
+        },
+        {"adjust_lr_fn": None},
+        counted=False,
+    ),
+)
+CLASSES = {
+    "sgd": "SGD",
+    "momentum": "SGD",
+    "nesterov": "SGD",
+    "adam": "Adam",
+    "adamw": "Adam",
+    "adagrad": "Adagrad",
+    "rmsprop": "RMSprop",
+    "muon": "Muon",
+}
+
+
+def rules_from_torch(state_dict: Mapping[str, Any]) -> list[Rule]:
+    """The rules of a torch optimizer's groups, in their order, with its hyperparameters.
+
+    state_dict: what its `state_dict()` returned; learning rates are those of the next step. Raises
+    ValueError for another class than those of `fusedopt.interop`, and for what has no equal here.
+    """
+    return [_rule(group) for group in parameter_groups(state_dict)]
+
+
+def from_torch(
+    opt: Optimizer,
+    state_dict: Mapping[str, Any],
+    *,
+    paths: Sequence[str] | None = None,
+    step: int | None = None,
+    strict: bool = True,
+) -> None:
+    """Goes on from what a torch optimizer's `state_dict()` returned.
+
+    state_dict: with torch tensors or arrays. paths: the leaves' paths (`block.0.w`) in the order
+    of torch's parameters; without it the names that torch has, where all are paths here, or else
+    the order of the leaves, group by group. step: how many steps were taken; to be given for SGD
+    and Muon, which do not count them, by default the largest of torch's counts. strict:
+    hyperparameters must be equal, the rate that of the next step; otherwise this optimizer's own
+    hold. Flags that say how torch computes (`foreach`, `fused`, `capturable`, `differentiable`)
+    have no meaning here.
+
+    Raises ValueError that lists everything that does not fit; nothing has changed then.
+    """
+    groups = parameter_groups(state_dict)
+    snapshot = opt._snapshot
+    order = order_of(opt, groups, paths)
+    ids = [key for group in groups for key in group["params"]]
+    group_of = [group for group in groups for _ in group["params"]]
+    state: Mapping[Any, Any] = state_dict["state"]
+    layouts = [_layout(group) for group in group_of]
+    counts = [int(as_array(state[key]["step"])) for key in ids if "step" in state.get(key, {})]
+    if step is None:
+        if not all(layout.counted for layout in layouts):
+            raise ValueError(
+                "step: torch.optim.SGD and Muon do not count their steps; give their number"
+            )
+        step = max(counts, default=0)
+    problems = [f"step: {step} given, {max(counts)} there"] if max(counts, default=0) > step else []
+    arrivals = {}
+    for key, path, group, layout in zip(ids, order, group_of, layouts, strict=True):
+        k = snapshot.paths.index(path)
+        rule = snapshot.rules[k]
+        found = differences(rule, _rule(group, rule.decay != "l2"), step + 1, strict)
+        problems += [f"{path}: {reason}" for reason in found]
+        arrivals[path] = _arrival(state.get(key, {}), layout, step, initial_states(opt, k))
+    refuse("the state of torch", problems)
+    take_over(opt, step, arrivals)
+
+
+def to_torch(opt: Optimizer, *, tensors: bool = True) -> dict[str, Any]:
+    """What the `load_state_dict` of the torch optimizer with the same rules takes.
+
+    Parameters are numbered as torch does, group by group (the rules of a mapping, in its order),
+    in each in the order of the leaves. States are copies in float32, or float64 for float64
+    parameters; hyperparameters are this optimizer's, with the rate of the next step. tensors: with
+    False arrays stand in the place of torch tensors, and torch is not imported.
+
+    Raises ValueError that lists every rule and hyperparameter that torch does not have.
+    """
+    step = opt.step_count + 1
+    problems = []
+    groups: list[dict[str, Any]] = []
+    for group in opt._groups:
+        try:
+            nearest = _group(group.rule, step)
+            found = differences(group.rule, _rule(nearest), step)
+            problems += [f"{group.label!r}: {reason} in torch" for reason in found]
+            groups.append({**nearest, "params": []})
+        except ValueError as error:
+            problems.append(f"{group.label!r}: {error}")
+    refuse("the rule", problems)
+    leaves = list(departures(opt))
+    state: dict[int, dict[str, Any]] = {}
+    for k in _by_group(opt):
+        there, (_, _, leaf) = groups[opt._group_of[k]], leaves[k]
+        key = sum(len(each["params"]) for each in groups)
+        there["params"].append(key)
+        entry = _entry(_layout(there), leaf)
+        if entry:
+            state[key] = entry
+    if tensors:
+        torch = importlib.import_module("torch")
+        state = {
+            key: {name: torch.from_numpy(a) for name, a in entry.items()}
+            for key, entry in state.items()
+        }
+    return {"state": state, "param_groups": groups}
+
+
+def parameter_groups(state_dict: Any) -> list[Mapping[str, Any]]:
+    """The groups of a state_dict, after a look whether it is one."""
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
+        raise ValueError(
+            "state_dict: expected what a torch optimizer's state_dict() returns, a dict with"
+            f" 'state' and 'param_groups', got {type(state_dict).__name__}"
+        )
+    return list(state_dict["param_groups"])
+
+
+def _layout(group: Mapping[str, Any]) -> Layout:
+    for layout in LAYOUTS:
+        if layout.mark in group:
+            unknown = set(group) - {*layout.named, *layout.flags, *IGNORED}
+            if unknown:
+                raise ValueError(
+                    f"torch.optim.{layout.cls}: no equal here has {', '.join(sorted(unknown))}"
+                )
+            return layout
+    known = ", ".join(layout.cls for layout in LAYOUTS)
+    raise ValueError(f"expected a group of torch.optim's {known}, got one with {list(group)}")
+
+
+def _rule(group: Mapping[str, Any], decoupled: bool | None = None) -> Rule:
+    """The rule of a torch group; decoupled: that of Adam, where an older torch does not tell."""
+    layout = _layout(group)
+    values = {ours: number(group[name]) for name, ours in layout.named.items() if name in group}
+    flags = {name: number(group.get(name, default)) for name, default in layout.flags.items()}
+    if layout.cls == "SGD":
+        if not values["momentum"]:
+            del values["momentum"], values["dampening"]
+            name = "sgd"
+        elif flags["nesterov"]:
+            del values["dampening"]  # torch refuses any
+            name = "nesterov"
+        else:
+            name = "momentum"
+    elif layout.cls == "Adam":
+        values["amsgrad"] = flags["amsgrad"]
+        if "decoupled_weight_decay" in group or not values["weight_decay"]:
+            decoupled = flags["decoupled_weight_decay"]
+        if decoupled is None:
+            raise ValueError(
+                "this torch does not say whether that is Adam or AdamW; make the rule with"
+                " Adam.like('torch', ...) or AdamW.like('torch', ...)"
+            )
+        name = "adamw" if decoupled else "adam"
+    else:
+        name = layout.cls.lower()
+        if name == "muon":
+            values["scale"] = flags["adjust_lr_fn"] or "original"
+    return RULES[name].like("torch", **values)
+
+
+def _group(rule: Rule, step: int) -> dict[str, Any]:
+    """The torch group that comes nearest to a rule; what it lacks, `differences` finds."""
+    if rule.name not in CLASSES:
+        raise ValueError(f"torch.optim has no {type(rule).__name__}")
+    (layout,) = (each for each in LAYOUTS if each.cls == CLASSES[rule.name])
+    group = dict(layout.flags)
+    for name, ours in layout.named.items():
+        group[name] = getattr(rule, ours, 0)  # plain descent has no momentum
+    group["lr"] = rule.lr_at(step)
+    if layout.cls == "SGD":
+        group["nesterov"] = rule.name == "nesterov"
+    elif layout.cls == "Adam":
+        group["amsgrad"] = bool(getattr(rule, "amsgrad", False))
+        group["decoupled_weight_decay"] = rule.decay.startswith("decoupled")
+    elif isinstance(rule, Muon):
+        group["ns_coefficients"] = rule.iteration.coefficients.rows[0]
+        if rule.scale != "original":
+            group["adjust_lr_fn"] = rule.scale
+    return group
+
+
+def _by_group(opt: Optimizer) -> list[int]:
+    """The leaves' numbers as torch would number their parameters."""
+    return sorted(range(len(opt._group_of)), key=opt._group_of.__getitem__)
+
+
+def order_of(
+    opt: Optimizer, groups: Sequence[Mapping[str, Any]], paths: Sequence[str] | None
+) -> Sequence[str]:
+    """The leaf of each of torch's parameters."""
+    own = opt._snapshot.paths
+    count = sum(len(group["params"]) for group in groups)
+    names = [name for group in groups for name in group.get("param_names", ())]
+    if paths is not None:
+        found = list(paths)
+    elif sorted(names) == sorted(own):
+        found = names
+    elif len(groups) != len(opt._groups) and len(own) > 1:
+        raise ValueError(
+            f"paths: torch has {len(groups)} groups and this optimizer {len(opt._groups)}; give the"
+            " leaves' paths in the order of torch's parameters"
+        )
+    else:
+        found = [own[k] for k in _by_group(opt)]
+    if len(found) != count or sorted(found) != sorted(own):
+        raise ValueError(
+            f"paths: expected each of the paths {own} once, for {count} parameters, got {found}"
+        )
+    return found
+
+
+def _arrival(
+    entry: Mapping[str, Any], layout: Layout, step: int, initial: Mapping[str, Any]
+) -> Arrival:
+    """What torch has of a parameter, or the beginning where it has nothing."""
+    there = {name: a for name, a in entry.items() if name != "step" and a is not None}
+    states = {layout.states.get(name, name): as_array(a) for name, a in there.items()}
+    t = int(as_array(entry["step"])) if "step" in entry else step
+    if initial and not states:
+        return Arrival(0, dict(initial))
+    return Arrival(t, states)
+
+
+def _entry(layout: Layout, leaf: Arrival) -> dict[str, np.ndarray]:
+    """What torch would have of a parameter."""
+    if not leaf.t and layout.cls != "Adagrad":  # whose states are there from the beginning
+        return {}
+    names = {ours: name for name, ours in layout.states.items()}
+    count = {"step": np.array(leaf.t, np.float32)} if layout.counted else {}
+    return {**count, **{names[ours]: a for ours, a in leaf.states.items()}}

@@ -1,0 +1,189 @@
+"""Runs that move to and from PyTorch and optax, where these are installed."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fusedopt as fo
+from formatted import BF16, draw
+from fusedopt import interop
+from golden import problem, record
+from golden.cases import CASES, Case
+
+HALF = 10
+
+
+def rule_of(case: Case) -> Any:
+    arguments = dict(case.hyperparameters)
+    if case.schedule:
+        arguments["lr"] = partial(problem.learning_rate, arguments["lr"])
+    return fo.RULES[case.rule].like(case.library, **arguments)
+
+
+def optimizer(case: Case, params: problem.Tree) -> fo.Optimizer:
+    return fo.Optimizer(copy.deepcopy(params), rule_of(case))
+
+
+def curvature(case: Case, t: int) -> problem.Tree | None:
+    refresh = case.rule == "sophia" and t % problem.HESSIAN_EVERY == 1
+    return problem.curvature(case.rule, t) if refresh else None
+
+
+def go_on(opt: fo.Optimizer, case: Case, first: int, last: int) -> None:
+    for t in range(first, last + 1):
+        opt.step(problem.gradients(case.rule, t), hessian=curvature(case, t))
+
+
+def of_library(name: str) -> pytest.MarkDecorator:
+    cases = [case for case in CASES if case.library == name]
+    ids = [f"{case.rule}-{case.variant}" for case in cases]
+    return pytest.mark.parametrize("case", cases, ids=ids)
+
+
+def assert_trajectory(case: Case, got: problem.Tree, want: problem.Tree) -> None:
+    start = problem.parameters(case.rule)
+    for name, a in want.items():
+        bound = problem.allowed(case.tolerance, problem.STEPS, start[name], a)
+        share = (np.abs(got[name] - a) / bound).max()
+        assert share <= 1, f"{name}: {share:.3g} times the allowed difference"
+
+
+class TorchRun:
+    """An optimizer of torch.optim on float64 tensors; the rate is set for the next step."""
+
+    def __init__(self, case: Case, start: problem.Tree) -> None:
+        self.torch = pytest.importorskip("torch")
+        self.case = case
+        self.tensors = {name: self.torch.tensor(p) for name, p in start.items()}
+        cls = getattr(self.torch.optim, case.function)
+        self.optimizer = cls(self.tensors.values(), **case.arguments())
+
+    def go_on(self, first: int, last: int) -> None:
+        for t in range(first, last + 1):
+            for name, g in problem.gradients(self.case.rule, t).items():
+                self.tensors[name].grad = self.torch.tensor(g)
+            if self.case.schedule:
+                self.optimizer.param_groups[0]["lr"] = self.case.lr(t)
+            self.optimizer.step()
+        if self.case.schedule:
+            self.optimizer.param_groups[0]["lr"] = self.case.lr(last + 1)
+
+    @property
+    def params(self) -> problem.Tree:
+        return {name: tensor.numpy().copy() for name, tensor in self.tensors.items()}
+
+
+@of_library("torch")
+def test_from_torch_and_on(case: Case) -> None:
+    run = TorchRun(case, problem.parameters(case.rule))
+    run.go_on(1, HALF)
+    opt = optimizer(case, run.params)
+    interop.from_torch(opt, run.optimizer.state_dict(), step=HALF)
+    (rule,) = interop.rules_from_torch(run.optimizer.state_dict())
+    if not case.schedule:
+        assert rule == rule_of(case)
+    assert opt.step_count == HALF
+    run.go_on(HALF + 1, problem.STEPS)
+    go_on(opt, case, HALF + 1, problem.STEPS)
+    assert_trajectory(case, opt.params, run.params)
+
+
+@of_library("torch")
+def test_to_torch_and_on(case: Case) -> None:
+    straight = TorchRun(case, problem.parameters(case.rule))
+    straight.go_on(1, problem.STEPS)
+    opt = optimizer(case, problem.parameters(case.rule))
+    go_on(opt, case, 1, HALF)
+    run = TorchRun(case, opt.params)
+    groups = run.optimizer.state_dict()["param_groups"]
+    made = interop.to_torch(opt)
+    assert [set(group) for group in made["param_groups"]] == [set(group) for group in groups]
+    run.optimizer.load_state_dict(made)
+    run.go_on(HALF + 1, problem.STEPS)
+    assert_trajectory(case, run.params, straight.params)
+
+
+class OptaxRun:
+    """A transformation of optax, compiled."""
+
+    def __init__(self, case: Case) -> None:
+        optax = pytest.importorskip("optax")
+        self.jax, self.case = importlib.import_module("jax"), case
+        transformation = record.optax_transformation(case)
+        self.init = transformation.init
+
+        def step(params: Any, state: Any, grads: Any, extra: Any) -> Any:
+            updates, state = transformation.update(grads, state, params, **extra)
+            return optax.apply_updates(params, updates), state
+
+        self.step = self.jax.jit(step)
+
+    def go_on(self, params: problem.Tree, state: Any, first: int, last: int) -> Any:
+        """The parameters and the state after these steps."""
+        name, tree = self.case.rule, self.jax.tree.map(self.jax.numpy.array, params)
+        for t in range(first, last + 1):
+            extra = {"curvature": problem.curvature(name, t)} if name == "sophia" else {}
+            tree, state = self.step(tree, state, problem.gradients(name, t), extra)
+        return {name: np.array(p) for name, p in tree.items()}, state
+
+
+@of_library("optax")
+def test_optax_both_ways(case: Case) -> None:
+    start, run = problem.parameters(case.rule), OptaxRun(case)
+    params, state = run.go_on(start, run.init(start), 1, HALF)
+    want, _ = run.go_on(params, state, HALF + 1, problem.STEPS)
+    opt = optimizer(case, params)
+    interop.from_optax(opt, state, step=HALF)
+    assert opt.step_count == HALF
+    go_on(opt, case, HALF + 1, problem.STEPS)
+    assert_trajectory(case, opt.params, want)
+    back = optimizer(case, start)
+    go_on(back, case, 1, HALF)
+    there = interop.to_optax(back, run.init(start))
+    got, _ = run.go_on(back.params, there, HALF + 1, problem.STEPS)
+    assert_trajectory(case, got, want)
+
+
+def test_optax_masks_and_injected_hyperparameters() -> None:
+    optax = pytest.importorskip("optax")
+    jax = importlib.import_module("jax")
+    params = {"w": np.ones((4, 3), np.float32), "b": [np.ones(3, np.float32)]}
+    grads = {"w": draw(0, (4, 3), np.float32), "b": [draw(1, 3, np.float32)]}
+    muon = optax.contrib.muon(0.1)
+    _, state = muon.update(grads, muon.init(params), params)
+    rules = {
+        "w": fo.Muon.like("optax", lr=0.1),
+        "b.*": fo.AdamW.like("optax", lr=0.1, weight_decay=0.0),
+    }
+    opt = fo.Optimizer(copy.deepcopy(params), rules)
+    interop.from_optax(opt, state)
+    returned = interop.to_optax(opt, muon.init(params))
+    jax.tree.map(np.testing.assert_array_equal, returned, state)
+    injected = optax.inject_hyperparams(optax.adam)(0.1)
+    _, state = injected.update(grads, injected.init(params), params)
+    opt = fo.Optimizer(copy.deepcopy(params), fo.Adam.like("optax", lr=0.1))
+    interop.from_optax(opt, state)
+    returned = interop.to_optax(opt, injected.init(params))
+    jax.tree.map(np.testing.assert_array_equal, returned, state)
+
+
+def test_torchs_low_precision_and_groups() -> None:
+    torch = pytest.importorskip("torch")
+    tensors = [torch.ones(n, dtype=torch.bfloat16, requires_grad=True) for n in (3, 4, 5)]
+    for tensor in tensors:
+        tensor.grad = torch.arange(len(tensor)).to(torch.bfloat16) / 3
+    named = [{"params": [("c", tensors[2])]}, {"params": [("b", tensors[1]), ("a", tensors[0])]}]
+    adamw = torch.optim.AdamW(named, lr=0.1)
+    adamw.step()
+    params = {name: np.ones(n, BF16) for name, n in zip("abc", (3, 4, 5), strict=True)}
+    opt = fo.Optimizer(params, fo.AdamW.like("torch", lr=0.1), state_dtype="bfloat16")
+    interop.from_torch(opt, adamw.state_dict())
+    for name, tensor in zip("abc", tensors, strict=True):
+        theirs = adamw.state[tensor]["exp_avg_sq"].float().numpy()
+        np.testing.assert_array_equal(opt.state[name]["v"].astype(np.float32), theirs)
