@@ -65,8 +65,8 @@ def names(rule: str, problem: str) -> Iterator[tuple[str, str]]:
     """Contenders with their backends."""
     shapes, dtype = PROBLEMS[problem]
     for name in entrants(rule, len(shapes)):
-        if name == "optax" and dtype is not np.float32:
-            continue  # jax has no float64 unless told to
+        if name in ("optax", "DeepSpeed") and dtype is not np.float32:
+            continue  # jax has no float64 unless told to, and DeepSpeed none
         for backend in backends(shapes) if name == "fusedopt" else ["native"]:
             yield name, backend
 
