@@ -21,7 +21,7 @@ from ..jit import bits
 from ..jit.kernels import LANES, MODES, SEGMENT, normal_or_zero_of
 from ..rules.base import Operation, Program
 from ..rules.elements import ELEMENTS, OF_STATES, squares
-from .toolkit import SEGMENT_BYTES, Kernel, loader, storer, word_loader
+from .toolkit import VECTOR_BYTES, Kernel, loader, storer, word_loader
 
 THREADS = 256
 CHUNK = 1 << 12
@@ -88,8 +88,9 @@ class Variant:
 
     @property
     def width(self) -> int:
-        """Elements that a thread works on at a time: a vector of the narrowest format."""
-        return SEGMENT_BYTES * 8 // min(format.bits for _, format in self.arrays)
+        """Elements that a thread works on at a time: a vector of the widest format. With two of
+        float32 beside one of bfloat16, AdamW needs more registers than there are."""
+        return VECTOR_BYTES * 8 // max(format.bits for _, format in self.arrays)
 
 
 def _written(op: Operation) -> tuple[str, ...]:

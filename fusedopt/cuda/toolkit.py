@@ -20,7 +20,7 @@ from numba.core.config import ENABLE_CUDASIM as SIMULATED
 
 from ..jit.compiler import with_compiled_callees
 
-SEGMENT_BYTES = 16
+VECTOR_BYTES = 16
 """What one vector load or store moves."""
 
 OPTIONS = {"opt": 3, "fma": False}
@@ -63,7 +63,7 @@ _WORDS = {32: np.float32, 64: np.float64, 16: np.uint32}
 
 def loader(bits: int, count: int) -> Any:
     """load(address) -> a tuple of so many elements; those of 16 bits are uint32 codes. Where there
-    are several, they are loaded 16 bytes at a time, and the address is a multiple of that."""
+    are several, up to 16 bytes are loaded at a time, and the address is a multiple of that."""
     return _simulated_loader(bits, count) if SIMULATED else _loader(bits, count)
 
 
@@ -76,7 +76,6 @@ def _simulated_loader(bits: int, count: int) -> Any:
     stored, kind = np.dtype(np.uint16 if bits == 16 else _WORDS[bits]), _WORDS[bits]
 
     def load(address: int) -> Any:
-        assert address % min(SEGMENT_BYTES, stored.itemsize * count) == 0
         raw = ctypes.string_at(int(address), stored.itemsize * count)
         return tuple(kind(x) for x in np.frombuffer(raw, stored))
 
@@ -87,7 +86,6 @@ def _simulated_storer(bits: int, count: int) -> Any:
     stored = np.dtype(np.uint16 if bits == 16 else _WORDS[bits])
 
     def store(address: int, elements: Any) -> None:
-        assert address % min(SEGMENT_BYTES, stored.itemsize * count) == 0
         ctypes.memmove(int(address), np.array(elements, stored).tobytes(), stored.itemsize * count)
 
     return store
@@ -98,9 +96,10 @@ def _vector(bits: int, count: int) -> tuple[ir.Type, int, int]:
     element = {16: ir.IntType(16), 32: ir.FloatType(), 64: ir.DoubleType()}[bits]
     if count == 1:
         return element, 1, 1
-    words = SEGMENT_BYTES * 8 // max(bits, 32)
+    size = 8 * min(VECTOR_BYTES, bits * count // 8)
+    words = size // max(bits, 32)
     element = ir.IntType(32) if bits == 16 else element
-    return ir.VectorType(element, words), SEGMENT_BYTES * 8 // bits, words
+    return ir.VectorType(element, words), size // bits, words
 
 
 def _pointer(builder: Any, address: Any, kind: Any, offset: int) -> Any:
@@ -134,7 +133,7 @@ def _loader(bits: int, count: int) -> Any:
         def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
             elements = []
             for k in range(count // each):
-                pointer = _pointer(builder, values[0], kind, SEGMENT_BYTES * k)
+                pointer = _pointer(builder, values[0], kind, VECTOR_BYTES * k)
                 value = builder.load(pointer, align=bits * each // 8)
                 elements += taken(builder, value)
             return context.make_tuple(builder, result, elements)
@@ -170,7 +169,7 @@ def _storer(bits: int, count: int) -> Any:
             all_ = [builder.extract_value(values[1], k) for k in range(count)]
             for k in range(count // each):
                 value = packed(builder, all_[k * each : (k + 1) * each])
-                pointer = _pointer(builder, values[0], kind, SEGMENT_BYTES * k)
+                pointer = _pointer(builder, values[0], kind, VECTOR_BYTES * k)
                 builder.store(value, pointer, align=bits * each // 8)
             return context.get_dummy_value()
 
