@@ -13,8 +13,8 @@ import numpy as np
 
 from .accumulate import Accumulator
 from .around import AVERAGE
-from .arrays import Fit, check_apart, check_parameter, check_target, memory_order
-from .backends import Layout, get_backend
+from .arrays import memory_order
+from .backends import Layout, backend_for
 from .backends.base import results_for
 from .catchup import Ledger
 from .checkpoint import Snapshot
@@ -30,7 +30,7 @@ from .interrupts import deferred
 from .norms import Guard
 from .options import ClipNorm, Options, check_grad_scale, check_seed
 from .rules import Nesterov, Rule
-from .states import Memory, in_memory
+from .states import Memory
 from .stepping import Report, StepInfo, Stepper
 from .storage import Master, Rounding, StateDtype, synchronize
 from .trees import Tree
@@ -129,7 +129,6 @@ class Optimizer:
     ) -> None:
         self.params = params
         self.rule = rule
-        self._backend = get_backend(backend)
         self._options = Options(
             clip_norm,
             clip_value,
@@ -151,11 +150,15 @@ class Optimizer:
         self._storage = self._options.storage()
         self._tree = Tree(params)
         leaves = self._tree.leaves
+        self._backend = backend_for(backend, [leaf.value for leaf in leaves])
+        self._space = self._backend.space
+        self._space.check_options(self._options, state_path)
         self._groups, self._group_of = assign(leaves, rule)
         self._rates = np.ones(2 * len(self._groups))
         clip = self._options.clip_by_group([group.label for group in self._groups])
         self._counters = np.zeros(1 + len(leaves), np.int64)
-        parameters, copies = self._check_parameters(), self._check_copies()
+        parameters = self._check_parameters()
+        copies = self._check_copies(parameters)
         self._check_apart(parameters, copies)
         labels, dtypes = [leaf.label for leaf in leaves], [p.dtype for p in parameters]
         self._storage.check(labels, dtypes, self._rules)
@@ -183,9 +186,9 @@ class Optimizer:
 
             scratch = scratch_in(state_path)
         with scratch as self._scratch:
-            block = self._scratch.reserve if self._scratch else in_memory
-            self._leaves = self._storage.allocate(
-                self._rules, parameters, copies, self._around, block
+            block = (self._scratch.reserve,) if self._scratch else ()
+            self._leaves = self._space.allocate(
+                self._storage, self._rules, parameters, copies, self._around, *block
             )
             self._prepare(parameters)
             if self._scratch:
@@ -200,24 +203,23 @@ class Optimizer:
 
     def _check_parameters(self) -> list[np.ndarray]:
         return [
-            check_parameter(leaf.label, leaf.value, rule)
+            self._space.check_parameter(leaf.label, leaf.value, rule)
             for leaf, rule in zip(self._tree.leaves, self._rules, strict=True)
         ]
 
-    def _check_copies(self) -> list[np.ndarray | None]:
+    def _check_copies(self, parameters: Sequence[np.ndarray]) -> list[np.ndarray | None]:
         """The arrays of `copy_out`, by leaf."""
         leaves = self._tree.leaves
         if self._options.copy_out is None:
             return [None] * len(leaves)
         copies: list[np.ndarray | None] = []
-        for leaf, array in zip(
-            leaves, self._tree.flatten(self._options.copy_out, "copy_out"), strict=True
-        ):
+        given = self._tree.flatten(self._options.copy_out, "copy_out")
+        for leaf, p, array in zip(leaves, parameters, given, strict=True):
             if array is None:
                 copies.append(None)
                 continue
-            label, p = "copy_out" + leaf.label.removeprefix("params"), leaf.value
-            copied = check_target(label, array)
+            label = "copy_out" + leaf.label.removeprefix("params")
+            copied = self._space.check_target(label, array)
             if copied.shape != p.shape or memory_order(copied) != memory_order(p):
                 raise ValueError(
                     f"{label}: expected the shape {p.shape} and memory order {memory_order(p)} of"
@@ -236,14 +238,14 @@ class Optimizer:
         for label, copied in zip(labels, copies, strict=True):
             if copied is not None:
                 named.append(("copy_out" + label.removeprefix("params"), copied))
-        check_apart([label for label, _ in named], [a for _, a in named])
+        self._space.check_apart([label for label, _ in named], [a for _, a in named])
 
     def _prepare(self, parameters: Sequence[np.ndarray]) -> None:
         self._parameters = parameters
         labels = [leaf.label for leaf in self._tree.leaves]
         written = [memory.written for memory in self._leaves]
         copies = [len(memory.copies) for memory in self._leaves]
-        fit = Fit(labels, parameters, written, copies)
+        fit = self._space.Fit(labels, parameters, written, copies)
         layout = Layout(
             tree=self._tree.spec,
             leaves=self._leaves,
@@ -614,24 +616,23 @@ class Optimizer:
         """
         self._check_owner()
         tree = Tree(params)
-        fresh = [leaf.value for leaf in tree.leaves]
+        fresh: list[Any] = []
         self._tree.flatten(params, "params")
-        for leaf, value, old, rule in zip(
-            tree.leaves, fresh, self._parameters, self._rules, strict=True
-        ):
-            p = check_parameter(leaf.label, value, rule)
+        for leaf, old, rule in zip(tree.leaves, self._parameters, self._rules, strict=True):
+            p = self._space.check_parameter(leaf.label, leaf.value, rule)
+            fresh.append(p)
             expected, got = ((a.shape, a.dtype.name, memory_order(a)) for a in (old, p))
             if got != expected:
                 raise ValueError(
                     f"{leaf.label}: expected (shape, dtype, memory order) {expected}, got {got};"
                     " make a new optimizer for other arrays"
                 )
-        self._check_apart(fresh, self._check_copies())
+        self._check_apart(fresh, self._check_copies(fresh))
         self._tree, self.params = tree, params
         parameters = self._check_parameters()
         for k, (old, p) in enumerate(zip(self._parameters, parameters, strict=True)):
             moved = self._leaves[k] = self._leaves[k].rebound(p)
-            if not np.array_equal(old, p, equal_nan=True):
+            if moved.extra is not None and not self._space.same(old, p):
                 synchronize(moved)
         if self._sums is not None:
             self._sums.watch(parameters)
@@ -681,7 +682,7 @@ class Optimizer:
             for a in (p, *memory.saved.values()):
                 canonical = a.copy()
                 if a.dtype.kind not in "iu":
-                    canonical[np.isnan(a)] = np.nan
+                    canonical[np.isnan(canonical)] = np.nan
                 bits = canonical.view(f"u{a.itemsize}")
                 digest.update(bits.astype(f"<u{a.itemsize}").tobytes())
         digest.update(str(self.step_count).encode())

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from . import host
 from .around import NOTHING, Around
 from .backends import BACKENDS, Backend, Layout
 from .bounded import Bounded
@@ -312,7 +313,11 @@ def verify(
     for way in ways:
         if way not in STORAGES:
             raise ValueError(f"storages: expected names of {', '.join(STORAGES)}; got {way!r}")
-    usable = [name for name, backend in BACKENDS.items() if backend.unavailable() is None]
+    usable = [
+        name
+        for name, backend in BACKENDS.items()
+        if backend.space is host and backend.unavailable() is None
+    ]
     chosen = list(backends) if backends is not None else usable
     levels = list(isas) if isas is not None else available_isas()
     checks = []

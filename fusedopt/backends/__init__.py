@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Iterable
+from typing import Any
 
+from ..cuda.foreign import on_device
 from ..environment import choice
 from .base import Backend, Group, Layout, Plan
 from .native import NativeBackend, check_registry, core
 from .numba_cpu import NumbaBackend
+from .numba_cuda import CudaBackend
 from .reference import ReferenceBackend
 
 BACKENDS: dict[str, Backend] = {
-    b.name: b for b in (NativeBackend(), NumbaBackend(), ReferenceBackend())
+    b.name: b for b in (NativeBackend(), NumbaBackend(), ReferenceBackend(), CudaBackend())
 }
-"""Every backend, the preferred first."""
+"""Every backend, the preferred first; the reference can always be used, and hides those behind it
+from "auto"."""
 
 FORCED = choice("FUSEDOPT_BACKEND", ("auto", *BACKENDS))
 
@@ -45,6 +50,13 @@ def get_backend(name: str = "auto") -> Backend:
     return backend
 
 
+def backend_for(name: str, arrays: Iterable[Any]) -> Backend:
+    """`get_backend` for these parameters: "auto" takes "cuda" where one is on a CUDA device."""
+    if name == "auto" and FORCED in (None, "auto") and any(map(on_device, arrays)):
+        name = "cuda"
+    return get_backend(name)
+
+
 @functools.cache
 def default_backend() -> Backend:
     """What "auto" stands for: asked at every `update`, decided once."""
@@ -57,6 +69,7 @@ __all__ = [
     "Group",
     "Layout",
     "Plan",
+    "backend_for",
     "check_registry",
     "core",
     "default_backend",

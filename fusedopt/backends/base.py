@@ -76,6 +76,26 @@ def single(rule: Rule, program: Program, t: int, lr: float, arrays: Sequence[Sto
     return Layout(0, [memory], [group], [0], rates, counters, keys, results_for([program], 1))
 
 
+class Space(Protocol):
+    """Checks and makes the arrays of a backend: `fusedopt.host`, or `fusedopt.cuda.arrays`, which
+    has arrays of its own with a shape, a dtype and a size.
+
+    check_options: ValueError for what there is for other arrays alone. check_target,
+    check_parameter, check_apart, Fit: see `fusedopt.arrays`. allocate: see `Storage.allocate`.
+    blank: new arrays like others, in the types that they are computed in. same: whether two arrays
+    have the same elements.
+    """
+
+    check_options: Callable[..., None]
+    check_target: Callable[..., Any]
+    check_parameter: Callable[..., Any]
+    check_apart: Callable[..., None]
+    Fit: Callable[..., Any]
+    allocate: Callable[..., list[Memory]]
+    blank: Callable[..., list[Stored]]
+    same: Callable[..., bool]
+
+
 class Plan(Protocol):
     """One optimizer on one backend. work_bytes: memory beside parameters and states."""
 
@@ -96,6 +116,10 @@ class Backend(Protocol):
     name: str
     native: bool
     """Whether a step is one call that guards itself."""
+
+    @property
+    def space(self) -> Any:
+        """The `Space` of its arrays."""
 
     def unavailable(self) -> str | None:
         """Why it cannot be used here; None where it can."""

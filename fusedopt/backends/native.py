@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import host
 from ..around import EVERYTHING
 from ..environment import sleepy_openmp
 from ..formats import FLOAT32, FLOAT64, FORMATS
@@ -90,6 +91,7 @@ class NativeBackend:
 
     name = "native"
     native = True
+    space = host
 
     def unavailable(self) -> str | None:
         return _reason

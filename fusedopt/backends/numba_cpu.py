@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import host
 from ..formats import DTYPES, PLAIN, TILE, compute_dtype, subkey
 from ..interrupts import deferred
 from ..rows import Touched, values_of
@@ -26,6 +27,7 @@ class NumbaBackend:
 
     name = "numba"
     native = False
+    space = host
 
     def unavailable(self) -> str | None:
         try:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import host
 from ..around import NOTHING, Around
 from ..formats import DTYPES, compute_dtype, least_state, subkey
 from ..interrupts import deferred
@@ -62,6 +63,7 @@ class ReferenceBackend:
 
     name = "reference"
     native = False
+    space = host
 
     def unavailable(self) -> str | None:
         return None

@@ -11,7 +11,7 @@ import functools
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from ..formats import FLOAT64, Format
 from ..jit import bits
 from ..jit.kernels import LANES, MODES, SEGMENT, normal_or_zero_of
 from ..rules.base import Operation, Program
-from ..rules.elements import ELEMENTS, OF_STATES, squares
+from ..rules.elements import ELEMENTS, OF_STATES, Element, squares
 from .toolkit import VECTOR_BYTES, Kernel, loader, storer, word_loader
 
 THREADS = 256
@@ -36,50 +36,67 @@ _CODECS = {
 _NORMAL = float(np.finfo(np.float32).smallest_normal)
 
 
+class Step(NamedTuple):
+    """An operation as a kernel needs it. written: of the operands. scalars: so many, with those
+    before the operation's own. mode: of the loop round a rule. state: stored as states are."""
+
+    element: Element
+    loop: str
+    operands: tuple[str, ...]
+    written: tuple[str, ...]
+    scalars: int
+    mode: str
+    state: bool
+
+    @classmethod
+    def of(cls, program: Program, op: Operation) -> Step:
+        """That of an operation of a program."""
+        states = op.operands[2:]
+        written = op.operands[:1]
+        if op.loop == "rule":
+            written += states if op.written is None else states[: op.written]
+        elif op.loop == "peek":
+            written = op.operands[-1:]
+        element = op.element or ELEMENTS[str(op.kernel)]
+        count = HEAD[op.loop] + len(op.scalars(1, 0.1))
+        state = op.kernel in OF_STATES
+        return cls(element, op.loop, op.operands, written, count, program.mode(op), state)
+
+
 @dataclass(frozen=True)
 class Variant:
     """What leaves have in common that one kernel serves.
 
-    program, phase: its operations. dtype: of the arithmetic. formats: by name, of the arrays that
-    the program names, as far as the leaves have them. mirrors: of the copies of the parameter.
+    steps: what is done, in order. scratch: names that are no arrays. dtype: of the arithmetic.
+    formats: by name, of the arrays that the leaves have. mirrors: of the copies of the parameter.
     zeroed: the gradients are set to zero.
     """
 
-    program: Program
-    phase: int
+    steps: tuple[Step, ...]
+    scratch: tuple[str, ...]
     dtype: np.dtype
     formats: tuple[tuple[str, Format], ...]
-    mirrors: tuple[Format, ...]
-    zeroed: bool
-
-    @property
-    def operations(self) -> list[Operation]:
-        """Those that are carried out."""
-        names = dict(self.formats)
-        return [
-            op
-            for op in self.program.operations
-            if op.phase == self.phase and (op.needs is None or op.needs in names)
-        ]
+    mirrors: tuple[Format, ...] = ()
+    zeroed: bool = False
 
     @functools.cached_property
     def arrays(self) -> list[tuple[str, Format]]:
         """Those of a row of the table, by name, in its order."""
-        used = [name for op in self.operations for name in op.operands]
+        used = {name for step in self.steps for name in step.operands}
         own = [(name, format) for name, format in self.formats if name in used]
         return own + list(zip(self.copies, self.mirrors, strict=False))
+
+    @functools.cached_property
+    def stored(self) -> list[str]:
+        """The names of the arrays that are written, without copies."""
+        written = dict.fromkeys(name for step in self.steps for name in step.written)
+        kept = [name for name in written if name not in self.scratch]
+        return kept + ["g"] * (self.zeroed and "p" in kept)
 
     @functools.cached_property
     def copies(self) -> list[str]:
         """The names that copies of the parameter have in the table."""
         return [f"copy{k}" for k in range(len(self.mirrors))] if "p" in self.stored else []
-
-    @functools.cached_property
-    def stored(self) -> list[str]:
-        """The names of the arrays that are written, without copies."""
-        written = [name for op in self.operations for name in _written(op)]
-        kept = [name for name in dict.fromkeys(written) if name not in self.program.scratch]
-        return kept + ["g"] * (self.zeroed and "p" in kept)
 
     @property
     def row_bytes(self) -> int:
@@ -93,29 +110,26 @@ class Variant:
         return VECTOR_BYTES * 8 // max(format.bits for _, format in self.arrays)
 
 
-def _written(op: Operation) -> tuple[str, ...]:
-    if op.loop == "rule":
-        states = op.operands[2:]
-        return op.operands[0], *(states if op.written is None else states[: op.written])
-    return op.operands[-1:] if op.loop == "peek" else op.operands[:1]
+def operations_of(program: Program, phase: int, refreshed: bool) -> list[Operation]:
+    """Those that are carried out in a phase; refreshed: there is a Hessian estimate."""
+    return [op for op in program.operations if op.phase == phase and (refreshed or not op.needs)]
 
 
 # ---------------------------------------------------------------- one element
 
 
-def _element_lines(program: Program, op: Operation, k: int) -> list[str]:
-    """What the k-th operation does to variables that are named after its operands."""
-    head = HEAD[op.loop]
-    scalars = _scalars(op, k)
-    operands = [f"x_{name}" for name in op.operands]
-    if op.loop in ("filter", "other"):
+def _element_lines(step: Step, k: int) -> list[str]:
+    """What the k-th step does to variables that are named after its operands."""
+    scalars, head = _scalars(step, k), HEAD[step.loop]
+    operands = [f"x_{name}" for name in step.operands]
+    if step.loop in ("filter", "other"):
         value = f"element{k}({', '.join([*operands, *scalars])})"
-        return [f"{operands[0]} = " + (f"normal({value})" if op.kernel in OF_STATES else value)]
-    gradient, before, after = MODES[program.mode(op)]
+        return [f"{operands[0]} = " + (f"normal({value})" if step.state else value)]
+    gradient, before, after = MODES[step.mode]
     p, g, *states = operands
-    if op.loop == "peek":
+    if step.loop == "peek":
         after = f"{states.pop()} = delta"
-    new = [f"x_{name}" for name in _written(op)[1:]] if op.loop == "rule" else []
+    new = [f"x_{name}" for name in step.written[1:]] if step.loop == "rule" else []
     lines = [
         f"w = {p}",
         f"gradient = {scalars[0]} * {g}",
@@ -129,17 +143,16 @@ def _element_lines(program: Program, op: Operation, k: int) -> list[str]:
     return [line for line in lines if line]
 
 
-def _scalars(op: Operation, k: int) -> list[str]:
-    return [f"c{k}_{j}" for j in range(HEAD[op.loop] + len(op.scalars(1, 0.1)))]
+def _scalars(step: Step, k: int) -> list[str]:
+    return [f"c{k}_{j}" for j in range(step.scalars)]
 
 
 def _all_scalars(variant: Variant) -> list[str]:
-    return [name for k, op in enumerate(variant.operations) for name in _scalars(op, k)]
+    return [name for k, step in enumerate(variant.steps) for name in _scalars(step, k)]
 
 
 def _one(variant: Variant) -> str:
     """The function of one element: from codes and scalars to the codes that are stored."""
-    program = variant.program
     loaded = [name for name, _ in variant.arrays if name not in variant.copies]
     codes = [
         "encode_g(zero, none)" if name == "g" else f"encode_{name}(kept_{name}(x_{name}), none)"
@@ -148,11 +161,10 @@ def _one(variant: Variant) -> str:
     codes += [f"encode_{name}(x_p, none)" for name in variant.copies]
     lines = [
         *(f"x_{name} = T(decode_{name}(code_{name}))" for name in loaded),
-        *(f"x_{name} = zero" for name in program.scratch),
-        *(line for k, op in enumerate(variant.operations)
-          for line in _element_lines(program, op, k)),
+        *(f"x_{name} = zero" for name in variant.scratch),
+        *(line for k, step in enumerate(variant.steps) for line in _element_lines(step, k)),
         f"return {', '.join(codes)},",
-    ]  # fmt: skip
+    ]
     arguments = ", ".join([*(f"code_{name}" for name in loaded), *_all_scalars(variant)])
     return f"def one({arguments}):\n" + _indented(lines)
 
@@ -170,8 +182,8 @@ def _surroundings(variant: Variant) -> dict[str, Any]:
         "none": np.uint32(0),
         "normal": normal_or_zero_of(variant.dtype),
     }
-    for k, op in enumerate(variant.operations):
-        namespace[f"element{k}"] = op.element or ELEMENTS[str(op.kernel)]
+    for k, step in enumerate(variant.steps):
+        namespace[f"element{k}"] = step.element
     for name, format in variant.arrays:
         decode, encode = _CODECS[format.codec]
         namespace |= {f"decode_{name}": decode, f"encode_{name}": encode}

@@ -148,7 +148,7 @@ def _storer(bits: int, count: int) -> Any:
     from numba.cuda import types
     from numba.cuda.extending import intrinsic
 
-    kind, each, words = _vector(bits, count)
+    kind, each, _ = _vector(bits, count)
     given = types.UniTuple({16: types.uint32, 32: types.float32, 64: types.float64}[bits], count)
     wide, half = ir.IntType(32), ir.Constant(ir.IntType(32), 16)
 
@@ -308,10 +308,20 @@ class Memory:
 
     def _view(self) -> Any:
         if SIMULATED:
-            kind = ctypes.c_uint8 * self.size
-            return np.frombuffer(kind.from_address(self.address), np.uint8)
+            return simulated_view(self.address, np.dtype(np.uint8), self.size)
         interface = {"shape": (self.size,), "typestr": "|u1", "data": (self.address, False)}
         return cuda.from_cuda_array_interface({**interface, "version": 2}, self.owner)
+
+    def clear(self, stream: int) -> None:
+        """Sets all bytes to zero."""
+        if not self.size:
+            return
+        if SIMULATED:
+            self._view()[:] = 0
+            return
+        from numba.cuda.cudadrv.driver import device_memset
+
+        device_memset(self._view().gpu_data, 0, self.size, stream=cuda.external_stream(stream))
 
     def read(self, stream: int) -> np.ndarray:
         """The bytes, after all that was queued on the stream: a copy on the host."""
@@ -343,6 +353,12 @@ class Memory:
             self._view()[:] = other._view()
             return
         self._view().copy_to_device(other._view(), stream=cuda.external_stream(stream))
+
+
+def simulated_view(address: int, dtype: np.dtype, size: int) -> np.ndarray:
+    """So many elements at an address of the simulator, flat."""
+    kind = ctypes.c_uint8 * (size * dtype.itemsize)
+    return np.frombuffer(kind.from_address(address), np.uint8).view(dtype)
 
 
 def on_device(number: int) -> Any:

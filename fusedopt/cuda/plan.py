@@ -1,0 +1,234 @@
+"""An optimizer's steps on a device: one launch for all leaves of a rule, format and step count."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..backends.base import HEAD, Layout
+from ..formats import FLOAT64, PLAIN, compute_dtype
+from ..rules.base import Operation, Program
+from ..trees import values_of
+from . import foreign, toolkit
+from .arrays import DeviceArray, new_arrays
+from .kernels import Step, Variant, operations_of
+from .launching import Launch, Squares
+from .matrices import Library
+
+
+@dataclass
+class Bound:
+    """What a step launches for the same inputs.
+
+    active: the leaves that take part. phases: launches. streams: what `foreign.current_stream`
+    wants to know of the inputs. The inputs themselves are not kept alive.
+    """
+
+    active: list[int]
+    phases: list[list[Queued]]
+    squares: list[Squares]
+    streams: set[tuple[str, int, int]]
+
+
+class Queued(NamedTuple):
+    """A launch, its operations, the group of its leaves, and one of them, whose step count all
+    have."""
+
+    launch: Launch
+    operations: list[Operation]
+    group: int
+    leaf: int
+
+
+class CudaPlan:
+    """One optimizer on a CUDA device."""
+
+    def __init__(self, layout: Layout, programs: Sequence[Program]) -> None:
+        self._layout, self._programs = layout, programs
+        self._parameters: list[Any] = [memory.caller for memory in layout.leaves]
+        self._first = self._parameters[0]
+        self._dtypes = [compute_dtype(m.parameter.format.dtype) for m in layout.leaves]
+        self._watched = [p for p in self._parameters if foreign.library_of(p.owner) == "torch"]
+        self._bound: Bound | None = None
+        self._seen: list[Any] | None = None
+        self._make_work_space()
+
+    def _make_work_space(self) -> None:
+        """Directions of the leaves whose rule has two phases."""
+        phased = [k for k, g in enumerate(self._layout.group_of) if self._programs[g].phases > 1]
+        library = Library(self._first.library) if phased else None
+        wanted = [(self._parameters[k], PLAIN[self._dtypes[k].name], 0.0) for k in phased]
+        with toolkit.on_device(self._first.device):
+            arrays: list[Any] = [stored.data for stored in new_arrays(wanted)]
+            self._work = dict(zip(phased, arrays, strict=True))
+            self._views = {k: library.view(a) for k, a in self._work.items() if library}
+        self._library = library
+        self.work_bytes = sum(a.nbytes for a in arrays)
+
+    def step(self, grads: Any, hessian: Any, flat: bool) -> int | None:
+        with toolkit.on_device(self._first.device):
+            if flat:
+                self._bind(grads, hessian)
+            elif not self._known(grads, hessian):
+                return None
+            return self._run()
+
+    # ---------------------------------------------------------------- what is given
+
+    def _known(self, grads: Any, hessian: Any) -> bool:
+        """Whether these are the arrays of the step before, in the same places."""
+        seen, given = self._seen, [*values_of(grads), *values_of(hessian)]
+        if seen is None or len(seen) != len(given) or not all(p.unmoved for p in self._watched):
+            return False
+        for memory, x in zip(seen, given, strict=True):
+            if memory is None:
+                if x is not None:
+                    return False
+            elif memory[0]() is not x or (memory[1] and x.data_ptr() != memory[1]):
+                return False
+        return True
+
+    def _bind(self, grads: Sequence[Any], hessian: Sequence[Any] | None) -> None:
+        self._seen = self._bound = None
+        estimates = [None] * len(grads) if hessian is None else hessian
+        inputs = [g for g in (*grads, *estimates) if g is not None]
+        active = [k for k, g in enumerate(grads) if g is not None]
+        stream = self._first.stream
+        phases = [self._launches(p, active, grads, estimates, stream) for p in (0, 1)]
+        squares = self._squares(active, grads, stream) if self._layout.decide else []
+        streams = {(g.library, g.device, g.named_stream) for g in inputs}
+        self._bound = Bound(active, phases, squares, streams)
+        with suppress(TypeError):  # what no weak reference can be made to is looked at every time
+            given = [*grads, *([None] if hessian is None else hessian)]
+            self._seen = [None if g is None else _remembered(g) for g in given]
+
+    def _launches(
+        self, phase: int, active: Sequence[int], grads: Any, estimates: Any, stream: int
+    ) -> list[Queued]:
+        layout = self._layout
+        alike: dict[Any, list[int]] = {}
+        for k in active:
+            variant = self._variant(k, phase, grads[k], estimates[k])
+            if variant.steps:
+                key = variant, layout.group_of[k], int(layout.counters[k + 1])
+                alike.setdefault(key, []).append(k)
+        made = []
+        for (variant, group, _), members in alike.items():
+            refreshed = estimates[members[0]] is not None
+            operations = operations_of(self._programs[group], phase, refreshed)
+            arrays = [self._arrays(k, variant, grads[k], estimates[k]) for k in members]
+            made.append(Queued(Launch(variant, arrays, stream), operations, group, members[0]))
+        return made
+
+    def _variant(self, k: int, phase: int, g: Any, estimate: Any) -> Variant:
+        program, memory = self._programs[self._layout.group_of[k]], self._layout.leaves[k]
+        formats = [("g", PLAIN[g.dtype.name]), ("p", memory.parameter.format)]
+        if estimate is not None:
+            formats.append(("hessian", PLAIN[estimate.dtype.name]))
+        formats += [(name, state.format) for name, state in memory.states.items()]
+        if program.phases > 1:
+            formats.append(("work", PLAIN[self._dtypes[k].name]))
+        operations = operations_of(program, phase, estimate is not None)
+        return Variant(
+            tuple(Step.of(program, op) for op in operations),
+            program.scratch,
+            self._dtypes[k],
+            tuple(formats),
+            tuple(PLAIN[a.dtype.name] for a in memory.mirrors),
+            self._layout.zero_grads,
+        )
+
+    def _arrays(self, k: int, variant: Variant, g: Any, estimate: Any) -> list[Any]:
+        memory = self._layout.leaves[k]
+        named = {"g": g, "hessian": estimate, "p": memory.parameter.data}
+        named |= {name: state.data for name, state in memory.states.items()}
+        named |= {"work": self._work.get(k)}
+        named |= {f"copy{j}": a for j, a in enumerate(memory.mirrors)}
+        return [named[name] for name, _ in variant.arrays]
+
+    def _squares(self, active: Sequence[int], grads: Any, stream: int) -> list[Squares]:
+        alike: dict[tuple[np.dtype, np.dtype], list[int]] = {}
+        for k in active:
+            alike.setdefault((grads[k].dtype, self._dtypes[k]), []).append(k)
+        return [
+            Squares(dtype, [grads[k] for k in members], members, stream)
+            for (_, dtype), members in alike.items()
+        ]
+
+    # ---------------------------------------------------------------- the step
+
+    def _run(self) -> int:
+        assert self._bound is not None
+        bound, layout, stream = self._bound, self._layout, self._first.stream
+        others = {foreign.current_stream(*known) for known in bound.streams} - {stream}
+        for other in others:
+            toolkit.wait_for(stream, other)
+        layout.results[...] = 0
+        if layout.decide is not None:
+            self._measure(bound, stream)
+            if not layout.decide():
+                return int(layout.counters[0])
+        first, second = bound.phases
+        matrices = [k for k in bound.active if k in self._work]
+        # Nothing is written to a parameter before the library's products, which may fail.
+        self._launch([queued for queued in first if queued.leaf in self._work], stream)
+        if matrices:
+            self._orthogonalize(matrices, stream)
+        rest = [queued for queued in first if queued.leaf not in self._work]
+        self._launch([*second, *rest], stream)
+        for other in others:
+            toolkit.wait_for(other, stream)
+        layout.counters[1:][bound.active] += 1
+        layout.counters[0] += 1
+        return int(layout.counters[0])
+
+    def _launch(self, launches: Sequence[Queued], stream: int) -> None:
+        layout = self._layout
+        for launch, operations, group, leaf in launches:
+            program, lr = self._programs[group], float(layout.rates[group])
+            sign, base, slope = program.head
+            factor = float(layout.rates[len(layout.groups) + group]) * sign
+            filtered = any(op.loop == "filter" for op in program.operations)
+            heads = {1: (factor,), 2: (1.0 if filtered else factor, base + slope * lr), 0: ()}
+            t = int(layout.counters[leaf + 1]) + 1
+            values = [x for op in operations for x in (*heads[HEAD[op.loop]], *op.scalars(t, lr))]
+            launch.run(np.array(values, np.float64).astype(launch.dtype), stream)
+
+    def _orthogonalize(self, leaves: Sequence[int], stream: int) -> None:
+        assert self._library is not None
+        with self._library.on_stream(stream, self._first.device):
+            for k in leaves:
+                rule: Any = self._layout.groups[self._layout.group_of[k]].rule
+                stack = rule.matrices(self._parameters[k].shape)
+                if self._parameters[k].size:
+                    factor = rule.factor(*stack[1:])
+                    self._library.orthogonalize(self._views[k], stack, rule.iteration, factor)
+
+    def _measure(self, bound: Bound, stream: int) -> None:
+        """The squares of the gradients: the one place where the host waits for the device."""
+        results = self._layout.results
+        for part in bound.squares:
+            part.queue(1.0, stream)
+        for part in bound.squares:
+            totals = part.totals(stream)
+            results[part.members, 0], results[part.members, 1] = totals, 1.0
+            if part.dtype != FLOAT64:
+                continue
+            # Once more for those whose squares left the range: see csrc/norms.hpp.
+            small, large = totals < 2.0**-900, ~(totals <= 2.0**1023)
+            for lost, scale in ((small, 2.0**600), (large & ~small, 2.0**-600)):
+                if lost.any():
+                    part.queue(scale, stream)
+                    members = part.members[lost]
+                    results[members, 0] = part.totals(stream)[lost]
+                    results[members, 1] = scale
+
+
+def _remembered(g: DeviceArray) -> tuple[Any, int]:
+    """A weak reference to what the caller gave, and its address if that may change."""
+    return weakref.ref(g.owner), g.address if g.library == "torch" else 0
