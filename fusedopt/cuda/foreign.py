@@ -121,7 +121,8 @@ def _dlpack(array: Any, library: str) -> Description:
     address = (t.data or 0) + t.byte_offset
     dtype = None if kind is None or t.lanes != 1 else np.dtype(kind)
     # The capsule frees the view when it goes; the memory is the array's, which stays.
-    return Description(address, shape, strides, dtype, t.device_id, 0, True, library)
+    number = int(array.__dlpack_device__()[1])
+    return Description(address, shape, strides, dtype, number, 0, True, library)
 
 
 def current_stream(library: str, device: int, named: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from types import FunctionType, SimpleNamespace
 from typing import Any
@@ -54,7 +55,13 @@ def describe() -> str:
 @functools.cache
 def device(function: FunctionType) -> Any:
     """A plain Python function for kernels, and with it the plain functions that it calls."""
-    return cuda.jit(device=True)(with_compiled_callees(function, device))
+    copy = with_compiled_callees(function, device)
+    if not SIMULATED:
+        return cuda.jit(device=True)(copy)
+    # Python's own root refuses negative numbers.
+    known = copy.__globals__
+    known.update({name: np.sqrt for name, value in known.items() if value is math.sqrt})
+    return copy
 
 
 _WORDS = {32: np.float32, 64: np.float64, 16: np.uint32}
@@ -209,7 +216,7 @@ class Kernel:
         globals_: dict[str, Any] = {
             "__name__": __name__,
             "cuda": cuda,
-            **{k: device(v) if _plain(v) else v for k, v in namespace.items()},
+            **{k: device(v) if isinstance(v, FunctionType) else v for k, v in namespace.items()},
         }
         exec(compile(source, "<fusedopt.cuda>", "exec"), globals_)
         self._function, self._arguments = globals_["kernel"], arguments
@@ -281,10 +288,6 @@ def _compiling_for(capability: Capability) -> Iterator[None]:
             yield
         finally:
             dispatcher.get_current_device = original
-
-
-def _plain(value: Any) -> bool:
-    return isinstance(value, FunctionType) and not SIMULATED
 
 
 # ---------------------------------------------------------------- memory
