@@ -113,9 +113,7 @@ def trees(params: Any, grads: Any, backend: str, copies: Any, **options: Any) ->
     """Parameters, copies, fingerprint and what was told of three steps."""
     device = backend == "cuda"
     wrap = OnDevice if device else lambda a: a
-    mine, theirs = (
-        {k: a.copy(order="K") for k, a in tree.items()} for tree in (params, copies)
-    )
+    mine, theirs = ({k: a.copy(order="K") for k, a in tree.items()} for tree in (params, copies))
     optimizer = fo.Optimizer(
         {k: wrap(a) for k, a in mine.items()},
         fo.AdamW(lr=0.01, weight_decay=0.1),
@@ -396,7 +394,7 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         TypeError, "Rows are not supported",
     ),
     "update": (
-        lambda: fo.update(fo.SGD(), 1, OnDevice(host()), host()),
+        lambda: fo.update(fo.SGD(), 1, OnDevice(host()), host()),  # type: ignore[arg-type]
         TypeError, "backend='cuda'",
     ),
     **{

@@ -246,8 +246,7 @@ def step_kernel(variant: Variant) -> Kernel:
         vectors=textwrap.indent(_indented(_body(variant, width)), "    "),
         rest=textwrap.indent(_indented(_body(variant, 1)), "    "),
     )
-    kind = variant.dtype.name
-    return Kernel(source, ", ".join(["int64"] * 2 + [kind] * len(_all_scalars(variant))), namespace)
+    return Kernel(source, 2, len(_all_scalars(variant)), variant.dtype, namespace)
 
 
 def _body(variant: Variant, count: int) -> list[str]:
@@ -332,4 +331,4 @@ def squares_kernel(format: Format, dtype: np.dtype) -> Kernel:
         additions=wide(_indented(f"total += squares(T(decode(v{k})), scale)" for k in
                                  range(UNROLLED)), " " * 8),
     )  # fmt: skip
-    return Kernel(source, f"int64, int64, int64, int64, {dtype.name}", namespace)
+    return Kernel(source, 4, 1, dtype, namespace)

@@ -25,7 +25,7 @@ def _listed(sizes: Sequence[int], unit: int) -> np.ndarray:
 
 def _uploaded(data: np.ndarray, stream: int) -> Memory:
     memory = Memory.new(data.nbytes)
-    memory.write(data, stream)
+    memory.write(data, stream, wait=False)
     return memory
 
 

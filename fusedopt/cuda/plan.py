@@ -45,6 +45,29 @@ class Queued(NamedTuple):
     leaf: int
 
 
+class Known:
+    """An input of the step before, which is not kept alive."""
+
+    def __init__(self, g: DeviceArray) -> None:
+        self._array, self._address = weakref.ref(g.owner), g.address
+        self._tensor: Any = None
+        library = foreign.library_of(g.owner)
+        if library == "torch":
+            self._tensor = g.owner.dtype, g.owner.shape, g.owner.stride()
+        elif library != g.library or not hasattr(g.owner, "__cuda_array_interface__"):
+            raise TypeError("only its own exchange knows when this array may be read")
+
+    def again(self, x: Any) -> bool:
+        """Whether this is the same array, or a tensor in its place, in the same memory."""
+        same = self._array() is x
+        if self._tensor is None:
+            return same
+        if not same:  # backward has made a new one, where the old one was
+            kind = foreign.library_of(x) == "torch" and x.is_cuda
+            same = kind and (x.dtype, x.shape, x.stride()) == self._tensor
+        return same and bool(x.data_ptr() == self._address)
+
+
 class CudaPlan:
     """One optimizer on a CUDA device."""
 
@@ -55,7 +78,8 @@ class CudaPlan:
         self._dtypes = [compute_dtype(m.parameter.format.dtype) for m in layout.leaves]
         self._watched = [p for p in self._parameters if foreign.library_of(p.owner) == "torch"]
         self._bound: Bound | None = None
-        self._seen: list[Any] | None = None
+        self._key: Any = None
+        self._seen: list[Known | None] | None = None
         self._make_work_space()
 
     def _make_work_space(self) -> None:
@@ -85,27 +109,35 @@ class CudaPlan:
         seen, given = self._seen, [*values_of(grads), *values_of(hessian)]
         if seen is None or len(seen) != len(given) or not all(p.unmoved for p in self._watched):
             return False
-        for memory, x in zip(seen, given, strict=True):
-            if memory is None:
-                if x is not None:
-                    return False
-            elif memory[0]() is not x or (memory[1] and x.data_ptr() != memory[1]):
-                return False
-        return True
+        return all(
+            x is None if known is None else known.again(x)
+            for known, x in zip(seen, given, strict=True)
+        )
 
     def _bind(self, grads: Sequence[Any], hessian: Sequence[Any] | None) -> None:
-        self._seen = self._bound = None
         estimates = [None] * len(grads) if hessian is None else hessian
+        self._seen = None
         inputs = [g for g in (*grads, *estimates) if g is not None]
+        offsets = self._layout.counters[1:] - self._layout.counters[0]
+        key = (
+            [None if g is None else (g.address, g.dtype) for g in (*grads, *estimates)],
+            offsets.tobytes(),
+        )
+        if key != self._key:
+            self._bound, self._key = None, None
+            self._bound = self._bound_to(grads, estimates, inputs)
+            self._key = key
+        with suppress(TypeError):  # what no weak reference can be made to is looked at every time
+            given = [*grads, *([None] if hessian is None else hessian)]
+            self._seen = [None if g is None else Known(g) for g in given]
+
+    def _bound_to(self, grads: Sequence[Any], estimates: Sequence[Any], inputs: Any) -> Bound:
         active = [k for k, g in enumerate(grads) if g is not None]
         stream = self._first.stream
         phases = [self._launches(p, active, grads, estimates, stream) for p in (0, 1)]
         squares = self._squares(active, grads, stream) if self._layout.decide else []
         streams = {(g.library, g.device, g.named_stream) for g in inputs}
-        self._bound = Bound(active, phases, squares, streams)
-        with suppress(TypeError):  # what no weak reference can be made to is looked at every time
-            given = [*grads, *([None] if hessian is None else hessian)]
-            self._seen = [None if g is None else _remembered(g) for g in given]
+        return Bound(active, phases, squares, streams)
 
     def _launches(
         self, phase: int, active: Sequence[int], grads: Any, estimates: Any, stream: int
@@ -227,8 +259,3 @@ class CudaPlan:
                     members = part.members[lost]
                     results[members, 0] = part.totals(stream)[lost]
                     results[members, 1] = scale
-
-
-def _remembered(g: DeviceArray) -> tuple[Any, int]:
-    """A weak reference to what the caller gave, and its address if that may change."""
-    return weakref.ref(g.owner), g.address if g.library == "torch" else 0

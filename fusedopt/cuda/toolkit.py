@@ -14,12 +14,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
+import numba_cuda  # noqa: F401  # Numba's own module of that name is another one, and older
 import numpy as np
 from llvmlite import ir
 from numba import cuda
-from numba.core.config import ENABLE_CUDASIM as SIMULATED
+from numba.core.config import ENABLE_CUDASIM
 
 from ..jit.compiler import with_compiled_callees
+
+SIMULATED = bool(ENABLE_CUDASIM)
 
 VECTOR_BYTES = 16
 """What one vector load or store moves."""
@@ -28,7 +31,10 @@ OPTIONS = {"opt": 3, "fma": False}
 """Of the compiler. Multiply and add stay two operations, so that the bits are the CPU's; quotients
 and roots are IEEE's, and denormals are kept, by default."""
 
-MAX_REGISTERS = 64
+MAX_REGISTERS = {"float32": 64, "float64": 128}
+"""Of a thread, by the type of a kernel's arithmetic: with more, too few threads fit for the memory
+to be kept busy. A float64 takes two."""
+
 Capability = tuple[int, int]
 
 
@@ -207,21 +213,26 @@ def word_loader() -> Any:
 
 
 class Kernel:
-    """The function `kernel` that `source` defines, for arguments of these types.
+    """The function `kernel` that `source` defines.
 
+    words: so many int64 are its leading arguments. scalars: so many of dtype are the rest.
     namespace: constants, and plain functions, which are compiled too. Compiled at the first launch.
     """
 
-    def __init__(self, source: str, arguments: str, namespace: Mapping[str, Any]) -> None:
+    def __init__(
+        self, source: str, words: int, scalars: int, dtype: np.dtype, namespace: Mapping[str, Any]
+    ) -> None:
         globals_: dict[str, Any] = {
             "__name__": __name__,
             "cuda": cuda,
             **{k: device(v) if isinstance(v, FunctionType) else v for k, v in namespace.items()},
         }
         exec(compile(source, "<fusedopt.cuda>", "exec"), globals_)
-        self._function, self._arguments = globals_["kernel"], arguments
+        self._function = globals_["kernel"]
+        self._arguments = ", ".join(["int64"] * words + [dtype.name] * scalars)
+        self._registers = MAX_REGISTERS[dtype.name]
         self._bound: dict[tuple[int, int], Any] = {}
-        self._library: dict[Capability, Any] = {}
+        self._library: Any = None
 
     def ptx(self, capability: Capability) -> str:
         """The assembly for a compute capability; needs no device."""
@@ -229,12 +240,13 @@ class Kernel:
         return text
 
     def _compiled(self, capability: Capability) -> Any:
-        # What `cuda.jit` does, whose options do not reach the compiler.
-        from numba.cuda import types
-        from numba.cuda.compiler import compile_cuda, kernel_fixup
-        from numba.cuda.core.sigutils import normalize_signature
+        """Numba's intermediate code, which is the same for all capabilities."""
+        if self._library is None:
+            # What `cuda.jit` does, whose options do not reach the compiler.
+            from numba.cuda import types
+            from numba.cuda.compiler import compile_cuda, kernel_fixup
+            from numba.cuda.core.sigutils import normalize_signature
 
-        if capability not in self._library:
             arguments, _ = normalize_signature(f"void({self._arguments})")
             with _compiling_for(capability):
                 result = compile_cuda(
@@ -243,13 +255,13 @@ class Kernel:
                     arguments,
                     nvvm_options=dict(OPTIONS),
                     cc=capability,
-                    max_registers=MAX_REGISTERS,
+                    max_registers=self._registers,
                 )
-            library, name = result.library, result.fndesc.llvm_func_name
-            library._entry_name = name
-            kernel_fixup(library.get_function(name), False)
-            self._library[capability] = library
-        return self._library[capability]
+            name = result.fndesc.llvm_func_name
+            result.library._entry_name = name
+            kernel_fixup(result.library.get_function(name), False)
+            self._library = result.library
+        return self._library
 
     def launch(
         self, blocks: int, threads: int, stream: int, words: Sequence[int], scalars: Any
@@ -298,6 +310,7 @@ class Memory:
 
     def __init__(self, address: int, size: int, owner: Any) -> None:
         self.address, self.size, self.owner = address, size, owner
+        self._data: Any = None
 
     @classmethod
     def new(cls, size: int) -> Memory:
@@ -337,8 +350,11 @@ class Memory:
         queue.synchronize()
         return np.asarray(host)
 
-    def write(self, data: np.ndarray, stream: int) -> None:
-        """Puts bytes of the host there, behind all that was queued on the stream."""
+    def write(self, data: np.ndarray, stream: int, *, wait: bool = True) -> None:
+        """Puts bytes of the host there, behind all that was queued on the stream.
+
+        wait: until that is done; otherwise `data` must not change as long as this object lives.
+        """
         if not self.size:
             return
         if SIMULATED:
@@ -346,7 +362,10 @@ class Memory:
             return
         queue = cuda.external_stream(stream)
         self._view().copy_to_device(data.reshape(-1).view(np.uint8), stream=queue)
-        queue.synchronize()  # the host's memory is free again
+        if wait:
+            queue.synchronize()
+        else:
+            self._data = data
 
     def take(self, other: Memory, stream: int) -> None:
         """Copies as many bytes of the same device."""
@@ -361,7 +380,7 @@ class Memory:
 def simulated_view(address: int, dtype: np.dtype, size: int) -> np.ndarray:
     """So many elements at an address of the simulator, flat."""
     kind = ctypes.c_uint8 * (size * dtype.itemsize)
-    return np.frombuffer(kind.from_address(address), np.uint8).view(dtype)
+    return np.ctypeslib.as_array(kind.from_address(address)).view(dtype)
 
 
 def on_device(number: int) -> Any:
