@@ -5,7 +5,9 @@ The "device" is the host's memory. Blocks and chunks are small, so that a small 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -19,6 +21,7 @@ from formatted import assert_same, draw
 from fusedopt.cuda import kernels, launching, toolkit
 from fusedopt.cuda.arrays import DeviceArray
 from fusedopt.cuda.matrices import Library
+from fusedopt.stepping import Stepper
 
 DTYPES: list[Any] = [np.float32, np.float64, ml_dtypes.bfloat16, np.float16]
 
@@ -52,6 +55,60 @@ class Exported:
     def __dlpack__(self, *, stream: Any) -> Any:
         self.streams.append(stream)
         return self.array.__dlpack__()
+
+
+class Tensor:
+    """PyTorch's tensor, as far as it is looked at."""
+
+    is_cuda = True
+    device = SimpleNamespace(index=0)
+
+    def __init__(self, array: Array) -> None:
+        self.array = array
+
+    @property
+    def dtype(self) -> str:
+        return f"torch.{self.array.dtype.name}"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.array.ndim
+
+    def element_size(self) -> int:
+        return self.array.itemsize
+
+    def stride(self) -> tuple[int, ...]:
+        return tuple(s // self.array.itemsize for s in self.array.strides)
+
+    def data_ptr(self) -> int:
+        return int(self.array.__array_interface__["data"][0])
+
+    def contiguous(self) -> Tensor:
+        return Tensor(np.ascontiguousarray(self.array))
+
+    def permute(self, axes: tuple[int, ...]) -> Tensor:
+        return Tensor(self.array.transpose(axes))
+
+
+Tensor.__module__ = "torch"
+
+
+@pytest.fixture
+def torch(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Stands for PyTorch; the streams that it was asked for, by device."""
+    asked: list[int] = []
+
+    def current_stream(device: int) -> Any:
+        asked.append(device)
+        return SimpleNamespace(cuda_stream=7)
+
+    cuda = SimpleNamespace(current_stream=current_stream)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    return asked
 
 
 @pytest.fixture(autouse=True)
@@ -230,6 +287,56 @@ def test_arrays_by_dlpack() -> None:
         fo.Optimizer(q, fo.Lion(lr=0.1)).step(g)
         assert_same_bits((p,), (q,), "DLPack")
         assert exported.streams == [1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_tensors(dtype: Any, order: Any, torch: list[int]) -> None:
+    p = np.asarray(draw(0, (6, 7), dtype), order=order)
+    q, grads = p.copy(order="K"), [draw(k, (6, 7), dtype) for k in range(3)]
+    mine, theirs = fo.Optimizer(Tensor(p), fo.Adam()), fo.Optimizer(q, fo.Adam())
+    for g in grads:
+        mine.step(Tensor(g))
+        theirs.step(g)
+    assert_same_bits((p,), (q,), "tensors")
+    assert set(torch) == {0}
+
+
+def test_new_tensors_where_the_old_ones_were(
+    torch: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p, g = np.ones(40, np.float32), np.ones(40, np.float32)
+    optimizer = fo.Optimizer([Tensor(p)], fo.SGD(lr=0.5))
+    optimizer.step([Tensor(g)])
+    explained = Stepper.explained
+    looked: list[int] = []
+
+    def watched(self: Stepper, *rest: Any) -> int:
+        looked.append(1)
+        return explained(self, *rest)
+
+    monkeypatch.setattr(Stepper, "explained", watched)
+    optimizer.step([Tensor(g)])
+    assert not looked
+    assert (p == 0).all()
+    optimizer.step([Tensor(g.copy())])
+    optimizer.step([Tensor(np.ones(40, np.float16))])
+    assert len(looked) == 2
+    assert (p == -1).all()
+    with pytest.raises(ValueError, match="expected the shape"):
+        optimizer.step([Tensor(g[:39])])
+
+
+def test_a_parameter_that_moved_is_noticed(torch: list[int]) -> None:
+    p, g = Tensor(np.ones(4, np.float32)), Tensor(np.ones(4, np.float32))
+    optimizer = fo.Optimizer(p, fo.SGD(lr=0.5))
+    optimizer.step(g)
+    p.array = p.array.copy()
+    with pytest.raises(ValueError, match=r"params: has moved in memory; call rebind"):
+        optimizer.step(g)
+    optimizer.rebind(p)
+    optimizer.step(g)
+    assert (p.array == 0).all()
 
 
 def test_zeroed_and_accumulated_gradients() -> None:
