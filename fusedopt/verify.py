@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from . import host
 from .around import NOTHING, Around
-from .backends import BACKENDS, Backend, Layout
+from .backends import BACKENDS, ON_HOST, Backend, Layout
 from .bounded import Bounded
 from .formats import PLAIN, Values, least_state, subkey
 from .interrupts import deferred
@@ -313,11 +312,7 @@ def verify(
     for way in ways:
         if way not in STORAGES:
             raise ValueError(f"storages: expected names of {', '.join(STORAGES)}; got {way!r}")
-    usable = [
-        name
-        for name, backend in BACKENDS.items()
-        if backend.space is host and backend.unavailable() is None
-    ]
+    usable = [name for name in ON_HOST if BACKENDS[name].unavailable() is None]
     chosen = list(backends) if backends is not None else usable
     levels = list(isas) if isas is not None else available_isas()
     checks = []

@@ -18,8 +18,10 @@ from .reference import ReferenceBackend
 BACKENDS: dict[str, Backend] = {
     b.name: b for b in (NativeBackend(), NumbaBackend(), ReferenceBackend(), CudaBackend())
 }
-"""Every backend, the preferred first; the reference can always be used, and hides those behind it
-from "auto"."""
+"""Every backend, the preferred first."""
+
+ON_HOST = ("native", "numba", "reference")
+"""Those of NumPy's arrays; the last can always be used."""
 
 FORCED = choice("FUSEDOPT_BACKEND", ("auto", *BACKENDS))
 
@@ -33,7 +35,7 @@ def get_backend(name: str = "auto") -> Backend:
     if name == "auto":
         name = FORCED or "auto"
     if name == "auto":
-        name = next(n for n, backend in BACKENDS.items() if backend.unavailable() is None)
+        name = next(n for n in ON_HOST if BACKENDS[n].unavailable() is None)
         if name == "reference":
             warnings.warn(
                 "fusedopt runs on its NumPy reference, which is slow:"
@@ -65,6 +67,7 @@ def default_backend() -> Backend:
 
 __all__ = [
     "BACKENDS",
+    "ON_HOST",
     "Backend",
     "Group",
     "Layout",

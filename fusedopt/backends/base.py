@@ -77,7 +77,7 @@ def single(rule: Rule, program: Program, t: int, lr: float, arrays: Sequence[Sto
 
 
 class Space(Protocol):
-    """Checks and makes the arrays of a backend: `fusedopt.host`, or `fusedopt.cuda.arrays`, which
+    """Checks and makes the arrays of a backend: `fusedopt.host`, or `fusedopt.cuda.space`, which
     has arrays of its own with a shape, a dtype and a size.
 
     check_options: ValueError for what there is for other arrays alone. check_target,

@@ -35,9 +35,9 @@ class CudaBackend:
     @property
     def space(self) -> Any:
         """What checks and makes arrays."""
-        from ..cuda import arrays
+        from ..cuda import space
 
-        return arrays
+        return space
 
     def plan(self, layout: Layout) -> Plan:
         from ..cuda.plan import CudaPlan

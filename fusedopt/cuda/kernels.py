@@ -21,7 +21,8 @@ from ..jit import bits
 from ..jit.kernels import LANES, MODES, SEGMENT, normal_or_zero_of
 from ..rules.base import Operation, Program
 from ..rules.elements import ELEMENTS, OF_STATES, Element, squares
-from .toolkit import VECTOR_BYTES, Kernel, loader, storer, word_loader
+from .toolkit import Kernel
+from .vectors import VECTOR_BYTES, loader, storer, word_loader
 
 THREADS = 256
 CHUNK = 1 << 12

@@ -12,7 +12,8 @@ from ..jit.kernels import LANES, SEGMENT
 from ..rules.elements import keep
 from .arrays import DeviceArray
 from .kernels import CHUNK, GROUPS, THREADS, Step, Variant, squares_kernel, step_kernel
-from .toolkit import VECTOR_BYTES, Memory
+from .memory import Memory
+from .vectors import VECTOR_BYTES
 
 
 def _listed(sizes: Sequence[int], unit: int) -> np.ndarray:
@@ -62,12 +63,14 @@ class Launch:
             rows.append([own[0].size, int(aligned), *addresses])
         self._table = Table.of(rows, CHUNK, stream)
         self._kernel, self.dtype = step_kernel(variant), variant.dtype
+        self._device = arrays[0][0].device
 
     def run(self, scalars: np.ndarray, stream: int) -> None:
         """scalars: of all the operations, in the type of the arithmetic."""
         if self._table.count:
             words = (self._table.rows.address, self._table.parts.address)
-            self._kernel.launch(self._table.count, THREADS, stream, words, scalars)
+            queue = self._device, stream
+            self._kernel.launch(self._table.count, THREADS, queue, words, scalars)
 
 
 def convert(target: DeviceArray, source: DeviceArray) -> None:
@@ -91,6 +94,7 @@ class Squares:
         self, dtype: np.dtype, arrays: Sequence[DeviceArray], members: Sequence[int], stream: int
     ) -> None:
         self.dtype, self.members = dtype, np.array(members)
+        self._device = arrays[0].device
         self._kernel = squares_kernel(PLAIN[arrays[0].dtype.name], dtype)
         self._table = Table.of([(a.size, a.address) for a in arrays], SEGMENT, stream)
         self._partials = Memory.new(8 * self._table.count)
@@ -104,7 +108,8 @@ class Squares:
         if t.count:
             words = (t.rows.address, t.parts.address, self._partials.address, t.count)
             scalars = np.array([scale], self.dtype)
-            self._kernel.launch(-(-t.count // GROUPS), GROUPS * LANES, stream, words, scalars)
+            blocks, threads = -(-t.count // GROUPS), GROUPS * LANES
+            self._kernel.launch(blocks, threads, (self._device, stream), words, scalars)
 
     def totals(self, stream: int) -> np.ndarray:
         """Of each array its sum, when the kernel is done."""

@@ -35,7 +35,7 @@ class Library:
     def view(self, a: DeviceArray) -> Any:
         """The library's own array over the memory of one."""
         if self._module is np:
-            from .toolkit import simulated_view
+            from .memory import simulated_view
 
             return simulated_view(a.address, a.dtype, a.size).reshape(a.shape, order=a.order)
         if self._module.__name__ == "torch":

@@ -14,11 +14,13 @@ from ..backends.base import HEAD, Layout
 from ..formats import FLOAT64, PLAIN, compute_dtype
 from ..rules.base import Operation, Program
 from ..trees import values_of
-from . import foreign, toolkit
-from .arrays import DeviceArray, new_arrays
+from . import foreign
+from .arrays import DeviceArray
 from .kernels import Step, Variant, operations_of
 from .launching import Launch, Squares
 from .matrices import Library
+from .memory import on_device, wait_for
+from .space import new_arrays
 
 
 @dataclass
@@ -87,7 +89,7 @@ class CudaPlan:
         phased = [k for k, g in enumerate(self._layout.group_of) if self._programs[g].phases > 1]
         library = Library(self._first.library) if phased else None
         wanted = [(self._parameters[k], PLAIN[self._dtypes[k].name], 0.0) for k in phased]
-        with toolkit.on_device(self._first.device):
+        with on_device(self._first.device):
             arrays: list[Any] = [stored.data for stored in new_arrays(wanted)]
             self._work = dict(zip(phased, arrays, strict=True))
             self._views = {k: library.view(a) for k, a in self._work.items() if library}
@@ -95,7 +97,7 @@ class CudaPlan:
         self.work_bytes = sum(a.nbytes for a in arrays)
 
     def step(self, grads: Any, hessian: Any, flat: bool) -> int | None:
-        with toolkit.on_device(self._first.device):
+        with on_device(self._first.device):
             if flat:
                 self._bind(grads, hessian)
             elif not self._known(grads, hessian):
@@ -199,7 +201,7 @@ class CudaPlan:
         bound, layout, stream = self._bound, self._layout, self._first.stream
         others = {foreign.current_stream(*known) for known in bound.streams} - {stream}
         for other in others:
-            toolkit.wait_for(stream, other)
+            wait_for(stream, other)
         layout.results[...] = 0
         if layout.decide is not None:
             self._measure(bound, stream)
@@ -214,7 +216,7 @@ class CudaPlan:
         rest = [queued for queued in first if queued.leaf not in self._work]
         self._launch([*second, *rest], stream)
         for other in others:
-            toolkit.wait_for(other, stream)
+            wait_for(other, stream)
         layout.counters[1:][bound.active] += 1
         layout.counters[0] += 1
         return int(layout.counters[0])
