@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,7 +13,6 @@ import numpy as np
 from ..backends.base import HEAD, Layout
 from ..formats import FLOAT64, PLAIN, compute_dtype
 from ..rules.base import Operation, Program
-from ..trees import values_of
 from . import foreign
 from .arrays import DeviceArray
 from .kernels import Step, Variant, operations_of
@@ -47,6 +46,28 @@ class Queued(NamedTuple):
     leaf: int
 
 
+def _leaves(spec: Any, tree: Any) -> Iterator[Any]:
+    """What stands at the leaves of a `Tree.spec`, in its order; where the tree has another shape,
+    something else than there was in one of its shape."""
+    if isinstance(spec, tuple):
+        fits = isinstance(tree, dict) and len(tree) == len(spec[0])
+        for key, child in zip(*spec, strict=True) if fits else ():
+            yield from _leaves(child, tree.get(key, tree))
+    elif isinstance(spec, list):
+        fits = isinstance(tree, (list, tuple)) and len(tree) == len(spec)
+        for child, x in zip(spec, tree, strict=True) if fits else ():
+            yield from _leaves(child, x)
+    else:
+        yield tree
+
+
+def _immutable(spec: Any, tree: Any) -> bool:
+    """Whether a tree of this shape is an array, or nested tuples of them."""
+    if isinstance(spec, int):
+        return True
+    return isinstance(tree, tuple) and all(map(_immutable, spec, tree))
+
+
 class Known:
     """An input of the step before, which is not kept alive."""
 
@@ -58,6 +79,11 @@ class Known:
             self._tensor = g.owner.dtype, g.owner.shape, g.owner.stride()
         elif library != g.library or not hasattr(g.owner, "__cuda_array_interface__"):
             raise TypeError("only its own exchange knows when this array may be read")
+
+    @property
+    def can_move(self) -> bool:
+        """Whether it may get other memory."""
+        return self._tensor is not None
 
     def again(self, x: Any) -> bool:
         """Whether this is the same array, or a tensor in its place, in the same memory."""
@@ -81,6 +107,7 @@ class CudaPlan:
         self._watched = [p for p in self._parameters if foreign.library_of(p.owner) == "torch"]
         self._bound: Bound | None = None
         self._key: Any = None
+        self._fixed: Any = None
         self._seen: list[Known | None] | None = None
         self._make_work_space()
 
@@ -102,13 +129,18 @@ class CudaPlan:
                 self._bind(grads, hessian)
             elif not self._known(grads, hessian):
                 return None
+            else:
+                self._fixed = grads if hessian is None and self._cannot_change(grads) else None
             return self._run()
 
     # ---------------------------------------------------------------- what is given
 
     def _known(self, grads: Any, hessian: Any) -> bool:
         """Whether these are the arrays of the step before, in the same places."""
-        seen, given = self._seen, [*values_of(grads), *values_of(hessian)]
+        if grads is self._fixed and grads is not None and hessian is None:
+            return True
+        seen, given = self._seen, list(_leaves(self._layout.tree, grads))
+        given += [None] if hessian is None else _leaves(self._layout.tree, hessian)
         if seen is None or len(seen) != len(given) or not all(p.unmoved for p in self._watched):
             return False
         return all(
@@ -116,9 +148,16 @@ class CudaPlan:
             for known, x in zip(seen, given, strict=True)
         )
 
+    def _cannot_change(self, grads: Any) -> bool:
+        """Whether the same object will be the same arrays in the same memory again: tuples, and no
+        tensors, whose memory can be replaced."""
+        if self._watched or any(known and known.can_move for known in self._seen or ()):
+            return False
+        return _immutable(self._layout.tree, grads)
+
     def _bind(self, grads: Sequence[Any], hessian: Sequence[Any] | None) -> None:
         estimates = [None] * len(grads) if hessian is None else hessian
-        self._seen = None
+        self._seen = self._fixed = None
         inputs = [g for g in (*grads, *estimates) if g is not None]
         offsets = self._layout.counters[1:] - self._layout.counters[0]
         key = (
