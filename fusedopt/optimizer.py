@@ -95,10 +95,12 @@ class Optimizer:
     checkpoint: it goes with the optimizer or its process, and nothing can go on from one that a
     killed process has left. Such an optimizer cannot be pickled, copied or used in a forked child.
 
-    backend: "auto", "native", "numba" or "reference". threads: at most so many, where the process
-    may use more. verify: run every step on copies first, compare with the float64 reference, and
-    commit only what agrees (`VerificationError` otherwise, also where parameters with masters were
-    overwritten without `sync`).
+    backend: "auto", "native", "numba", "reference", or, for arrays of CuPy, PyTorch and Numba on a
+    CUDA device, "cuda" ("auto" takes it by itself), which refuses what it does not have; states are
+    arrays of the device there, with `__cuda_array_interface__`. threads: at most so many, where the
+    process may use more. verify: run every step on copies first, compare with the float64
+    reference, and commit only what agrees (`VerificationError` otherwise, also where parameters
+    with masters were overwritten without `sync`).
 
     Raises TypeError for a value of the wrong kind, ValueError for one that does not fit,
     RuntimeError where the backend cannot be used, FileExistsError where `state_path` is in use or

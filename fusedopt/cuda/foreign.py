@@ -79,7 +79,8 @@ def _interface(array: Any, library: str) -> Description:
         device = int(array.__dlpack_device__()[1])
     # The interface has no name for bfloat16, and calls it raw bytes.
     own = getattr(array, "dtype", None)
-    dtype = own if own == _BFLOAT16 else np.dtype(told["typestr"])
+    low = isinstance(own, np.dtype) and own == _BFLOAT16
+    dtype = _BFLOAT16 if low else np.dtype(told["typestr"])
     # 1 is the legacy default stream, and 2 that of each thread, by which name the driver knows it.
     stream = told.get("stream") or 0
     return Description(

@@ -74,15 +74,6 @@ class Memory:
         else:
             self._data = data
 
-    def take(self, other: Memory, stream: int) -> None:
-        """Copies as many bytes of the same device."""
-        if not self.size:
-            return
-        if SIMULATED:
-            self._view()[:] = other._view()
-            return
-        self._view().copy_to_device(other._view(), stream=cuda.external_stream(stream))
-
 
 def simulated_view(address: int, dtype: np.dtype, size: int) -> np.ndarray:
     """So many elements at an address of the simulator, flat."""
