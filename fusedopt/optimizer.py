@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,6 +38,27 @@ from .trees import Tree
 
 if TYPE_CHECKING:
     from .scratch import Scratch
+
+
+class Averaged:
+    """Averages of weights, live: `params`, float32 or float64, nested like the parameters.
+
+    As a context manager, once, puts them in the parameters' place, and gives the parameters.
+    """
+
+    def __init__(self, params: Any, exchange: AbstractContextManager[Any]) -> None:
+        self.params, self._exchange = params, exchange
+
+    def __enter__(self) -> Any:
+        return self._exchange.__enter__()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool | None:
+        return self._exchange.__exit__(kind, error, trace)
 
 
 class Accumulated:
@@ -551,21 +573,25 @@ class Optimizer:
                 self._backend.shift(self._rules[k], self._parameters[k], velocity)
             yield
 
-    @contextmanager
-    def averaged(self) -> Iterator[Any]:
-        """Puts the averages of `ema` in the place of the parameters, and gives these.
+    def averaged(self) -> Averaged:
+        """The averages of `ema`: `averaged().params` is nested like the parameters.
 
-        On leaving, by an exception too, the parameters' exact bits are restored. To look at the
-        averages as they are, in float32, see `state`: path -> "average". Raises ValueError where
-        there are none, RuntimeError when nested.
+        `with opt.averaged():` puts them in the place of the parameters, rounded to their dtypes; on
+        leaving, by an exception too, the parameters' exact bits are restored. Raises ValueError
+        where there are no averages, RuntimeError on entering inside of another such context.
         """
         if self._options.ema is None:
             raise ValueError("averaged(): there are no averages; make the optimizer with ema=0.999")
         self._check_caught_up("averaged")
+        averages = [memory.states[AVERAGE].data for memory in self._leaves]
+        return Averaged(self._tree.build(averages), self._in_place_of_parameters(averages))
+
+    @contextmanager
+    def _in_place_of_parameters(self, averages: Sequence[np.ndarray]) -> Iterator[Any]:
         with self._exchange("averaged", range(len(self._parameters))):
-            for p, memory in zip(self._parameters, self._leaves, strict=True):
+            for p, average in zip(self._parameters, averages, strict=True):
                 with np.errstate(over="ignore"):
-                    p[...] = memory.states[AVERAGE].data
+                    p[...] = average
             yield self.params
 
     @contextmanager
@@ -716,28 +742,34 @@ class Optimizer:
         with deferred():
             self._go_on(self._snapshot.restore(state, strict=strict))
 
-    def save(self, path: str | os.PathLike[str], *, parameters: bool = True) -> None:
+    def save(
+        self, path: str | os.PathLike[str], *, parameters: bool = True, metadata: Any = None
+    ) -> None:
         """Writes states, counters and parameters to one safetensors file: all that a run needs.
 
         parameters: also the parameters and the arrays of `copy_out`; without them the file is a
         `state_dict`. The parameter of the leaf `block.0.w` is called `p:block.0.w` there, its state
         m `m:block.0.w`; arrays in Fortran order lie there transposed. Every bit is kept.
+        metadata: whatever else of the run must be of the same moment, such as the state of a random
+        generator, in the types of JSON: `load` returns it.
 
         A file at `path` is replaced at once when the new one is whole and on the disk: a process
         killed at any moment leaves the old file or the new one. No other copy is made in memory.
-        Raises OSError where the file cannot be written, RuntimeError inside of `lookahead` and
+        Raises OSError where the file cannot be written, TypeError or ValueError for metadata that
+        JSON does not take or that a file cannot hold, RuntimeError inside of `lookahead` and
         `averaged`, and between `accumulate` and `step`.
         """
         self._check_settled("save")
-        self._snapshot.save(path, parameters)
+        self._snapshot.save(path, parameters, metadata)
 
     def load(
         self, path: str | os.PathLike[str], *, parameters: bool = True, strict: bool = True
-    ) -> None:
+    ) -> Any:
         """Goes on from a file of `save`, bit for bit: parameters and states are written in place.
 
         parameters: with False those of the file are left there; the caller's must be in place.
         strict: as in `load_state_dict`. The file is mapped, and nothing is allocated by its word.
+        Returns the metadata that `save` was given, tuples as lists.
 
         Raises OSError where it cannot be read, ValueError where it is not whole, of another version
         or without parameters, or that lists every difference as `load_state_dict` does,
@@ -746,7 +778,9 @@ class Optimizer:
         """
         self._check_at_home("load")
         with deferred():
-            self._go_on(self._snapshot.load(path, strict=strict, parameters=parameters))
+            seed, metadata = self._snapshot.load(path, strict=strict, parameters=parameters)
+            self._go_on(seed)
+        return metadata
 
     def _go_on(self, seed: int) -> None:
         """After another state was loaded: what rows had missed, and sums of gradients, are gone."""

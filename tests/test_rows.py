@@ -148,7 +148,7 @@ def test_rows_that_were_not_caught_up_are_refused() -> None:
         opt.state_dict,
         opt.sync,
         lambda: opt.replace(eps=1.0),
-        opt.averaged().__enter__,
+        opt.averaged,
     ):
         with pytest.raises(RuntimeError, match=r"rows of e have missed steps; call catch_up\(\)"):
             refused()
