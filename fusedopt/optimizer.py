@@ -15,7 +15,7 @@ import numpy as np
 from .accumulate import Accumulator
 from .around import AVERAGE
 from .arrays import memory_order
-from .backends import Layout, backend_for
+from .backends import Layout, get_backend
 from .backends.base import results_for
 from .catchup import Ledger
 from .checkpoint import Snapshot
@@ -174,7 +174,7 @@ class Optimizer:
         self._storage = self._options.storage()
         self._tree = Tree(params)
         leaves = self._tree.leaves
-        self._backend = backend_for(backend, [leaf.value for leaf in leaves])
+        self._backend = get_backend(backend, [leaf.value for leaf in leaves])
         self._space = self._backend.space
         self._space.check_options(self._options, state_path)
         self._groups, self._group_of = assign(leaves, rule)
