@@ -11,6 +11,7 @@ import numpy as np
 
 from .around import NOTHING, Around
 from .backends import BACKENDS, Backend, Layout
+from .backends.base import Turn
 from .bounded import Bounded
 from .formats import PLAIN, Values, least_state, subkey
 from .interrupts import deferred
@@ -150,10 +151,11 @@ def judge(
     return [w for w in worst if w is not None]
 
 
-class VerifiedPlan:
+class VerifiedPlan(Turn):
     """A plan over copies, whose results are committed when all leaves pass."""
 
     def __init__(self, backend: Backend, layout: Layout, leaves: Sequence[Leaf]) -> None:
+        super().__init__()
         self._layout, self._leaves = layout, leaves
         self._copies = replace(
             layout,

@@ -13,7 +13,7 @@ from ..interrupts import deferred
 from ..rows import Touched, selected, values_of, whole
 from ..rules import Rule
 from ..states import Memory, Stored
-from .base import Layout, Plan
+from .base import Layout, Plan, Turn
 
 
 def reference_step(
@@ -98,12 +98,13 @@ class ReferenceBackend:
         p[...] = p.astype(np.float64) - rule.momentum * v.astype(np.float64)
 
 
-class ReferencePlan:
+class ReferencePlan(Turn):
     """Computes every leaf's new arrays, then writes them all."""
 
     work_bytes = 0
 
     def __init__(self, layout: Layout) -> None:
+        super().__init__()
         self._layout = layout
 
     def step(self, grads: Any, hessian: Any, flat: bool) -> int | None:
