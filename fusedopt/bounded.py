@@ -118,8 +118,10 @@ def _subtract(a: Bounded, b: Bounded) -> Bounded:
 
 
 def _multiply(a: Bounded, b: Bounded) -> Bounded:
-    error = np.abs(a.value) * b.error + np.abs(b.value) * a.error + a.error * b.error
-    return _rounded(a.value * b.value, np.where(np.isnan(error), 0.0, error), a)
+    terms = ((np.abs(a.value), b.error), (np.abs(b.value), a.error), (a.error, b.error))
+    # What is exact adds nothing, where the other may be anything.
+    error = sum(np.where((x == 0) | (y == 0), 0.0, x * y) for x, y in terms)
+    return _rounded(a.value * b.value, error, a)
 
 
 def _divide(a: Bounded, b: Bounded) -> Bounded:

@@ -115,7 +115,10 @@ class ReferencePlan(Turn):
         active = [k for k, g in enumerate(grads) if g is not None]
         if layout.decide is not None:
             for k in active:
-                layout.results[k, :2] = sum_of_squares(selected(grads[k]))
+                computed = compute_dtype(layout.leaves[k].caller.dtype)
+                with np.errstate(over="ignore"):
+                    given = selected(grads[k]).astype(computed)
+                layout.results[k, :2] = sum_of_squares(given)
             if not layout.decide():
                 return int(layout.counters[0])
         new = {}
