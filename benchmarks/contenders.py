@@ -1,18 +1,19 @@
-"""Who steps a problem: those of fusedopt/bench/contenders.py, a compiled limit, and optax.
+"""Who steps a problem: those of fusedopt/bench/contenders.py, a compiled limit, optax, DeepSpeed.
 
-The limit is limit.cpp's in place of NumPy's. optax takes part where it is installed.
+The limit is limit.cpp's in place of NumPy's. The libraries take part where they are installed.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import warnings
 from dataclasses import replace
 from typing import Any
 
 import fusedopt as fo
 from fusedopt.bench import contenders as shared
-from fusedopt.bench.contenders import LIMIT, Contender, Entrants
+from fusedopt.bench.contenders import LIMIT, Contender, Entrants, contender
 from fusedopt.bench.problems import Problem
 from limit import Sweep, check_sweep
 
@@ -107,11 +108,62 @@ def optax(problem: Problem) -> Contender:
     return Contender("optax", step, check)
 
 
+# Of each rule DeepSpeed's class for CPUs, where it lies, its names for our states, its arguments.
+DEEPSPEED: dict[str, tuple[str, str, tuple[str, ...], Any]] = {
+    "adam": (
+        "adam",
+        "DeepSpeedCPUAdam",
+        ("exp_avg", "exp_avg_sq"),
+        lambda rule: {"betas": rule.betas, "eps": rule.eps, "adamw_mode": False},
+    ),
+    "adamw": (
+        "adam",
+        "DeepSpeedCPUAdam",
+        ("exp_avg", "exp_avg_sq"),
+        lambda rule: {"betas": rule.betas, "eps": rule.eps, "adamw_mode": True},
+    ),
+    "lion": ("lion", "DeepSpeedCPULion", ("exp_avg",), lambda rule: {"betas": rule.betas}),
+}
+
+
+@functools.cache
+def deepspeed_class(module: str, name: str) -> Any:
+    """DeepSpeed's optimizer, which it compiles at its first use; None where that is not to be."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = getattr(importlib.import_module(f"deepspeed.ops.{module}"), name)
+            torch = importlib.import_module("torch")
+            found([torch.nn.Parameter(torch.ones(1))])
+    except Exception:  # what it raises without a compiler depends on its version
+        return None
+    return found
+
+
+def deepspeed(problem: Problem) -> Contender:
+    """DeepSpeed's C++ step on the CPU, for the rules of DEEPSPEED."""
+    torch, rule = importlib.import_module("torch"), problem.rule
+    torch.set_num_threads(fo.get_threads())
+    module, name, states, arguments = DEEPSPEED[rule.name]
+    parameters = [torch.from_numpy(leaf.p) for leaf in problem.leaves]
+    for parameter, leaf in zip(parameters, problem.leaves, strict=True):
+        parameter.grad = torch.from_numpy(leaf.g)
+    optimizer = deepspeed_class(module, name)(
+        parameters, lr=rule.lr, weight_decay=rule.weight_decay, **arguments(rule)
+    )
+    for parameter, leaf in zip(parameters, problem.leaves, strict=True):
+        named = dict(zip(states, map(torch.from_numpy, leaf.states), strict=True))
+        optimizer.state[parameter] = {"step": 0, **named}
+    return contender("DeepSpeed", problem, optimizer.step)
+
+
 def entrants(rule: str, tensors: int) -> Entrants:
     """Who can step so many tensors by this rule here, by the contender's name."""
     able = shared.entrants(rule, tensors) | {LIMIT: limit}
     if rule in OPTAX and all(libraries()):
         able["optax"] = optax
+    if rule in DEEPSPEED and deepspeed_class(*DEEPSPEED[rule][:2]) is not None:
+        able["DeepSpeed"] = deepspeed
     return able
 
 

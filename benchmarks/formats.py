@@ -24,7 +24,7 @@ from fusedopt.bench.measure import interleaved
 from fusedopt.bench.problems import Array, gpt2_small, tensors
 from fusedopt.formats import BFLOAT16
 from limit import TILE, Streams
-from table import machine
+from targets import machine
 
 RULE = fo.AdamW(lr=1e-4, weight_decay=0.1)
 IN_CACHE = 1 << 14

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import fusedopt as fo
+import whole
 from contenders import enter, entrants
 from formats import streams
 from fusedopt.bench.contenders import LIMIT, Contender
@@ -64,8 +65,8 @@ def names(rule: str, problem: str) -> Iterator[tuple[str, str]]:
     """Contenders with their backends."""
     shapes, dtype = PROBLEMS[problem]
     for name in entrants(rule, len(shapes)):
-        if name == "optax" and dtype is not np.float32:
-            continue  # jax has no float64 unless told to
+        if name in ("optax", "DeepSpeed") and dtype is not np.float32:
+            continue  # jax has no float64 unless told to, and DeepSpeed none
         for backend in backends(shapes) if name == "fusedopt" else ["native"]:
             yield name, backend
 
@@ -145,6 +146,23 @@ def test_step_on_one_thread(
     benchmark: Any, problem: str, rule: str, contender: str, backend: str
 ) -> None:
     run_step(benchmark, f"{rule}, {problem}, 1 thread", problem, rule, contender, backend)
+
+
+@functools.lru_cache(maxsize=1)
+def whole_of(name: str) -> whole.Whole:
+    """One for all contenders in turn."""
+    return whole.Whole(PROBLEMS[name][0])
+
+
+@pytest.mark.parametrize("shapes", ["1000 of 1000", "ResNet-50", "GPT-2 small"])
+@pytest.mark.parametrize("contender", ["fusedopt", "NumPy", "torch"])
+def test_whole_step(benchmark: Any, contender: str, shapes: str) -> None:
+    arrays = whole_of(shapes)
+    able = whole.contenders(arrays)
+    if contender not in able:
+        pytest.skip(f"{contender} is not installed")
+    group = f"clip + adamw + zero, {shapes}"
+    run(benchmark, group, able[contender](), whole.limit(arrays).step, arrays.bytes_per_step)
 
 
 @pytest.mark.parametrize("way", WAYS)

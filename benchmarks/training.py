@@ -19,7 +19,9 @@ from statistics import fmean
 from typing import Any
 
 from fusedopt.train import TrainOptions, gpt
-from fusedopt.train.trainer import History, Setup, descend
+from fusedopt.train.descent import descend
+from fusedopt.train.history import History
+from fusedopt.train.setup import Setup
 
 # What is accepted: how much worse than float32 a way's mean loss may be; None shows it only.
 WAYS: dict[str, tuple[dict[str, Any], float | None]] = {

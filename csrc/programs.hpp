@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <deque>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -21,21 +22,25 @@ namespace {
 // (parameter, states, work space), scratch, and sums.
 enum Slot { GRADIENT, HESSIAN, INPUTS, PARAMETER = INPUTS };
 
-// One rule's operations, by their place in the table.
+// One rule's operations, by their place in the table, or in the program itself.
 struct Program {
   struct Op {
-    int index, mode, phase, input;
+    int index;  // of a foreign one ~(its place)
+    int mode, phase, input;
     std::vector<std::uint8_t> operands;
     std::uint32_t used, written, summed;  // slots, as bits
   };
   std::vector<Op> ops;
+  std::deque<std::pair<std::string, Operation>> foreign;  // with their names, which do not move
   int scalar_count = 0, phases = 1, arrays, scratch, sums;
   bool takes_hessian = false, filtered = false;
   // What a rule's scalars begin with: the factor on the gradient, and base + slope lr.
   double factor, base, slope;
 
-  // Rows: (name, mode, phase, input that it needs or -1, operand slots). arrays, scratch, sums: how
-  // many slots each of these have.
+  // Rows: (name, mode, phase, input that it needs or -1, operand slots, foreign), the last of them
+  // None, or for a rule that is not in the table (scalars, addresses of its tile function in that
+  // mode, for each compute type); whoever passes these keeps the functions alive. arrays, scratch,
+  // sums: how many slots each of these have.
   Program(const py::list& rows, double factor, double base, double slope, int arrays, int scratch,
           int sums)
       : arrays(arrays), scratch(scratch), sums(sums), factor(factor), base(base), slope(slope) {
@@ -44,12 +49,12 @@ struct Program {
       throw py::value_error("a program has 1 to " + std::to_string(MAX_OPERANDS) + " operands");
     const Table& table = *level().table;
     for (const py::handle row : rows) {
-      const auto [name, mode, phase, input, slots] =
-          row.cast<std::tuple<std::string, int, int, int, std::vector<int>>>();
-      const Operation* const end = table.operations + table.operation_count;
-      const Operation* const op = std::find_if(
-          table.operations, end, [&n = name](const Operation& o) { return n == o.name; });
-      if (op == end) throw py::key_error(name);
+      const auto [name, mode, phase, input, slots, outside] =
+          row.cast<std::tuple<std::string, int, int, int, std::vector<int>, py::object>>();
+      const int index = outside.is_none() ? find(table, name)
+                                          : adopt(name, mode, static_cast<int>(slots.size()),
+                                                  outside.cast<Outside>());
+      const Operation* const op = &operation(index);
       const bool peek = mode == PEEK || mode == PEEK_L2;
       if (mode < 0 || mode >= MODES || !op->compute[0].mode[mode] || phase < 0 || phase > 1 ||
           static_cast<int>(slots.size()) != op->operands + peek)
@@ -61,8 +66,7 @@ struct Program {
       }
       const auto [used, written] = masks(*op, peek, operands);
       const std::uint32_t summed = op->kind == SUM ? written : 0;
-      ops.push_back({static_cast<int>(op - table.operations), mode, phase, input, operands, used,
-                     written & ~summed, summed});
+      ops.push_back({index, mode, phase, input, operands, used, written & ~summed, summed});
       scalar_count += op->scalars;
       phases = std::max(phases, phase + 1);
       takes_hessian = takes_hessian || input == HESSIAN;
@@ -70,9 +74,40 @@ struct Program {
     }
   }
 
+  // Of the instruction set in use, where it is in the table.
+  const Operation& operation(int index) const {
+    return index < 0 ? foreign[static_cast<std::size_t>(~index)].second
+                     : level().table->operations[index];
+  }
+
   int first_sum() const { return INPUTS + arrays + scratch; }
 
  private:
+  using Outside = std::pair<int, std::vector<std::uintptr_t>>;
+
+  static int find(const Table& table, const std::string& name) {
+    const Operation* const end = table.operations + table.operation_count;
+    const Operation* const op =
+        std::find_if(table.operations, end, [&](const Operation& o) { return name == o.name; });
+    if (op == end) throw py::key_error(name);
+    return static_cast<int>(op - table.operations);
+  }
+
+  // A rule compiled elsewhere: it writes all of its states.
+  int adopt(const std::string& name, int mode, int operands, const Outside& outside) {
+    const auto& [scalars, addresses] = outside;
+    if (mode < 0 || mode >= PEEK || operands < 2 || scalars < 2 ||
+        addresses.size() != static_cast<std::size_t>(COMPUTE_TYPES))
+      throw py::value_error("operation '" + name + "' cannot be used so");
+    foreign.emplace_back(name, Operation{});
+    auto& [kept, operation] = foreign.back();
+    operation = {kept.c_str(), operands, RULE, operands - 2, scalars, {}};
+    for (int compute = 0; compute < COMPUTE_TYPES; ++compute)
+      operation.compute[compute].mode[mode] =
+          reinterpret_cast<TileFunction>(addresses[static_cast<std::size_t>(compute)]);
+    return ~static_cast<int>(foreign.size() - 1);
+  }
+
   static std::pair<std::uint32_t, std::uint32_t> masks(const Operation& op, bool peek,
                                                        const std::vector<std::uint8_t>& operands) {
     std::uint32_t used = 0, written = 0;
@@ -102,7 +137,7 @@ class Scalars {
     PyObject* const arguments[] = {step.ptr(), rate.ptr()};
     if (folds.size() != program.ops.size()) throw py::value_error("one fold for each operation");
     for (std::size_t k = 0; k < program.ops.size(); ++k) {
-      const Operation& operation = level().table->operations[program.ops[k].index];
+      const Operation& operation = program.operation(program.ops[k].index);
       const int first = filled_;
       if (operation.kind == FILTER) append(factor * program.factor);
       if (operation.kind == RULE) {
@@ -151,12 +186,11 @@ struct Phase {
 // Appends them to `steps`; what needs an input that is not there is left out.
 Phase append_phase(const Program& program, int phase, int compute, const Scalars& scalars,
                    const Operand* operands, std::vector<Step>& steps) {
-  const Table& table = *level().table;
   Phase result;
   result.first = steps.size();
   int first = 0;
   for (const Program::Op& op : program.ops) {
-    const Operation& operation = table.operations[op.index];
+    const Operation& operation = program.operation(op.index);
     if (op.phase == phase && (op.input < 0 || operands[op.input].data)) {
       steps.push_back({operation.compute[compute].mode[op.mode], scalars.at(first),
                        op.operands.data(), static_cast<int>(op.operands.size())});

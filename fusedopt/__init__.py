@@ -17,6 +17,7 @@ from .rules import (
     AdaGrad,
     Adam,
     AdamW,
+    CustomRule,
     Lion,
     Momentum,
     Muon,
@@ -25,13 +26,13 @@ from .rules import (
     Rule,
     Sophia,
 )
-from .runtime import get_isa, get_threads, info, set_isa, set_threads
+from .runtime import get_isa, get_threads, info, set_isa, set_threads, warmup
 from .scaler import LossScaler
 from .stepping import StepInfo
 from .verify import VerificationError, verify
 
 if TYPE_CHECKING:
-    from . import interop, schedules
+    from . import examples, interop, schedules
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ __all__ = [
     "AdaGrad",
     "Adam",
     "AdamW",
+    "CustomRule",
     "Estimate",
     "Lion",
     "LossScaler",
@@ -55,6 +57,7 @@ __all__ = [
     "StepInfo",
     "VerificationError",
     "estimate",
+    "examples",
     "get_isa",
     "get_threads",
     "global_norm",
@@ -67,11 +70,12 @@ __all__ = [
     "set_threads",
     "update",
     "verify",
+    "warmup",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("interop", "schedules"):  # 8 ms of dataclasses, for those who use them
+    if name in ("examples", "interop", "schedules"):  # 8 ms of dataclasses, for who uses them
         import importlib
 
         return importlib.import_module(f".{name}", __name__)

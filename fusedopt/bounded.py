@@ -117,10 +117,15 @@ def _subtract(a: Bounded, b: Bounded) -> Bounded:
     return _add(a, _negative(b))
 
 
+def _spread(x: np.ndarray, error: np.ndarray) -> np.ndarray:
+    """How far an error reaches that x multiplies: what is zero adds nothing to any error."""
+    reach: np.ndarray = np.where((x == 0) | (error == 0), 0.0, x * error)
+    return reach
+
+
 def _multiply(a: Bounded, b: Bounded) -> Bounded:
-    terms = ((np.abs(a.value), b.error), (np.abs(b.value), a.error), (a.error, b.error))
-    # What is exact adds nothing, where the other may be anything.
-    error = sum(np.where((x == 0) | (y == 0), 0.0, x * y) for x, y in terms)
+    error = _spread(np.abs(a.value), b.error) + _spread(np.abs(b.value), a.error)
+    error += _spread(a.error, b.error)
     return _rounded(a.value * b.value, error, a)
 
 

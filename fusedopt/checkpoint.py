@@ -78,19 +78,23 @@ class Snapshot:
         self.counters[0] = saved["step"]
         return int(saved["seed"])
 
-    def save(self, file: str | os.PathLike[str], parameters: bool) -> None:
+    def save(self, file: str | os.PathLike[str], parameters: bool, metadata: Any) -> None:
         """Writes a file that `load` reads; a tensor is called name:path, the parameter p:path."""
         from .container import write  # an optimizer may run without the module
 
         arrays = {}
         for k, path in enumerate(self.paths):
             turned = memory_order(self.parameters[k]) == "F"
-            for name, a in self._held(k, parameters).items():
+            for name, held in self._held(k, parameters).items():
+                a = held if isinstance(held, np.ndarray) else held.copy()  # of a device
                 arrays[f"{name}:{path}"] = a.T if turned else a
-        write(file, arrays, self._described())
+        write(file, arrays, {**self._described(), "metadata": metadata})
 
-    def load(self, file: str | os.PathLike[str], *, strict: bool, parameters: bool) -> int:
-        """Writes what `save` put into a file, and returns the seed; errors as in `restore`."""
+    def load(
+        self, file: str | os.PathLike[str], *, strict: bool, parameters: bool
+    ) -> tuple[int, Any]:
+        """Writes what `save` put into a file; returns the seed and the metadata. Errors as in
+        `restore`."""
         from .container import read
 
         name = os.fspath(file)
@@ -112,7 +116,8 @@ class Snapshot:
             raise ValueError(
                 f"{name}: holds no parameters; put them back yourself, and pass parameters=False"
             )
-        return self.restore(saved, strict=strict, what=name, parameters=parameters)
+        seed = self.restore(saved, strict=strict, what=name, parameters=parameters)
+        return seed, saved.get("metadata")
 
     def _described(self) -> dict[str, Any]:
         """What there is to know apart from the arrays."""
@@ -192,6 +197,14 @@ class Snapshot:
             if not isinstance(a, np.ndarray) or (a.shape, a.dtype) != (own.shape, own.dtype):
                 there = f"{a.dtype} of shape {a.shape}" if isinstance(a, np.ndarray) else type(a)
                 yield f"{name}: {own.dtype} of shape {own.shape} here, {there} there"
+
+
+def read_metadata(file: str | os.PathLike[str]) -> Any:
+    """What the caller of `Optimizer.save` gave it to keep, without loading anything."""
+    from .container import read
+
+    table = read(file)[1]
+    return table.get("metadata") if isinstance(table, dict) else None
 
 
 CALLERS = ("p", "copy")

@@ -10,6 +10,7 @@ import numpy as np
 
 import fusedopt as fo
 
+from .backends import BACKENDS as KNOWN
 from .storage import STATE_DTYPES
 from .verify import STORAGES
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
 console = Console(highlight=False)
 
-RULES, BACKENDS = (f"One of {', '.join(names)}." for names in (fo.RULES, fo.info()["backends"]))
+RULES, BACKENDS = (f"One of {', '.join(names)}." for names in (fo.RULES, KNOWN))
 INTERRUPTED = 130  # the exit code that shells give to Ctrl-C
 Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this file too.")]
 
@@ -162,9 +163,43 @@ def train(
             " twentieth of the steps."
         ),
     ] = "cosine",
-    batch: Annotated[int, typer.Option(help="Windows of text in each update.")] = 8,
+    batch: Annotated[int, typer.Option(help="Windows of text in each batch.")] = 8,
+    accumulate: Annotated[
+        int,
+        typer.Option(
+            help="Batches whose gradients are averaged into one update: with --batch 8"
+            " --accumulate 4 the same windows as with --batch 32, in the memory of 8."
+        ),
+    ] = 1,
+    clip: Annotated[
+        float | None, typer.Option(help="Largest norm of all gradients together; any without.")
+    ] = None,
+    ema: Annotated[
+        float | None,
+        typer.Option(help="Decay of an average of the parameters, evaluated too, e.g. 0.99."),
+    ] = None,
+    estimator: Annotated[
+        str | None,
+        typer.Option(
+            help="Of Sophia's curvature: gnb (Gauss-Newton-Bartlett, the default) or hutchinson."
+        ),
+    ] = None,
+    hessian_every: Annotated[
+        int | None, typer.Option(help="Steps from one of these estimates to the next; 10 without.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of parameters, batches and sample.")] = 0,
     out: Annotated[Path, typer.Option(help="Where the report goes.")] = Path("runs/train"),
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="A file for all that --resume needs; written at the end and at Ctrl-C."),
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(help="Write it after every so many steps, too.")
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Go on from such a file, with the options that it was started with."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of the parameters: float32 or bfloat16.")] = "float32",
     state_dtype: Annotated[
         str | None, typer.Option(help=f"Of the states: {', '.join(STATE_DTYPES)}.")
@@ -179,9 +214,18 @@ def train(
 ) -> None:
     """Train a small character-level GPT, in NumPy, with one of the rules.
 
-    Writes `run.json` and `loss.png` into the directory; Ctrl-C ends it with what it has.
+    Writes `run.json` and `loss.png` into the directory. Ctrl-C ends it after the step with what it
+    has, and exit code 130. A run that was killed and resumed ends with the same bits as one that
+    was not, with the same number of threads in NumPy's matrix products (OPENBLAS_NUM_THREADS).
 
     Example: `fusedopt train --rule lion --steps 1000 --out runs/lion`
+
+    Example: `fusedopt train --accumulate 4 --clip 1 --ema 0.99`
+
+    Example: `fusedopt train --rule sophia --estimator hutchinson --hessian-every 10`
+
+    Example: `fusedopt train --checkpoint run.ckpt --checkpoint-every 200`, and after a kill
+    `fusedopt train --checkpoint run.ckpt --checkpoint-every 200 --resume run.ckpt`
     """
     from .train import TrainOptions
     from .train import train as run  # brings in matplotlib
@@ -194,9 +238,17 @@ def train(
             lr=lr,
             schedule=schedule,
             batch=batch,
+            accumulate=accumulate,
+            clip=clip,
+            ema=ema,
+            estimator=estimator,
+            hessian_every=hessian_every,
             seed=seed,
             out=out,
             json=json,
+            checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
+            resume=resume,
             dtype=dtype,
             state_dtype=state_dtype,
             master=cast(Any, master),  # checked by the optimizer
@@ -204,9 +256,10 @@ def train(
             backend=backend,
             threads=threads,
         )
-        run(options, console)
+        result = run(options, console)
     except (OSError, ValueError, RuntimeError, FloatingPointError) as error:
         _stop("train", error)
+    raise typer.Exit(INTERRUPTED if result.status == "interrupted" else 0)
 
 
 @app.command()

@@ -40,11 +40,17 @@ def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], table:
 
     Whatever ends the process, the file there is the old one or the new one, whole and on the disk.
     What earlier saves to this path left behind is removed, and so is what another process is
-    saving there just now: that one gets an OSError. Raises OSError where nothing can be written.
+    saving there just now: that one gets an OSError. Raises OSError where nothing can be written,
+    TypeError or ValueError for a table that JSON does not take or that is too large.
     """
     from safetensors import SafetensorError  # 8 ms, for those who save
     from safetensors.numpy import save_file
 
+    text = json.dumps(table)
+    if 2 * len(text) > HEADER_MOST:  # quotes and the arrays' entries come on top
+        raise ValueError(
+            f"{os.fspath(path)}: {len(text)} bytes of metadata are too many to be read"
+        )
     target = Path(os.path.realpath(path))  # what a link leads to, so that it stays one
     _remove_strays(target)
     # A directory, because the library writes under a name of its own first and renames.
@@ -53,7 +59,7 @@ def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], table:
         fresh = scratch / "arrays"
         fresh.touch()
         mode = (target if target.exists() else fresh).stat().st_mode & 0o777
-        save_file(dict(arrays), fresh, {"fusedopt": json.dumps(table)})
+        save_file(dict(arrays), fresh, {"fusedopt": text})
         fresh.chmod(mode)
         with fresh.open("r+b") as file:
             os.fsync(file.fileno())

@@ -11,7 +11,7 @@ import numpy as np
 from .arrays import check_input
 from .backends import default_backend
 from .rows import added_up, as_rows
-from .trees import leaves_of
+from .trees import leaves_of, values_of
 
 SHOWN = 5
 """So many paths of bad leaves are named in a message."""
@@ -32,10 +32,13 @@ def global_norm(grads: Any) -> float:
     >>> fo.global_norm({"w": np.float32([3.0, 0.0]), "b": [None, np.array(4.0)]})
     5.0
     """
-    found = [(leaf.label, leaf.value) for leaf in leaves_of(grads, "grads")]
-    arrays = [_elements(label, value) for label, value in found if value is not None]
-    rows = np.array(default_backend().sums_of_squares(arrays), np.float64).reshape(-1, 2)
-    return combined(rows)
+    arrays = [value for value in values_of(grads) if value is not None]
+    found = default_backend().sums_of_squares(arrays)
+    if found is None:
+        given = [(leaf.label, leaf.value) for leaf in leaves_of(grads, "grads")]
+        arrays = [_elements(label, value) for label, value in given if value is not None]
+        found = default_backend().sums_of_squares(arrays)
+    return combined(np.array(found, np.float64).reshape(-1, 2))
 
 
 def _elements(label: str, gradient: Any) -> np.ndarray:

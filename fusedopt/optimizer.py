@@ -6,14 +6,15 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .accumulate import Accumulator
 from .around import AVERAGE
-from .arrays import Fit, check_apart, check_parameter, check_target, memory_order
-from .backends import Layout, get_backend
+from .arrays import memory_order
+from .backends import Layout, backend_for
 from .backends.base import results_for
 from .catchup import Ledger
 from .checkpoint import Snapshot
@@ -29,13 +30,34 @@ from .interrupts import deferred
 from .norms import Guard
 from .options import ClipNorm, Options, check_grad_scale, check_seed
 from .rules import Nesterov, Rule
-from .states import Memory, in_memory
+from .states import Memory
 from .stepping import Report, StepInfo, Stepper
 from .storage import Master, Rounding, StateDtype, synchronize
 from .trees import Tree
 
 if TYPE_CHECKING:
     from .scratch import Scratch
+
+
+class Averaged:
+    """Averages of weights, live: `params`, float32 or float64, nested like the parameters.
+
+    As a context manager, once, puts them in the parameters' place, and gives the parameters.
+    """
+
+    def __init__(self, params: Any, exchange: AbstractContextManager[Any]) -> None:
+        self.params, self._exchange = params, exchange
+
+    def __enter__(self) -> Any:
+        return self._exchange.__enter__()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool | None:
+        return self._exchange.__exit__(kind, error, trace)
 
 
 class Accumulated:
@@ -94,10 +116,12 @@ class Optimizer:
     checkpoint: it goes with the optimizer or its process, and nothing can go on from one that a
     killed process has left. Such an optimizer cannot be pickled, copied or used in a forked child.
 
-    backend: "auto", "native" or "reference". threads: at most so many, where the process may use
-    more. verify: run every step on copies first, compare with the float64 reference, and commit
-    only what agrees (`VerificationError` otherwise, also where parameters with masters were
-    overwritten without `sync`).
+    backend: "auto", "native", "numba", "reference", or, for arrays of CuPy, PyTorch and Numba on a
+    CUDA device, "cuda" ("auto" takes it by itself), which refuses what it does not have; states are
+    arrays of the device there, with `__cuda_array_interface__`. threads: at most so many, where the
+    process may use more. verify: run every step on copies first, compare with the float64
+    reference, and commit only what agrees (`VerificationError` otherwise, also where parameters
+    with masters were overwritten without `sync`).
 
     An optimizer is for one thread at a time: where two meet, RuntimeError says so to the later one,
     and nothing has changed; only looking (`describe`, `state`, `fingerprint`) is not guarded.
@@ -131,7 +155,6 @@ class Optimizer:
     ) -> None:
         self.params = params
         self.rule = rule
-        self._backend = get_backend(backend)
         self._options = Options(
             clip_norm,
             clip_value,
@@ -153,11 +176,15 @@ class Optimizer:
         self._storage = self._options.storage()
         self._tree = Tree(params)
         leaves = self._tree.leaves
+        self._backend = backend_for(backend, [leaf.value for leaf in leaves])
+        self._space = self._backend.space
+        self._space.check_options(self._options, state_path)
         self._groups, self._group_of = assign(leaves, rule)
         self._rates = np.ones(2 * len(self._groups))
         clip = self._options.clip_by_group([group.label for group in self._groups])
         self._counters = np.zeros(1 + len(leaves), np.int64)
-        parameters, copies = self._check_parameters(), self._check_copies()
+        parameters = self._check_parameters()
+        copies = self._check_copies(parameters)
         self._check_apart(parameters, copies)
         labels, dtypes = [leaf.label for leaf in leaves], [p.dtype for p in parameters]
         self._storage.check(labels, dtypes, self._rules)
@@ -184,9 +211,9 @@ class Optimizer:
 
             scratch = scratch_in(state_path)
         with scratch as self._scratch:
-            block = self._scratch.reserve if self._scratch else in_memory
-            self._leaves = self._storage.allocate(
-                self._rules, parameters, copies, self._around, block
+            block = (self._scratch.reserve,) if self._scratch else ()
+            self._leaves = self._space.allocate(
+                self._storage, self._rules, parameters, copies, self._around, *block
             )
             self._prepare(parameters)
             if self._scratch:
@@ -202,24 +229,23 @@ class Optimizer:
 
     def _check_parameters(self) -> list[np.ndarray]:
         return [
-            check_parameter(leaf.label, leaf.value, rule)
+            self._space.check_parameter(leaf.label, leaf.value, rule)
             for leaf, rule in zip(self._tree.leaves, self._rules, strict=True)
         ]
 
-    def _check_copies(self) -> list[np.ndarray | None]:
+    def _check_copies(self, parameters: Sequence[np.ndarray]) -> list[np.ndarray | None]:
         """The arrays of `copy_out`, by leaf."""
         leaves = self._tree.leaves
         if self._options.copy_out is None:
             return [None] * len(leaves)
         copies: list[np.ndarray | None] = []
-        for leaf, array in zip(
-            leaves, self._tree.flatten(self._options.copy_out, "copy_out"), strict=True
-        ):
+        given = self._tree.flatten(self._options.copy_out, "copy_out")
+        for leaf, p, array in zip(leaves, parameters, given, strict=True):
             if array is None:
                 copies.append(None)
                 continue
-            label, p = "copy_out" + leaf.label.removeprefix("params"), leaf.value
-            copied = check_target(label, array)
+            label = "copy_out" + leaf.label.removeprefix("params")
+            copied = self._space.check_target(label, array)
             if copied.shape != p.shape or memory_order(copied) != memory_order(p):
                 raise ValueError(
                     f"{label}: expected the shape {p.shape} and memory order {memory_order(p)} of"
@@ -238,14 +264,14 @@ class Optimizer:
         for label, copied in zip(labels, copies, strict=True):
             if copied is not None:
                 named.append(("copy_out" + label.removeprefix("params"), copied))
-        check_apart([label for label, _ in named], [a for _, a in named])
+        self._space.check_apart([label for label, _ in named], [a for _, a in named])
 
     def _prepare(self, parameters: Sequence[np.ndarray]) -> None:
         self._parameters = parameters
         labels = [leaf.label for leaf in self._tree.leaves]
         written = [memory.written for memory in self._leaves]
         copies = [len(memory.copies) for memory in self._leaves]
-        fit = Fit(labels, parameters, written, copies)
+        fit = self._space.Fit(labels, parameters, written, copies)
         layout = Layout(
             tree=self._tree.spec,
             leaves=self._leaves,
@@ -545,21 +571,25 @@ class Optimizer:
                 self._backend.shift(self._rules[k], self._parameters[k], velocity)
             yield
 
-    @contextmanager
-    def averaged(self) -> Iterator[Any]:
-        """Puts the averages of `ema` in the place of the parameters, and gives these.
+    def averaged(self) -> Averaged:
+        """The averages of `ema`: `averaged().params` is nested like the parameters.
 
-        On leaving, by an exception too, the parameters' exact bits are restored. To look at the
-        averages as they are, in float32, see `state`: path -> "average". Raises ValueError where
-        there are none, RuntimeError when nested.
+        `with opt.averaged():` puts them in the place of the parameters, rounded to their dtypes; on
+        leaving, by an exception too, the parameters' exact bits are restored. Raises ValueError
+        where there are no averages, RuntimeError on entering inside of another such context.
         """
         if self._options.ema is None:
             raise ValueError("averaged(): there are no averages; make the optimizer with ema=0.999")
         self._check_caught_up("averaged")
+        averages = [memory.states[AVERAGE].data for memory in self._leaves]
+        return Averaged(self._tree.build(averages), self._in_place_of_parameters(averages))
+
+    @contextmanager
+    def _in_place_of_parameters(self, averages: Sequence[np.ndarray]) -> Iterator[Any]:
         with self._exchange("averaged", range(len(self._parameters))):
-            for p, memory in zip(self._parameters, self._leaves, strict=True):
+            for p, average in zip(self._parameters, averages, strict=True):
                 with np.errstate(over="ignore"):
-                    p[...] = memory.states[AVERAGE].data
+                    p[...] = average
             yield self.params
 
     @contextmanager
@@ -618,30 +648,32 @@ class Optimizer:
         """
         with self._exclusively("rebind"):
             tree = Tree(params)
-            fresh = [leaf.value for leaf in tree.leaves]
             self._tree.flatten(params, "params")
-            self._check_alike(tree)
-            self._check_apart(fresh, self._check_copies())
+            fresh = self._alike(tree)
+            self._check_apart(fresh, self._check_copies(fresh))
             self._tree, self.params = tree, params
             parameters = self._check_parameters()
             for k, (old, p) in enumerate(zip(self._parameters, parameters, strict=True)):
                 moved = self._leaves[k] = self._leaves[k].rebound(p)
-                if not np.array_equal(old, p, equal_nan=True):
+                if moved.extra is not None and not self._space.same(old, p):
                     synchronize(moved)
             if self._sums is not None:
                 self._sums.watch(parameters)
             self._prepare(parameters)
 
-    def _check_alike(self, tree: Tree) -> None:
-        """The leaves can take the places of those that there are."""
+    def _alike(self, tree: Tree) -> list[Any]:
+        """The leaves' arrays, which can take the places of those that there are."""
+        fresh: list[Any] = []
         for leaf, old, rule in zip(tree.leaves, self._parameters, self._rules, strict=True):
-            p = check_parameter(leaf.label, leaf.value, rule)
+            p = self._space.check_parameter(leaf.label, leaf.value, rule)
+            fresh.append(p)
             expected, got = ((a.shape, a.dtype.name, memory_order(a)) for a in (old, p))
             if got != expected:
                 raise ValueError(
                     f"{leaf.label}: expected (shape, dtype, memory order) {expected}, got {got};"
                     " make a new optimizer for other arrays"
                 )
+        return fresh
 
     def describe(self) -> str:
         """A table of what updates which leaf, and of the memory that it takes."""
@@ -656,7 +688,7 @@ class Optimizer:
             rows.append((leaf.path, str(p.shape), p.dtype.name, rule.summary(), shown))
         widths = [max(len(row[k]) for row in rows) for k in range(5)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
-        if self._backend.native:
+        if self._backend.name != "reference":
             pairs = zip(self._parameters, self._rules, strict=True)
             lines += dict.fromkeys(filter(None, (rule.note(p.shape) for p, rule in pairs)))
         held = sum(p.nbytes for p in self._parameters)
@@ -687,7 +719,7 @@ class Optimizer:
             for a in (p, *memory.saved.values()):
                 canonical = a.copy()
                 if a.dtype.kind not in "iu":
-                    canonical[np.isnan(a)] = np.nan
+                    canonical[np.isnan(canonical)] = np.nan
                 bits = canonical.view(f"u{a.itemsize}")
                 digest.update(bits.astype(f"<u{a.itemsize}").tobytes())
         digest.update(str(self.step_count).encode())
@@ -719,29 +751,35 @@ class Optimizer:
         with self._exclusively("load_state_dict"):
             self._go_on(self._snapshot.restore(state, strict=strict))
 
-    def save(self, path: str | os.PathLike[str], *, parameters: bool = True) -> None:
+    def save(
+        self, path: str | os.PathLike[str], *, parameters: bool = True, metadata: Any = None
+    ) -> None:
         """Writes states, counters and parameters to one safetensors file: all that a run needs.
 
         parameters: also the parameters and the arrays of `copy_out`; without them the file is a
         `state_dict`. The parameter of the leaf `block.0.w` is called `p:block.0.w` there, its state
         m `m:block.0.w`; arrays in Fortran order lie there transposed. Every bit is kept.
+        metadata: whatever else of the run must be of the same moment, such as the state of a random
+        generator, in the types of JSON: `load` returns it.
 
         A file at `path` is replaced at once when the new one is whole and on the disk: a process
         killed at any moment leaves the old file or the new one. No other copy is made in memory.
-        Raises OSError where the file cannot be written, RuntimeError inside of `lookahead` and
+        Raises OSError where the file cannot be written, TypeError or ValueError for metadata that
+        JSON does not take or that a file cannot hold, RuntimeError inside of `lookahead` and
         `averaged`, and between `accumulate` and `step`.
         """
         with self._exclusively("save"):
             self._check_settled("save")
-            self._snapshot.save(path, parameters)
+            self._snapshot.save(path, parameters, metadata)
 
     def load(
         self, path: str | os.PathLike[str], *, parameters: bool = True, strict: bool = True
-    ) -> None:
+    ) -> Any:
         """Goes on from a file of `save`, bit for bit: parameters and states are written in place.
 
         parameters: with False those of the file are left there; the caller's must be in place.
         strict: as in `load_state_dict`. The file is mapped, and nothing is allocated by its word.
+        Returns the metadata that `save` was given, tuples as lists.
 
         Raises OSError where it cannot be read, ValueError where it is not whole, of another version
         or without parameters, or that lists every difference as `load_state_dict` does,
@@ -749,7 +787,9 @@ class Optimizer:
         gradients are forgotten.
         """
         with self._exclusively("load"):
-            self._go_on(self._snapshot.load(path, strict=strict, parameters=parameters))
+            seed, metadata = self._snapshot.load(path, strict=strict, parameters=parameters)
+            self._go_on(seed)
+        return metadata
 
     def _go_on(self, seed: int) -> None:
         """After another state was loaded: what rows had missed, and sums of gradients, are gone."""

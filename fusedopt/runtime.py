@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import platform
+import time
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from .backends import BACKENDS, FORCED, check_registry, core
 from .environment import choice
-from .threads import available, check_threads
+from .rules import RULES, Rule
+from .threads import available, check_threads, in_use, use
 
 
 def get_isa() -> str:
@@ -34,7 +37,7 @@ def set_isa(name: str) -> None:
 
 def get_threads() -> int:
     """How many threads a step may use."""
-    return int(core.get_threads()) if core else 1
+    return in_use()
 
 
 def set_threads(n: int) -> None:
@@ -43,8 +46,33 @@ def set_threads(n: int) -> None:
     Raises TypeError or ValueError where n is no integer >= 1.
     """
     n = check_threads("set_threads", n)
+    _use(min(n, *available().values()))
+
+
+def _use(n: int) -> None:
+    use(n)
     if core:
-        core.set_threads(min(n, *available().values()))
+        core.set_threads(n)
+
+
+def warmup(*rules: Rule, dtype: str = "float32", backend: str = "auto", **options: Any) -> float:
+    """Compiles ahead of the first step what that would compile; returns the seconds it took.
+
+    Only the backend "numba" compiles, and whichever runs a `CustomRule`. rules: by default all of
+    `RULES` as they are. dtype: of parameters and gradients. options: what `Optimizer` takes for
+    storage, such as `state_dtype`. Compiled kernels stay on disk for later processes, below
+    NUMBA_CACHE_DIR or the user's cache directory, where one of them can be written to. Raises as
+    `Optimizer` does.
+    """
+    from .optimizer import Optimizer
+
+    start = time.perf_counter()
+    kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    for rule in rules or [cls() for cls in RULES.values()]:
+        p, g = (np.zeros((64, 64), kind) for _ in range(2))  # enough to be quantised
+        optimizer = Optimizer(p, rule, backend=backend, **options)
+        optimizer.step(g, hessian=g.copy() if rule.takes_hessian else None)
+    return time.perf_counter() - start
 
 
 def info() -> dict[str, Any]:
@@ -82,9 +110,9 @@ def _processor() -> str:
 def _start() -> None:
     limits = available()
     forced = choice("FUSEDOPT_ISA", isas())
+    _use(min(limits.values()))
     if core:
         check_registry()
-        core.set_threads(min(limits.values()))
         if forced is not None:
             set_isa(forced)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ from .arrays import Fit
 from .backends import Layout, Plan
 from .catchup import Ledger
 from .interrupts import deferred
-from .norms import Guard, combined
+from .norms import Guard
 from .rows import Rows, Touched, as_rows, refuses_rows, touched, values_of
 from .trees import Tree
 
@@ -169,7 +168,10 @@ class Report:
         self._paths = [leaf.path for leaf in tree.leaves]
         self._layout, self._guard = layout, guard
         programs = [layout.around.program(group.rule) for group in layout.groups]
-        self._sums = [programs[k].sums for k in layout.group_of]
+        # By their sums' names the leaves that have these.
+        self._alike: dict[tuple[str, ...], list[int]] = {}
+        for k, group in enumerate(layout.group_of):
+            self._alike.setdefault(programs[group].sums, []).append(k)
 
     def info(self, number: int, lr: float | dict[str, float]) -> StepInfo:
         """Of the step that was taken last."""
@@ -183,15 +185,21 @@ class Report:
         )
 
     def _stats(self) -> dict[str, dict[str, float]]:
-        found = {}
-        for path, row, names in zip(self._paths, self._layout.results, self._sums, strict=True):
-            sums = dict(zip(names, row[3:].tolist(), strict=False))
+        results = self._layout.results
+        found: dict[str, dict[str, float]] = {}
+        for names, leaves in self._alike.items():
+            rows = results[leaves]
+            sums = dict(zip(names, rows[:, 3:].T, strict=False))
             if "gradient" in sums:
-                row[0] = sums.pop("gradient")
-            if row[1]:
-                norm = combined(row[None, :2]) * self._guard.factor
-                update, weight = math.sqrt(sums.pop("update")), math.sqrt(sums.pop("weight"))
-                shares = {name: value / max(row[2], 1.0) for name, value in sums.items()}
-                ratio = update / weight if weight else math.inf if update else 0.0
-                found[path] = {"grad_norm": norm, "update_ratio": ratio, **shares}
+                results[leaves, 0] = rows[:, 0] = sums.pop("gradient")
+            with np.errstate(all="ignore"):
+                norms = np.sqrt(rows[:, 0]) / rows[:, 1] * self._guard.factor
+                update, weight = np.sqrt(sums.pop("update")), np.sqrt(sums.pop("weight"))
+                ratios = np.where(update == 0, 0.0, update / weight)
+                columns = {"grad_norm": norms, "update_ratio": ratios}
+                columns |= {n: total / np.maximum(rows[:, 2], 1.0) for n, total in sums.items()}
+            values = zip(*(column.tolist() for column in columns.values()), strict=True)
+            for k, took_part, row in zip(leaves, rows[:, 1].tolist(), values, strict=True):
+                if took_part:
+                    found[self._paths[k]] = dict(zip(columns, row, strict=True))
         return found

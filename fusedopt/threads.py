@@ -6,6 +6,19 @@ import os
 
 from .environment import positive_integer
 
+_in_use = 1
+
+
+def in_use() -> int:
+    """How many threads a step may use; the core has a copy of its own."""
+    return _in_use
+
+
+def use(n: int) -> None:
+    """Sets that."""
+    global _in_use
+    _in_use = n
+
 
 def available() -> dict[str, int]:
     """Every limit on the number of threads that applies to this process, by its name."""

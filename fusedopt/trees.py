@@ -21,6 +21,16 @@ def leaves_of(tree: Any, root: str) -> Iterator[Leaf]:
     return _walk(tree, "", root)
 
 
+def values_of(tree: Any) -> Iterator[Any]:
+    """What stands at the leaves of any nesting, in order."""
+    children = _children(tree)
+    if children is None:
+        yield tree
+    else:
+        for _, child in children:
+            yield from values_of(child)
+
+
 class Tree:
     """The shape of a nesting of dicts, lists and tuples, taken from the parameters.
 

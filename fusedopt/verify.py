@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .around import NOTHING, Around
-from .backends import BACKENDS, Backend, Layout
+from .backends import BACKENDS, ON_HOST, Backend, Layout
 from .backends.base import Turn
 from .bounded import Bounded
 from .formats import PLAIN, Values, compute_dtype, least_state, subkey
@@ -315,7 +315,7 @@ def verify(
     for way in ways:
         if way not in STORAGES:
             raise ValueError(f"storages: expected names of {', '.join(STORAGES)}; got {way!r}")
-    usable = [name for name, backend in BACKENDS.items() if backend.unavailable() is None]
+    usable = [name for name in ON_HOST if BACKENDS[name].unavailable() is None]
     chosen = list(backends) if backends is not None else usable
     levels = list(isas) if isas is not None else available_isas()
     checks = []

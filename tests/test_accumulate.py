@@ -14,7 +14,7 @@ import fusedopt as fo
 from exactness import Array
 
 DTYPES = (np.float32, np.float64, ml_dtypes.bfloat16, np.float16)
-BACKENDS = ("native", "reference")
+BACKENDS = ("native", "numba", "reference")
 rng = np.random.default_rng(2)
 
 

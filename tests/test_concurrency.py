@@ -86,10 +86,11 @@ class Pausing:
                 inside()
                 return super().textbook(p, g, states, t=t, lr=lr)
 
-        self.rules = {"native": PausingMuon(lr=0.5), "reference": PausingSGD(lr=0.5)}
+        muon = PausingMuon(lr=0.5)
+        self.rules = {"native": muon, "numba": muon, "reference": PausingSGD(lr=0.5)}
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("backend", ["native", "numba", "reference"])
 def test_one_optimizer_in_two_threads_is_refused(backend: str) -> None:
     entered, leave = threading.Event(), threading.Event()
 
@@ -113,7 +114,7 @@ def test_one_optimizer_in_two_threads_is_refused(backend: str) -> None:
     assert optimizer.step(g).step == 2  # the refusal left nothing behind
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("backend", ["native", "numba", "reference"])
 def test_one_optimizer_within_its_own_step_is_refused(backend: str) -> None:
     refused: list[bool] = []
 
@@ -128,7 +129,7 @@ def test_one_optimizer_within_its_own_step_is_refused(backend: str) -> None:
     assert refused
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("backend", ["native", "numba", "reference"])
 def test_a_step_has_its_own_learning_rate(backend: str) -> None:
     # Another thread steps the same optimizer while this one's schedule runs: either may be
     # refused, but no step may be taken with another step's rate.
@@ -155,11 +156,11 @@ def test_a_step_has_its_own_learning_rate(backend: str) -> None:
     assert p.tolist() == [-sum(info.step for info in infos)] * 3
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("backend", ["native", "numba", "reference"])
 def test_an_exception_within_a_step_changes_nothing(backend: str) -> None:
     # The reference writes when all is computed. The core writes each matrix before it computes the
     # next, so that one work space does for all: there, what comes between must not raise later on.
-    calls, last = [], {"native": 1, "reference": 2}[backend]
+    calls, last = [], {"native": 1, "numba": 1, "reference": 2}[backend]
 
     def inside() -> None:
         calls.append(True)
@@ -175,7 +176,7 @@ def test_an_exception_within_a_step_changes_nothing(backend: str) -> None:
     assert optimizer.step(grads).step == 1
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("backend", ["native", "numba", "reference"])
 def test_numpys_error_state_is_no_concern_of_a_step(backend: str) -> None:
     # Python's part of a step overflows and underflows where the kernels do: both silently.
     optimizer, grads = mixed(backend)
@@ -304,6 +305,7 @@ def interrupted_at(line: int, action: Callable[[], object]) -> bool:
 WAYS: dict[str, tuple[dict[str, Any], int]] = {
     # options, and at every how many'th line to interrupt
     "native": ({"backend": "native"}, 1),
+    "numba": ({"backend": "numba"}, 1),
     "reference": ({"backend": "reference"}, 1),
     "verified": ({"backend": "native", "verify": True}, 37),
 }
@@ -327,7 +329,7 @@ def test_interrupt_at_every_line_of_a_step(options: dict[str, Any], stride: int)
 
 
 @pytest.mark.usefixtures("interrupts")
-@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("backend", ["native", "numba", "reference"])
 @pytest.mark.parametrize("rule", [fo.AdamW(), fo.Muon()], ids=lambda rule: rule.name)
 def test_interrupt_at_every_line_of_an_update(
     rule: fo.Rule, backend: str, monkeypatch: pytest.MonkeyPatch
@@ -359,7 +361,7 @@ def step_until(timer: threading.Timer, optimizer: fo.Optimizer, grads: Any) -> N
 
 @pytest.mark.usefixtures("interrupts")
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs signals between threads")
-@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("backend", ["native", "numba", "reference"])
 def test_interrupts_at_any_moment(backend: str) -> None:
     # The same without a tracer, so that they also arrive inside of native calls.
     optimizer, grads = mixed(backend)

@@ -126,6 +126,7 @@ INFO = "import json, fusedopt as fo; print(json.dumps(fo.info()))"
         ("FUSEDOPT_THREADS", "1", "threads"),
         ("FUSEDOPT_BACKEND", "reference", "backend"),
         ("FUSEDOPT_BACKEND", "native", "backend"),
+        ("FUSEDOPT_BACKEND", "numba", "backend"),
     ],
 )
 def test_environment(variable: str, value: str, key: str) -> None:
@@ -140,7 +141,7 @@ def test_environment(variable: str, value: str, key: str) -> None:
         ("FUSEDOPT_ISA", "x86_v9", runtime.isas()),
         ("FUSEDOPT_THREADS", "0", [">= 1"]),
         ("FUSEDOPT_THREADS", "two", [">= 1"]),
-        ("FUSEDOPT_BACKEND", "fortran", ["auto", "native", "reference"]),
+        ("FUSEDOPT_BACKEND", "fortran", ["auto", "native", "numba", "reference"]),
     ],
 )
 def test_bad_environment_is_refused_at_import(variable: str, value: str, valid: list[str]) -> None:
@@ -161,13 +162,14 @@ def test_import_is_light() -> None:
 
 HIDDEN = """
 import sys, warnings
-sys.modules["fusedopt._core"] = None
+sys.modules["fusedopt._core"] = sys.modules["numba"] = None
 import numpy as np, fusedopt as fo
 
 reason = fo.info()["backends"]["native"]
 assert "could not be imported" in reason, reason
 assert fo.info()["backend"] == "reference"
-assert fo.get_isa() == "none" and fo.get_threads() == 1
+assert "pip install 'fusedopt[numba]'" in fo.info()["backends"]["numba"]
+assert fo.get_isa() == "none"
 p, g = np.ones(3), np.ones(3)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
@@ -205,7 +207,7 @@ def test_stale_core_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     check_registry()
     for kernel in {op.kernel for example in cls.examples for op in cls(**example).operations()}:
 
-        def with_more(self: fo.Rule, kernel: str = kernel) -> tuple[Any, ...]:
+        def with_more(self: fo.Rule, kernel: str | None = kernel) -> tuple[Any, ...]:
             def more(op: Any) -> Any:
                 return replace(op, scalars=lambda t, lr: (*op.scalars(t, lr), 0.0))
 

@@ -17,7 +17,7 @@ from exactness import ROOT, run_python
 
 pybind11 = pytest.importorskip("pybind11", reason="pybind11 is not installed")
 
-SOURCES = ("leaves.cpp", "module.cpp", "driver.cpp", "parallel.cpp", "cpu.cpp", "kernels.cpp")
+SOURCES = sorted(source.name for source in (ROOT / "csrc").glob("*.cpp"))
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off",
          "-DFUSEDOPT_TABLE=table_baseline")  # fmt: skip
 

@@ -17,7 +17,7 @@ from fusedopt import runtime
 from fusedopt.verify import STORAGES, variants
 
 ROWS, LENGTH = 301, 256
-BACKENDS = ("native", "reference")
+BACKENDS = ("native", "numba", "reference")
 ELEMENTWISE = {name: rule for name, rule in DEFAULTS.items() if rule.program.phases == 1}
 
 rng = np.random.default_rng(23)
@@ -149,7 +149,7 @@ def test_rows_that_were_not_caught_up_are_refused() -> None:
         opt.state_dict,
         opt.sync,
         lambda: opt.replace(eps=1.0),
-        opt.averaged().__enter__,
+        opt.averaged,
     ):
         with pytest.raises(RuntimeError, match=r"rows of e have missed steps; call catch_up\(\)"):
             refused()

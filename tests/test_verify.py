@@ -19,7 +19,8 @@ F32 = np.dtype(np.float32)
 
 @pytest.mark.parametrize("name", fo.RULES)
 def test_every_rule_is_within_its_bound(name: str) -> None:
-    checks = fo.verify([name])
+    # Numba's bits are those of the core, which test_numba.py checks.
+    checks = fo.verify([name], backends=["native", "reference"])
     assert {c.isa for c in checks} == {*fo.info()["isas"], "-"}
     assert {c.storage for c in checks} == set(STORAGES)
     for check in checks:

@@ -16,7 +16,7 @@ from exactness import DEFAULTS, DTYPES, STEPS, Array, assert_same_bits, case, st
 from fusedopt.verify import STORAGES
 
 N = 20_011
-BACKENDS = ("native", "reference")
+BACKENDS = ("native", "numba", "reference")
 
 rng = np.random.default_rng(3)
 default_rules = pytest.mark.parametrize("rule", DEFAULTS.values(), ids=DEFAULTS)

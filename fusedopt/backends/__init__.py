@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Iterable
+from typing import Any
 
+from ..cuda.foreign import on_device
 from ..environment import choice
 from .base import Backend, Group, Layout, Plan
 from .native import NativeBackend, check_registry, core
+from .numba_cpu import NumbaBackend
+from .numba_cuda import CudaBackend
 from .reference import ReferenceBackend
 
-BACKENDS: dict[str, Backend] = {b.name: b for b in (NativeBackend(), ReferenceBackend())}
+BACKENDS: dict[str, Backend] = {
+    b.name: b for b in (NativeBackend(), NumbaBackend(), ReferenceBackend(), CudaBackend())
+}
 """Every backend, the preferred first."""
+
+ON_HOST = ("native", "numba", "reference")
+"""Those of NumPy's arrays; the last can always be used."""
 
 FORCED = choice("FUSEDOPT_BACKEND", ("auto", *BACKENDS))
 
@@ -25,11 +35,11 @@ def get_backend(name: str = "auto") -> Backend:
     if name == "auto":
         name = FORCED or "auto"
     if name == "auto":
-        name = next(n for n, backend in BACKENDS.items() if backend.unavailable() is None)
+        name = next(n for n in ON_HOST if BACKENDS[n].unavailable() is None)
         if name == "reference":
             warnings.warn(
                 "fusedopt runs on its NumPy reference, which is slow:"
-                f" {BACKENDS['native'].unavailable()}",
+                f" {BACKENDS['native'].unavailable()}. {BACKENDS['numba'].unavailable()}",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -42,6 +52,13 @@ def get_backend(name: str = "auto") -> Backend:
     return backend
 
 
+def backend_for(name: str, arrays: Iterable[Any]) -> Backend:
+    """`get_backend` for these parameters: "auto" takes "cuda" where one is on a CUDA device."""
+    if name == "auto" and FORCED in (None, "auto") and any(map(on_device, arrays)):
+        name = "cuda"
+    return get_backend(name)
+
+
 @functools.cache
 def default_backend() -> Backend:
     """What "auto" stands for: asked at every `update`, decided once."""
@@ -50,10 +67,12 @@ def default_backend() -> Backend:
 
 __all__ = [
     "BACKENDS",
+    "ON_HOST",
     "Backend",
     "Group",
     "Layout",
     "Plan",
+    "backend_for",
     "check_registry",
     "core",
     "default_backend",

@@ -12,7 +12,13 @@ import numpy as np
 from ..around import NOTHING, Around
 from ..rules import Rule
 from ..rules.base import Program
-from ..states import Memory
+from ..states import Memory, Stored
+
+INPUTS = ("g", "hessian")
+"""The operands that come with each step; they have the first slots."""
+
+HEAD = {"rule": 2, "peek": 2, "filter": 1, "sum": 0, "other": 0}
+"""How many scalars an operation has before its own, by its loop."""
 
 if TYPE_CHECKING:
     from ..scratch import Scratch
@@ -63,6 +69,34 @@ def results_for(programs: Sequence[Program], leaves: int) -> np.ndarray:
     return np.zeros((leaves, 3 + max(len(program.sums) for program in programs)))
 
 
+def single(rule: Rule, program: Program, t: int, lr: float, arrays: Sequence[Stored]) -> Layout:
+    """That of one tensor's t-th step; arrays: the parameter, then those of the program."""
+    memory = Memory(arrays[0], dict(zip(program.arrays[1:], arrays[1:], strict=False)))
+    rates, counters = np.array([lr, 1.0]), np.array([0, t - 1])
+    group, keys = Group(rule.name, rule), [[0] * len(arrays)]
+    return Layout(0, [memory], [group], [0], rates, counters, keys, results_for([program], 1))
+
+
+class Space(Protocol):
+    """Checks and makes the arrays of a backend: `fusedopt.host`, or `fusedopt.cuda.space`, which
+    has arrays of its own with a shape, a dtype and a size.
+
+    check_options: ValueError for what there is for other arrays alone. check_target,
+    check_parameter, check_apart, Fit: see `fusedopt.arrays`. allocate: see `Storage.allocate`.
+    blank: new arrays like others, in the types that they are computed in. same: whether two arrays
+    have the same elements.
+    """
+
+    check_options: Callable[..., None]
+    check_target: Callable[..., Any]
+    check_parameter: Callable[..., Any]
+    check_apart: Callable[..., None]
+    Fit: Callable[..., Any]
+    allocate: Callable[..., list[Memory]]
+    blank: Callable[..., list[Stored]]
+    same: Callable[..., bool]
+
+
 class Plan(Protocol):
     """One optimizer on one backend. work_bytes: memory beside parameters and states."""
 
@@ -109,6 +143,10 @@ class Backend(Protocol):
     native: bool
     """Whether a step is one call that guards itself."""
 
+    @property
+    def space(self) -> Any:
+        """The `Space` of its arrays."""
+
     def unavailable(self) -> str | None:
         """Why it cannot be used here; None where it can."""
 
@@ -135,9 +173,9 @@ class Backend(Protocol):
         or explained first.
         """
 
-    def sums_of_squares(self, arrays: Sequence[np.ndarray]) -> Sequence[tuple[float, float]]:
+    def sums_of_squares(self, arrays: Sequence[Any]) -> Sequence[tuple[float, float]] | None:
         """Of each dense array the sum of the squares of its elements times scale, and that scale, a
-        power of two which keeps the sum in range."""
+        power of two which keeps the sum in range. None where something is to be checked first."""
 
     def shift(self, rule: Any, p: np.ndarray, v: np.ndarray) -> None:
         """Moves a parameter to where a look-ahead rule wants its gradient."""

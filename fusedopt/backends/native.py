@@ -7,14 +7,15 @@ from typing import Any
 
 import numpy as np
 
+from .. import host
 from ..around import EVERYTHING
 from ..environment import sleepy_openmp
-from ..formats import FORMATS, compute_dtype
-from ..newton_schulz import Workspace, batches
+from ..formats import FLOAT32, FLOAT64, FORMATS
 from ..rules import RULES, Nesterov, Rule
-from ..rules.base import Program
-from ..states import Memory, Stored
-from .base import Group, Layout, Plan, results_for
+from ..rules.base import Operation, Program
+from ..states import Stored
+from .base import HEAD, INPUTS, Layout, Plan, single
+from .matrices import Matrices
 
 _reason: str | None = None
 try:
@@ -26,10 +27,6 @@ except ImportError as error:
 
 __all__ = ["NativeBackend", "check_registry", "core"]
 
-INPUTS = ("g", "hessian")
-HEAD = {"rule": 2, "peek": 2, "filter": 1, "sum": 0, "other": 0}
-"""How many scalars the core puts before an operation's own."""
-
 
 def _compile(program: Program) -> Any:
     """The program in the core's terms, made once for each rule object."""
@@ -39,11 +36,12 @@ def _compile(program: Program) -> Any:
         program.native = core.Program(
             [
                 (
-                    op.kernel,
+                    op.kernel or type(op.element).__name__,
                     program.MODES.index(program.mode(op)),
                     op.phase,
                     INPUTS.index(op.needs) if op.needs else -1,
                     [slots[name] for name in op.operands],
+                    None if op.kernel else _foreign(program, op),
                 )
                 for op in program.operations
             ],
@@ -55,6 +53,14 @@ def _compile(program: Program) -> Any:
     return program.native
 
 
+def _foreign(program: Program, op: Operation) -> tuple[int, list[int]]:
+    """The scalars and addresses of an operation that Numba compiles."""
+    from .numba_cpu import tile_function  # 0.5 s, for those with rules of their own
+
+    addresses = [tile_function(program, op, dtype).address for dtype in (FLOAT32, FLOAT64)]
+    return HEAD[op.loop] + len(op.scalars(1, 0.1)), addresses
+
+
 def check_registry() -> None:
     """ImportError where the compiled table is not the one that the rules were written for."""
     table = {name: (operands, scalars) for name, operands, scalars in core.operations()}
@@ -63,11 +69,12 @@ def check_registry() -> None:
         for op in (*rule.every_operation(), *EVERYTHING.program(rule).operations):
             operands = len(op.operands) - (op.loop == "peek")
             scalars = len(op.scalars(1, 0.1)) + HEAD[op.loop]
-            if table.get(op.kernel) != (operands, scalars):
+            found = table.get(op.kernel or "")
+            if found != (operands, scalars):
                 raise ImportError(
                     f"stale extension, rebuild: {type(rule).__name__} needs the kernel"
                     f" {op.kernel!r} with (operands, scalars) = {(operands, scalars)}, the compiled"
-                    f" core has {table.get(op.kernel)}"
+                    f" core has {found}"
                 )
     formats = [
         (f.codec, f.bits, f.block, f.aux_dtype.itemsize if f.aux_dtype else 0) for f in FORMATS
@@ -84,6 +91,7 @@ class NativeBackend:
 
     name = "native"
     native = True
+    space = host
 
     def unavailable(self) -> str | None:
         return _reason
@@ -115,15 +123,11 @@ class NativeBackend:
     def _update_matrix(
         self, rule: Rule, t: int, lr: float, arrays: tuple[Stored, ...], g: np.ndarray
     ) -> bool:
-        rates, counters = np.array([lr, 1.0]), np.array([0, t - 1])
-        memory = Memory(arrays[0], dict(zip(rule.states, arrays[1:], strict=True)))
-        group, keys = Group(rule.name, rule), [[0] * len(arrays)]
-        results = results_for([rule.program], 1)
-        plan = NativePlan(Layout(0, [memory], [group], [0], rates, counters, keys, results))
+        plan = NativePlan(single(rule, rule.program, t, lr, arrays))
         return plan.step(g, None, False) is not None
 
-    def sums_of_squares(self, arrays: Sequence[np.ndarray]) -> Sequence[tuple[float, float]]:
-        found: list[tuple[float, float]] = core.sums_of_squares(list(arrays))
+    def sums_of_squares(self, arrays: Sequence[Any]) -> Sequence[tuple[float, float]] | None:
+        found: list[tuple[float, float]] | None = core.sums_of_squares(list(arrays))
         return found
 
     def shift(self, rule: Nesterov, p: np.ndarray, v: np.ndarray) -> None:
@@ -136,7 +140,7 @@ class NativePlan:
     """The core's plan of an optimizer."""
 
     def __init__(self, layout: Layout) -> None:
-        matrices = _Matrices(layout)
+        matrices = Matrices(layout)
         self.work_bytes = matrices.work_bytes
         programs = [layout.around.program(group.rule) for group in layout.groups]
         # The core's objects are unknown to the garbage collector: what it calls must not lead back
@@ -165,51 +169,3 @@ class NativePlan:
         )
         self.take, self.give = plan.take, plan.give
         self.step, self.step_alone = plan.step, plan.step_alone
-
-
-class _Matrices:
-    """The leaves whose rule has two phases, and the matrix products between these.
-
-    work: of each such leaf its part of the work space that all of one dtype share. batches: of
-    each the number of its batch.
-    """
-
-    def __init__(self, layout: Layout) -> None:
-        leaves = []
-        for k, group in enumerate(layout.group_of):
-            rule, p = layout.groups[group].rule, layout.leaves[k].parameter
-            if rule.program.phases > 1:
-                compute = compute_dtype(p.format.dtype)
-                leaves.append((k, compute, rule.matrices(p.shape), (group, p.shape, p.order)))
-        made = batches(leaves)
-        self._spaces = {
-            dtype: Workspace([batch.stack for batch in made if batch.dtype == dtype], dtype)
-            for dtype in {batch.dtype for batch in made}
-        }
-        self.batches: dict[int, int] = {}
-        self.work: dict[int, tuple[np.ndarray]] = {}
-        self._steps: list[tuple[Rule, np.ndarray, Workspace]] = []
-        for number, batch in enumerate(made):
-            first = batch.members[0]
-            space = self._spaces[batch.dtype]
-            directions = _alike(layout.leaves[first].parameter, len(batch.members), space.direction)
-            self._steps.append((layout.groups[layout.group_of[first]].rule, directions, space))
-            for k, direction in zip(batch.members, directions, strict=True):
-                self.batches[k], self.work[k] = number, (direction,)
-
-    @property
-    def work_bytes(self) -> int:
-        return sum(space.nbytes for space in self._spaces.values())
-
-    def between(self, batch: int, leaves: Sequence[int]) -> None:
-        # Leaves of the batch that have no gradient are orthogonalised too, whatever is there.
-        rule, directions, space = self._steps[batch]
-        rule.between(directions, space)
-
-
-def _alike(p: Stored, count: int, flat: np.ndarray) -> np.ndarray:
-    """So many arrays of a parameter's shape and memory order, along a first axis, in `flat`."""
-    flat = flat[: count * p.size]
-    if p.order == "C":
-        return flat.reshape(count, *p.shape)
-    return flat.reshape(count, *p.shape[::-1]).transpose(0, *range(len(p.shape), 0, -1))

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from .. import host
 from ..around import NOTHING, Around
-from ..formats import compute_dtype, least_state, subkey
+from ..formats import DTYPES, compute_dtype, least_state, subkey
 from ..interrupts import deferred
 from ..rows import Touched, selected, values_of, whole
 from ..rules import Rule
@@ -62,6 +63,7 @@ class ReferenceBackend:
 
     name = "reference"
     native = False
+    space = host
 
     def unavailable(self) -> str | None:
         return None
@@ -91,7 +93,9 @@ class ReferenceBackend:
                 stored.write(encoded)
         return True
 
-    def sums_of_squares(self, arrays: Sequence[np.ndarray]) -> Sequence[tuple[float, float]]:
+    def sums_of_squares(self, arrays: Sequence[Any]) -> Sequence[tuple[float, float]] | None:
+        if not all(isinstance(a, np.ndarray) and a.dtype in DTYPES for a in arrays):
+            return None
         return [sum_of_squares(a) for a in arrays]
 
     def shift(self, rule: Any, p: np.ndarray, v: np.ndarray) -> None:

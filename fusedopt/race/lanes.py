@@ -10,7 +10,9 @@ from statistics import fmean
 import numpy as np
 
 from ..train import TrainOptions, gpt
-from ..train.trainer import History, Setup, descend
+from ..train.descent import descend
+from ..train.history import History
+from ..train.setup import Setup
 
 
 class Lane:

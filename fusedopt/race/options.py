@@ -67,6 +67,7 @@ class RaceOptions:
             seed=self.seed,
             backend=self.backend,
             threads=self.threads,
+            stats=False,
         )
 
 

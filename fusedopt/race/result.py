@@ -11,7 +11,7 @@ import fusedopt as fo
 
 from ..train import gpt, steptime
 from ..train.report import Status
-from ..train.trainer import Setup
+from ..train.setup import Setup
 from .lanes import Lane
 from .options import RaceOptions
 from .rates import as_rows

@@ -13,7 +13,8 @@ import fusedopt as fo
 
 from ..train import LEARNING_RATES
 from ..train.report import Status, say
-from ..train.trainer import EVALUATIONS, Setup
+from ..train.setup import Setup
+from ..train.trainer import EVALUATIONS
 from ..writable import claim_directory, claim_file
 from .board import Board
 from .lanes import Lane

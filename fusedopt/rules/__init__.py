@@ -5,6 +5,7 @@ from __future__ import annotations
 from .adagrad import AdaGrad
 from .adam import Adam, AdamW
 from .base import Rule
+from .custom import CustomRule
 from .lion import Lion
 from .momentum import Momentum
 from .muon import Muon
@@ -25,6 +26,7 @@ __all__ = [
     "AdaGrad",
     "Adam",
     "AdamW",
+    "CustomRule",
     "Lion",
     "Momentum",
     "Muon",

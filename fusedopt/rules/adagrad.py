@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import sqrt
 
 import numpy as np
 
 from .base import REQUIRED, Array, Convention, Rule, ratio
+from .elements import quotient
 from .fields import LearningRate, NonNegative
 
 
@@ -69,6 +71,13 @@ class AdaGrad(Rule):
 
     def scalars(self, t: int, lr: float) -> tuple[float, ...]:
         return lr / (1.0 + (t - 1) * self.lr_decay), self.eps_root, self.eps
+
+    @staticmethod
+    def element(
+        p: float, g: float, G: float, lr: float, eps_root: float, eps: float
+    ) -> tuple[float, float]:
+        G = G + g * g
+        return quotient(lr * g, sqrt(G + eps_root) + eps), G
 
     def textbook(
         self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float

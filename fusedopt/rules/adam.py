@@ -19,7 +19,69 @@ from .base import (
     ratio,
     textbook_correction,
 )
+from .elements import Element, maximum, quotient
 from .fields import Betas, LearningRate, NonNegative
+
+
+def adam(
+    p: float,
+    g: float,
+    m: float,
+    v: float,
+    b1: float,
+    one_b1: float,
+    b2: float,
+    one_b2: float,
+    step: float,
+    eps_root: float,
+    eps: float,
+) -> tuple[float, float, float]:
+    m = b1 * m + one_b1 * g
+    v = b2 * v + one_b2 * (g * g)
+    return quotient(step * m, sqrt(v + eps_root) + eps), m, v
+
+
+def adam_nesterov(
+    p: float,
+    g: float,
+    m: float,
+    v: float,
+    b1: float,
+    one_b1: float,
+    b2: float,
+    one_b2: float,
+    step: float,
+    eps_root: float,
+    eps: float,
+    step_g: float,
+) -> tuple[float, float, float]:
+    m = b1 * m + one_b1 * g
+    v = b2 * v + one_b2 * (g * g)
+    return quotient(step * m + step_g * g, sqrt(v + eps_root) + eps), m, v
+
+
+def adam_amsgrad(
+    p: float,
+    g: float,
+    m: float,
+    v: float,
+    x: float,
+    b1: float,
+    one_b1: float,
+    b2: float,
+    one_b2: float,
+    step: float,
+    eps_root: float,
+    eps: float,
+    k: float,
+) -> tuple[float, float, float, float]:
+    m = b1 * m + one_b1 * g
+    v = b2 * v + one_b2 * (g * g)
+    x = maximum(x, k * v)
+    return quotient(step * m, sqrt(x + eps_root) + eps), m, v, x
+
+
+_ELEMENTS: dict[str, Element] = {f.__name__: f for f in (adam, adam_nesterov, adam_amsgrad)}
 
 _TORCH = {
     "lr": 1e-3,
@@ -131,6 +193,10 @@ class Adam(Rule):
         if self.amsgrad:
             return b1, one_b1, b2, one_b2, step, eps_root, eps, inner / c2
         return b1, one_b1, b2, one_b2, step, eps_root, eps
+
+    @property
+    def element(self) -> Element:
+        return _ELEMENTS[self.kernel]
 
     @functools.cached_property
     def _folded(self) -> tuple[float, ...]:

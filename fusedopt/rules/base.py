@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 import numpy as np
 
 from ..arrays import check_parameter
+from .elements import Element
 from .fields import LearningRate, NonNegative, Number, check_fields
 
 if TYPE_CHECKING:
@@ -47,15 +48,19 @@ class Operation:
     matrix between two phases, every other name a state, scratch or sum. loop: what the loop around
     the kernel does: "rule" applies the delta, "peek" only writes it to the last operand, "filter"
     makes its first operand of the gradient times its factor, "sum" adds up, and "other" writes its
-    first operand. needs: run only where this input was given.
+    first operand. needs: run only where this input was given. written: of a rule's states the first
+    so many; None: all. element: the kernel in Python, where elements.py does not have it under the
+    kernel's name. kernel: None where the core has none, and is given the compiled element.
     """
 
-    kernel: str
+    kernel: str | None
     operands: tuple[str, ...]
     scalars: Callable[[int, float], tuple[float, ...]]
     loop: Literal["rule", "peek", "filter", "sum", "other"] = "rule"
     phase: int = 0
     needs: Literal["hessian"] | None = None
+    written: int | None = None
+    element: Element | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +162,11 @@ class Rule:
         """The struct's fields, folded in float64, for the leaf's t-th step (1 first)."""
         raise TypeError(f"{type(self).__name__} defines no scalars")
 
+    @property
+    def element(self) -> Element:
+        """The kernel in Python: (p, g, states, scalars) -> (delta, states), as in elements.py."""
+        raise TypeError(f"{type(self).__name__} defines no element")
+
     def textbook(
         self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float
     ) -> tuple[Array, tuple[Array, ...]]:
@@ -165,7 +175,8 @@ class Rule:
 
     def operations(self) -> tuple[Operation, ...]:
         """The program of one step."""
-        return (Operation(self.kernel, ("p", "g", *self.states), self.scalars),)
+        operands = ("p", "g", *self.states)
+        return (Operation(self.kernel, operands, self.scalars, element=self.element),)
 
     def sums(self) -> tuple[Operation, ...]:
         """Counts of elements that `stats` adds to its own: run after the rule, each named by its

@@ -115,6 +115,8 @@ def check_field(where: str, annotation: Any, value: Any) -> Any:
         accepted = typing.get_args(annotation)
         if not any(value is a or (isinstance(a, str) and value == a) for a in accepted):
             raise ValueError(f"{where}: expected one of {accepted}, got {value!r}")
-    elif not isinstance(value, bool):
+    elif annotation in (float, int):  # of a user's own rule
+        return Number(low=-math.inf, integer=annotation is int).accept(where, value)
+    elif annotation is bool and not isinstance(value, bool):
         raise TypeError(f"{where}: expected True or False, got {value!r}")
     return value

@@ -46,6 +46,14 @@ class Lion(Rule):
         b1, b2 = self.betas
         return b1, 1.0 - b1, b2, 1.0 - b2, lr
 
+    @staticmethod
+    def element(
+        p: float, g: float, m: float, b1: float, one_b1: float, b2: float, one_b2: float, lr: float
+    ) -> tuple[float, float]:
+        c = b1 * m + one_b1 * g
+        m = b2 * m + one_b2 * g
+        return lr if c > 0 else (-lr if c < 0 else c), m
+
     def textbook(
         self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float
     ) -> tuple[Array, tuple[Array, ...]]:

@@ -73,6 +73,11 @@ class Momentum(Rule):
             return mu, lr, 1.0
         return mu, 1.0 if t == 1 else 1.0 - self.dampening, lr
 
+    @staticmethod
+    def element(p: float, g: float, v: float, mu: float, a: float, b: float) -> tuple[float, float]:
+        v = mu * v + a * g
+        return b * v, v
+
     def textbook(
         self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float
     ) -> tuple[Array, tuple[Array, ...]]:

@@ -25,8 +25,17 @@ from .base import (
     textbook_correction,
 )
 from .fields import Count, Fraction, LearningRate, NonNegative, QuinticSet, check_field
+from .momentum import Momentum
+from .nesterov import nesterov
 
 _SCALES = {"scale": {"original": "original", "match_rms_adamw": "match_rms_adamw"}}
+
+
+def muon(
+    p: float, g: float, m: float, o: float, mu: float, a: float, lr: float
+) -> tuple[float, float]:
+    m = mu * m + a * g
+    return lr * o, m
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,8 +210,10 @@ class Muon(Rule):
             ("p", "g", "m", "work"),
             self._direction,
             loop="peek",
+            element=nesterov if self.nesterov else Momentum.element,
         )
-        commit = Operation("muon", ("p", "g", "m", "work"), self._commit, phase=1)
+        operands = ("p", "g", "m", "work")
+        commit = Operation("muon", operands, self._commit, phase=1, written=1, element=muon)
         return (direction, commit)
 
     @property

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .base import REQUIRED, Array, Convention, Operation, Program, Rule
+from .elements import Element
 from .fields import Fraction, LearningRate
+from .momentum import Momentum
+
+
+def nesterov(
+    p: float, g: float, v: float, mu: float, a: float, b: float, c: float
+) -> tuple[float, float]:
+    v = mu * v + a * g
+    return b * g + c * v, v
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +73,18 @@ class Nesterov(Rule):
             return mu, lr, lr, mu
         return mu, lr, 1.0
 
+    @property
+    def element(self) -> Element:
+        return Momentum.element if self.form == "lookahead" else nesterov
+
     def every_operation(self) -> tuple[Operation, ...]:
         return *self.operations(), *self.shift.operations
 
     @functools.cached_property
     def shift(self) -> Program:
         """Moves p to where the gradient is wanted; the velocity takes the gradient's place."""
-        ahead = Operation("lookahead", ("p", "g"), lambda t, lr: (self.momentum,), "other")
+        scalars = (self.momentum,)
+        ahead = Operation("lookahead", ("p", "g"), lambda t, lr: scalars, "other")
         return Program(self, (ahead,), ("p",))
 
     def textbook(

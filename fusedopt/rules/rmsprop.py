@@ -2,13 +2,92 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from math import sqrt
 
 import numpy as np
 
 from .base import REQUIRED, Array, Convention, Rule, correction, ratio, textbook_correction
+from .elements import Element, quotient
 from .fields import Fraction, LearningRate, NonNegative
+
+
+def rmsprop(
+    p: float,
+    g: float,
+    v: float,
+    rho: float,
+    one_rho: float,
+    lr: float,
+    eps_root: float,
+    eps: float,
+) -> tuple[float, float]:
+    v = rho * v + one_rho * (g * g)
+    return quotient(lr * g, sqrt(v + eps_root) + eps), v
+
+
+def rmsprop_centered(
+    p: float,
+    g: float,
+    v: float,
+    a: float,
+    rho: float,
+    one_rho: float,
+    lr: float,
+    eps_root: float,
+    eps: float,
+    k: float,
+) -> tuple[float, float, float]:
+    v = rho * v + one_rho * (g * g)
+    a = rho * a + one_rho * g
+    w = v - k * (a * a)
+    w = rho - rho if w < 0 else w  # a zero of their type
+    return quotient(lr * g, sqrt(w + eps_root) + eps), v, a
+
+
+def rmsprop_momentum(
+    p: float,
+    g: float,
+    b: float,
+    v: float,
+    rho: float,
+    one_rho: float,
+    lr: float,
+    eps_root: float,
+    eps: float,
+    mu: float,
+    x: float,
+    y: float,
+) -> tuple[float, float, float]:
+    u, v = rmsprop(p, g, v, rho, one_rho, lr, eps_root, eps)
+    b = mu * b + u
+    return x * u + y * b, b, v
+
+
+def rmsprop_centered_momentum(
+    p: float,
+    g: float,
+    b: float,
+    v: float,
+    a: float,
+    rho: float,
+    one_rho: float,
+    lr: float,
+    eps_root: float,
+    eps: float,
+    k: float,
+    mu: float,
+    x: float,
+    y: float,
+) -> tuple[float, float, float, float]:
+    u, v, a = rmsprop_centered(p, g, v, a, rho, one_rho, lr, eps_root, eps, k)
+    b = mu * b + u
+    return x * u + y * b, b, v, a
+
+
+_ELEMENTS: dict[str, Element] = {
+    f.__name__: f for f in (rmsprop, rmsprop_centered, rmsprop_momentum, rmsprop_centered_momentum)
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +200,7 @@ class RMSProp(Rule):
         lr_t = lr / (1.0 + (t - 1) * self.lr_decay)
         inside, outside = (lr_t, 1.0) if self.lr_in_buffer or not self.momentum else (1.0, lr_t)
         c = correction(self.rho, t) if self.bias_correction else 1.0
-        root = math.sqrt(c)
+        root = sqrt(c)
         values: tuple[float, ...] = (
             self.rho,
             1.0 - self.rho,
@@ -135,6 +214,10 @@ class RMSProp(Rule):
             mu = self.momentum
             values += (mu, outside, outside * mu) if self.nesterov else (mu, 0.0, outside)
         return values
+
+    @property
+    def element(self) -> Element:
+        return _ELEMENTS[self.kernel]
 
     def textbook(
         self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float

@@ -35,6 +35,10 @@ class SGD(Rule):
     def scalars(self, t: int, lr: float) -> tuple[float, ...]:
         return (lr,)
 
+    @staticmethod
+    def element(p: float, g: float, lr: float) -> float:
+        return lr * g
+
     def textbook(
         self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float
     ) -> tuple[Array, tuple[Array, ...]]:

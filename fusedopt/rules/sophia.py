@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -18,7 +18,42 @@ from .base import (
     correction,
     textbook_correction,
 )
+from .elements import Element, clamp, maximum
 from .fields import Betas, Count, LearningRate, NonNegative
+
+
+def sophia(
+    p: float,
+    g: float,
+    m: float,
+    h: float,
+    b1: float,
+    one_b1: float,
+    lr: float,
+    gamma: float,
+    eps: float,
+    clip: float,
+    k: float,
+) -> tuple[float, float]:
+    m = b1 * m + one_b1 * g
+    return lr * clamp(k * m / (gamma * h + eps), clip), m
+
+
+def sophia_paper(
+    p: float,
+    g: float,
+    m: float,
+    h: float,
+    b1: float,
+    one_b1: float,
+    lr: float,
+    gamma: float,
+    eps: float,
+    clip: float,
+    k: float,
+) -> tuple[float, float]:
+    m = b1 * m + one_b1 * g
+    return lr * clamp(k * m / maximum(eps, gamma * h), clip), m
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +148,10 @@ class Sophia(Rule):
         k = 1.0 / correction(self.betas[0], t) if self.bias_correction else 1.0
         return gamma, self.eps, self.clip, k
 
+    @property
+    def element(self) -> Element:
+        return sophia if self.form == "official" else sophia_paper
+
     def operations(self) -> tuple[Operation, ...]:
         b2 = self.betas[1]
         gnb = self.estimator == "gnb"
@@ -124,7 +163,8 @@ class Sophia(Rule):
             loop="other",
             needs="hessian",
         )
-        return (*super().operations(), refresh)
+        (step,) = super().operations()
+        return replace(step, written=1), refresh
 
     def sums(self) -> tuple[Operation, ...]:
         # A share of the elements in the published code's log, as "win_rate".

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from .options import TrainOptions
 from .recipes import LEARNING_RATES
 from .report import Result
-from .trainer import TrainOptions, train
+from .trainer import train
 
 __all__ = ["LEARNING_RATES", "Result", "TrainOptions", "train"]

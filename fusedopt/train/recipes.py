@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import fusedopt as fo
 
@@ -38,6 +39,12 @@ LEARNING_RATES = {
 # Sophia's paper.
 HESSIAN_EVERY = 10
 
+# What Sophia does with an estimate of curvature. Products with the Hessian can be negative, for
+# which the paper's form is made, with its rho for them.
+ESTIMATORS: dict[str, dict[str, Any]] = {
+    "gnb": {},
+    "hutchinson": {"estimator": "hutchinson", "form": "paper", "rho": 0.01},
+}
 
 # From the peak learning rate and the steps of a run. The first twentieth of these warms up.
 SCHEDULES: dict[str, Callable[[float, int], Schedule]] = {
@@ -54,18 +61,23 @@ SCHEDULES: dict[str, Callable[[float, int], Schedule]] = {
 
 
 def recipe(
-    name: str, lr: float | None, steps: int, tokens: int, schedule: str = "cosine"
+    name: str,
+    lr: float | None,
+    steps: int,
+    tokens: int,
+    schedule: str = "cosine",
+    estimator: str = "gnb",
 ) -> dict[str, fo.Rule]:
-    """Path pattern -> rule, for a run of `steps` batches of `tokens` tokens.
+    """Path pattern -> rule, for a run of `steps` updates of `tokens` tokens.
 
-    lr: the peak learning rate; None takes the table's. schedule: a name in `SCHEDULES`. Muon gets
-    the matrices of the blocks; the embeddings, the head and all vectors then go to AdamW at its
-    own rate of the table.
+    lr: the peak learning rate; None takes the table's. schedule: a name in `SCHEDULES`.
+    estimator: a name in `ESTIMATORS`, of Sophia. Muon gets the matrices of the blocks; the
+    embeddings, the head and all vectors then go to AdamW at its own rate of the table.
     """
     shape = SCHEDULES[schedule]
     rule = fo.RULES[name](lr=shape(LEARNING_RATES[name] if lr is None else lr, steps))
     if isinstance(rule, fo.Sophia):
-        rule = replace(rule, bs=tokens)
+        rule = replace(rule, bs=tokens, **ESTIMATORS[estimator])
     if isinstance(rule, fo.Muon):
         rest = fo.AdamW(lr=shape(LEARNING_RATES["adamw"], steps))
         return {"blocks.*.w": rule, "*": rest}

@@ -1,0 +1,99 @@
+"""What the rules' scalar `element` functions share.
+
+An element function is one kernel of csrc/rules.hpp in Python, with the same order of operations:
+`element(p, g, *states, *scalars)` returns the delta to subtract, and behind it in a tuple the new
+values of the states that the kernel writes (a kernel without states returns the delta alone). An
+operation that is no rule takes its operands and scalars, and returns the new value of the first; a
+sum takes what it sums over, and returns what is added.
+
+Plain Python on numbers of one type, float32 or float64, for a just-in-time compiler: it may call
+functions like those here. No constants but in comparisons: 0.5 x would be a float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from numpy import float64
+
+Element = Callable[..., Any]
+
+
+def quotient(numerator: float, denominator: float) -> float:
+    """No step, rather than NaN, where nothing was ever accumulated and eps is zero."""
+    result = numerator / denominator
+    return denominator if denominator == 0 else result
+
+
+def maximum(a: float, b: float) -> float:
+    """A NaN in either operand stays visible."""
+    return b if (b > a) | (b != b) else a
+
+
+def clamp(x: float, limit: float) -> float:
+    """x within [-limit, limit]; NaN stays NaN."""
+    return limit if x > limit else (-limit if x < -limit else x)
+
+
+# Operations that are no rule, as csrc/rules.hpp has them.
+
+
+def sophia_refresh_square(h: float, e: float, b2: float, k: float) -> float:
+    return b2 * h + k * (e * e)
+
+
+def average(average: float, x: float, keep: float, gain: float) -> float:
+    return keep * average + gain * x
+
+
+def lookahead(p: float, v: float, mu: float) -> float:
+    return p - mu * v
+
+
+def accumulate(total: float, g: float, keep: float) -> float:
+    return g if keep == 0 else total + g
+
+
+def keep(kept: float, p: float) -> float:
+    return p
+
+
+def clip_value(clipped: float, g: float, factor: float, limit: float) -> float:
+    return clamp(factor * g, limit)
+
+
+# Sums over a leaf: what an element adds, in float64.
+
+
+def squares(x: float, scale: float) -> float:
+    scaled = float64(scale * x)
+    return scaled * scaled
+
+
+def squared_differences(x: float, y: float) -> float:
+    difference = float64(x) - float64(y)
+    return difference * difference
+
+
+def sophia_wins(m: float, h: float, gamma: float, eps: float, clip: float, k: float) -> float:
+    r = k * m / (gamma * h + eps)
+    return 1.0 if (r < clip) & (r > -clip) else 0.0
+
+
+def sophia_paper_wins(m: float, h: float, gamma: float, eps: float, clip: float, k: float) -> float:
+    r = k * m / maximum(eps, gamma * h)
+    return 1.0 if (r < clip) & (r > -clip) else 0.0
+
+
+ELEMENTS: dict[str, Element] = {
+    f.__name__: f
+    for f in (
+        *(sophia_refresh_square, average, lookahead, accumulate, keep, clip_value),
+        *(squares, squared_differences, sophia_wins, sophia_paper_wins),
+    )
+}
+"""By the kernel's name."""
+
+OF_STATES = frozenset(("sophia_refresh_square", "average"))
+"""Those whose first operand is stored as states are, without denormals."""
