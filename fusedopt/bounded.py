@@ -117,9 +117,16 @@ def _subtract(a: Bounded, b: Bounded) -> Bounded:
     return _add(a, _negative(b))
 
 
+def _spread(x: np.ndarray, error: np.ndarray) -> np.ndarray:
+    """How far an error reaches that x multiplies: what is zero adds nothing to any error."""
+    reach: np.ndarray = np.where((x == 0) | (error == 0), 0.0, x * error)
+    return reach
+
+
 def _multiply(a: Bounded, b: Bounded) -> Bounded:
-    error = np.abs(a.value) * b.error + np.abs(b.value) * a.error + a.error * b.error
-    return _rounded(a.value * b.value, np.where(np.isnan(error), 0.0, error), a)
+    error = _spread(np.abs(a.value), b.error) + _spread(np.abs(b.value), a.error)
+    error += _spread(a.error, b.error)
+    return _rounded(a.value * b.value, error, a)
 
 
 def _divide(a: Bounded, b: Bounded) -> Bounded:

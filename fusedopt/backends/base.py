@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -101,6 +102,15 @@ class Plan(Protocol):
 
     work_bytes: int
 
+    def take(self) -> None:
+        """Keeps everything else from using the plan until `give`; RuntimeError where it is in use.
+
+        One that was replaced is never given back, and so refused to a thread that still has it.
+        """
+
+    def give(self) -> None:
+        """Ends what `take` began."""
+
     def step(self, grads: Any, hessian: Any, flat: bool) -> int | None:
         """Updates every leaf that has a gradient, and its counter, in place; the step's number.
 
@@ -108,6 +118,22 @@ class Plan(Protocol):
         `Touched`; otherwise trees, and None comes back, with nothing written, where something is to
         be checked or explained first. Where `decide` says no, the number of the step before.
         """
+
+
+class Turn:
+    """The part of a plan that keeps others from using it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def take(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError(
+                "this optimizer is in use in another thread: give each thread its own optimizer"
+            )
+
+    def give(self) -> None:
+        self._lock.release()
 
 
 class Backend(Protocol):

@@ -145,7 +145,7 @@ class NativePlan:
         programs = [layout.around.program(group.rule) for group in layout.groups]
         # The core's objects are unknown to the garbage collector: what it calls must not lead back
         # to this plan.
-        self.step = core.Plan(
+        plan = core.Plan(
             tree=layout.tree,
             arrays=[
                 [*(stored.spec for stored in memory.operands), *matrices.work.get(k, ())]
@@ -166,4 +166,6 @@ class NativePlan:
             zero_grads=layout.zero_grads,
             threads=layout.threads or 0,
             scratch=layout.scratch,
-        ).step
+        )
+        self.take, self.give = plan.take, plan.give
+        self.step, self.step_alone = plan.step, plan.step_alone

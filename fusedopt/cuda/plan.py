@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..backends.base import HEAD, Layout
+from ..backends.base import HEAD, Layout, Turn
 from ..formats import FLOAT64, PLAIN, compute_dtype
 from ..rules.base import Operation, Program
 from . import foreign
@@ -96,10 +96,11 @@ class Known:
         return same and bool(x.data_ptr() == self._address)
 
 
-class CudaPlan:
+class CudaPlan(Turn):
     """One optimizer on a CUDA device."""
 
     def __init__(self, layout: Layout, programs: Sequence[Program]) -> None:
+        super().__init__()
         self._layout, self._programs = layout, programs
         self._parameters: list[Any] = [memory.caller for memory in layout.leaves]
         self._first = self._parameters[0]
