@@ -153,16 +153,19 @@ class Plan {
     for (const int batch : batches_) batch_count_ = std::max(batch_count_, batch + 1);
   }
 
-  // One step. None where something does not fit; nothing was written then. `flat`: the trees are
-  // lists of leaves already.
-  py::object step(const py::object& gradients, const py::object& hessian, bool flat) {
+  // Keeps everything else from using this plan until `give`; refused where something does already.
+  void take() {
     if (busy_.exchange(true))
       throw std::runtime_error(
-          "this optimizer is stepping in another thread: give each thread its own optimizer");
-    const std::unique_ptr<Plan, void (*)(Plan*)> at_the_end(this, [](Plan* plan) {
-      plan->refs_.clear();
-      plan->busy_.store(false);
-    });
+          "this optimizer is in use in another thread: give each thread its own optimizer");
+  }
+  void give() { busy_.store(false); }
+
+  // One step, by a caller who has taken the plan. None where something does not fit; nothing was
+  // written then. `flat`: the trees are lists of leaves already.
+  py::object step(const py::object& gradients, const py::object& hessian, bool flat) {
+    const std::unique_ptr<Plan, void (*)(Plan*)> at_the_end(
+        this, [](Plan* plan) { plan->refs_.clear(); });
     if (level().table != table_) change_level();
     if (!unmoved() || !read_tree(GRADIENT, gradients, flat) || !read_tree(HESSIAN, hessian, flat) ||
         (zero_grads_ && gradients_overlap()))
@@ -189,6 +192,13 @@ class Plan {
     run_phase(-1, 0);
     for (const std::size_t k : active_) ++counts_[k + 1];
     return py::int_(++counts_[0]);
+  }
+
+  // The same with trees, by one who has not taken it: the whole of a simple optimizer's step.
+  py::object step_alone(const py::object& gradients, const py::object& hessian) {
+    take();
+    const std::unique_ptr<Plan, void (*)(Plan*)> at_the_end(this, [](Plan* plan) { plan->give(); });
+    return step(gradients, hessian, false);
   }
 
  private:
@@ -576,7 +586,10 @@ void bind_leaves(py::module_& module) {
            py::arg("rates"), py::arg("counters"), py::arg("beside"), py::arg("before"),
            py::arg("between"), py::arg("results"), py::arg("decide"), py::arg("zero_grads"),
            py::arg("threads"), py::arg("scratch"))
-      .def("step", &Plan::step);
+      .def("take", &Plan::take)
+      .def("give", &Plan::give)
+      .def("step", &Plan::step)
+      .def("step_alone", &Plan::step_alone);
   module.def("update", &update);
   module.def("sums_of_squares", &sums_of_squares);
   module.def("set_threads", [](int n) { thread_count.store(n); });

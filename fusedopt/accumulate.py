@@ -8,14 +8,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from .arrays import Fit
 from .backends import Backend, Group, Layout
 from .backends.base import results_for
-from .formats import PLAIN, compute_dtype
 from .rows import Rows, as_rows, joined, values_of
 from .rules import Rule
 from .rules.base import Array, Operation
-from .states import Memory, Wanted, allocate
+from .states import Memory
 from .stepping import Stepper
 from .trees import Tree
 
@@ -54,7 +52,8 @@ class Accumulator:
         zero_grads: bool,
         threads: int | None,
     ) -> None:
-        self._sums = allocate([Wanted(PLAIN[compute_dtype(p.dtype).name], p) for p in parameters])
+        self._sums = backend.space.blank(parameters)
+        self._space = backend.space
         self._counters = np.zeros(1 + len(self._sums), np.int64)
         self._rows: dict[int, list[Rows]] = {}
         rule = Accumulation()
@@ -76,7 +75,7 @@ class Accumulator:
     def watch(self, parameters: Sequence[np.ndarray]) -> None:
         """Takes note of where the parameters are."""
         written = [[p, *s.arrays] for p, s in zip(parameters, self._sums, strict=True)]
-        fit = Fit([leaf.label for leaf in self._tree.leaves], parameters, written)
+        fit = self._space.Fit([leaf.label for leaf in self._tree.leaves], parameters, written)
         self._stepper = Stepper(self._tree, fit, self._layout, self._plan)
 
     @property

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from .cuda.foreign import on_device
 from .formats import DTYPES
 
 if TYPE_CHECKING:
@@ -23,6 +24,11 @@ def memory_order(dense: np.ndarray) -> Literal["C", "F"]:
 
 def _check_array(label: str, array: Any) -> np.ndarray:
     if not isinstance(array, np.ndarray):
+        if on_device(array):
+            raise TypeError(
+                f"{label}: is on a CUDA device, where only Optimizer(params, rule, backend='cuda')"
+                " takes it; otherwise copy it to the host"
+            )
         raise TypeError(
             f"{label}: expected an ndarray, got a {type(array).__name__}; convert it"
             " with np.asarray"

@@ -140,15 +140,16 @@ def _subtract(a: Bounded, b: Bounded) -> Bounded:
     return _add(a, _negative(b))
 
 
+def _spread(x: np.ndarray, error: np.ndarray) -> np.ndarray:
+    """How far an error reaches that x multiplies: what is zero adds nothing to any error."""
+    reach: np.ndarray = np.where((x == 0) | (error == 0), 0.0, x * error)
+    return reach
+
+
 def _multiply(a: Bounded, b: Bounded) -> Bounded:
-    error = _times(np.abs(a.value), b.error) + _times(np.abs(b.value), a.error)
-    return _rounded(a.value * b.value, error + _times(a.error, b.error), a)
-
-
-def _times(x: np.ndarray, error: np.ndarray) -> np.ndarray:
-    """The product of magnitudes, zero where one is: no zero is moved by what is unbounded."""
-    product = x * error
-    return np.where(np.isnan(product), 0.0, product)
+    error = _spread(np.abs(a.value), b.error) + _spread(np.abs(b.value), a.error)
+    error += _spread(a.error, b.error)
+    return _rounded(a.value * b.value, error, a)
 
 
 def _matmul(a: Bounded, b: Bounded) -> Bounded:

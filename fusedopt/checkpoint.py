@@ -85,7 +85,8 @@ class Snapshot:
         arrays = {}
         for k, path in enumerate(self.paths):
             turned = memory_order(self.parameters[k]) == "F"
-            for name, a in self._held(k, parameters).items():
+            for name, held in self._held(k, parameters).items():
+                a = held if isinstance(held, np.ndarray) else held.copy()  # of a device
                 arrays[f"{name}:{path}"] = a.T if turned else a
         write(file, arrays, {**self._described(), "metadata": metadata})
 

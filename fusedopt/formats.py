@@ -298,6 +298,10 @@ class Blocks(Format):
             ]
             fits = (bounds[0] <= aux) & (aux <= bounds[1]) | np.isnan(bounds[0]) & np.isnan(aux)
             fits |= np.isinf(bounds[1]) | np.isnan(bounds[1]) & ~np.isnan(bounds[0])
+            # What was not touched: without a -1 in its map, its scale cannot be told from it.
+            held = self.decode(data, aux)[:n]
+            differs = ((low != held) | (high != held)).astype(np.float32)
+            fits |= self._largest(differs) == 0
             ends = [self.decode(self.encode(x, key, aux)[0], aux)[:n] for x in (low, high)]
             fits = np.repeat(fits, self.block)[:n]
         return np.where(fits, ends[0], np.inf), np.where(fits, ends[1], -np.inf)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -14,7 +13,7 @@ import numpy as np
 
 from .accumulate import Accumulator
 from .around import AVERAGE
-from .arrays import Fit, check_apart, check_parameter, check_target, memory_order
+from .arrays import memory_order
 from .backends import Layout, get_backend
 from .backends.base import results_for
 from .catchup import Ledger
@@ -31,7 +30,7 @@ from .interrupts import deferred
 from .norms import Guard
 from .options import ClipNorm, Options, check_grad_scale, check_seed
 from .rules import Nesterov, Rule
-from .states import Memory, in_memory
+from .states import Memory
 from .stepping import Report, StepInfo, Stepper
 from .storage import Master, Rounding, StateDtype, synchronize
 from .trees import Tree
@@ -117,10 +116,15 @@ class Optimizer:
     checkpoint: it goes with the optimizer or its process, and nothing can go on from one that a
     killed process has left. Such an optimizer cannot be pickled, copied or used in a forked child.
 
-    backend: "auto", "native", "numba" or "reference". threads: at most so many, where the process
-    may use more. verify: run every step on copies first, compare with the float64 reference, and
-    commit only what agrees (`VerificationError` otherwise, also where parameters with masters were
-    overwritten without `sync`).
+    backend: "auto", "native", "numba", "reference", or, for arrays of CuPy, PyTorch and Numba on a
+    CUDA device, "cuda" ("auto" takes it by itself), which refuses what it does not have; states are
+    arrays of the device there, with `__cuda_array_interface__`. threads: at most so many, where the
+    process may use more. verify: run every step on copies first, compare with the float64
+    reference, and commit only what agrees (`VerificationError` otherwise, also where parameters
+    with masters were overwritten without `sync`).
+
+    An optimizer is for one thread at a time: where two meet, RuntimeError says so to the later one,
+    and nothing has changed; only looking (`describe`, `state`, `fingerprint`) is not guarded.
 
     Raises TypeError for a value of the wrong kind, ValueError for one that does not fit,
     RuntimeError where the backend cannot be used, FileExistsError where `state_path` is in use or
@@ -151,7 +155,6 @@ class Optimizer:
     ) -> None:
         self.params = params
         self.rule = rule
-        self._backend = get_backend(backend)
         self._options = Options(
             clip_norm,
             clip_value,
@@ -173,11 +176,15 @@ class Optimizer:
         self._storage = self._options.storage()
         self._tree = Tree(params)
         leaves = self._tree.leaves
+        self._backend = get_backend(backend, [leaf.value for leaf in leaves])
+        self._space = self._backend.space
+        self._space.check_options(self._options, state_path)
         self._groups, self._group_of = assign(leaves, rule)
         self._rates = np.ones(2 * len(self._groups))
         clip = self._options.clip_by_group([group.label for group in self._groups])
         self._counters = np.zeros(1 + len(leaves), np.int64)
-        parameters, copies = self._check_parameters(), self._check_copies()
+        parameters = self._check_parameters()
+        copies = self._check_copies(parameters)
         self._check_apart(parameters, copies)
         labels, dtypes = [leaf.label for leaf in leaves], [p.dtype for p in parameters]
         self._storage.check(labels, dtypes, self._rules)
@@ -198,16 +205,15 @@ class Optimizer:
         self._exchanged = ""  # the context, if parameters are not themselves
         self._sums: Accumulator | None = None
         self._ledger: Ledger | None = None
-        self._lock = threading.Lock()
         scratch: AbstractContextManager[Scratch | None] = nullcontext()
         if state_path is not None:
             from .scratch import scratch_in  # 5 ms, for this alone
 
             scratch = scratch_in(state_path)
         with scratch as self._scratch:
-            block = self._scratch.reserve if self._scratch else in_memory
-            self._leaves = self._storage.allocate(
-                self._rules, parameters, copies, self._around, block
+            block = (self._scratch.reserve,) if self._scratch else ()
+            self._leaves = self._space.allocate(
+                self._storage, self._rules, parameters, copies, self._around, *block
             )
             self._prepare(parameters)
             if self._scratch:
@@ -215,6 +221,7 @@ class Optimizer:
                     {x.path: m.saved for x, m in zip(leaves, self._leaves, strict=True)}
                 )
                 self._scratch.release()
+        self._plan.give()
 
     @property
     def _rules(self) -> list[Any]:
@@ -222,24 +229,23 @@ class Optimizer:
 
     def _check_parameters(self) -> list[np.ndarray]:
         return [
-            check_parameter(leaf.label, leaf.value, rule)
+            self._space.check_parameter(leaf.label, leaf.value, rule)
             for leaf, rule in zip(self._tree.leaves, self._rules, strict=True)
         ]
 
-    def _check_copies(self) -> list[np.ndarray | None]:
+    def _check_copies(self, parameters: Sequence[np.ndarray]) -> list[np.ndarray | None]:
         """The arrays of `copy_out`, by leaf."""
         leaves = self._tree.leaves
         if self._options.copy_out is None:
             return [None] * len(leaves)
         copies: list[np.ndarray | None] = []
-        for leaf, array in zip(
-            leaves, self._tree.flatten(self._options.copy_out, "copy_out"), strict=True
-        ):
+        given = self._tree.flatten(self._options.copy_out, "copy_out")
+        for leaf, p, array in zip(leaves, parameters, given, strict=True):
             if array is None:
                 copies.append(None)
                 continue
-            label, p = "copy_out" + leaf.label.removeprefix("params"), leaf.value
-            copied = check_target(label, array)
+            label = "copy_out" + leaf.label.removeprefix("params")
+            copied = self._space.check_target(label, array)
             if copied.shape != p.shape or memory_order(copied) != memory_order(p):
                 raise ValueError(
                     f"{label}: expected the shape {p.shape} and memory order {memory_order(p)} of"
@@ -258,14 +264,14 @@ class Optimizer:
         for label, copied in zip(labels, copies, strict=True):
             if copied is not None:
                 named.append(("copy_out" + label.removeprefix("params"), copied))
-        check_apart([label for label, _ in named], [a for _, a in named])
+        self._space.check_apart([label for label, _ in named], [a for _, a in named])
 
     def _prepare(self, parameters: Sequence[np.ndarray]) -> None:
         self._parameters = parameters
         labels = [leaf.label for leaf in self._tree.leaves]
         written = [memory.written for memory in self._leaves]
         copies = [len(memory.copies) for memory in self._leaves]
-        fit = Fit(labels, parameters, written, copies)
+        fit = self._space.Fit(labels, parameters, written, copies)
         layout = Layout(
             tree=self._tree.spec,
             leaves=self._leaves,
@@ -284,10 +290,11 @@ class Optimizer:
         if self._options.verify:
             from .verify import VerifiedPlan  # an optimizer may run without the module
 
-            self._plan: Any = VerifiedPlan(self._backend, layout, self._tree.leaves)
+            plan: Any = VerifiedPlan(self._backend, layout, self._tree.leaves)
         else:
-            self._plan = self._backend.plan(layout)
-        self._plan_step = self._plan.step
+            plan = self._backend.plan(layout)
+        plan.take()  # until all is ready; the old one stays taken, should a thread still have it
+        self._plan = plan
         if self._ledger is not None:
             self._ledger.moved(layout, self._plan)
         elif self._options.exact:
@@ -306,15 +313,16 @@ class Optimizer:
         self._settle_simple()
 
     def _settle_simple(self) -> None:
-        """Whether a step is one native call, which guards itself and is a whole; whatever more
-        there is must be made so."""
+        """The way of a step that is one native call, which guards itself and is a whole; None
+        where there is more to a step, which must be made so."""
         native = self._backend.native and not self._options.verify
         one_phase = all(group.rule.program.phases == 1 for group in self._groups)
         options = self._options
         asked = options.decides(self._wide) or options.stats or options.exact or self._scratch
-        self._simple = (
+        simple = (
             native and one_phase and not self._scheduled and not asked and not self._accumulated
         )
+        self._step_alone: Any = self._plan.step_alone if simple else None
 
     def _keys(self) -> list[list[int]]:
         """Of each leaf, for its parameter and states, the keys of their random bits."""
@@ -347,23 +355,23 @@ class Optimizer:
 
         Raises TypeError or ValueError for what does not fit, FloatingPointError where `clip_norm`
         finds a norm that is NaN or infinite, RuntimeError inside of `lookahead` and `averaged` or
-        while another thread steps this optimizer; nothing has changed then.
+        while another thread uses this optimizer; nothing has changed then.
         """
         if self._exchanged:
             raise RuntimeError(f"step inside of {self._exchanged}(): leave the context first")
-        if not self._simple or grad_scale != 1.0 or grads is ACCUMULATED:
+        step = self._step_alone
+        if step is None or grad_scale != 1.0 or grads is ACCUMULATED:
             return self._guarded_step(grads, grad_scale, hessian)
-        number = self._plan_step(grads, hessian, False)
+        number = step(grads, hessian)
         if number is None:
-            number = self._stepper.explained(grads, hessian)
+            return self._guarded_step(grads, grad_scale, hessian)
         rate = self._only_rate or self._rates_by_label()
         # 0.08 us less than StepInfo(number, rate)
         return new_tuple(StepInfo, (number, rate, *NOTHING_ASKED))
 
     def _guarded_step(self, grads: Any, grad_scale: float, hessian: Any) -> StepInfo:
-        self._check_owner()
         scale = check_grad_scale(grad_scale)
-        with self._exclusively():
+        with self._exclusively("step"):
             if self._scheduled:
                 self._set_rates(self.step_count + 1)
             self._guard.begin(scale)
@@ -409,8 +417,7 @@ class Optimizer:
         Returns how many micro-batches there are now. Raises as `step` does; a `state_dict` cannot
         be taken before the step.
         """
-        self._check_at_home("accumulate")
-        with self._exclusively():
+        with self._exclusively("accumulate"):
             if self._sums is None:
                 self._sums = Accumulator(
                     self._backend,
@@ -424,18 +431,15 @@ class Optimizer:
         return count
 
     @contextmanager
-    def _exclusively(self) -> Iterator[None]:
-        """No interrupt inside, and no other thread."""
+    def _exclusively(self, what: str) -> Iterator[None]:
+        """No interrupt inside, and no other thread; the parameters are themselves."""
+        self._check_at_home(what)
         with deferred():
-            if not self._lock.acquire(blocking=False):
-                raise RuntimeError(
-                    "this optimizer is stepping in another thread: give each thread its own"
-                    " optimizer"
-                )
+            self._plan.take()
             try:
                 yield
             finally:
-                self._lock.release()
+                self._plan.give()
 
     def _set_rates(self, step: int) -> None:
         self._rates[: len(self._groups)] = [group.rule.lr_at(step) for group in self._groups]
@@ -478,11 +482,10 @@ class Optimizer:
 
     def _adopt(self, rules: Sequence[Rule]) -> None:
         """Puts rules in the place of the groups' own, all of them or none."""
-        self._check_at_home("hyperparameters")
-        self._check_caught_up("hyperparameters")
-        old = self._groups
-        kept = [check_successor(group, rule) for group, rule in zip(old, rules, strict=True)]
-        with deferred():
+        with self._exclusively("hyperparameters"):
+            self._check_caught_up("hyperparameters")
+            old = self._groups
+            kept = [check_successor(group, rule) for group, rule in zip(old, rules, strict=True)]
             self._groups = [replace(g, rule=rule) for g, rule in zip(old, rules, strict=True)]
             try:
                 if all(kept):
@@ -529,9 +532,8 @@ class Optimizer:
         Without it the next step goes on from the masters, and what was written is lost. Does
         nothing where there are no masters.
         """
-        self._check_at_home("sync")
-        self._check_caught_up("sync")
-        with deferred():
+        with self._exclusively("sync"):
+            self._check_caught_up("sync")
             for memory in self._leaves:
                 synchronize(memory)
             if self._options.verify:
@@ -596,15 +598,22 @@ class Optimizer:
         """Inside, these parameters may be anything; after it they have their own bits again."""
         if self._exchanged:
             raise RuntimeError(f"{name}(): already inside of {self._exchanged}()")
-        backup = [self._parameters[k].copy(order="A") for k in leaves]
-        self._exchanged = name
+        backup: list[np.ndarray] = []
+        taken = False
         try:
+            with deferred():
+                self._plan.take()  # all the while, for a thread that comes past the checks
+                taken = True
+                backup += (self._parameters[k].copy(order="A") for k in leaves)
+                self._exchanged = name
             yield
         finally:
             with deferred():
-                for k, original in zip(leaves, backup, strict=True):
+                for k, original in zip(leaves, backup, strict=False):
                     self._parameters[k][...] = original
-                self._exchanged = ""
+                if taken:
+                    self._exchanged = ""
+                    self._plan.give()
 
     def catch_up(self, rows: Mapping[str, np.ndarray] | None = None) -> None:
         """Replays the steps that rows missed because no gradient touched them.
@@ -620,8 +629,7 @@ class Optimizer:
         """
         if self._ledger is None:
             raise RuntimeError("catch_up(): make the optimizer with exact=True")
-        self._check_at_home("catch_up")
-        with self._exclusively():
+        with self._exclusively("catch_up"):
             self._guard.begin(1.0)
             self._ledger.catch_up(rows)
 
@@ -639,30 +647,34 @@ class Optimizer:
         anew where the values differ from the old arrays'. Raises TypeError or ValueError where
         something does not fit; the optimizer keeps the old ones then.
         """
-        self._check_owner()
-        tree = Tree(params)
-        fresh = [leaf.value for leaf in tree.leaves]
-        self._tree.flatten(params, "params")
-        for leaf, value, old, rule in zip(
-            tree.leaves, fresh, self._parameters, self._rules, strict=True
-        ):
-            p = check_parameter(leaf.label, value, rule)
+        with self._exclusively("rebind"):
+            tree = Tree(params)
+            self._tree.flatten(params, "params")
+            fresh = self._alike(tree)
+            self._check_apart(fresh, self._check_copies(fresh))
+            self._tree, self.params = tree, params
+            parameters = self._check_parameters()
+            for k, (old, p) in enumerate(zip(self._parameters, parameters, strict=True)):
+                moved = self._leaves[k] = self._leaves[k].rebound(p)
+                if moved.extra is not None and not self._space.same(old, p):
+                    synchronize(moved)
+            if self._sums is not None:
+                self._sums.watch(parameters)
+            self._prepare(parameters)
+
+    def _alike(self, tree: Tree) -> list[Any]:
+        """The leaves' arrays, which can take the places of those that there are."""
+        fresh: list[Any] = []
+        for leaf, old, rule in zip(tree.leaves, self._parameters, self._rules, strict=True):
+            p = self._space.check_parameter(leaf.label, leaf.value, rule)
+            fresh.append(p)
             expected, got = ((a.shape, a.dtype.name, memory_order(a)) for a in (old, p))
             if got != expected:
                 raise ValueError(
                     f"{leaf.label}: expected (shape, dtype, memory order) {expected}, got {got};"
                     " make a new optimizer for other arrays"
                 )
-        self._check_apart(fresh, self._check_copies())
-        self._tree, self.params = tree, params
-        parameters = self._check_parameters()
-        for k, (old, p) in enumerate(zip(self._parameters, parameters, strict=True)):
-            moved = self._leaves[k] = self._leaves[k].rebound(p)
-            if not np.array_equal(old, p, equal_nan=True):
-                synchronize(moved)
-        if self._sums is not None:
-            self._sums.watch(parameters)
-        self._prepare(parameters)
+        return fresh
 
     def describe(self) -> str:
         """A table of what updates which leaf, and of the memory that it takes."""
@@ -709,7 +721,7 @@ class Optimizer:
             for a in (p, *memory.saved.values()):
                 canonical = a.copy()
                 if a.dtype.kind not in "iu":
-                    canonical[np.isnan(a)] = np.nan
+                    canonical[np.isnan(canonical)] = np.nan
                 bits = canonical.view(f"u{a.itemsize}")
                 digest.update(bits.astype(f"<u{a.itemsize}").tobytes())
         digest.update(str(self.step_count).encode())
@@ -722,8 +734,9 @@ class Optimizer:
         "shape", "dtype", "order", "formats", "state"}}}. A quantised state m is there as "m.codes"
         and "m.scales". The hyperparameters are there to be compared, not to be taken over.
         """
-        self._check_settled("state_dict")
-        return self._snapshot.take()
+        with self._exclusively("state_dict"):
+            self._check_settled("state_dict")
+            return self._snapshot.take()
 
     def load_state_dict(self, state: dict[str, Any], *, strict: bool = True) -> None:
         """Goes on from a `state_dict`, copying its arrays; with equal parameters, bit for bit.
@@ -737,8 +750,7 @@ class Optimizer:
         dtypes, memory orders, formats and states, RuntimeError inside of `lookahead` and
         `averaged`; nothing has changed then. Accumulated gradients are forgotten.
         """
-        self._check_at_home("load_state_dict")
-        with deferred():
+        with self._exclusively("load_state_dict"):
             self._go_on(self._snapshot.restore(state, strict=strict))
 
     def save(
@@ -758,8 +770,9 @@ class Optimizer:
         JSON does not take or that a file cannot hold, RuntimeError inside of `lookahead` and
         `averaged`, and between `accumulate` and `step`.
         """
-        self._check_settled("save")
-        self._snapshot.save(path, parameters, metadata)
+        with self._exclusively("save"):
+            self._check_settled("save")
+            self._snapshot.save(path, parameters, metadata)
 
     def load(
         self, path: str | os.PathLike[str], *, parameters: bool = True, strict: bool = True
@@ -775,8 +788,7 @@ class Optimizer:
         RuntimeError inside of `lookahead` and `averaged`; nothing has changed then. Accumulated
         gradients are forgotten.
         """
-        self._check_at_home("load")
-        with deferred():
+        with self._exclusively("load"):
             seed, metadata = self._snapshot.load(path, strict=strict, parameters=parameters)
             self._go_on(seed)
         return metadata
@@ -796,7 +808,6 @@ class Optimizer:
 
     def _check_settled(self, what: str) -> None:
         """There is nothing but parameters, states and counters."""
-        self._check_at_home(what)
         if self._accumulated:
             raise RuntimeError(f"{what}: accumulated gradients would be lost; call step() first")
         self._check_caught_up(what)

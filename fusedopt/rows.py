@@ -109,10 +109,11 @@ def _added(
     """The sums of the rows of equal indices, in order of appearance."""
     order = np.argsort(indices, kind="stable")
     starts = np.concatenate(([0], np.cumsum(counts)[:-1]))
-    total = values[order[starts]].astype(dtype)
-    for k in range(1, int(counts.max())):  # the k-th of those that have so many
-        more = np.flatnonzero(counts > k)
-        total[more] += values[order[starts[more] + k]].astype(dtype)
+    with np.errstate(all="ignore"):
+        total = values[order[starts]].astype(dtype)
+        for k in range(1, int(counts.max())):  # the k-th of those that have so many
+            more = np.flatnonzero(counts > k)
+            total[more] += values[order[starts[more] + k]].astype(dtype)
     return total
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from .around import NOTHING, Around
-from .backends import BACKENDS, Backend, Layout
+from .backends import BACKENDS, ON_HOST, Backend, Layout
+from .backends.base import Turn
 from .bounded import Bounded
-from .formats import PLAIN, Values, least_state, subkey
+from .formats import PLAIN, Values, compute_dtype, least_state, subkey
 from .interrupts import deferred
 from .rows import Touched, selected, whole
 from .rules import RULES, Rule
@@ -151,10 +152,11 @@ def judge(
     return [w for w in worst if w is not None]
 
 
-class VerifiedPlan:
+class VerifiedPlan(Turn):
     """A plan over copies, whose results are committed when all leaves pass."""
 
     def __init__(self, backend: Backend, layout: Layout, leaves: Sequence[Leaf]) -> None:
+        super().__init__()
         self._layout, self._leaves = layout, leaves
         self._copies = replace(
             layout,
@@ -210,8 +212,9 @@ class VerifiedPlan:
             return
         for k, g in enumerate(grads):
             total, scale = self._layout.results[k, :2]
-            wide = np.zeros(0) if g is None else selected(g).astype(np.float64)
+            computed = compute_dtype(self._layout.leaves[k].caller.dtype)
             with np.errstate(all="ignore"):
+                wide = np.zeros(0) if g is None else selected(g).astype(computed).astype(np.float64)
                 found = np.sqrt(total) / scale if scale else 0.0
                 largest = np.max(np.abs(wide), initial=0.0) or 1.0
                 expected = largest * np.sqrt(np.sum((wide / largest) ** 2))
@@ -313,7 +316,7 @@ def verify(
     for way in ways:
         if way not in STORAGES:
             raise ValueError(f"storages: expected names of {', '.join(STORAGES)}; got {way!r}")
-    usable = [name for name, backend in BACKENDS.items() if backend.unavailable() is None]
+    usable = [name for name in ON_HOST if BACKENDS[name].unavailable() is None]
     chosen = list(backends) if backends is not None else usable
     levels = list(isas) if isas is not None else available_isas()
     checks = []

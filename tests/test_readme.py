@@ -31,7 +31,7 @@ def test_examples(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_ci_runs_the_readmes_test_command() -> None:
-    _, test_command = blocks("sh")
+    _, test_command, *_ = blocks("sh")
     assert test_command in (ROOT / ".ci" / "run").read_text()
 
 

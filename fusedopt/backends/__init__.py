@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Iterable
+from typing import Any
 
+from ..cuda.foreign import on_device
 from ..environment import choice
 from .base import Backend, Group, Layout, Plan
 from .native import NativeBackend, check_registry, core
 from .numba_cpu import NumbaBackend
+from .numba_cuda import CudaBackend
 from .reference import ReferenceBackend
 
 BACKENDS: dict[str, Backend] = {
-    b.name: b for b in (NativeBackend(), NumbaBackend(), ReferenceBackend())
+    b.name: b for b in (NativeBackend(), NumbaBackend(), ReferenceBackend(), CudaBackend())
 }
 """Every backend, the preferred first."""
+
+ON_HOST = ("native", "numba", "reference")
+"""Those of NumPy's arrays; the last can always be used."""
 
 FORCED = choice("FUSEDOPT_BACKEND", ("auto", *BACKENDS))
 
 
-def get_backend(name: str = "auto") -> Backend:
-    """A backend by name; "auto" takes FUSEDOPT_BACKEND, else the first that can be used.
+def get_backend(name: str = "auto", arrays: Iterable[Any] = ()) -> Backend:
+    """A backend by name; "auto" takes FUSEDOPT_BACKEND, else "cuda" where one of these arrays is on
+    a CUDA device, else the first that can be used.
 
     Raises ValueError for an unknown name and RuntimeError where it cannot be used here. Warns
     where nothing but the NumPy reference is left.
@@ -28,7 +36,8 @@ def get_backend(name: str = "auto") -> Backend:
     if name == "auto":
         name = FORCED or "auto"
     if name == "auto":
-        name = next(n for n, backend in BACKENDS.items() if backend.unavailable() is None)
+        usable = (n for n in ON_HOST if BACKENDS[n].unavailable() is None)
+        name = "cuda" if any(map(on_device, arrays)) else next(usable)
         if name == "reference":
             warnings.warn(
                 "fusedopt runs on its NumPy reference, which is slow:"
@@ -53,6 +62,7 @@ def default_backend() -> Backend:
 
 __all__ = [
     "BACKENDS",
+    "ON_HOST",
     "Backend",
     "Group",
     "Layout",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -79,10 +80,39 @@ def single(rule: Rule, program: Program, t: int, lr: float, arrays: Sequence[Sto
     return Layout(0, [memory], [group], [0], rates, counters, keys, results_for([program], 1))
 
 
+class Space(Protocol):
+    """Checks and makes the arrays of a backend: `fusedopt.host`, or `fusedopt.cuda.space`, which
+    has arrays of its own with a shape, a dtype and a size.
+
+    check_options: ValueError for what there is for other arrays alone. check_target,
+    check_parameter, check_apart, Fit: see `fusedopt.arrays`. allocate: see `Storage.allocate`.
+    blank: new arrays like others, in the types that they are computed in. same: whether two arrays
+    have the same elements.
+    """
+
+    check_options: Callable[..., None]
+    check_target: Callable[..., Any]
+    check_parameter: Callable[..., Any]
+    check_apart: Callable[..., None]
+    Fit: Callable[..., Any]
+    allocate: Callable[..., list[Memory]]
+    blank: Callable[..., list[Stored]]
+    same: Callable[..., bool]
+
+
 class Plan(Protocol):
     """One optimizer on one backend. work_bytes: memory beside parameters and states."""
 
     work_bytes: int
+
+    def take(self) -> None:
+        """Keeps everything else from using the plan until `give`; RuntimeError where it is in use.
+
+        One that was replaced is never given back, and so refused to a thread that still has it.
+        """
+
+    def give(self) -> None:
+        """Ends what `take` began."""
 
     def step(self, grads: Any, hessian: Any, flat: bool) -> int | None:
         """Updates every leaf that has a gradient, and its counter, in place; the step's number.
@@ -93,12 +123,32 @@ class Plan(Protocol):
         """
 
 
+class Turn:
+    """The part of a plan that keeps others from using it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def take(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError(
+                "this optimizer is in use in another thread: give each thread its own optimizer"
+            )
+
+    def give(self) -> None:
+        self._lock.release()
+
+
 class Backend(Protocol):
     """A way to run programs."""
 
     name: str
     native: bool
     """Whether a step is one call that guards itself."""
+
+    @property
+    def space(self) -> Any:
+        """The `Space` of its arrays."""
 
     def unavailable(self) -> str | None:
         """Why it cannot be used here; None where it can."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import host
 from ..around import EVERYTHING
 from ..environment import sleepy_openmp
 from ..formats import FLOAT32, FLOAT64, FORMATS
@@ -91,6 +92,7 @@ class NativeBackend:
 
     name = "native"
     native = True
+    space = host
 
     def unavailable(self) -> str | None:
         return _reason
@@ -144,7 +146,7 @@ class NativePlan:
         programs = [layout.around.program(group.rule) for group in layout.groups]
         # The core's objects are unknown to the garbage collector: what it calls must not lead back
         # to this plan.
-        self.step = core.Plan(
+        plan = core.Plan(
             tree=layout.tree,
             arrays=[
                 [*(stored.spec for stored in memory.operands), *matrices.work.get(k, ())]
@@ -169,4 +171,6 @@ class NativePlan:
             zero_grads=layout.zero_grads,
             threads=layout.threads or 0,
             scratch=layout.scratch,
-        ).step
+        )
+        self.take, self.give = plan.take, plan.give
+        self.step, self.step_alone = plan.step, plan.step_alone

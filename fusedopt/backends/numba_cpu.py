@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import host
 from ..formats import DTYPES, PLAIN, TILE, compute_dtype, subkey
 from ..interrupts import deferred
 from ..rows import Touched, values_of
@@ -15,7 +16,7 @@ from ..rules import Nesterov, Rule
 from ..rules.base import Operation, Program
 from ..rules.elements import ELEMENTS, OF_STATES
 from ..states import Stored
-from .base import HEAD, INPUTS, Layout, Plan, single
+from .base import HEAD, INPUTS, Layout, Plan, Turn, single
 from .matrices import Matrices
 
 GRADIENT, HESSIAN, PARAMETER = range(3)
@@ -26,6 +27,7 @@ class NumbaBackend:
 
     name = "numba"
     native = False
+    space = host
 
     def unavailable(self) -> str | None:
         try:
@@ -142,10 +144,11 @@ Kind = tuple[int, np.dtype, int]
 """What leaves with the same scalars have in common: rule, compute type and step."""
 
 
-class NumbaPlan:
+class NumbaPlan(Turn):
     """One optimizer on Numba's kernels."""
 
     def __init__(self, layout: Layout, programs: Sequence[Program]) -> None:
+        super().__init__()
         self._layout, self._programs = layout, programs
         self._matrices = Matrices(layout)
         self.work_bytes = self._matrices.work_bytes

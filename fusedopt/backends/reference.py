@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from .. import host
 from ..around import NOTHING, Around
 from ..formats import DTYPES, compute_dtype, least_state, subkey
 from ..interrupts import deferred
 from ..rows import Touched, selected, values_of, whole
 from ..rules import Rule
 from ..states import Memory, Stored
-from .base import Layout, Plan, single
+from .base import Layout, Plan, Turn, single
 
 
 def reference_step(
@@ -63,6 +64,7 @@ class ReferenceBackend:
 
     name = "reference"
     native = False
+    space = host
 
     def unavailable(self) -> str | None:
         return None
@@ -102,12 +104,13 @@ class ReferenceBackend:
         p[...] = p.astype(np.float64) - rule.momentum * v.astype(np.float64)
 
 
-class ReferencePlan:
+class ReferencePlan(Turn):
     """Computes every leaf's new arrays, then writes them all."""
 
     work_bytes = 0
 
     def __init__(self, layout: Layout) -> None:
+        super().__init__()
         self._layout = layout
 
     def step(self, grads: Any, hessian: Any, flat: bool) -> int | None:
@@ -118,7 +121,10 @@ class ReferencePlan:
         active = [k for k, g in enumerate(grads) if g is not None]
         if layout.decide is not None:
             for k in active:
-                layout.results[k, :2] = sum_of_squares(selected(grads[k]))
+                computed = compute_dtype(layout.leaves[k].caller.dtype)
+                with np.errstate(over="ignore"):
+                    given = selected(grads[k]).astype(computed)
+                layout.results[k, :2] = sum_of_squares(given)
             if not layout.decide():
                 return int(layout.counters[0])
         new = {}

@@ -123,13 +123,13 @@ def _tile(names: list[str], scalars: list[str], body: list[str], element: Any, d
     namespace = {
         "element": element,
         "T": dtype.type,
-        "normal_or_zero": _normal_or_zero(dtype),
+        "normal_or_zero": normal_or_zero_of(dtype),
     }
     return entry(TILE_FUNCTION, source, namespace)
 
 
 @functools.cache
-def _normal_or_zero(dtype: np.dtype, least: float | None = None) -> Any:
+def normal_or_zero_of(dtype: np.dtype, least: float | None = None) -> Any:
     """States below the smallest normal number become zero."""
     smallest = np.finfo(dtype).smallest_normal if least is None else dtype.type(least)
     zero = dtype.type(0)
@@ -263,7 +263,7 @@ def encoder(format: Format, dtype: np.dtype, copy: bool = False) -> Any:
         S, _, encode = _PLAIN[codec]
         # Doubles that are denormal floats; what is denormal in the compute type is gone already.
         keep = copy or dtype != FLOAT64
-        prepared = _unchanged if keep else _normal_or_zero(dtype, _NORMAL)
+        prepared = _unchanged if keep else normal_or_zero_of(dtype, _NORMAL)
         random = "random_bits(key, i)" if format.random else "u32(0)"
         namespace = {"S": S, "T": dtype.type, "encode": encode, "prepared": prepared}
         namespace |= {"random_bits": bits.random_bits, "u32": np.uint32}

@@ -1,0 +1,80 @@
+"""The rules' element functions on a CUDA device, compiled by Numba; the bits are the CPU's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..formats import compute_dtype
+from ..rules import Nesterov, Rule
+from .base import Layout, Plan, single
+
+
+class CudaBackend:
+    """Kernels on arrays of CuPy, PyTorch and Numba, where they lie."""
+
+    name = "cuda"
+    native = False
+
+    def unavailable(self) -> str | None:
+        try:
+            from ..cuda import toolkit  # 0.7 s, for those who ask
+        except ImportError as error:
+            return (
+                f"numba-cuda could not be imported ({error}); pip install 'fusedopt[cuda]' adds it"
+            )
+        return toolkit.unavailable()
+
+    def describe(self) -> str:
+        from ..cuda import toolkit
+
+        return toolkit.describe()
+
+    @property
+    def space(self) -> Any:
+        """What checks and makes arrays."""
+        from ..cuda import space
+
+        return space
+
+    def plan(self, layout: Layout) -> Plan:
+        from ..cuda.plan import CudaPlan
+        from ..jit.explain import check_element
+
+        programs = [layout.around.program(group.rule) for group in layout.groups]
+        for k, group in enumerate(layout.group_of):
+            dtype = compute_dtype(layout.leaves[k].parameter.format.dtype)
+            for op in programs[group].operations:
+                if op.kernel is None and op.element is not None:
+                    own = len(op.scalars(1, 0.1))
+                    check_element(op.element, dtype, len(op.operands) - 2, own)
+        return CudaPlan(layout, programs)
+
+    def update(
+        self,
+        rule: Rule,
+        t: int,
+        lr: float,
+        arrays: tuple[Any, ...],
+        g: np.ndarray,
+        hessian: np.ndarray | None,
+        checked: bool,
+    ) -> bool:
+        raise TypeError(
+            "update and verify take arrays on the host; for those on a CUDA device there is"
+            " Optimizer(params, rule, backend='cuda')"
+        )
+
+    def sums_of_squares(self, arrays: Sequence[Any]) -> Sequence[tuple[float, float]] | None:
+        raise TypeError(
+            "global_norm takes arrays on the host; for those on a CUDA device StepInfo.grad_norm of"
+            " an Optimizer with clip_norm tells it"
+        )
+
+    def shift(self, rule: Nesterov, p: Any, v: Any) -> None:
+        from ..cuda.arrays import stored
+        from ..cuda.plan import CudaPlan
+
+        CudaPlan(single(rule, rule.shift, 1, 0.0, [stored(p)]), [rule.shift]).step([v], None, True)

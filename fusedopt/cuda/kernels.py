@@ -1,0 +1,335 @@
+"""Kernels from programs: every operation of a phase on each element, in registers.
+
+A kernel takes the address of a table with a row of int64 for each leaf (elements, whether all
+arrays lie on 16-byte boundaries, addresses), that of a list with an int64 for each block (leaf <<
+32 | chunk), and the scalars of its operations one after the other.
+"""
+
+from __future__ import annotations
+
+import functools
+import textwrap
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..backends.base import HEAD
+from ..formats import FLOAT64, Format
+from ..jit import bits
+from ..jit.kernels import LANES, MODES, SEGMENT, normal_or_zero_of
+from ..rules.base import Operation, Program
+from ..rules.elements import ELEMENTS, OF_STATES, Element, squares
+from .toolkit import Kernel
+from .vectors import VECTOR_BYTES, loader, storer, word_loader
+
+THREADS = 256
+CHUNK = 1 << 12
+"""So many elements are a block's."""
+
+_CODECS = {
+    "float32": (bits.decode_float32, bits.encode_float32),
+    "float64": (bits.decode_float64, bits.encode_float64),
+    "bfloat16": (bits.decode_bfloat16, bits.encode_bfloat16),
+    "float16": (bits.decode_float16, bits.encode_float16),
+}
+_NORMAL = float(np.finfo(np.float32).smallest_normal)
+
+
+class Step(NamedTuple):
+    """An operation as a kernel needs it. written: of the operands. scalars: so many, with those
+    before the operation's own. mode: of the loop round a rule. state: stored as states are."""
+
+    element: Element
+    loop: str
+    operands: tuple[str, ...]
+    written: tuple[str, ...]
+    scalars: int
+    mode: str
+    state: bool
+
+    @classmethod
+    def of(cls, program: Program, op: Operation) -> Step:
+        """That of an operation of a program."""
+        states = op.operands[2:]
+        written = op.operands[:1]
+        if op.loop == "rule":
+            written += states if op.written is None else states[: op.written]
+        elif op.loop == "peek":
+            written = op.operands[-1:]
+        element = op.element or ELEMENTS[str(op.kernel)]
+        count = HEAD[op.loop] + len(op.scalars(1, 0.1))
+        state = op.kernel in OF_STATES
+        return cls(element, op.loop, op.operands, written, count, program.mode(op), state)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What leaves have in common that one kernel serves.
+
+    steps: what is done, in order. scratch: names that are no arrays. dtype: of the arithmetic.
+    formats: by name, of the arrays that the leaves have. mirrors: of the copies of the parameter.
+    zeroed: the gradients are set to zero.
+    """
+
+    steps: tuple[Step, ...]
+    scratch: tuple[str, ...]
+    dtype: np.dtype
+    formats: tuple[tuple[str, Format], ...]
+    mirrors: tuple[Format, ...] = ()
+    zeroed: bool = False
+
+    @functools.cached_property
+    def arrays(self) -> list[tuple[str, Format]]:
+        """Those of a row of the table, by name, in its order."""
+        used = {name for step in self.steps for name in step.operands}
+        own = [(name, format) for name, format in self.formats if name in used]
+        return own + list(zip(self.copies, self.mirrors, strict=False))
+
+    @functools.cached_property
+    def stored(self) -> list[str]:
+        """The names of the arrays that are written, without copies."""
+        written = dict.fromkeys(name for step in self.steps for name in step.written)
+        kept = [name for name in written if name not in self.scratch]
+        return kept + ["g"] * (self.zeroed and "p" in kept)
+
+    @functools.cached_property
+    def copies(self) -> list[str]:
+        """The names that copies of the parameter have in the table."""
+        return [f"copy{k}" for k in range(len(self.mirrors))] if "p" in self.stored else []
+
+    @property
+    def row_bytes(self) -> int:
+        """Of the table."""
+        return 8 * (2 + len(self.arrays))
+
+    @property
+    def width(self) -> int:
+        """Elements that a thread works on at a time: a vector of the widest format. With two of
+        float32 beside one of bfloat16, AdamW needs more registers than there are."""
+        return VECTOR_BYTES * 8 // max(format.bits for _, format in self.arrays)
+
+
+def operations_of(program: Program, phase: int, refreshed: bool) -> list[Operation]:
+    """Those that are carried out in a phase; refreshed: there is a Hessian estimate."""
+    return [op for op in program.operations if op.phase == phase and (refreshed or not op.needs)]
+
+
+# ---------------------------------------------------------------- one element
+
+
+def _element_lines(step: Step, k: int) -> list[str]:
+    """What the k-th step does to variables that are named after its operands."""
+    scalars, head = _scalars(step, k), HEAD[step.loop]
+    operands = [f"x_{name}" for name in step.operands]
+    if step.loop in ("filter", "other"):
+        value = f"element{k}({', '.join([*operands, *scalars])})"
+        return [f"{operands[0]} = " + (f"normal({value})" if step.state else value)]
+    gradient, before, after = MODES[step.mode]
+    p, g, *states = operands
+    if step.loop == "peek":
+        after = f"{states.pop()} = delta"
+    new = [f"x_{name}" for name in step.written[1:]] if step.loop == "rule" else []
+    lines = [
+        f"w = {p}",
+        f"gradient = {scalars[0]} * {g}",
+        gradient.replace("decay", scalars[1]),
+        before.replace("decay", scalars[1]),
+        f"result = element{k}({', '.join(['w', 'gradient', *states, *scalars[head:]])})",
+        "delta = result[0]" if states else "delta = result",
+        *(f"{name} = normal(result[{j}])" for j, name in enumerate(new, 1)),
+        after.replace("p[i]", p).replace("decay", scalars[1]),
+    ]
+    return [line for line in lines if line]
+
+
+def _scalars(step: Step, k: int) -> list[str]:
+    return [f"c{k}_{j}" for j in range(step.scalars)]
+
+
+def _all_scalars(variant: Variant) -> list[str]:
+    return [name for k, step in enumerate(variant.steps) for name in _scalars(step, k)]
+
+
+def _one(variant: Variant) -> str:
+    """The function of one element: from codes and scalars to the codes that are stored."""
+    loaded = [name for name, _ in variant.arrays if name not in variant.copies]
+    codes = [
+        "encode_g(zero, none)" if name == "g" else f"encode_{name}(kept_{name}(x_{name}), none)"
+        for name in variant.stored
+    ]
+    codes += [f"encode_{name}(x_p, none)" for name in variant.copies]
+    lines = [
+        *(f"x_{name} = T(decode_{name}(code_{name}))" for name in loaded),
+        *(f"x_{name} = zero" for name in variant.scratch),
+        *(line for k, step in enumerate(variant.steps) for line in _element_lines(step, k)),
+        f"return {', '.join(codes)},",
+    ]
+    arguments = ", ".join([*(f"code_{name}" for name in loaded), *_all_scalars(variant)])
+    return f"def one({arguments}):\n" + _indented(lines)
+
+
+def _indented(lines: Iterable[str]) -> str:
+    return "".join(f"    {line}\n" for line in lines)
+
+
+def _surroundings(variant: Variant) -> dict[str, Any]:
+    """What the functions of one element use."""
+    namespace: dict[str, Any] = {
+        "__name__": __name__,
+        "T": variant.dtype.type,
+        "zero": variant.dtype.type(0),
+        "none": np.uint32(0),
+        "normal": normal_or_zero_of(variant.dtype),
+    }
+    for k, step in enumerate(variant.steps):
+        namespace[f"element{k}"] = step.element
+    for name, format in variant.arrays:
+        decode, encode = _CODECS[format.codec]
+        namespace |= {f"decode_{name}": decode, f"encode_{name}": encode}
+        # Doubles that are denormal floats; what is denormal in the compute type is gone already.
+        narrow = variant.dtype == FLOAT64 and format.dtype != FLOAT64
+        namespace[f"kept_{name}"] = normal_or_zero_of(variant.dtype, _NORMAL) if narrow else _same
+    return namespace
+
+
+def _same(x: Any) -> Any:
+    return x
+
+
+# ---------------------------------------------------------------- all elements
+
+_STEP = """
+def kernel(table, blocks, {scalars}):
+    where = word(blocks + 8 * cuda.blockIdx.x)
+    row = table + (where >> 32) * ROW
+    start = (where & 0xFFFFFFFF) * CHUNK
+    stop = min(start + CHUNK, word(row))
+    whole = start
+    if word(row + 8):
+        whole = stop - (stop - start) % WIDTH
+{addresses}
+    i = start + WIDTH * cuda.threadIdx.x
+    while i < whole:
+{vectors}
+        i += WIDTH * THREADS
+    i = whole + cuda.threadIdx.x
+    while i < stop:
+{rest}
+        i += THREADS
+"""
+
+
+@functools.cache
+def step_kernel(variant: Variant) -> Kernel:
+    """The kernel of a variant."""
+    surroundings = _surroundings(variant)
+    exec(_one(variant), surroundings)
+    width = variant.width
+    namespace: dict[str, Any] = {
+        "one": surroundings["one"],
+        "word": word_loader(),
+        "ROW": variant.row_bytes,
+        "CHUNK": CHUNK,
+        "WIDTH": width,
+        "THREADS": THREADS,
+    }
+    for name, format in variant.arrays:
+        for count in (1, width):
+            namespace[f"load{count}_{name}"] = loader(format.bits, count)
+            namespace[f"store{count}_{name}"] = storer(format.bits, count)
+    source = _STEP.format(
+        scalars=", ".join(_all_scalars(variant)),
+        addresses=_indented(
+            f"a_{name} = word(row + {8 * k})" for k, (name, _) in enumerate(variant.arrays, 2)
+        ),
+        vectors=textwrap.indent(_indented(_body(variant, width)), "    "),
+        rest=textwrap.indent(_indented(_body(variant, 1)), "    "),
+    )
+    return Kernel(source, 2, len(_all_scalars(variant)), variant.dtype, namespace)
+
+
+def _body(variant: Variant, count: int) -> list[str]:
+    """Loads of so many elements from the i-th on, then the function of each, then the stores."""
+    sizes = {name: format.bits // 8 for name, format in variant.arrays}
+    loaded = [name for name in sizes if name not in variant.copies]
+    lines = [f"v_{n} = load{count}_{n}(a_{n} + {sizes[n]} * i)" for n in loaded]
+    scalars = _all_scalars(variant)
+    for k in range(count):
+        lines.append(f"r{k} = one({', '.join([*(f'v_{n}[{k}]' for n in loaded), *scalars])})")
+    for j, n in enumerate([*variant.stored, *variant.copies]):
+        new = "".join(f"r{k}[{j}], " for k in range(count))
+        lines.append(f"store{count}_{n}(a_{n} + {sizes[n]} * i, ({new}))")
+    return lines
+
+
+# ---------------------------------------------------------------- sums of squares
+
+GROUPS = 8
+"""So many segments are a block's; each has a thread for each lane."""
+
+_SQUARES = """
+def kernel(table, blocks, partials, count, scale):
+    lanes = cuda.shared.array(THREADS, SUM)
+    thread = cuda.threadIdx.x
+    lane = thread % LANES
+    index = cuda.blockIdx.x * GROUPS + thread // LANES
+    total = SUM(0)
+    if index < count:
+        where = word(blocks + 8 * index)
+        row = table + (where >> 32) * 16
+        start = (where & 0xFFFFFFFF) * SEGMENT
+        stop = min(start + SEGMENT, word(row))
+        x = word(row + 8)
+        i = start + lane
+        while i + {ahead} < stop:
+{loads}
+{additions}
+            i += {step}
+        while i < stop:
+            total += squares(T(decode(load(x + SIZE * i)[0])), scale)
+            i += LANES
+    lanes[thread] = total
+    cuda.syncthreads()
+    half = LANES // 2
+    while half:
+        if lane < half:
+            lanes[thread] += lanes[thread + half]
+        cuda.syncthreads()
+        half //= 2
+    if lane == 0 and index < count:
+        store(partials + 8 * index, (lanes[thread],))
+"""
+UNROLLED = 8
+
+
+@functools.cache
+def squares_kernel(format: Format, dtype: np.dtype) -> Kernel:
+    """Sums of squares of arrays, one for each segment: (table, blocks, partial sums, so many
+    segments, scale). A row of the table: elements, address."""
+    namespace = {
+        "__name__": __name__,
+        "word": word_loader(),
+        "load": loader(format.bits, 1),
+        "store": storer(64, 1),
+        "decode": _CODECS[format.codec][0],
+        "squares": squares,
+        "T": dtype.type,
+        "SUM": np.float64,
+        "SIZE": format.bits // 8,
+        "LANES": LANES,
+        "SEGMENT": SEGMENT,
+        "GROUPS": GROUPS,
+        "THREADS": GROUPS * LANES,
+    }
+    wide = textwrap.indent
+    source = _SQUARES.format(
+        ahead=(UNROLLED - 1) * LANES,
+        step=UNROLLED * LANES,
+        loads=wide(_indented(f"v{k} = load(x + SIZE * (i + {k * LANES}))[0]" for k in
+                             range(UNROLLED)), " " * 8),
+        additions=wide(_indented(f"total += squares(T(decode(v{k})), scale)" for k in
+                                 range(UNROLLED)), " " * 8),
+    )  # fmt: skip
+    return Kernel(source, 4, 1, dtype, namespace)

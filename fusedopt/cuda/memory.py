@@ -1,0 +1,100 @@
+"""Memory, streams and devices, by numba-cuda or its simulator."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from typing import Any
+
+import numpy as np
+from numba import cuda
+
+from .toolkit import SIMULATED
+
+
+class Memory:
+    """Bytes on the current device. owner: what keeps them alive."""
+
+    def __init__(self, address: int, size: int, owner: Any) -> None:
+        self.address, self.size, self.owner = address, size, owner
+        self._data: Any = None
+
+    @classmethod
+    def new(cls, size: int) -> Memory:
+        """Bytes that nothing was written to, on a 256-byte boundary."""
+        if not SIMULATED:
+            array = cuda.device_array(max(size, 1), np.uint8)
+            return cls(array.__cuda_array_interface__["data"][0], size, array)
+        block = np.empty(size + 256, np.uint8)
+        start = block.__array_interface__["data"][0]
+        return cls(start + -start % 256, size, block)
+
+    def _view(self) -> Any:
+        if SIMULATED:
+            return simulated_view(self.address, np.dtype(np.uint8), self.size)
+        interface = {"shape": (self.size,), "typestr": "|u1", "data": (self.address, False)}
+        return cuda.from_cuda_array_interface({**interface, "version": 2}, self.owner)
+
+    def clear(self, stream: int) -> None:
+        """Sets all bytes to zero."""
+        if not self.size:
+            return
+        if SIMULATED:
+            self._view()[:] = 0
+            return
+        from numba.cuda.cudadrv.driver import device_memset
+
+        device_memset(self._view().gpu_data, 0, self.size, stream=cuda.external_stream(stream))
+
+    def read(self, stream: int) -> np.ndarray:
+        """The bytes, after all that was queued on the stream: a copy on the host."""
+        if not self.size:
+            return np.empty(0, np.uint8)
+        if SIMULATED:
+            return np.array(self._view())
+        queue = cuda.external_stream(stream)
+        host = self._view().copy_to_host(stream=queue)
+        queue.synchronize()
+        return np.asarray(host)
+
+    def write(self, data: np.ndarray, stream: int, *, wait: bool = True) -> None:
+        """Puts bytes of the host there, behind all that was queued on the stream.
+
+        wait: until that is done; otherwise `data` must not change as long as this object lives.
+        """
+        if not self.size:
+            return
+        if SIMULATED:
+            self._view()[:] = data.reshape(-1).view(np.uint8)
+            return
+        queue = cuda.external_stream(stream)
+        self._view().copy_to_device(data.reshape(-1).view(np.uint8), stream=queue)
+        if wait:
+            queue.synchronize()
+        else:
+            self._data = data
+
+
+def simulated_view(address: int, dtype: np.dtype, size: int) -> np.ndarray:
+    """So many elements at an address of the simulator, flat."""
+    kind = ctypes.c_uint8 * (size * dtype.itemsize)
+    return np.ctypeslib.as_array(kind.from_address(address)).view(dtype)
+
+
+def on_device(number: int) -> Any:
+    """A context in which a device is the current one."""
+    return contextlib.nullcontext() if SIMULATED else cuda.gpus[number]
+
+
+def current_device() -> int:
+    """The number of the device in use."""
+    return 0 if SIMULATED else int(cuda.current_context().device.id)
+
+
+def wait_for(stream: int, other: int) -> None:
+    """Makes a stream wait for what was queued on another one."""
+    if SIMULATED or stream == other:
+        return
+    event = cuda.event(timing=False)
+    event.record(cuda.external_stream(other))
+    event.wait(cuda.external_stream(stream))

@@ -1,0 +1,303 @@
+"""An optimizer's steps on a device: one launch for all leaves of a rule, format and step count."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..backends.base import HEAD, Layout, Turn
+from ..formats import FLOAT64, PLAIN, compute_dtype
+from ..rules.base import Operation, Program
+from . import foreign
+from .arrays import DeviceArray
+from .kernels import Step, Variant, operations_of
+from .launching import Launch, Squares
+from .matrices import Library
+from .memory import on_device, wait_for
+from .space import new_arrays
+
+
+@dataclass
+class Bound:
+    """What a step launches for the same inputs.
+
+    active: the leaves that take part. phases: launches. streams: what `foreign.current_stream`
+    wants to know of the inputs. The inputs themselves are not kept alive.
+    """
+
+    active: list[int]
+    phases: list[list[Queued]]
+    squares: list[Squares]
+    streams: set[tuple[str, int, int]]
+
+
+class Queued(NamedTuple):
+    """A launch, its operations, the group of its leaves, and one of them, whose step count all
+    have."""
+
+    launch: Launch
+    operations: list[Operation]
+    group: int
+    leaf: int
+
+
+def _leaves(spec: Any, tree: Any) -> Iterator[Any]:
+    """What stands at the leaves of a `Tree.spec`, in its order; where the tree has another shape,
+    something else than there was in one of its shape."""
+    if isinstance(spec, tuple):
+        fits = isinstance(tree, dict) and len(tree) == len(spec[0])
+        for key, child in zip(*spec, strict=True) if fits else ():
+            yield from _leaves(child, tree.get(key, tree))
+    elif isinstance(spec, list):
+        fits = isinstance(tree, (list, tuple)) and len(tree) == len(spec)
+        for child, x in zip(spec, tree, strict=True) if fits else ():
+            yield from _leaves(child, x)
+    else:
+        yield tree
+
+
+def _immutable(spec: Any, tree: Any) -> bool:
+    """Whether a tree of this shape is an array, or nested tuples of them."""
+    if isinstance(spec, int):
+        return True
+    return isinstance(tree, tuple) and all(map(_immutable, spec, tree))
+
+
+class Known:
+    """An input of the step before, which is not kept alive."""
+
+    def __init__(self, g: DeviceArray) -> None:
+        self._array, self._address = weakref.ref(g.owner), g.address
+        self._tensor: Any = None
+        library = foreign.library_of(g.owner)
+        if library == "torch":
+            self._tensor = g.owner.dtype, g.owner.shape, g.owner.stride()
+        elif library != g.library or not hasattr(g.owner, "__cuda_array_interface__"):
+            raise TypeError("only its own exchange knows when this array may be read")
+
+    @property
+    def can_move(self) -> bool:
+        """Whether it may get other memory."""
+        return self._tensor is not None
+
+    def again(self, x: Any) -> bool:
+        """Whether this is the same array, or a tensor in its place, in the same memory."""
+        same = self._array() is x
+        if self._tensor is None:
+            return same
+        if not same:  # backward has made a new one, where the old one was
+            kind = foreign.library_of(x) == "torch" and x.is_cuda
+            same = kind and (x.dtype, x.shape, x.stride()) == self._tensor
+        return same and bool(x.data_ptr() == self._address)
+
+
+class CudaPlan(Turn):
+    """One optimizer on a CUDA device."""
+
+    def __init__(self, layout: Layout, programs: Sequence[Program]) -> None:
+        super().__init__()
+        self._layout, self._programs = layout, programs
+        self._parameters: list[Any] = [memory.caller for memory in layout.leaves]
+        self._first = self._parameters[0]
+        self._dtypes = [compute_dtype(m.parameter.format.dtype) for m in layout.leaves]
+        self._watched = [p for p in self._parameters if foreign.library_of(p.owner) == "torch"]
+        self._bound: Bound | None = None
+        self._key: Any = None
+        self._fixed: Any = None
+        self._seen: list[Known | None] | None = None
+        self._make_work_space()
+
+    def _make_work_space(self) -> None:
+        """Directions of the leaves whose rule has two phases."""
+        phased = [k for k, g in enumerate(self._layout.group_of) if self._programs[g].phases > 1]
+        library = Library(self._first.library) if phased else None
+        wanted = [(self._parameters[k], PLAIN[self._dtypes[k].name], 0.0) for k in phased]
+        with on_device(self._first.device):
+            arrays: list[Any] = [stored.data for stored in new_arrays(wanted)]
+            self._work = dict(zip(phased, arrays, strict=True))
+            self._views = {k: library.view(a) for k, a in self._work.items() if library}
+        self._library = library
+        self.work_bytes = sum(a.nbytes for a in arrays)
+
+    def step(self, grads: Any, hessian: Any, flat: bool) -> int | None:
+        with on_device(self._first.device):
+            if flat:
+                self._bind(grads, hessian)
+            elif not self._known(grads, hessian):
+                return None
+            else:
+                self._fixed = grads if hessian is None and self._cannot_change(grads) else None
+            return self._run()
+
+    # ---------------------------------------------------------------- what is given
+
+    def _known(self, grads: Any, hessian: Any) -> bool:
+        """Whether these are the arrays of the step before, in the same places."""
+        if grads is self._fixed and grads is not None and hessian is None:
+            return True
+        seen, given = self._seen, list(_leaves(self._layout.tree, grads))
+        given += [None] if hessian is None else _leaves(self._layout.tree, hessian)
+        if seen is None or len(seen) != len(given) or not all(p.unmoved for p in self._watched):
+            return False
+        return all(
+            x is None if known is None else known.again(x)
+            for known, x in zip(seen, given, strict=True)
+        )
+
+    def _cannot_change(self, grads: Any) -> bool:
+        """Whether the same object will be the same arrays in the same memory again: tuples, and no
+        tensors, whose memory can be replaced."""
+        if self._watched or any(known and known.can_move for known in self._seen or ()):
+            return False
+        return _immutable(self._layout.tree, grads)
+
+    def _bind(self, grads: Sequence[Any], hessian: Sequence[Any] | None) -> None:
+        estimates = [None] * len(grads) if hessian is None else hessian
+        self._seen = self._fixed = None
+        inputs = [g for g in (*grads, *estimates) if g is not None]
+        offsets = self._layout.counters[1:] - self._layout.counters[0]
+        key = (
+            [None if g is None else (g.address, g.dtype) for g in (*grads, *estimates)],
+            offsets.tobytes(),
+        )
+        if key != self._key:
+            self._bound, self._key = None, None
+            self._bound = self._bound_to(grads, estimates, inputs)
+            self._key = key
+        with suppress(TypeError):  # what no weak reference can be made to is looked at every time
+            given = [*grads, *([None] if hessian is None else hessian)]
+            self._seen = [None if g is None else Known(g) for g in given]
+
+    def _bound_to(self, grads: Sequence[Any], estimates: Sequence[Any], inputs: Any) -> Bound:
+        active = [k for k, g in enumerate(grads) if g is not None]
+        stream = self._first.stream
+        phases = [self._launches(p, active, grads, estimates, stream) for p in (0, 1)]
+        squares = self._squares(active, grads, stream) if self._layout.decide else []
+        streams = {(g.library, g.device, g.named_stream) for g in inputs}
+        return Bound(active, phases, squares, streams)
+
+    def _launches(
+        self, phase: int, active: Sequence[int], grads: Any, estimates: Any, stream: int
+    ) -> list[Queued]:
+        layout = self._layout
+        alike: dict[Any, list[int]] = {}
+        for k in active:
+            variant = self._variant(k, phase, grads[k], estimates[k])
+            if variant.steps:
+                key = variant, layout.group_of[k], int(layout.counters[k + 1])
+                alike.setdefault(key, []).append(k)
+        made = []
+        for (variant, group, _), members in alike.items():
+            refreshed = estimates[members[0]] is not None
+            operations = operations_of(self._programs[group], phase, refreshed)
+            arrays = [self._arrays(k, variant, grads[k], estimates[k]) for k in members]
+            made.append(Queued(Launch(variant, arrays, stream), operations, group, members[0]))
+        return made
+
+    def _variant(self, k: int, phase: int, g: Any, estimate: Any) -> Variant:
+        program, memory = self._programs[self._layout.group_of[k]], self._layout.leaves[k]
+        formats = [("g", PLAIN[g.dtype.name]), ("p", memory.parameter.format)]
+        if estimate is not None:
+            formats.append(("hessian", PLAIN[estimate.dtype.name]))
+        formats += [(name, state.format) for name, state in memory.states.items()]
+        if program.phases > 1:
+            formats.append(("work", PLAIN[self._dtypes[k].name]))
+        operations = operations_of(program, phase, estimate is not None)
+        return Variant(
+            tuple(Step.of(program, op) for op in operations),
+            program.scratch,
+            self._dtypes[k],
+            tuple(formats),
+            tuple(PLAIN[a.dtype.name] for a in memory.mirrors),
+            self._layout.zero_grads,
+        )
+
+    def _arrays(self, k: int, variant: Variant, g: Any, estimate: Any) -> list[Any]:
+        memory = self._layout.leaves[k]
+        named = {"g": g, "hessian": estimate, "p": memory.parameter.data}
+        named |= {name: state.data for name, state in memory.states.items()}
+        named |= {"work": self._work.get(k)}
+        named |= {f"copy{j}": a for j, a in enumerate(memory.mirrors)}
+        return [named[name] for name, _ in variant.arrays]
+
+    def _squares(self, active: Sequence[int], grads: Any, stream: int) -> list[Squares]:
+        alike: dict[tuple[np.dtype, np.dtype], list[int]] = {}
+        for k in active:
+            alike.setdefault((grads[k].dtype, self._dtypes[k]), []).append(k)
+        return [
+            Squares(dtype, [grads[k] for k in members], members, stream)
+            for (_, dtype), members in alike.items()
+        ]
+
+    # ---------------------------------------------------------------- the step
+
+    def _run(self) -> int:
+        assert self._bound is not None
+        bound, layout, stream = self._bound, self._layout, self._first.stream
+        others = {foreign.current_stream(*known) for known in bound.streams} - {stream}
+        for other in others:
+            wait_for(stream, other)
+        layout.results[...] = 0
+        if layout.decide is not None:
+            self._measure(bound, stream)
+            if not layout.decide():
+                return int(layout.counters[0])
+        first, second = bound.phases
+        matrices = [k for k in bound.active if k in self._work]
+        # Nothing is written to a parameter before the library's products, which may fail.
+        self._launch([queued for queued in first if queued.leaf in self._work], stream)
+        if matrices:
+            self._orthogonalize(matrices, stream)
+        rest = [queued for queued in first if queued.leaf not in self._work]
+        self._launch([*second, *rest], stream)
+        for other in others:
+            wait_for(other, stream)
+        layout.counters[1:][bound.active] += 1
+        layout.counters[0] += 1
+        return int(layout.counters[0])
+
+    def _launch(self, launches: Sequence[Queued], stream: int) -> None:
+        layout = self._layout
+        for launch, operations, group, leaf in launches:
+            program, lr = self._programs[group], float(layout.rates[group])
+            sign, base, slope = program.head
+            factor = float(layout.rates[len(layout.groups) + group]) * sign
+            filtered = any(op.loop == "filter" for op in program.operations)
+            heads = {1: (factor,), 2: (1.0 if filtered else factor, base + slope * lr), 0: ()}
+            t = int(layout.counters[leaf + 1]) + 1
+            values = [x for op in operations for x in (*heads[HEAD[op.loop]], *op.scalars(t, lr))]
+            launch.run(np.array(values, np.float64).astype(launch.dtype), stream)
+
+    def _orthogonalize(self, leaves: Sequence[int], stream: int) -> None:
+        assert self._library is not None
+        with self._library.on_stream(stream, self._first.device):
+            for k in leaves:
+                rule: Any = self._layout.groups[self._layout.group_of[k]].rule
+                stack = rule.matrices(self._parameters[k].shape)
+                if self._parameters[k].size:
+                    factor = rule.factor(*stack[1:])
+                    self._library.orthogonalize(self._views[k], stack, rule.iteration, factor)
+
+    def _measure(self, bound: Bound, stream: int) -> None:
+        """The squares of the gradients: the one place where the host waits for the device."""
+        results = self._layout.results
+        for part in bound.squares:
+            part.queue(1.0, stream)
+        for part in bound.squares:
+            totals = part.totals(stream)
+            results[part.members, 0], results[part.members, 1] = totals, 1.0
+            if part.dtype != FLOAT64:
+                continue
+            # Once more for those whose squares left the range: see csrc/norms.hpp.
+            small, large = totals < 2.0**-900, ~(totals <= 2.0**1023)
+            for lost, scale in ((small, 2.0**600), (large & ~small, 2.0**-600)):
+                if lost.any():
+                    part.queue(scale, stream)
+                    members = part.members[lost]
+                    results[members, 0] = part.totals(stream)[lost]
+                    results[members, 1] = scale

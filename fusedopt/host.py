@@ -1,0 +1,33 @@
+"""The `Space` of the host: NumPy's arrays."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .arrays import Fit, check_apart, check_parameter, check_target
+from .formats import PLAIN, compute_dtype
+from .options import Options
+from .states import Stored, Wanted
+from .states import allocate as new
+from .storage import Storage
+
+__all__ = [
+    "Fit", "allocate", "blank", "check_apart", "check_options", "check_parameter", "check_target",
+    "same",
+]  # fmt: skip
+
+allocate = Storage.allocate
+same = functools.partial(np.array_equal, equal_nan=True)
+
+
+def check_options(options: Options, state_path: Any) -> None:
+    """Nothing is refused."""
+
+
+def blank(parameters: Sequence[np.ndarray]) -> list[Stored]:
+    """New arrays like these, in the types that they are computed in."""
+    return new([Wanted(PLAIN[compute_dtype(p.dtype).name], p) for p in parameters])
