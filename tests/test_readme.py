@@ -49,6 +49,8 @@ MODULES = [m.name for m in pkgutil.walk_packages(fusedopt.__path__, "fusedopt.")
 
 @pytest.mark.parametrize("name", [m for m in MODULES if not m.endswith(("__main__", "_core"))])
 def test_docstrings(name: str) -> None:
+    if name.startswith("fusedopt.cuda."):
+        pytest.importorskip("numba_cuda")
     result = doctest.testmod(importlib.import_module(name))
     assert result.failed == 0
     of_rules = name.startswith("fusedopt.rules.") and not name.endswith(
