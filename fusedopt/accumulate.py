@@ -18,6 +18,17 @@ from .stepping import Stepper
 from .trees import Tree
 
 
+class Accumulated:
+    """Stands for the gradients that `Optimizer.accumulate` added up."""
+
+    def __repr__(self) -> str:
+        return "<accumulated>"
+
+
+ACCUMULATED: Any = Accumulated()
+"""What `Optimizer.step` takes without an argument."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Accumulation(Rule):
     """The sum takes the parameter's place: sum := g in its first step, sum := sum + g later."""

@@ -6,14 +6,15 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .accumulate import Accumulator
+from .accumulate import ACCUMULATED, Accumulator
+from .arguments import checked_arrays
 from .around import AVERAGE
 from .arrays import memory_order
+from .averages import Averaged
 from .backends import Layout, get_backend
 from .backends.base import results_for
 from .catchup import Ledger
@@ -27,6 +28,7 @@ from .groups import (
     with_rates,
 )
 from .interrupts import deferred
+from .looks import digest, table
 from .norms import Guard
 from .options import ClipNorm, Options, check_grad_scale, check_seed
 from .rules import Nesterov, Rule
@@ -39,36 +41,7 @@ if TYPE_CHECKING:
     from .scratch import Scratch
 
 
-class Averaged:
-    """Averages of weights, live: `params`, float32 or float64, nested like the parameters.
-
-    As a context manager, once, puts them in the parameters' place, and gives the parameters.
-    """
-
-    def __init__(self, params: Any, exchange: AbstractContextManager[Any]) -> None:
-        self.params, self._exchange = params, exchange
-
-    def __enter__(self) -> Any:
-        return self._exchange.__enter__()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> bool | None:
-        return self._exchange.__exit__(kind, error, trace)
-
-
-class Accumulated:
-    """Stands for the gradients that `Optimizer.accumulate` added up."""
-
-    def __repr__(self) -> str:
-        return "<accumulated>"
-
-
 new_tuple = tuple.__new__
-ACCUMULATED: Any = Accumulated()
 NOTHING_ASKED = tuple(StepInfo._field_defaults.values())  # the rest of a simple step's StepInfo
 
 
@@ -183,9 +156,7 @@ class Optimizer:
         self._rates = np.ones(2 * len(self._groups))
         clip = self._options.clip_by_group([group.label for group in self._groups])
         self._counters = np.zeros(1 + len(leaves), np.int64)
-        parameters = self._check_parameters()
-        copies = self._check_copies(parameters)
-        self._check_apart(parameters, copies)
+        parameters, copies = checked_arrays(self._space, self._tree, self._rules, copy_out)
         labels, dtypes = [leaf.label for leaf in leaves], [p.dtype for p in parameters]
         self._storage.check(labels, dtypes, self._rules)
         self._wide = any(p.dtype == np.float64 for p in parameters)
@@ -224,47 +195,17 @@ class Optimizer:
         self._plan.give()
 
     @property
+    def _paths(self) -> list[str]:
+        return [leaf.path for leaf in self._tree.leaves]
+
+    @property
     def _rules(self) -> list[Any]:
         return [self._groups[k].rule for k in self._group_of]
 
-    def _check_parameters(self) -> list[np.ndarray]:
-        return [
-            self._space.check_parameter(leaf.label, leaf.value, rule)
-            for leaf, rule in zip(self._tree.leaves, self._rules, strict=True)
-        ]
-
-    def _check_copies(self, parameters: Sequence[np.ndarray]) -> list[np.ndarray | None]:
-        """The arrays of `copy_out`, by leaf."""
-        leaves = self._tree.leaves
-        if self._options.copy_out is None:
-            return [None] * len(leaves)
-        copies: list[np.ndarray | None] = []
-        given = self._tree.flatten(self._options.copy_out, "copy_out")
-        for leaf, p, array in zip(leaves, parameters, given, strict=True):
-            if array is None:
-                copies.append(None)
-                continue
-            label = "copy_out" + leaf.label.removeprefix("params")
-            copied = self._space.check_target(label, array)
-            if copied.shape != p.shape or memory_order(copied) != memory_order(p):
-                raise ValueError(
-                    f"{label}: expected the shape {p.shape} and memory order {memory_order(p)} of"
-                    f" {leaf.label}, got {copied.shape} and {memory_order(copied)}"
-                )
-            copies.append(copied)
-        if all(copied is None for copied in copies):
-            raise ValueError("copy_out: has an array for no leaf; leave it out")
-        return copies
-
-    def _check_apart(
-        self, parameters: Sequence[np.ndarray], copies: Sequence[np.ndarray | None]
-    ) -> None:
-        labels = [leaf.label for leaf in self._tree.leaves]
-        named = list(zip(labels, parameters, strict=True))
-        for label, copied in zip(labels, copies, strict=True):
-            if copied is not None:
-                named.append(("copy_out" + label.removeprefix("params"), copied))
-        self._space.check_apart([label for label, _ in named], [a for _, a in named])
+    def _checked(self, tree: Tree) -> list[np.ndarray]:
+        """A tree's parameters, beside the copies that there are."""
+        copy_out = self._options.copy_out
+        return checked_arrays(self._space, tree, self._rules, copy_out)[0]
 
     def _prepare(self, parameters: Sequence[np.ndarray]) -> None:
         self._parameters = parameters
@@ -279,7 +220,7 @@ class Optimizer:
             group_of=self._group_of,
             rates=self._rates,
             counters=self._counters,
-            keys=self._keys(),
+            keys=self._storage.keys(self._seed, self._paths, self._leaves),
             results=self._results,
             around=self._around,
             decide=self._guard if self._options.decides(self._wide) else None,
@@ -323,21 +264,6 @@ class Optimizer:
             native and one_phase and not self._scheduled and not asked and not self._accumulated
         )
         self._step_alone: Any = self._plan.step_alone if simple else None
-
-    def _keys(self) -> list[list[int]]:
-        """Of each leaf, for its parameter and states, the keys of their random bits."""
-        if self._options.rounding != "stochastic":
-            return [[0] * len(memory.operands) for memory in self._leaves]
-        from hashlib import blake2b  # 3 ms, for this and the fingerprint
-
-        def key(path: str, operand: str) -> int:
-            text = f"{self._seed} {path} {operand}".encode()
-            return int.from_bytes(blake2b(text, digest_size=8).digest(), "little")
-
-        return [
-            [key(leaf.path, operand) for operand in ("p", *memory.states)]
-            for leaf, memory in zip(self._tree.leaves, self._leaves, strict=True)
-        ]
 
     def step(
         self, grads: Any = ACCUMULATED, *, grad_scale: float = 1.0, hessian: Any = None
@@ -491,7 +417,7 @@ class Optimizer:
                 if all(kept):
                     self._settle_rates()
                 else:
-                    self._prepare(self._check_parameters())
+                    self._prepare(self._checked(self._tree))
             except BaseException:
                 self._groups = old
                 raise
@@ -524,7 +450,7 @@ class Optimizer:
     def memory(self, path: str) -> tuple[Memory, list[int]]:
         """All that a step writes of a leaf, and the keys of its random bits: for verification."""
         k = [leaf.path for leaf in self._tree.leaves].index(path)
-        return self._leaves[k], self._keys()[k]
+        return self._leaves[k], self._storage.keys(self._seed, self._paths, self._leaves)[k]
 
     def sync(self) -> None:
         """Takes the masters anew from the parameters, after these were written by the caller.
@@ -650,10 +576,9 @@ class Optimizer:
         with self._exclusively("rebind"):
             tree = Tree(params)
             self._tree.flatten(params, "params")
-            fresh = self._alike(tree)
-            self._check_apart(fresh, self._check_copies(fresh))
+            self._check_alike(tree)
+            parameters = self._checked(tree)
             self._tree, self.params = tree, params
-            parameters = self._check_parameters()
             for k, (old, p) in enumerate(zip(self._parameters, parameters, strict=True)):
                 moved = self._leaves[k] = self._leaves[k].rebound(p)
                 if moved.extra is not None and not self._space.same(old, p):
@@ -662,70 +587,40 @@ class Optimizer:
                 self._sums.watch(parameters)
             self._prepare(parameters)
 
-    def _alike(self, tree: Tree) -> list[Any]:
-        """The leaves' arrays, which can take the places of those that there are."""
-        fresh: list[Any] = []
+    def _check_alike(self, tree: Tree) -> None:
+        """ValueError where a leaf cannot take the place of the one that there is."""
         for leaf, old, rule in zip(tree.leaves, self._parameters, self._rules, strict=True):
             p = self._space.check_parameter(leaf.label, leaf.value, rule)
-            fresh.append(p)
             expected, got = ((a.shape, a.dtype.name, memory_order(a)) for a in (old, p))
             if got != expected:
                 raise ValueError(
                     f"{leaf.label}: expected (shape, dtype, memory order) {expected}, got {got};"
                     " make a new optimizer for other arrays"
                 )
-        return fresh
 
     def describe(self) -> str:
         """A table of what updates which leaf, and of the memory that it takes."""
-        rows = [("path", "shape", "dtype", "rule", "states")]
-        for leaf, p, rule, memory in zip(
-            self._tree.leaves, self._parameters, self._rules, self._leaves, strict=True
-        ):
-            states = [self._storage.describe(rule, name, p) for name in rule.states]
-            states += [f"{name} {s.shape} {s.data.dtype}" for name, s in memory.sides.items()]
-            if memory.extra:
-                states.append(f"{memory.extra[0]} {memory.extra[1].dtype}")
-            shown = ", ".join(states) or "-"
-            rows.append((leaf.path, str(p.shape), p.dtype.name, rule.summary(), shown))
-        widths = [max(len(row[k]) for row in rows) for k in range(5)]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
+        lines = table(self._storage, self._paths, self._parameters, self._rules, self._leaves)
         if self._backend.name != "reference":
             pairs = zip(self._parameters, self._rules, strict=True)
             lines += dict.fromkeys(filter(None, (rule.note(p.shape) for p, rule in pairs)))
         held = sum(p.nbytes for p in self._parameters)
         states_held = sum(a.nbytes for memory in self._leaves for a in memory.saved.values())
-        lines.append(
-            f"{held} bytes of parameters, {states_held} of states{self._where()},"
-            f" {self._plan.work_bytes} of work space; backend {self._backend.name}"
-            f" ({self._backend.describe()}), step {self.step_count}"
-        )
-        return "\n".join(line.rstrip() for line in lines)
-
-    def _where(self) -> str:
         s = self._scratch
-        return f" in {s.directory} (scratch; a step has {s.window} in memory)" if s else ""
+        where = f" in {s.directory} (scratch; a step has {s.window} in memory)" if s else ""
+        lines.append(
+            f"{held} bytes of parameters, {states_held} of states{where}, {self._plan.work_bytes}"
+            f" of work space; backend {self._backend.name} ({self._backend.describe()}), step"
+            f" {self.step_count}"
+        )
+        return "\n".join(lines)
 
     def fingerprint(self) -> str:
         """A digest of parameters, states and counters: equal where all bits are.
 
         Any NaN counts as any other. The same on every machine, in hexadecimal digits.
         """
-        import hashlib  # 3 ms, for this alone
-
-        digest = hashlib.sha256()
-        for leaf, p, memory, t in zip(
-            self._tree.leaves, self._parameters, self._leaves, self._counters[1:], strict=True
-        ):
-            digest.update(f"{leaf.path} {p.shape} {t}".encode())
-            for a in (p, *memory.saved.values()):
-                canonical = a.copy()
-                if a.dtype.kind not in "iu":
-                    canonical[np.isnan(canonical)] = np.nan
-                bits = canonical.view(f"u{a.itemsize}")
-                digest.update(bits.astype(f"<u{a.itemsize}").tobytes())
-        digest.update(str(self.step_count).encode())
-        return digest.hexdigest()
+        return digest(self._paths, self._parameters, self._leaves, self._counters)
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and copies of the states; the parameters are the caller's to keep.

@@ -145,6 +145,21 @@ class Storage:
         stochastic = self.rounding == "stochastic" and name in STOCHASTIC
         return STOCHASTIC[name] if stochastic else PLAIN[name]
 
+    def keys(self, seed: int, paths: Sequence[str], memories: Sequence[Memory]) -> list[list[int]]:
+        """Of each leaf, for its parameter and states, the keys of their random bits."""
+        if self.rounding != "stochastic":
+            return [[0] * len(memory.operands) for memory in memories]
+        from hashlib import blake2b  # 3 ms, for this and fingerprints
+
+        def key(path: str, operand: str) -> int:
+            text = f"{seed} {path} {operand}".encode()
+            return int.from_bytes(blake2b(text, digest_size=8).digest(), "little")
+
+        return [
+            [key(path, operand) for operand in ("p", *memory.states)]
+            for path, memory in zip(paths, memories, strict=True)
+        ]
+
     def allocate(
         self,
         rules: Sequence[Rule],
