@@ -81,24 +81,27 @@ class Plan {
   // leaf the keys of the arrays' random bits. batches: for each leaf -1, or the number of the batch
   // of matrices whose products come between its two phases. counters: the optimizer's step number,
   // then each leaf's. folds: for each group those of its operations. rates: float64, the groups'
-  // learning rates and then their factors on gradients, read in each step. between(batch, leaves)
-  // is called with the lock held. results: float64, for each leaf its gradient's sum of squares,
-  // the scale of that (0 of a leaf that took no part), the elements that were touched, and the sums
-  // of its program. decide: asked
-  // when the first two are known, with the lock held, whether to go on; None: they are not
-  // computed. zero_grads: gradients are set to zero; threads 0 means no limit of its own. scratch:
-  // None, or an object with the block, file and window of `Mapped`.
+  // learning rates and then their factors on gradients, read in each step. beside: what else a step
+  // writes. before(leaves), if not None, is called before anything is written, between(batch,
+  // phase, leaves) after each phase but the last, both with the lock held. results: float64, for
+  // each leaf its gradient's sum of squares, the scale of that (0 of a leaf that took no part), the
+  // elements that were touched, and the sums of its program. decide: asked when the first two are
+  // known, with the lock held, whether to go on; None: they are not computed. zero_grads: gradients
+  // are set to zero; threads 0 means no limit of its own. scratch: None, or an object with the
+  // block, file and window of `Mapped`.
   Plan(const py::object& tree, const py::list& arrays, const py::list& mirrors,
        const std::vector<std::vector<std::uint64_t>>& keys, std::vector<int> groups,
        std::vector<int> batches, const py::list& programs, std::vector<py::tuple> folds,
-       py::object rates, py::object counters, py::object between, py::object results,
-       py::object decide, bool zero_grads, int threads, const py::object& scratch)
+       py::object rates, py::object counters, const py::list& beside, py::object before,
+       py::object between, py::object results, py::object decide, bool zero_grads, int threads,
+       const py::object& scratch)
       : tree_(tree),
         groups_(std::move(groups)),
         batches_(std::move(batches)),
         folds_(std::move(folds)),
         rates_(std::move(rates)),
         counters_(std::move(counters)),
+        before_(std::move(before)),
         between_(std::move(between)),
         results_(std::move(results)),
         decide_(std::move(decide)),
@@ -138,6 +141,14 @@ class Plan {
     for (std::size_t k = 0; k < leaves; ++k)
       add_leaf(py::cast<std::vector<py::object>>(arrays[k]),
                py::cast<std::vector<py::object>>(mirrors[k]), keys[k], k);
+    for (const py::handle each : beside) {
+      const Proxy* const array = as_array(each.ptr());
+      const int format = format_of(array);
+      if (format < 0) throw py::value_error("plan: no such dtype beside the parameters");
+      held_.push_back(py::reinterpret_borrow<py::object>(each));
+      const std::size_t bytes = elements_of(array) * table_->codecs[format].bits / 8;
+      if (bytes) written_.push_back({array->data, array->data + bytes});
+    }
     std::sort(written_.begin(), written_.end(), by_address);
     for (const int batch : batches_) batch_count_ = std::max(batch_count_, batch + 1);
   }
@@ -165,14 +176,18 @@ class Plan {
       if (!decide_().cast<bool>()) return py::int_(counts_[0]);
     }
     prepare();
+    if (!before_.is_none()) before_(active_);
     for (int batch = 0; batch < batch_count_; ++batch) {
       py::list members;
       for (const std::size_t k : active_)
         if (batches_[k] == batch) members.append(k);
       if (members.empty()) continue;
-      run_phase(batch, 0);
-      between_(batch, members);
-      run_phase(batch, 1);
+      const int last = program(py::cast<std::size_t>(members[0])).phases - 1;
+      for (int phase = 0; phase < last; ++phase) {
+        run_phase(batch, phase);
+        between_(batch, phase, members);
+      }
+      run_phase(batch, last);
     }
     run_phase(-1, 0);
     for (const std::size_t k : active_) ++counts_[k + 1];
@@ -243,7 +258,7 @@ class Plan {
       if (source >= 0) use_copy(table_->codecs[target.codec], compute, source, operand);
       coded_.push_back({k * MAX_OPERANDS + place, compute, target.codec});
       // Work space comes last, is nobody's business, and is shared between leaves.
-      const bool work = batches_[k] >= 0 && place + 1 == INPUTS + arrays.size();
+      const bool work = place + static_cast<std::size_t>(program.works) >= INPUTS + arrays.size();
       for (const Range& range : target.ranges)
         if (range.begin != range.end && !work) written_.push_back(range);
       if (place == PARAMETER || source >= 0)
@@ -506,7 +521,7 @@ class Plan {
   Node tree_;
   std::vector<int> groups_, batches_;
   std::vector<py::tuple> folds_;
-  py::object rates_, counters_, between_, results_, decide_;
+  py::object rates_, counters_, before_, between_, results_, decide_;
   const bool zero_grads_;
   const int threads_;
   int batch_count_ = 0, sums_ = 0;  // sums_: of the program that has most
@@ -562,16 +577,18 @@ py::object sums_of_squares(const py::list& arrays) {
 void bind_leaves(py::module_& module) {
   numpy();
   py::class_<Program>(module, "Program")
-      .def(py::init<const py::list&, double, double, double, int, int, int>());
+      .def(py::init<const py::list&, double, double, double, int, int, int, int>());
   py::class_<Plan>(module, "Plan")
       .def(py::init<const py::object&, const py::list&, const py::list&,
                     const std::vector<std::vector<std::uint64_t>>&, std::vector<int>,
                     std::vector<int>, const py::list&, std::vector<py::tuple>, py::object,
-                    py::object, py::object, py::object, py::object, bool, int, const py::object&>(),
+                    py::object, const py::list&, py::object, py::object, py::object, py::object,
+                    bool, int, const py::object&>(),
            py::kw_only(), py::arg("tree"), py::arg("arrays"), py::arg("mirrors"), py::arg("keys"),
            py::arg("groups"), py::arg("batches"), py::arg("programs"), py::arg("folds"),
-           py::arg("rates"), py::arg("counters"), py::arg("between"), py::arg("results"),
-           py::arg("decide"), py::arg("zero_grads"), py::arg("threads"), py::arg("scratch"))
+           py::arg("rates"), py::arg("counters"), py::arg("beside"), py::arg("before"),
+           py::arg("between"), py::arg("results"), py::arg("decide"), py::arg("zero_grads"),
+           py::arg("threads"), py::arg("scratch"))
       .def("take", &Plan::take)
       .def("give", &Plan::give)
       .def("step", &Plan::step)

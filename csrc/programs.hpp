@@ -32,7 +32,7 @@ struct Program {
   };
   std::vector<Op> ops;
   std::deque<std::pair<std::string, Operation>> foreign;  // with their names, which do not move
-  int scalar_count = 0, phases = 1, arrays, scratch, sums;
+  int scalar_count = 0, phases = 1, arrays, works, scratch, sums;
   bool takes_hessian = false, filtered = false;
   // What a rule's scalars begin with: the factor on the gradient, and base + slope lr.
   double factor, base, slope;
@@ -40,12 +40,20 @@ struct Program {
   // Rows: (name, mode, phase, input that it needs or -1, operand slots, foreign), the last of them
   // None, or for a rule that is not in the table (scalars, addresses of its tile function in that
   // mode, for each compute type); whoever passes these keeps the functions alive. arrays, scratch,
-  // sums: how many slots each of these have.
-  Program(const py::list& rows, double factor, double base, double slope, int arrays, int scratch,
-          int sums)
-      : arrays(arrays), scratch(scratch), sums(sums), factor(factor), base(base), slope(slope) {
+  // sums: how many slots each of these have; works: how many of the arrays, the last ones, are work
+  // space.
+  Program(const py::list& rows, double factor, double base, double slope, int arrays, int works,
+          int scratch, int sums)
+      : arrays(arrays),
+        works(works),
+        scratch(scratch),
+        sums(sums),
+        factor(factor),
+        base(base),
+        slope(slope) {
     const int slot_count = INPUTS + arrays + scratch + sums;
-    if (arrays < 1 || scratch < 0 || sums < 0 || slot_count > MAX_OPERANDS)
+    if (arrays < 1 || works < 0 || works >= arrays || scratch < 0 || sums < 0 ||
+        slot_count > MAX_OPERANDS)
       throw py::value_error("a program has 1 to " + std::to_string(MAX_OPERANDS) + " operands");
     const Table& table = *level().table;
     for (const py::handle row : rows) {
@@ -56,7 +64,7 @@ struct Program {
                                                   outside.cast<Outside>());
       const Operation* const op = &operation(index);
       const bool peek = mode == PEEK || mode == PEEK_L2;
-      if (mode < 0 || mode >= MODES || !op->compute[0].mode[mode] || phase < 0 || phase > 1 ||
+      if (mode < 0 || mode >= MODES || !op->compute[0].mode[mode] || phase < 0 ||
           static_cast<int>(slots.size()) != op->operands + peek)
         throw py::value_error("operation '" + name + "' cannot be used so");
       std::vector<std::uint8_t> operands;

@@ -289,7 +289,16 @@ struct ClipValue {
   void operator()(T& clipped, T g) const { clipped = clamp(factor * g, limit); }
 };
 
-using Others = List<SquareRefresh, Average, LookAhead, Accumulate, Keep, ClipValue>;
+// A direction over the root of a mean of squares, which k corrects for its bias.
+template <class T>
+struct Normalize {
+  static constexpr const char* name = "normalize";
+  static constexpr bool state = false, filter = false;
+  T k, eps;
+  void operator()(T& o, T v) const { o = ratio(o, root(k * v) + eps); }
+};
+
+using Others = List<SquareRefresh, Average, LookAhead, Accumulate, Keep, ClipValue, Normalize>;
 
 // Sums over a leaf: what one element adds, in float64.
 

@@ -81,19 +81,23 @@ class Around(NamedTuple):
     ) -> tuple[Array, tuple[Array, ...]]:
         """The textbook form: `Rule.reference` with everything around it.
 
-        states: as `states` names them. factor: on the gradient.
+        states: as `states` names them, then side states. factor: on the gradient.
         """
         if factor != 1.0:
             g = factor * g
         if self.clip_value is not None:
             g = np.minimum(np.maximum(g, -self.clip_value), self.clip_value)
-        own = states[: len(rule.states)]
-        new, own = rule.reference(p, g, own, t=t, lr=lr)
+        n = len(rule.states)
+        kept, own = states[n:], states[:n]
+        if self.ema is not None:
+            kept = kept[1:]
+        new, own = rule.reference(p, g, (*own, *kept), t=t, lr=lr)
         if hessian is not None:
             own = rule.absorb(own, hessian)
         if self.ema is None:
             return new, own
-        return new, (*own, self.ema * states[-1] + (1.0 - self.ema) * new)
+        average = self.ema * states[n] + (1.0 - self.ema) * new
+        return new, (*own[:n], average, *own[n:])
 
 
 def _nothing(t: int, lr: float) -> tuple[float, ...]:

@@ -66,11 +66,34 @@ class Bounded(NDArrayOperatorsMixin):
         # Where the kernel may have seen something else than a zero, anything goes.
         return self._like(quotient.value, np.where(zero & (self.error > 0), np.inf, quotient.error))
 
+    def capped(self, limit: float) -> Bounded:
+        """The same, of which it is known by other means that no magnitude exceeds `limit`."""
+        return self._like(self.value, np.minimum(self.error, limit + np.abs(self.value)))
+
     def through(self, function: Callable[[np.ndarray], np.ndarray], gain: float) -> Bounded:
         """`function` of the value, for one that amplifies rounding up to `gain` times."""
         value = function(self.value)
         largest = float(np.max(np.abs(value), initial=0.0))
         return self._like(value, MATRIX_FACTOR * gain * self._unit * largest)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
+
+    @property
+    def T(self) -> Bounded:  # noqa: N802  # as NumPy has it
+        return self._like(self.value.T, self.error.T)
+
+    def reshape(self, *shape: int) -> Bounded:
+        """The same elements in C order."""
+        return self._like(self.value.reshape(*shape), self.error.reshape(*shape))
+
+    def sum(self, axis: int, keepdims: bool = False) -> Bounded:
+        """Added up in any order."""
+        with np.errstate(all="ignore"):
+            total = self.value.sum(axis, keepdims=keepdims)
+            rounding = self.value.shape[axis] * self._unit * np.abs(self.value)
+            return self._like(total, (self.error + rounding).sum(axis, keepdims=keepdims))
 
     def _like(self, value: np.ndarray, error: np.ndarray | float) -> Bounded:
         return Bounded(value, error, self.dtype)
@@ -129,6 +152,12 @@ def _multiply(a: Bounded, b: Bounded) -> Bounded:
     return _rounded(a.value * b.value, error, a)
 
 
+def _matmul(a: Bounded, b: Bounded) -> Bounded:
+    x, y = np.abs(a.value), np.abs(b.value)
+    error = x @ (b.error + x.shape[1] * b._unit * y) + a.error @ (y + b.error)
+    return _rounded(a.value @ b.value, np.where(np.isnan(error), np.inf, error), a)
+
+
 def _divide(a: Bounded, b: Bounded) -> Bounded:
     value = a.value / b.value
     error = (a.error + np.abs(value) * b.error) / np.maximum(np.abs(b.value) - b.error, 0.0)
@@ -161,6 +190,7 @@ _OPERATIONS: dict[np.ufunc, Callable[..., Bounded]] = {
     np.add: _add,
     np.subtract: _subtract,
     np.multiply: _multiply,
+    np.matmul: _matmul,
     np.divide: _divide,
     np.negative: _negative,
     np.sqrt: _sqrt,

@@ -292,7 +292,7 @@ def landscape(
 @app.command()
 def race(
     rules: Annotated[
-        str | None, typer.Option(help="Names with commas between; all ten without.")
+        str | None, typer.Option(help="Names with commas between; all without.")
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="About two minutes: a smaller model, fewer steps.")
@@ -311,7 +311,7 @@ def race(
     threads: Annotated[int | None, typer.Option(min=1, help="Of the optimizer.")] = None,
     json: Json = None,
 ) -> None:
-    """Train the small GPT with all ten rules, side by side, and write a report.
+    """Train the small GPT with every rule, side by side, and write a report.
 
     A small search finds each rule's learning rate and keeps it in `learning_rates.json`, which the
     next race takes from there if it fits. `report.html` needs no network and no other file. Ctrl-C

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +57,7 @@ def estimate(
     storage = Storage(state_dtype, master, rounding)
     tree = Tree(params)
     groups, group_of = assign(tree.leaves, rule)
-    parameters = states = 0
+    parameters, states, works = 0, 0, 1
     matrices: list[tuple[int, np.dtype, Stack, Any]] = []
     for leaf, k in zip(tree.leaves, group_of, strict=True):
         shape, dtype = tuple(leaf.value.shape), np.dtype(leaf.value.dtype)
@@ -70,12 +71,15 @@ def estimate(
         parameters += n * dtype.itemsize
         formats = [storage.state(own, name, dtype, n) for name in Around(ema=ema).states(own)]
         states += sum(f.nbytes(n) for f in formats)
+        for side in own.sides(shape).values():
+            states += math.prod(side) * compute_dtype(dtype).itemsize
         computed = storage.parameter(dtype)
         if computed.aux_dtype is not None:
             states += computed.nbytes(n) - n * dtype.itemsize
         elif computed.dtype != dtype:
             states += computed.nbytes(n)
         if own.program.phases > 1:
+            works = max(works, len(own.works))
             order = memory_order(leaf.value) if isinstance(leaf.value, np.ndarray) else "C"
             compute = compute_dtype(dtype)
             matrices.append((len(matrices), compute, own.matrices(shape), (k, shape, order)))
@@ -83,7 +87,7 @@ def estimate(
     storage.check(labels, [np.dtype(leaf.value.dtype) for leaf in tree.leaves], rules)
     made = batches(matrices)
     work = sum(
-        Workspace.bytes_for([batch.stack for batch in made if batch.dtype == dtype], dtype)
+        Workspace.bytes_for([b.stack for b in made if b.dtype == dtype], dtype, works)
         for dtype in {batch.dtype for batch in made}
     )
     if state_path is None:

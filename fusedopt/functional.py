@@ -9,6 +9,7 @@ import numpy as np
 
 from .arrays import Fit, check_apart, check_parameter, check_target
 from .backends import default_backend
+from .formats import compute_dtype
 from .rules import Rule
 from .states import Quantized, Stored
 
@@ -51,22 +52,20 @@ def _check(
     rule: Rule, arrays: tuple[Any, ...], g: Any, hessian: Any
 ) -> tuple[tuple[Stored, ...], np.ndarray, np.ndarray | None]:
     p = check_parameter("p", arrays[0], rule)
-    if len(arrays) - 1 != len(rule.states):
-        names = f" ({', '.join(rule.states)})" if rule.states else ""
+    sides = rule.sides(p.shape)
+    states = (*rule.states, *sides)
+    if len(arrays) - 1 != len(states):
+        names = f" ({', '.join(states)})" if states else ""
         raise TypeError(
-            f"states: {type(rule).__name__} has {len(rule.states)}{names}, got {len(arrays) - 1};"
+            f"states: {type(rule).__name__} has {len(states)}{names}, got {len(arrays) - 1};"
             " make them with rule.init(p)"
         )
     checked = [Stored.plain(p)]
-    for name, state in zip(rule.states, arrays[1:], strict=True):
+    for name, state in zip(states, arrays[1:], strict=True):
         stored = state if isinstance(state, Quantized) else Stored.plain(check_target(name, state))
-        if stored.shape != p.shape or stored.order != checked[0].order:
-            raise ValueError(
-                f"{name}: expected shape {p.shape} in p's memory order, got {stored.shape}; make it"
-                " with rule.init(p)"
-            )
+        _check_fit(name, stored, checked[0], sides.get(name))
         checked.append(stored)
-    labels = ["p", *rule.states]
+    labels = ["p", *states]
     pieces = [(name, a) for name, s in zip(labels, checked, strict=True) for a in s.arrays]
     check_apart([name for name, _ in pieces], [a for _, a in pieces])
     fit = Fit(["p"], [p], [[a for _, a in pieces]])
@@ -78,3 +77,18 @@ def _check(
             raise ValueError(f"hessian: {type(rule).__name__} takes none")
         hessian = fit.gradient(0, "hessian", hessian)
     return tuple(checked), gradient, hessian
+
+
+def _check_fit(name: str, state: Stored, p: Stored, shape: tuple[int, ...] | None) -> None:
+    """shape: of a side state, which is in C order and the compute type."""
+    if shape is None:
+        fits, wanted = state.shape == p.shape and state.order == p.order, "in p's memory order"
+    else:
+        dtype = compute_dtype(p.format.dtype)
+        fits = (state.shape, state.order, state.format.dtype) == (shape, "C", dtype)
+        wanted = f"in C order and {dtype}"
+    if not fits:
+        raise ValueError(
+            f"{name}: expected shape {shape or p.shape} {wanted}, got {state.shape}; make it with"
+            " rule.init(p)"
+        )

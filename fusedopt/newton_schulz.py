@@ -119,21 +119,43 @@ def flops(
 class Workspace:
     """The buffers of the largest stack, shared by all matrices of an optimizer.
 
-    stacks: each that one call will take; dtype: of the arithmetic. direction: flat, where a stack
-    is to be put.
+    stacks: each that one call will take; dtype: of the arithmetic. directions: flat, where so many
+    stacks are to be put; the first is the one that is orthogonalised.
     """
 
-    def __init__(self, stacks: Sequence[Stack], dtype: np.dtype) -> None:
+    def __init__(self, stacks: Sequence[Stack], dtype: np.dtype, count: int = 1) -> None:
         whole, square = _extents(stacks)
-        self.direction, self._other = (np.empty(whole, dtype) for _ in range(2))
+        *self.directions, self._other = (np.empty(whole, dtype) for _ in range(count + 1))
         self._squares = [np.empty(square, dtype) for _ in range(3)]
-        self.nbytes = self.bytes_for(stacks, dtype)
+        self.nbytes = self.bytes_for(stacks, dtype, count)
 
     @staticmethod
-    def bytes_for(stacks: Sequence[Stack], dtype: np.dtype) -> int:
+    def bytes_for(stacks: Sequence[Stack], dtype: np.dtype, count: int = 1) -> int:
         """What a workspace takes of memory."""
         whole, square = _extents(stacks)
-        return (2 * whole + 3 * square) * dtype.itemsize
+        return ((count + 1) * whole + 3 * square) * dtype.itemsize
+
+    @property
+    def direction(self) -> np.ndarray:
+        return self.directions[0]
+
+    def opened(self, u: np.ndarray, stack: Stack, number: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """The stack of u's elements in C order, and as much room, until `closed`.
+
+        u: an array of any shape and layout over the beginning of `directions[number]`, which it
+        gives up.
+        """
+        x, y = (b[: u.size].reshape(stack) for b in (self.directions[number], self._other))
+        if u.flags.c_contiguous:
+            return x, y
+        np.copyto(y.reshape(u.shape), u)
+        return y, x
+
+    @staticmethod
+    def closed(u: np.ndarray, x: np.ndarray) -> None:
+        """Puts the stack of `opened` back into u."""
+        if not u.flags.c_contiguous:
+            np.copyto(u, x.reshape(u.shape))
 
     def orthogonalize(
         self, u: np.ndarray, stack: Stack, iteration: Iteration, factor: float
@@ -146,11 +168,7 @@ class Workspace:
         """
         if not u.size:
             return
-        x, y = (b[: u.size].reshape(stack) for b in (self.direction, self._other))
-        strided = not u.flags.c_contiguous
-        if strided:  # from here on its own memory is free for y
-            x, y = y, x
-            np.copyto(x.reshape(u.shape), u)
+        x, y = self.opened(u, stack)
         count, rows, cols = stack
         groups = iteration.groups(rows, cols)
         size = at_once(rows, cols)
@@ -159,8 +177,7 @@ class Workspace:
             for k in range(0, count, size):
                 part: Any = k if size == 1 else slice(k, k + size)
                 self._iterate(x[part], y[part], iteration, groups, factor)
-        if strided:
-            np.copyto(u, x.reshape(u.shape))
+        self.closed(u, x)
 
     def _iterate(
         self,

@@ -14,7 +14,7 @@ import numpy as np
 from .accumulate import Accumulator
 from .around import AVERAGE
 from .arrays import memory_order
-from .backends import Layout, backend_for
+from .backends import Layout, get_backend
 from .backends.base import results_for
 from .catchup import Ledger
 from .checkpoint import Snapshot
@@ -176,7 +176,7 @@ class Optimizer:
         self._storage = self._options.storage()
         self._tree = Tree(params)
         leaves = self._tree.leaves
-        self._backend = backend_for(backend, [leaf.value for leaf in leaves])
+        self._backend = get_backend(backend, [leaf.value for leaf in leaves])
         self._space = self._backend.space
         self._space.check_options(self._options, state_path)
         self._groups, self._group_of = assign(leaves, rule)
@@ -515,6 +515,7 @@ class Optimizer:
         return {
             leaf.path: {
                 **{name: state.visible for name, state in memory.states.items()},
+                **{name: side.data for name, side in memory.sides.items()},
                 **dict([memory.extra] if memory.extra else []),
             }
             for leaf, memory in zip(self._tree.leaves, self._leaves, strict=True)
@@ -682,6 +683,7 @@ class Optimizer:
             self._tree.leaves, self._parameters, self._rules, self._leaves, strict=True
         ):
             states = [self._storage.describe(rule, name, p) for name in rule.states]
+            states += [f"{name} {s.shape} {s.data.dtype}" for name, s in memory.sides.items()]
             if memory.extra:
                 states.append(f"{memory.extra[0]} {memory.extra[1].dtype}")
             shown = ", ".join(states) or "-"

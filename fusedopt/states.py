@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -121,17 +122,19 @@ class Quantized(Stored):
 class Wanted:
     """An array to be allocated like another, in a format of its own.
 
-    beside: only what stands beside the elements; these are the other array's own.
+    shape: of its own, in C order, if given. beside: only what stands beside the elements; these
+    are the other array's own.
     """
 
     format: Format
     like: np.ndarray
     initial: float = 0.0
     beside: bool = False
+    shape: tuple[int, ...] | None = None
 
     def sizes(self) -> Iterator[int]:
         """Bytes of its data and of what stands beside it, where they are to be allocated."""
-        n = self.like.size
+        n = self.like.size if self.shape is None else math.prod(self.shape)
         if not self.beside:
             yield self.format.data_size(n) * self.format.dtype.itemsize
         if self.format.aux_dtype is not None:
@@ -167,18 +170,21 @@ def allocate(wanted: Sequence[Wanted], block: Block = in_memory) -> list[Stored]
 
 
 def _make(w: Wanted, data: np.ndarray, aux: np.ndarray | None = None) -> Stored:
-    order, aux_dtype = memory_order(w.like), w.format.aux_dtype or np.dtype(np.uint8)
+    aux_dtype = w.format.aux_dtype or np.dtype(np.uint8)
+    shape, order = w.like.shape, memory_order(w.like)
+    if w.shape is not None:
+        shape, order = w.shape, "C"
     if w.beside:  # the caller's array stays that very object: the core watches it
-        return Stored(w.format, w.like, data.view(aux_dtype), w.like.shape, order)
+        return Stored(w.format, w.like, data.view(aux_dtype), shape, order)
     if w.format.zero:
         data.fill(w.format.zero)
     data = data.view(w.format.dtype)
     if aux is not None:
         aux = aux.view(aux_dtype)
     if w.format.bits >= 16:
-        data = data.reshape(w.like.shape, order=order)
+        data = data.reshape(shape, order=order)
     cls = Quantized if w.format.quantized else Stored
-    made = cls(w.format, data, aux, w.like.shape, order)
+    made = cls(w.format, data, aux, shape, order)
     if w.initial:
         made.fill(w.initial)
     return made
@@ -191,18 +197,24 @@ class Memory:
     parameter: the elements that are computed with. states: by name. mirrors: arrays into which the
     new parameter is written besides; with separate masters the first is the caller's parameter.
     extra: the name of what there is beside the caller's parameter ("master", "low",
-    "compensation"), and its array.
+    "compensation"), and its array. sides: states of another shape, by name.
     """
 
     parameter: Stored
     states: Mapping[str, Stored]
     mirrors: tuple[np.ndarray, ...] = ()
     extra: tuple[str, np.ndarray] | None = None
+    sides: Mapping[str, Stored] = field(default_factory=dict)
 
     @property
     def operands(self) -> list[Stored]:
-        """The parameter, then the states."""
+        """The parameter, then the states of its shape."""
         return [self.parameter, *self.states.values()]
+
+    @property
+    def stored(self) -> list[Stored]:
+        """The parameter, then all states."""
+        return [*self.operands, *self.sides.values()]
 
     @property
     def caller(self) -> np.ndarray:
@@ -221,7 +233,7 @@ class Memory:
     @property
     def written(self) -> list[np.ndarray]:
         """Every array that a step writes: the caller's parameter, its copies, the rest."""
-        own = [a for stored in self.operands for a in stored.arrays]
+        own = [a for stored in self.stored for a in stored.arrays]
         rest = [a for a in own if a is not self.caller]
         return [self.caller, *self.copies, *rest]
 
@@ -234,7 +246,7 @@ class Memory:
                 saved |= {f"{name}.codes": state.codes, f"{name}.scales": state.scales}
             else:
                 saved[name] = state.data
-        return saved
+        return saved | {name: side.data for name, side in self.sides.items()}
 
     def copy(self) -> Memory:
         """The same elements in memory of their own, for a step on trial."""
@@ -242,7 +254,8 @@ class Memory:
         states = {name: state.copy() for name, state in self.states.items()}
         mirrors = tuple(a.copy(order="K") for a in self.mirrors)
         extra = self.extra and (self.extra[0], parameter.arrays[-1])
-        return Memory(parameter, states, mirrors, extra)
+        sides = {name: side.copy() for name, side in self.sides.items()}
+        return Memory(parameter, states, mirrors, extra, sides)
 
     def rebound(self, p: np.ndarray) -> Memory:
         """The same with the caller's parameter at another address."""

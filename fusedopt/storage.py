@@ -167,12 +167,15 @@ class Storage:
                 Wanted(self.state(rule, s, p.dtype, p.size), p, rule.initial(s))
                 for s in around.states(rule)
             ]
+            plain = PLAIN[compute_dtype(p.dtype).name]
+            wanted += [Wanted(plain, p, shape=shape) for shape in rule.sides(p.shape).values()]
         fresh = iter(allocate(wanted, block))
         memories = []
         for rule, p, copied in zip(rules, parameters, copies, strict=True):
             own = next(fresh) if self._own(p) else None
             states = {name: next(fresh) for name in around.states(rule)}
-            memory = self._memory(p, own, states, copied)
+            sides = {name: next(fresh) for name in rule.sides(p.shape)}
+            memory = replace(self._memory(p, own, states, copied), sides=sides)
             synchronize(memory)
             if AVERAGE in states:
                 states[AVERAGE].data[...] = memory.parameter.values

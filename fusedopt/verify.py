@@ -141,11 +141,12 @@ def judge(
         flat = untouched.reshape(-1)
         expected = [e.where(flat, o) for e, o in zip(expected, old, strict=True)]
         copies, new = [copy[rows].reshape(-1) for copy in copies], new.pick(~flat)
-    names = ("p", *around.states(rule))
-    targets = list(zip(names, after, expected, keys or [0] * len(after), strict=True))
+    names = ("p", *around.states(rule), *rule.sides(after[0].shape))
+    keyed = [*(keys or ()), *[0] * len(after)][: len(after)]
+    targets = list(zip(names, after, expected, keyed, strict=True))
     targets += [("copy of p", Stored.plain(copy), new, 0) for copy in copies]
     worst = (
-        compare(name, stored, e.flat(order) if whole else e, int(subkey(key, t - 1)[0]))
+        compare(name, stored, e.flat(stored.order) if whole else e, int(subkey(key, t - 1)[0]))
         for name, stored, e, key in targets
     )
     return [w for w in worst if w is not None]
@@ -230,11 +231,11 @@ class VerifiedPlan(Turn):
         lr, factor = (
             float(rate) for rate in layout.rates[layout.group_of[k] :: len(layout.groups)]
         )
-        before = [stored.values for stored in layout.leaves[k].operands]
+        before = [stored.values for stored in layout.leaves[k].stored]
         after, t = self._copies.leaves[k], int(self._copies.counters[k + 1])
         shape, rows = after.parameter.shape, g.rows if isinstance(g, Touched) else None
         found = judge(
-            rule, before, after.operands, whole(g, shape), whole(hessian, shape),
+            rule, before, after.stored, whole(g, shape), whole(hessian, shape),
             t=t, lr=lr, keys=layout.keys[k], copies=after.mirrors, factor=factor,
             around=layout.around, rows=rows,
         )  # fmt: skip
@@ -363,6 +364,6 @@ def _run(rule: Rule, backend: str, way: str, size: int, steps: int, seed: int) -
     memory, keys = optimizer.memory("params")
     for t in range(1, steps + 1):
         g, h = draw(), draw() if rule.takes_hessian else None
-        before = [stored.values for stored in memory.operands]
+        before = [stored.values for stored in memory.stored]
         optimizer.step(g, hessian=h)
-        yield from judge(rule, before, memory.operands, g, h, t=t, lr=rule.lr_at(t), keys=keys)
+        yield from judge(rule, before, memory.stored, g, h, t=t, lr=rule.lr_at(t), keys=keys)

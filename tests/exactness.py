@@ -45,10 +45,20 @@ def elementwise(rule: fo.Rule) -> fo.Rule:
     if rule.program.phases == 1:
         return rule
 
-    def between(self: fo.Rule, direction: Array, space: Any) -> None:
-        direction *= 0.5
+    def between(self: fo.Rule, phase: int, works: Any, space: Any, members: Any) -> None:
+        for work in works:
+            work *= 0.5
 
-    cls = type("Elementwise" + type(rule).__name__, (type(rule),), {"between": between})
+    def sides(self: fo.Rule, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        return {}
+
+    def textbook(self: fo.Rule, p: Any, g: Any, states: Any, *, t: int, lr: float) -> Any:
+        own = (np.zeros(shape) for shape in rule.sides(p.shape).values())
+        delta, new = rule.textbook(p, g, (*states, *own), t=t, lr=lr)
+        return delta, new[: len(states)]
+
+    members = {"between": between, "sides": sides, "textbook": textbook}
+    cls = type("Elementwise" + type(rule).__name__, (type(rule),), members)
     stand_in: fo.Rule = cls(**{field.name: getattr(rule, field.name) for field in fields(rule)})
     return stand_in
 
@@ -149,7 +159,7 @@ def stepped(
     optimizer = fo.Optimizer(parameters, rule, **{"backend": "native", **options})
     live = [tuple(states.values()) for states in optimizer.state.values()]
     for states, c in zip(live, cases, strict=True):
-        for state, start in zip(states, c.states, strict=True):
+        for state, start in zip(states[: len(rule.states)], c.states, strict=True):
             state[...] = start
     for k in range(STEPS):
         estimates = [c.hessians[k] for c in cases]

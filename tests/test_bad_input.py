@@ -212,7 +212,7 @@ def test_rules(name: str) -> None:
     [
         ({"threads": 0}, ValueError, r"threads: expected an integer >= 1, got 0"),
         ({"threads": 1.5}, TypeError, r"threads"),
-        ({"backend": "fast"}, ValueError, r"one of auto, native, numba, reference; got 'fast'"),
+        ({"backend": "fast"}, ValueError, r"auto, native, numba, reference, cuda; got 'fast'"),
         ({"clip": 1.0}, TypeError, r"clip"),
         ({"clip_norm": 0.0}, ValueError, r"clip_norm: expected a number > 0, got 0.0"),
         ({"clip_norm": "1"}, TypeError, r"clip_norm: expected a number, got .1."),

@@ -212,7 +212,9 @@ def test_bench_writes_what_it_shows(quick: Callable[..., Any], tmp_path: Path) -
     rows = record["rows"]
     assert [r["name"] for r in rows if r["group"] == run.LARGE] == elementwise_rules()
     assert [r["name"] for r in rows if r["group"] == run.FORMATS] == list(run.SHOWN_WAYS)
-    assert [r["name"] for r in rows if r["group"] == run.MATRIX] == ["muon, 16 x 16"]
+    assert [r["name"] for r in rows if r["group"] == run.MATRIX] == [
+        f"{name}, 16 x 16" for name in fo.RULES if name not in elementwise_rules()
+    ]
     for row in rows:
         assert f"\n{row['name']} " in result.output
         assert "fusedopt" in row["contenders"]
@@ -258,7 +260,7 @@ def test_an_interrupt_keeps_what_is_there(
     monkeypatch.setattr(run.Case, "measure", twice)
     result = quick()
     assert result.exit_code == INTERRUPTED
-    assert "Interrupted after 2 of 18 cases" in result.output
+    assert "Interrupted after 2 of 21 cases" in result.output
     assert "\nmomentum " in result.output
     found = Bench.read(tmp_path / "out/bench.json")
     assert found.status == "interrupted"

@@ -26,7 +26,7 @@ def test_info(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "info.json").read_text())
     assert found == fo.info()
     assert f"isa:           {fo.get_isa()}" in result.output
-    assert set(found["backends"]) == {"native", "numba", "reference"}
+    assert set(found["backends"]) == {"native", "numba", "reference", "cuda"}
 
 
 def test_verify(tmp_path: Path) -> None:

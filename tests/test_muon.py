@@ -78,9 +78,9 @@ def test_small_matrices_of_one_shape_come_together() -> None:
     batches: list[tuple[int, ...]] = []
 
     class Watched(fo.Muon):
-        def between(self, directions: np.ndarray, space: Any) -> None:
-            batches.append(directions.shape)
-            super().between(directions, space)
+        def between(self, phase: int, works: Any, space: Any, members: Any) -> None:
+            batches.append(works[0].shape)
+            super().between(phase, works, space, members)
 
     rules = {"0": fo.Muon(lr=2.0), "*": Watched()}
     opt = fo.Optimizer(params, rules)

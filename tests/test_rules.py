@@ -32,6 +32,9 @@ def test_registry() -> None:
         "lion",
         "sophia",
         "muon",
+        "normuon",
+        "adamuon",
+        "soap",
     ]
     assert all(getattr(fo, cls.__name__) is cls for cls in ALL)
 

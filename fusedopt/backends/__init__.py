@@ -26,8 +26,9 @@ ON_HOST = ("native", "numba", "reference")
 FORCED = choice("FUSEDOPT_BACKEND", ("auto", *BACKENDS))
 
 
-def get_backend(name: str = "auto") -> Backend:
-    """A backend by name; "auto" takes FUSEDOPT_BACKEND, else the first that can be used.
+def get_backend(name: str = "auto", arrays: Iterable[Any] = ()) -> Backend:
+    """A backend by name; "auto" takes FUSEDOPT_BACKEND, else "cuda" where one of these arrays is on
+    a CUDA device, else the first that can be used.
 
     Raises ValueError for an unknown name and RuntimeError where it cannot be used here. Warns
     where nothing but the NumPy reference is left.
@@ -35,7 +36,8 @@ def get_backend(name: str = "auto") -> Backend:
     if name == "auto":
         name = FORCED or "auto"
     if name == "auto":
-        name = next(n for n in ON_HOST if BACKENDS[n].unavailable() is None)
+        usable = (n for n in ON_HOST if BACKENDS[n].unavailable() is None)
+        name = "cuda" if any(map(on_device, arrays)) else next(usable)
         if name == "reference":
             warnings.warn(
                 "fusedopt runs on its NumPy reference, which is slow:"
@@ -52,13 +54,6 @@ def get_backend(name: str = "auto") -> Backend:
     return backend
 
 
-def backend_for(name: str, arrays: Iterable[Any]) -> Backend:
-    """`get_backend` for these parameters: "auto" takes "cuda" where one is on a CUDA device."""
-    if name == "auto" and FORCED in (None, "auto") and any(map(on_device, arrays)):
-        name = "cuda"
-    return get_backend(name)
-
-
 @functools.cache
 def default_backend() -> Backend:
     """What "auto" stands for: asked at every `update`, decided once."""
@@ -72,7 +67,6 @@ __all__ = [
     "Group",
     "Layout",
     "Plan",
-    "backend_for",
     "check_registry",
     "core",
     "default_backend",

@@ -71,9 +71,12 @@ def results_for(programs: Sequence[Program], leaves: int) -> np.ndarray:
 
 def single(rule: Rule, program: Program, t: int, lr: float, arrays: Sequence[Stored]) -> Layout:
     """That of one tensor's t-th step; arrays: the parameter, then those of the program."""
-    memory = Memory(arrays[0], dict(zip(program.arrays[1:], arrays[1:], strict=False)))
+    names = program.arrays[1 : len(program.arrays) - len(program.works)]
+    states = dict(zip(names, arrays[1:], strict=False))
+    sides = dict(zip(rule.sides(arrays[0].shape), arrays[1 + len(names) :], strict=True))
+    memory = Memory(arrays[0], states, sides=sides)
     rates, counters = np.array([lr, 1.0]), np.array([0, t - 1])
-    group, keys = Group(rule.name, rule), [[0] * len(arrays)]
+    group, keys = Group(rule.name, rule), [[0] * (1 + len(names))]
     return Layout(0, [memory], [group], [0], rates, counters, keys, results_for([program], 1))
 
 

@@ -1,4 +1,4 @@
-"""What stands between the two phases of a rule: matrices in work space, and their products."""
+"""What stands between the phases of a rule: matrices in work space, and their products."""
 
 from __future__ import annotations
 
@@ -9,48 +9,77 @@ import numpy as np
 from ..formats import compute_dtype
 from ..newton_schulz import Workspace, batches
 from ..rules import Rule
+from ..rules.base import Member
 from ..states import Stored
 from .base import Layout
 
 
 class Matrices:
-    """The leaves whose rule has two phases, and the matrix products between these.
+    """The leaves whose rule has several phases, and the matrix products between these.
 
     work: of each such leaf its part of the work space that all of one dtype share. batches: of
-    each the number of its batch.
+    each the number of its batch. sided: whether any has side states.
     """
 
     def __init__(self, layout: Layout) -> None:
-        leaves = []
+        leaves, works = [], 1
+        self._layout = layout
+        self.sided = any(memory.sides for memory in layout.leaves)
         for k, group in enumerate(layout.group_of):
             rule, p = layout.groups[group].rule, layout.leaves[k].parameter
             if rule.program.phases > 1:
+                works = max(works, len(rule.works))
                 compute = compute_dtype(p.format.dtype)
                 leaves.append((k, compute, rule.matrices(p.shape), (group, p.shape, p.order)))
         made = batches(leaves)
         self._spaces = {
-            dtype: Workspace([batch.stack for batch in made if batch.dtype == dtype], dtype)
+            dtype: Workspace([b.stack for b in made if b.dtype == dtype], dtype, works)
             for dtype in {batch.dtype for batch in made}
         }
         self.batches: dict[int, int] = {}
-        self.work: dict[int, tuple[np.ndarray]] = {}
-        self._steps: list[tuple[Rule, np.ndarray, Workspace]] = []
+        self.work: dict[int, tuple[np.ndarray, ...]] = {}
+        self._made = made
+        self._works: list[list[np.ndarray]] = []
+        self._fresh: dict[int, dict[str, np.ndarray]] = {}
         for number, batch in enumerate(made):
-            first = batch.members[0]
-            space = self._spaces[batch.dtype]
-            directions = _alike(layout.leaves[first].parameter, len(batch.members), space.direction)
-            self._steps.append((layout.groups[layout.group_of[first]].rule, directions, space))
-            for k, direction in zip(batch.members, directions, strict=True):
-                self.batches[k], self.work[k] = number, (direction,)
+            p, count = layout.leaves[batch.members[0]].parameter, len(batch.members)
+            flats = self._spaces[batch.dtype].directions[: len(self._rule(batch.members[0]).works)]
+            self._works.append([_alike(p, count, flat) for flat in flats])
+            for k, *own in zip(batch.members, *self._works[-1], strict=True):
+                self.batches[k], self.work[k] = number, tuple(own)
+
+    def _rule(self, k: int) -> Rule:
+        return self._layout.groups[self._layout.group_of[k]].rule
+
+    def _member(self, k: int) -> Member:
+        sides = {name: side.data for name, side in self._layout.leaves[k].sides.items()}
+        return Member(int(self._layout.counters[k + 1]) + 1, sides)
 
     @property
     def work_bytes(self) -> int:
         return sum(space.nbytes for space in self._spaces.values())
 
-    def between(self, batch: int, leaves: Sequence[int]) -> None:
-        # Leaves of the batch that have no gradient are orthogonalised too, whatever is there.
-        rule, directions, space = self._steps[batch]
-        rule.between(directions, space)
+    def before(self, leaves: Sequence[int]) -> None:
+        """All that may yet fail, for the leaves that take part in a step, before it begins."""
+        with np.errstate(all="ignore"):
+            self._fresh = {
+                k: self._rule(k).before(*self._member(k)) for k in leaves if k in self.batches
+            }
+
+    def between(self, batch: int, phase: int, leaves: Sequence[int]) -> None:
+        """What comes after a phase of the leaves of a batch that take part."""
+        made = self._made[batch]
+        members = [self._member(k) if k in leaves else None for k in made.members]
+        if phase == 0:
+            for k, member in zip(made.members, members, strict=True):
+                for name, value in self._fresh.pop(k, {}).items():
+                    assert member is not None
+                    np.copyto(member.sides[name], value)
+        with np.errstate(all="ignore"):
+            space = self._spaces[made.dtype]
+            self._rule(made.members[0]).between(phase, self._works[batch], space, members)
+        if self.sided and self._layout.scratch:
+            self._layout.scratch.release()
 
 
 def _alike(p: Stored, count: int, flat: np.ndarray) -> np.ndarray:

@@ -47,6 +47,7 @@ def _compile(program: Program) -> Any:
             ],
             *program.head,
             len(program.arrays),
+            len(program.works),
             len(program.scratch),
             len(program.sums),
         )
@@ -153,13 +154,17 @@ class NativePlan:
             ],
             mirrors=[list(memory.mirrors) for memory in layout.leaves],
             # Work space is in the compute type, and takes no random bits.
-            keys=[[*keys, 0] for keys in layout.keys],
+            keys=[
+                [*keys, *[0] * len(matrices.work.get(k, ()))] for k, keys in enumerate(layout.keys)
+            ],
             groups=list(layout.group_of),
             batches=[matrices.batches.get(k, -1) for k in range(len(layout.leaves))],
             programs=[_compile(program) for program in programs],
             folds=[program.folds for program in programs],
             rates=layout.rates,
             counters=layout.counters,
+            beside=[s.data for memory in layout.leaves for s in memory.sides.values()],
+            before=matrices.before if matrices.sided else None,
             between=matrices.between,
             results=layout.results,
             decide=layout.decide,

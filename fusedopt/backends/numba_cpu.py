@@ -226,12 +226,15 @@ class NumbaPlan(Turn):
             at = self._starts[k] + place
             self._operands[at]["key"] = subkey(key, int(layout.counters[k + 1]))[0]
         scalars = self._folded(active)
+        if self._matrices.sided:
+            self._matrices.before(active)
         batches = self._matrices.batches
         for batch in sorted({batches[k] for k in active if k in batches}):
             members = [k for k in active if batches.get(k) == batch]
-            self._run(members, 0, scalars, grads)
-            self._matrices.between(batch, members)
-            self._run(members, 1, scalars, grads)
+            for phase in range(last := self._programs[layout.group_of[members[0]]].phases - 1):
+                self._run(members, phase, scalars, grads)
+                self._matrices.between(batch, phase, members)
+            self._run(members, last, scalars, grads)
         self._run([k for k in active if k not in batches], 0, scalars, grads)
         layout.counters[1:][active] += 1
         layout.counters[0] += 1

@@ -14,7 +14,7 @@ from ..interrupts import deferred
 from ..rows import Touched, selected, values_of, whole
 from ..rules import Rule
 from ..states import Memory, Stored
-from .base import Layout, Plan, Turn
+from .base import Layout, Plan, Turn, single
 
 
 def reference_step(
@@ -31,7 +31,7 @@ def reference_step(
 ) -> tuple[list[np.ndarray], list[tuple[Stored, tuple[np.ndarray, Any]]]]:
     """The new parameter and states, in the type that is computed in; and what is to be written,
     and where: these and the copies, encoded."""
-    operands = memory.operands
+    operands = memory.stored
     p, *states = (stored.values.astype(np.float64) for stored in operands)
     dtype = compute_dtype(operands[0].format.dtype)
     estimate = None if hessian is None else hessian.astype(np.float64)
@@ -43,7 +43,8 @@ def reference_step(
     for stored, state in zip(operands[1:], narrow[1:], strict=True):
         state[np.abs(state) < least_state(dtype, stored.format.dtype)] = 0
     copies = [Stored.plain(copy) for copy in memory.mirrors]
-    keyed = [int(subkey(key, t - 1)[0]) for key in keys] + [0] * len(copies)
+    plain = len(memory.sides) + len(copies)
+    keyed = [int(subkey(key, t - 1)[0]) for key in keys] + [0] * plain
     targets = zip([*operands, *copies], [*narrow, *[narrow[0]] * len(copies)], keyed, strict=True)
     encoded = [(stored, stored.format.encode(stored.flat(a), key)) for stored, a, key in targets]
     return narrow, encoded
@@ -86,8 +87,9 @@ class ReferenceBackend:
     ) -> bool:
         if not checked:
             return False
-        memory = Memory(arrays[0], dict(zip(rule.states, arrays[1:], strict=True)))
-        _, new = reference_step(rule, memory, g, hessian, [0] * len(arrays), t=t, lr=lr)
+        layout = single(rule, rule.program, t, lr, arrays)
+        (memory,), (keys,) = layout.leaves, layout.keys
+        _, new = reference_step(rule, memory, g, hessian, keys, t=t, lr=lr)
         with deferred():
             for stored, encoded in new:
                 stored.write(encoded)

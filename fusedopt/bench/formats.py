@@ -93,7 +93,7 @@ class Stored:
         """Of each tensor the gradient, and parameter, states and what belongs to them."""
         memories = {name: self.optimizer.memory(name)[0] for name in self.params}
         return [
-            ([self.grads[name]], [a for stored in memory.operands for a in stored.arrays])
+            ([self.grads[name]], [a for stored in memory.stored for a in stored.arrays])
             for name, memory in memories.items()
         ]
 
@@ -107,16 +107,14 @@ class Stored:
         """Takes a step; VerificationError where an element of some leaves leaves its bound."""
         looked_at = [name for name, p in self.params.items() if p.size <= LARGEST_CHECKED]
         memories = {name: self.optimizer.memory(name) for name in looked_at[:CHECKED]}
-        before = {
-            name: [s.values for s in memory.operands] for name, (memory, _) in memories.items()
-        }
+        before = {name: [s.values for s in memory.stored] for name, (memory, _) in memories.items()}
         self.step()
         t = self.optimizer.step_count
         for name, (memory, keys) in memories.items():
             for worst in judge(
                 self.rule,
                 before[name],
-                memory.operands,
+                memory.stored,
                 self.grads[name],
                 None,
                 t=t,

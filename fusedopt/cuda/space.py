@@ -71,6 +71,10 @@ def allocate(
     """The memory of each leaf: see `Storage.allocate`. All that is new lies in one block."""
     wanted: list[tuple[DeviceArray, Format, float]] = []
     for rule, p in zip(rules, parameters, strict=True):
+        if rule.program.phases > 2 or rule.sides(p.shape):
+            raise ValueError(
+                f"{type(rule).__name__}: is not supported by the backend 'cuda'; take fo.Muon"
+            )
         own = storage.parameter(p.dtype)
         if own.dtype != p.dtype:
             wanted.append((p, own, 0.0))

@@ -31,6 +31,9 @@ ERAS = {
     "lion": ("2023", "only the sign of the velocity"),
     "sophia": ("2023", "curvature, and clipped steps"),
     "muon": ("2024", "matrices made orthogonal"),
+    "normuon": ("2025", "and their rows made alike"),
+    "adamuon": ("2025", "and their elements made alike"),
+    "soap": ("2024", "velocity and rates in a turned basis"),
 }
 """When each rule appeared, and what it brought."""
 

@@ -40,17 +40,28 @@ class Convention(NamedTuple):
 REQUIRED = object()
 
 
+class Member(NamedTuple):
+    """A parameter among those of one shape whose matrices are treated in one go.
+
+    t: its step, 1 first. sides: its side states, live.
+    """
+
+    t: int
+    sides: Mapping[str, np.ndarray]
+
+
 @dataclass(frozen=True)
 class Operation:
     """One operation of a rule's program, run on each tile (csrc/rules.hpp holds the kernels).
 
-    operands: names; "g" and "hessian" come anew with each step, "p" is the parameter, "work" the
-    matrix between two phases, every other name a state, scratch or sum. loop: what the loop around
-    the kernel does: "rule" applies the delta, "peek" only writes it to the last operand, "filter"
-    makes its first operand of the gradient times its factor, "sum" adds up, and "other" writes its
-    first operand. needs: run only where this input was given. written: of a rule's states the first
-    so many; None: all. element: the kernel in Python, where elements.py does not have it under the
-    kernel's name. kernel: None where the core has none, and is given the compiled element.
+    operands: names; "g" and "hessian" come anew with each step, "p" is the parameter, those of
+    `Rule.works` are the matrices between two phases, every other name a state, scratch or sum.
+    loop: what the loop around the kernel does: "rule" applies the delta, "peek" only writes it to
+    the last operand, "filter" makes its first operand of the gradient times its factor, "sum" adds
+    up, and "other" writes its first operand. needs: run only where this input was given. written:
+    of a rule's states the first so many; None: all. element: the kernel in Python, where
+    elements.py does not have it under the kernel's name. kernel: None where the core has none, and
+    is given the compiled element.
     """
 
     kernel: str | None
@@ -83,6 +94,9 @@ class Rule:
     """Hyperparameters that between them select every kernel and every branch of `scalars`."""
     settled: ClassVar[tuple[str, ...]] = ()
     """Hyperparameters that say what the states hold, so that no step may change them."""
+
+    works: ClassVar[tuple[str, ...]] = ("work",)
+    """The work space of a rule of several phases, by the names of operands."""
 
     lr: LearningRate = 1e-2
     weight_decay: NonNegative = 0.0
@@ -197,16 +211,37 @@ class Rule:
         """The textbook form of what a step does with a Hessian estimate."""
         raise TypeError(f"{type(self).__name__} takes no Hessian")
 
+    def sides(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """States of another shape than their parameter's, and that shape: for matrix rules alone.
+
+        They have the compute type, whatever `state_dtype` says, begin as zero, and come after the
+        other states, in `init` too; `before` and `between` update them.
+        """
+        return {}
+
     def matrices(self, shape: tuple[int, ...]) -> Stack:
-        """As how many matrices, of how many rows and columns, a rule of two phases treats a
+        """As how many matrices, of how many rows and columns, a rule of several phases treats a
         parameter."""
         raise TypeError(f"{type(self).__name__} has one phase")
 
-    def between(self, directions: np.ndarray, space: Workspace) -> None:
-        """What a rule of two phases does to directions, in place, between them.
+    def before(self, t: int, sides: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """New values of a leaf's side states, found before anything is written, for all leaves:
+        here is the place for what may raise or needs memory. They are in `sides` in `between`."""
+        return {}
 
-        directions: of parameters of one shape, which are its first axis; they lie at the beginning
-        of the space. Must not raise: the matrices before these have been updated by then.
+    def between(
+        self,
+        phase: int,
+        works: Sequence[np.ndarray],
+        space: Workspace,
+        members: Sequence[Member | None],
+    ) -> None:
+        """What a rule of several phases does to its work space, in place, after each but the last.
+
+        phase: that which has just run. works: by name as `self.works`; the first axis is that of
+        parameters of one shape; each lies at the beginning of one of the space's directions.
+        members: of each of these parameters, None where it takes no part in the step. Must neither
+        raise nor need memory: the matrices before these have been updated by then.
         """
         raise TypeError(f"{type(self).__name__} has one phase")
 
@@ -276,7 +311,8 @@ class Rule:
         storage = Storage(state_dtype)
         storage.check(["p"], [p.dtype], [self])
         (memory,) = storage.allocate([self], [p], [None])
-        return tuple(state.visible for state in memory.states.values())
+        stored = [*memory.states.values(), *memory.sides.values()]
+        return tuple(state.visible for state in stored)
 
     def summary(self) -> str:
         """The rule with its learning rate and what differs from its defaults."""
@@ -295,10 +331,10 @@ class Rule:
 class Program:
     """Operations on a rule's arrays, and their scalars.
 
-    arrays: names; work space is added where there are two phases. scratch: names of tiles that live
-    as long as a tile is worked on; sums: of sums over a leaf. folds: of each operation its function
-    from (t, lr). head: (factor, a, b); a rule's own scalars stand behind the factor on the gradient
-    and the coefficient a + b lr of weight decay.
+    arrays: names; work space is added where there are several phases. scratch: names of tiles that
+    live as long as a tile is worked on; sums: of sums over a leaf. folds: of each operation its
+    function from (t, lr). head: (factor, a, b); a rule's own scalars stand behind the factor on the
+    gradient and the coefficient a + b lr of weight decay.
     """
 
     MODES: ClassVar = ("plain", "l2", "decoupled", "first", "peek", "peek_l2")  # csrc/table.h
@@ -313,8 +349,8 @@ class Program:
     ) -> None:
         self.operations, self.scratch, self.sums = operations, scratch, sums
         self.phases = 1 + max(op.phase for op in operations)
-        work = ("work",) if self.phases > 1 else ()
-        self.arrays = (*arrays, *work)
+        self.works = rule.works if self.phases > 1 else ()
+        self.arrays = (*arrays, *self.works)
         decay = {"independent": "decoupled", "decoupled_first": "first"}.get(rule.decay, rule.decay)
         self._decay = decay if rule.weight_decay else "plain"
         self.folds = tuple(op.scalars for op in operations)
@@ -339,6 +375,11 @@ def textbook_correction(beta: float, t: int) -> float:
     from decimal import Decimal  # only where a reference runs
 
     return float(1 - Decimal(beta) ** t)
+
+
+def capped(x: Array, limit: float) -> Array:
+    """x, whose magnitude never exceeds `limit`, as whoever bounds its rounding is to know."""
+    return x if isinstance(x, np.ndarray) else x.capped(limit)
 
 
 def ratio(numerator: Array, denominator: Array) -> Array:

@@ -13,6 +13,7 @@ functions like those here. No constants but in comparisons: 0.5 x would be a flo
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import sqrt
 from typing import Any
 
 from numpy import float64
@@ -63,6 +64,10 @@ def clip_value(clipped: float, g: float, factor: float, limit: float) -> float:
     return clamp(factor * g, limit)
 
 
+def normalize(o: float, v: float, k: float, eps: float) -> float:
+    return quotient(o, sqrt(k * v) + eps)
+
+
 # Sums over a leaf: what an element adds, in float64.
 
 
@@ -90,6 +95,7 @@ ELEMENTS: dict[str, Element] = {
     f.__name__: f
     for f in (
         *(sophia_refresh_square, average, lookahead, accumulate, keep, clip_value),
+        normalize,
         *(squares, squared_differences, sophia_wins, sophia_paper_wins),
     )
 }

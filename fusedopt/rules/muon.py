@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from .base import (
     Array,
     Convention,
     DecayForm,
+    Member,
     Operation,
     Rule,
     correction,
@@ -117,7 +118,7 @@ class Muon(Rule):
         ),
     }
     settled = ("form",)
-    examples = (
+    examples: ClassVar[tuple[dict[str, Any], ...]] = (
         {},
         {"nesterov": False, "scale": "match_rms_adamw"},
         {"form": "heavy_ball", "scale": "spectral", "ns_steps": 3},
@@ -146,7 +147,8 @@ class Muon(Rule):
         super().__post_init__()
         if self.bias_correction and self.form != "ema":
             raise ValueError(
-                f"Muon(bias_correction): only the form 'ema' has a bias; got {self.form!r}"
+                f"{type(self).__name__}(bias_correction): only the form 'ema' has a bias; got"
+                f" {self.form!r}"
             )
         _ = self.iteration  # or why there is none
 
@@ -193,14 +195,11 @@ class Muon(Rule):
 
     def refuses(self, p: np.ndarray) -> str | None:
         if p.ndim < 2:
-            return (
-                f"Muon updates arrays of two dimensions or more, got shape {p.shape}; send it to"
-                " AdamW by a pattern: {'<this path>': fo.AdamW(), '*': fo.Muon()}"
-            )
+            return refuses_vectors(self, p)
         if p.shape[0] % self.split:
             return (
-                f"Muon(split={self.split}) splits the first axis into equal parts, got shape"
-                f" {p.shape}; give such parameters a rule of their own by a pattern"
+                f"{type(self).__name__}(split={self.split}) splits the first axis into equal parts,"
+                f" got shape {p.shape}; give such parameters a rule of their own by a pattern"
             )
         return None
 
@@ -242,27 +241,48 @@ class Muon(Rule):
     @functools.cached_property
     def iteration(self) -> Iteration:
         """What is done to each matrix."""
-        coefficients = coefficient_set(self.ns_coefficients, self.ns_steps, "Muon(ns_coefficients)")
+        coefficients = coefficient_set(
+            self.ns_coefficients, self.ns_steps, f"{type(self).__name__}(ns_coefficients)"
+        )
         return Iteration(coefficients, self.norm, self.gram, self.eps)
 
     def matrices(self, shape: tuple[int, ...]) -> Stack:
         rows, cols = as_matrix(shape)
         return self.split, rows // self.split, cols
 
-    def between(self, directions: np.ndarray, space: Workspace) -> None:
+    def between(
+        self,
+        phase: int,
+        works: Sequence[np.ndarray],
+        space: Workspace,
+        members: Sequence[Member | None],
+    ) -> None:
+        # Leaves of the batch that have no gradient are orthogonalised too, whatever is there.
+        (directions,) = works
+        if directions.size:
+            stack = self.stack(directions)
+            space.orthogonalize(directions, stack, self.iteration, self.factor(*stack[1:]))
+
+    def stack(self, directions: np.ndarray) -> Stack:
+        """Those of several parameters, whose number is the first dimension."""
         leaves, *shape = directions.shape
         count, rows, cols = self.matrices(tuple(shape))
-        if directions.size:
-            factor = self.factor(rows, cols)
-            space.orthogonalize(directions, (leaves * count, rows, cols), self.iteration, factor)
+        return leaves * count, rows, cols
 
     def note(self, shape: tuple[int, ...]) -> str:
         stack = count, rows, cols = self.matrices(shape)
         treated = "" if stack == (1, *shape) else f", as {count} of ({rows}, {cols})"
-        return f"Muon of shape {shape}{treated}: {self.iteration.describe(rows, cols)}"
+        form = self.iteration.describe(rows, cols)
+        return f"{type(self).__name__} of shape {shape}{treated}: {form}"
 
     def orthogonalized(self, u: np.ndarray) -> np.ndarray:
         """s o of a direction, in its shape, in plain NumPy; `between` is the fast form."""
+        if u.size == 0:
+            return u.copy()
+        return self.factor(*self.matrices(u.shape)[1:]) * self.polar(u)
+
+    def polar(self, u: np.ndarray) -> np.ndarray:
+        """The same without s."""
         if u.size == 0:
             return u.copy()
         matrices = [self._textbook(matrix) for matrix in u.reshape(self.matrices(u.shape))]
@@ -280,7 +300,7 @@ class Muon(Rule):
         for a, b, c in coefficients.rows:
             gram = x @ x.T
             x = a * x + (b * gram + c * gram @ gram) @ x
-        o: np.ndarray = self.factor(*matrix.shape) * (x if wide else x.T)
+        o: np.ndarray = x if wide else x.T
         return o
 
     @property
@@ -291,14 +311,31 @@ class Muon(Rule):
     def textbook(
         self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float
     ) -> tuple[Array, tuple[Array, ...]]:
-        (m,) = states
+        u, m = self.textbook_direction(g, states[0], t)
+        return lr * through(u, self.orthogonalized, self.amplification), (m,)
+
+    def textbook_direction(self, g: Array, m: Array, t: int) -> tuple[Array, Array]:
+        """u, and the new m."""
         mu = self.momentum
         gained = (1 - mu) * g if self.form == "ema" else g
         m = mu * m + gained
         c_g = c_m = 1.0
         if self.bias_correction:
             c_g, c_m = textbook_correction(mu, t), textbook_correction(mu, t + 1)
-        u = gained / c_g + mu * m / c_m if self.nesterov else m / c_g
-        if isinstance(u, np.ndarray):
-            return lr * self.orthogonalized(u), (m,)
-        return lr * u.through(self.orthogonalized, self.amplification), (m,)
+        return gained / c_g + mu * m / c_m if self.nesterov else m / c_g, m
+
+
+def refuses_vectors(rule: Rule, p: np.ndarray) -> str | None:
+    """`Rule.refuses` of a rule for matrices."""
+    if p.ndim > 1:
+        return None
+    own = type(rule).__name__
+    return (
+        f"{own} updates arrays of two dimensions or more, got shape {p.shape}; send it to AdamW by"
+        f" a pattern: {{'<this path>': fo.AdamW(), '*': fo.{own}()}}"
+    )
+
+
+def through(u: Array, function: Callable[[np.ndarray], Any], gain: float) -> Any:
+    """`function` of a reference's array, which amplifies rounding up to `gain` times."""
+    return function(u) if isinstance(u, np.ndarray) else u.through(function, gain)

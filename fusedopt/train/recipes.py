@@ -21,7 +21,9 @@ from ..schedules import (
 
 # Peak learning rates, under the schedule "cosine": of each rule the best on held-out text after
 # 1000 steps of the default model, seed 0, among values a factor of 2 (Adam, AdamW, Muon) or 3
-# apart. Three times SGD's and ten times Nesterov's make the loss explode.
+# apart. Three times SGD's and ten times Nesterov's make the loss explode. The last three are the
+# best of two or three values: NorMuon of 0.01 and 0.02, AdaMuon of 0.005, 0.01 and 0.02, SOAP of
+# 0.003 and 0.006.
 LEARNING_RATES = {
     "sgd": 0.3,
     "momentum": 1.0,
@@ -33,6 +35,9 @@ LEARNING_RATES = {
     "lion": 3e-4,
     "sophia": 3e-4,
     "muon": 0.02,
+    "normuon": 0.02,
+    "adamuon": 5e-3,
+    "soap": 6e-3,
 }
 
 # Rules that take curvature get it at the first step and at every so many steps after it, as in
@@ -71,14 +76,14 @@ def recipe(
     """Path pattern -> rule, for a run of `steps` updates of `tokens` tokens.
 
     lr: the peak learning rate; None takes the table's. schedule: a name in `SCHEDULES`.
-    estimator: a name in `ESTIMATORS`, of Sophia. Muon gets the matrices of the blocks; the
-    embeddings, the head and all vectors then go to AdamW at its own rate of the table.
+    estimator: a name in `ESTIMATORS`, of Sophia. Rules for matrices, such as Muon, get those of the
+    blocks; the embeddings, the head and all vectors then go to AdamW at its own rate of the table.
     """
     shape = SCHEDULES[schedule]
     rule = fo.RULES[name](lr=shape(LEARNING_RATES[name] if lr is None else lr, steps))
     if isinstance(rule, fo.Sophia):
         rule = replace(rule, bs=tokens, **ESTIMATORS[estimator])
-    if isinstance(rule, fo.Muon):
+    if rule.program.phases > 1:
         rest = fo.AdamW(lr=shape(LEARNING_RATES["adamw"], steps))
         return {"blocks.*.w": rule, "*": rest}
     return {"*": rule}
