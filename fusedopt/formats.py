@@ -303,7 +303,11 @@ class Blocks(Format):
             differs = ((low != held) | (high != held)).astype(np.float32)
             fits |= self._largest(differs) == 0
             ends = [
-                np.where(np.isinf(x), x, self.decode(self.encode(x, key, aux)[0], aux)[:n])
+                np.where(
+                    np.isinf(x) & (low != high),
+                    x,
+                    self.decode(self.encode(x, key, aux)[0], aux)[:n],
+                )
                 for x in (low, high)
             ]
             fits = np.repeat(fits, self.block)[:n]
