@@ -324,7 +324,9 @@ class Plan {
       return true;
     }
     std::size_t k = 0;
-    const auto visit = [&](PyObject* o) { return k < own_.size() && read_leaf(slot, k++, o); };
+    const auto visit = [&](PyObject* o) {
+      return k < own_.size() && read_leaf(slot, k++, o, flat);
+    };
     if (!flat) return walk(tree_, tree.ptr(), visit) && k == own_.size();
     for (const py::handle leaf : tree)
       if (!visit(leaf.ptr())) return false;
@@ -338,7 +340,8 @@ class Plan {
     operand.encode = nullptr;
   }
 
-  bool read_leaf(Slot slot, std::size_t k, PyObject* o) {
+  // checked: by Python, which alone makes tuples of rows; a caller's own could say anything.
+  bool read_leaf(Slot slot, std::size_t k, PyObject* o, bool checked) {
     Operand& operand = operands_[k * MAX_OPERANDS + slot];
     const char* const passed = operand.data;
     const std::uint32_t passed_bits = operand.bits;
@@ -347,7 +350,7 @@ class Plan {
     if (slot == GRADIENT) touched_[k] = {n, {n, n}, {}};
     if (o == Py_None) return true;
     refs_.push_back(py::reinterpret_borrow<py::object>(o));
-    const bool some = PyTuple_Check(o);
+    const bool some = checked && PyTuple_Check(o);
     bool fits = (slot != HESSIAN || program(k).takes_hessian) &&
                 (some ? read_rows(slot, k, o, operand)
                       : read_input(o, own_[k].parameter, own_[k].compute, *table_,

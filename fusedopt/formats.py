@@ -302,7 +302,14 @@ class Blocks(Format):
             held = self.decode(data, aux)[:n]
             differs = ((low != held) | (high != held)).astype(np.float32)
             fits |= self._largest(differs) == 0
-            ends = [self.decode(self.encode(x, key, aux)[0], aux)[:n] for x in (low, high)]
+            ends = [
+                np.where(
+                    np.isinf(x) & (low != high),
+                    x,
+                    self.decode(self.encode(x, key, aux)[0], aux)[:n],
+                )
+                for x in (low, high)
+            ]
             fits = np.repeat(fits, self.block)[:n]
         return np.where(fits, ends[0], np.inf), np.where(fits, ends[1], -np.inf)
 

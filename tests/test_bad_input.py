@@ -290,3 +290,16 @@ def test_unusual_but_legal_arrays() -> None:
             p, g = make(), make_gradient().reshape(make().shape)
             fo.Optimizer(p, fo.SGD(lr=0.5)).step(g)
             np.testing.assert_array_equal(p, 0.5)
+
+
+def test_tuples_of_arrays_are_no_rows() -> None:
+    # The core takes rows, once these are checked, as such tuples: a caller's own must not pass.
+    p = np.zeros((3, 4), np.float32)
+    optimizer = fo.Optimizer({"w": p}, fo.SGD())
+    beyond = (np.array([2]), np.array([1 << 40]), np.ones((1, 4), np.float32))
+    for leaf in (beyond, (np.array([1 << 40]), np.array([0]), beyond[2])):
+        with pytest.raises(TypeError, match="w"):
+            optimizer.step({"w": leaf})
+        with pytest.raises(TypeError, match="w"):
+            optimizer.accumulate({"w": leaf})
+    assert not p.any()

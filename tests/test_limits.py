@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
+import tracemalloc
 from decimal import Decimal, localcontext
 
 import numpy as np
 import pytest
 
 import fusedopt as fo
-from exactness import DTYPES, Array
+from exactness import DTYPES, Array, run_python
 from fusedopt.rules.base import correction
 
 BETAS = (0.9, 0.999, 0.99999)
@@ -97,3 +99,86 @@ def test_counters_beyond_two_to_the_31() -> None:
     optimizer.load_state_dict(state)
     assert optimizer.step(g).step == 2**31 + 1
     assert all(math.isfinite(x) and x < 0 for x in p)
+
+
+def test_a_million_steps() -> None:
+    # Every sum is exact: a lost step or one taken twice would show, as would memory that grows.
+    p, g = np.zeros(2, np.float64), np.array([1.0, -3.0])
+    optimizer = fo.Optimizer(p, fo.SGD(lr=0.5), threads=1)
+    sums = fo.Optimizer(np.ones(2), fo.Adam(), threads=1)
+    for _ in range(1000):
+        optimizer.step(g)
+        sums.step(g)
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    for _ in range(10**6 - 1000):
+        optimizer.step(g)
+    for _ in range(20_000):
+        sums.step(g)
+    grown = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert optimizer.step_count == 10**6
+    assert p.tolist() == [-0.5e6, 1.5e6]
+    assert grown < 4096
+
+
+SHORT_OF_MEMORY = """
+import resource
+import numpy as np, fusedopt as fo
+
+n, mib = 1 << 24, 1 << 20
+p, g = np.ones(n, np.float32), np.full(n, 0.5, np.float32)
+small, h = np.ones(1000, np.float32), np.ones(1000, np.float32)
+stepping = fo.Optimizer(small, fo.Adam())
+stepping.step(h)
+large = fo.Optimizer(p, fo.SGD(lr=0.5))
+large.step(g)
+
+def used():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()
+
+def refused(action):
+    before = [small.tobytes(), p.tobytes()[:64], p[-1], large.fingerprint(), large.step_count]
+    resource.setrlimit(resource.RLIMIT_AS, (used() + 32 * mib, resource.RLIM_INFINITY))
+    try:
+        action()
+    except MemoryError:
+        pass
+    else:
+        raise AssertionError("was not refused")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert before == [
+        small.tobytes(), p.tobytes()[:64], p[-1], large.fingerprint(), large.step_count
+    ]
+
+refused(lambda: fo.Optimizer(p, fo.AdamW()))  # its states
+refused(lambda: fo.Optimizer({"a": p, "b": small}, fo.AdamW(), verify=True))
+refused(lambda: large.accumulate(g))  # the sums
+refused(lambda: large.step(np.full(2 * n, 0.5, np.float32)[::2]))  # a copy of another layout
+refused(lambda: large.state_dict() and p.copy())
+verified = fo.Optimizer(p, fo.SGD(lr=0.5), master=None)
+refused(lambda: verified.rebind(p + 1))
+with_average = fo.Optimizer(p, fo.SGD(lr=0.5), ema=0.5)
+refused(lambda: with_average.averaged().__enter__())  # the backup
+refused(lambda: fo.global_norm(np.ones(4 * n)))
+
+# Nothing is stuck.
+for optimizer, gradient in ((stepping, h), (large, g), (verified, g), (with_average, g)):
+    count = optimizer.step_count
+    assert optimizer.step(gradient).step == count + 1
+large.accumulate(g)
+large.step()
+with with_average.averaged():
+    pass
+print("done")
+"""
+
+
+def test_running_out_of_memory() -> None:
+    if not sys.platform.startswith("linux") or available_gibibytes() < 2:
+        pytest.skip("needs Linux and 2 GiB of free memory")
+    done = run_python(SHORT_OF_MEMORY, {"OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "done\n"
