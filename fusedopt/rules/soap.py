@@ -178,6 +178,11 @@ class SOAP(Rule):
                 product *= 1.0 - self.shampoo_beta
                 moment *= self.shampoo_beta
                 moment += product
+                # What is below the smallest normal number is zero, as in all states; no memory.
+                np.abs(moment, out=product)
+                np.less(product, np.finfo(moment.dtype).smallest_normal, out=product)
+                np.subtract(1.0, product, out=product)
+                moment *= product
 
     def textbook(
         self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float
