@@ -257,8 +257,9 @@ class Plan {
         throw py::value_error("plan: an array does not fit its parameter");
       if (source >= 0) use_copy(table_->codecs[target.codec], compute, source, operand);
       coded_.push_back({k * MAX_OPERANDS + place, compute, target.codec});
-      // Work space comes last, is nobody's business, and is shared between leaves.
-      const bool work = place + static_cast<std::size_t>(program.works) >= INPUTS + arrays.size();
+      // Work space comes last of the arrays, is nobody's business, and is shared between leaves.
+      const bool work =
+          source < 0 && place + static_cast<std::size_t>(program.works) >= INPUTS + arrays.size();
       for (const Range& range : target.ranges)
         if (range.begin != range.end && !work) written_.push_back(range);
       if (place == PARAMETER || source >= 0)

@@ -5,6 +5,7 @@ What a device does with it, `benchmarks/gpu.py` shows where there is one.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -166,9 +167,9 @@ def test_whole_vectors_are_loaded_before_any_is_stored(assembly: Assembly) -> No
 
 def ptxas() -> str | None:
     """NVIDIA's assembler, from a wheel or a toolkit."""
-    import nvidia  # a namespace of the compiler's wheels
-
-    found = [f for root in nvidia.__path__ for f in Path(root).glob("cu1*/bin/ptxas*")]
+    wheels = importlib.util.find_spec("nvidia")  # a namespace of the compiler's wheels
+    roots = (wheels and wheels.submodule_search_locations) or []
+    found = [f for root in roots for f in Path(root).glob("cu1*/bin/ptxas*")]
     return str(found[0]) if found else shutil.which("ptxas")
 
 
