@@ -109,6 +109,8 @@ class Accumulator:
             return self._add(grads)
         self._refuse_mixed(rows, np.flatnonzero(self._counters[1:]))
         taken = {k: self._stepper.fit_leaf(k, "grads", given) for k, given in rows.items()}
+        if self._layout.zero_grads:
+            self._stepper.check_exclusive(leaves, None)
         dense = [None if k in rows else g for k, g in enumerate(leaves)]
         self._refuse_mixed([k for k, g in enumerate(dense) if g is not None], self._rows)
         count = self._add(self._tree.build(dense))

@@ -123,10 +123,7 @@ class Stepper:
         return int(number)
 
     def _zeroing(self, fitted: Any, estimates: Any, given: Sequence[Any]) -> int:
-        inputs = list(zip(self._labels("grads"), map(values_of, given), strict=True))
-        if estimates is not None:
-            inputs += zip(self._labels("hessian"), map(values_of, estimates), strict=True)
-        self._fit.check_exclusive(inputs, len(given))
+        self.check_exclusive(given, estimates)
         before = int(self._layout.counters[0])
         with deferred():
             number = self.flat(fitted, estimates)
@@ -135,6 +132,13 @@ class Stepper:
                 if g is not None:
                     values_of(g)[...] = 0
         return number
+
+    def check_exclusive(self, given: Sequence[Any], estimates: Sequence[Any] | None) -> None:
+        """ValueError where gradients cannot be zeroed without harm."""
+        inputs = list(zip(self._labels("grads"), map(values_of, given), strict=True))
+        if estimates is not None:
+            inputs += zip(self._labels("hessian"), map(values_of, estimates), strict=True)
+        self._fit.check_exclusive(inputs, len(given))
 
     def _fitted(self, tree: Any, what: str) -> list[np.ndarray | Touched | None]:
         values = self._tree.flatten(tree, what)

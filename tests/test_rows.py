@@ -226,6 +226,17 @@ def test_zero_grads_zeroes_the_values() -> None:
         assert not given.values.any()
 
 
+def test_values_that_cannot_be_zeroed() -> None:
+    given = fo.Rows(np.array([1, 3]), draw(2, 5))
+    given.values.flags.writeable = False
+    opt = fo.Optimizer(draw(6, 5), fo.SGD(), zero_grads=True)
+    for act in (opt.step, opt.accumulate):
+        with pytest.raises(ValueError, match="read-only, and zero_grads is to zero it"):
+            act(given)
+    with pytest.raises(RuntimeError, match="nothing was accumulated"):
+        opt.step()
+
+
 def test_micro_batches_of_rows() -> None:
     params = {"e": draw(20, 6), "w": draw(4, 4)}
     twin = copy.deepcopy(params)
