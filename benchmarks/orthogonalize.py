@@ -22,6 +22,7 @@ from fusedopt.bench.problems import Array, Step, gpt2_small
 from fusedopt.newton_schulz import Workspace, flops
 
 STACKS = (
+    (1, 512, 512),
     (1, 768, 768),
     (1, 768, 2304),
     (1, 768, 3072),
