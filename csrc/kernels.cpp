@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "codecs.hpp"
+#include "newton_schulz.hpp"
 #include "rules.hpp"
 #include "table.h"
 
@@ -201,5 +202,7 @@ const Table FUSEDOPT_TABLE = {
     Everything::count,
     CODECS,
     static_cast<int>(sizeof CODECS / sizeof *CODECS),
+    {orthogonalize<float>, orthogonalize<double>},
+    orthogonalize_space,
 };
 }  // namespace fusedopt

@@ -76,11 +76,25 @@ struct Codec {
   bool random = false;           // takes a key
 };
 
+// Newton-Schulz steps x := (a + b A + c A^2) x, A = x x^T, of one matrix in C order.
+struct NewtonSchulz {
+  std::size_t rows, columns;
+  const double* coefficients;  // a, b, c of each step
+  int steps;
+  double prescale, eps, factor;  // the norm is prescale * (that of the matrix) + eps
+  bool by_row;                   // each row has its own norm ("aol")
+};
+
+// Replaces the matrix by factor times its iterate.
+using Orthogonalize = void (*)(const NewtonSchulz& how, void* matrix, void* space);
+
 struct Table {
   const Operation* operations;
   int operation_count;
   const Codec* codecs;
   int codec_count;
+  Orthogonalize orthogonalize[COMPUTE_TYPES];
+  std::size_t (*orthogonalize_space)(std::size_t rows, std::size_t columns);  // elements
 };
 
 }  // namespace fusedopt

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from .coefficients import Coefficients, Row
+from .core import core
+from .threads import available, in_use
 
 Stack = tuple[int, int, int]
 """So many matrices of so many rows and columns."""
 
+Group = tuple[Row, ...]
+"""One iteration, or two that are made together."""
+
 Norm = Literal["frobenius", "aol"]
 Gram = Literal["auto", True, False]
 
-SMALL = 1 << 14
-"""Matrices of at most so many elements go several into one product. For one of 16x16, 32x32, 64x64
-and 128x128 five steps took 5, 18, 83 and 434 us so, and 55, 71, 143 and 479 one by one."""
+SMALL = 1 << 16
+"""Matrices of at most so many elements are the compiled core's, and several leaves' are one stack,
+each matrix on one thread."""
 
 BATCH = 1 << 17
-"""So many elements go into one product then; more gained nothing."""
+"""So many elements go into one stack then; more gained nothing."""
 
 
 def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -31,7 +36,7 @@ def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def at_once(rows: int, cols: int) -> int:
-    """How many matrices go into one product."""
+    """How many matrices of several leaves go into one stack."""
     return BATCH // (rows * cols) if 0 < rows * cols <= SMALL else 1
 
 
@@ -70,7 +75,7 @@ class Iteration:
     iterations (the idea: https://github.com/Dao-AILab/gram-newton-schulz). R loses the small
     singular values to rounding, and is computed anew from x before the next iteration ("reset").
     False makes every iteration on x; "auto" what takes fewer operations: pairs from an aspect
-    ratio of 2 on.
+    ratio of 2 on. Small matrices are the compiled core's, which has no pairs.
     """
 
     coefficients: Coefficients
@@ -78,14 +83,18 @@ class Iteration:
     gram: Gram
     eps: float
 
-    def groups(self, rows: int, cols: int) -> list[tuple[Row, ...]]:
+    def groups(self, rows: int, cols: int) -> list[Group]:
         """Singles and pairs of iterations, for a matrix of this shape."""
-        forms = [self._grouped(paired) for paired in (False, True)]
-        if self.gram == "auto":
-            return min(forms, key=lambda groups: flops(rows, cols, groups))
-        return forms[self.gram]
+        standard, paired = (self._grouped(paired) for paired in (False, True))
+        if self.gram == "auto" and not self.in_core(rows, cols):
+            return min(standard, paired, key=lambda groups: flops(rows, cols, groups))
+        return paired if self.gram is True else standard
 
-    def _grouped(self, paired: bool) -> list[tuple[Row, ...]]:
+    def in_core(self, rows: int, cols: int) -> bool:
+        """Whether the compiled core makes the iterations of such a matrix."""
+        return core is not None and rows * cols <= SMALL and self.gram is not True
+
+    def _grouped(self, paired: bool) -> list[Group]:
         rows = self.coefficients.rows
         seconds = {k + 1 for k in self.coefficients.pairs} if paired else set()
         starts = [k for k in range(len(rows)) if k not in seconds]
@@ -101,9 +110,7 @@ class Iteration:
         return f"Gram form, resets {resets}, {share:.2f} of the standard form's operations"
 
 
-def flops(
-    rows: int, cols: int, groups: Sequence[tuple[Row, ...]], *, symmetric: float = 0.5
-) -> float:
+def flops(rows: int, cols: int, groups: Sequence[Group], *, symmetric: float = 0.5) -> float:
     """Operations of an iteration's products: the cost model.
 
     symmetric: what part of a product's operations counts where the result is symmetric; half of
@@ -120,20 +127,25 @@ class Workspace:
     """The buffers of the largest stack, shared by all matrices of an optimizer.
 
     stacks: each that one call will take; dtype: of the arithmetic. directions: flat, where so many
-    stacks are to be put; the first is the one that is orthogonalised.
+    stacks are to be put; the first is the one that is orthogonalised. threads: at most so many
+    work on a stack of small matrices, where the process may use more.
     """
 
-    def __init__(self, stacks: Sequence[Stack], dtype: np.dtype, count: int = 1) -> None:
-        whole, square = _extents(stacks)
+    def __init__(
+        self, stacks: Sequence[Stack], dtype: np.dtype, count: int = 1, threads: int | None = None
+    ) -> None:
+        whole, square, slots = _extents(stacks)
         *self.directions, self._other = (np.empty(whole, dtype) for _ in range(count + 1))
         self._squares = [np.empty(square, dtype) for _ in range(3)]
+        self._slots = np.empty(slots, dtype)
+        self._threads = threads
         self.nbytes = self.bytes_for(stacks, dtype, count)
 
     @staticmethod
     def bytes_for(stacks: Sequence[Stack], dtype: np.dtype, count: int = 1) -> int:
         """What a workspace takes of memory."""
-        whole, square = _extents(stacks)
-        return ((count + 1) * whole + 3 * square) * dtype.itemsize
+        whole, square, slots = _extents(stacks)
+        return ((count + 1) * whole + 3 * square + slots) * dtype.itemsize
 
     @property
     def direction(self) -> np.ndarray:
@@ -169,14 +181,23 @@ class Workspace:
         if not u.size:
             return
         x, y = self.opened(u, stack)
-        count, rows, cols = stack
-        groups = iteration.groups(rows, cols)
-        size = at_once(rows, cols)
-        # Whatever np.seterr says: an error here would leave a step half done.
-        with np.errstate(all="ignore"):
-            for k in range(0, count, size):
-                part: Any = k if size == 1 else slice(k, k + size)
-                self._iterate(x[part], y[part], iteration, groups, factor)
+        if iteration.in_core(*stack[1:]):
+            core.orthogonalize(
+                x,
+                self._slots,
+                [value for row in iteration.coefficients.rows for value in row],
+                iteration.coefficients.prescale,
+                iteration.eps,
+                factor,
+                iteration.norm == "aol",
+                min(self._threads or in_use(), in_use()),
+            )
+        else:
+            groups = iteration.groups(*stack[1:])
+            # Whatever np.seterr says: an error here would leave a step half done.
+            with np.errstate(all="ignore"):
+                for one, spare in zip(x, y, strict=True):
+                    self._iterate(one, spare, iteration, groups, factor)
         self.closed(u, x)
 
     def _iterate(
@@ -184,52 +205,51 @@ class Workspace:
         x: np.ndarray,
         y: np.ndarray,
         iteration: Iteration,
-        groups: Sequence[tuple[Row, ...]],
+        groups: Sequence[Group],
         factor: float,
     ) -> None:
-        rows, cols = x.shape[-2:]
-        wide, n = rows <= cols, min(rows, cols)
-        shape = (*x.shape[:-2], n, n)
-        gram, poly, spare = (b[: math.prod(shape)].reshape(shape) for b in self._squares)
+        wide, n = x.shape[0] <= x.shape[1], min(x.shape)
+        gram, poly, spare = (b[: n * n].reshape(n, n) for b in self._squares)
         for k, group in enumerate(groups):
             _gram(x, gram)
             if k == 0:
                 scale = _normalize(x, y, gram, spare, iteration)
             q = _multiplier(group, gram, poly, spare)
             if k == 0:  # x itself is never divided: that would be one more pass
-                q *= scale[..., None, :]
+                q *= scale
             if k == len(groups) - 1:
                 q *= factor
             # The products' rounding is half as large without the diagonal, which is much larger
             # than the other elements where x has a low rank.
-            diagonal = _take_diagonal(q)
+            diagonal = _diagonal(q).copy()
+            _diagonal(q)[...] = 0.0
             if wide:
-                _product(x)(q, x, out=y)
-                x *= diagonal[..., :, None]
+                np.dot(q, x, out=y)
+                x *= diagonal[:, None]
             else:
-                _product(x)(x, q.mT, out=y)
-                x *= diagonal[..., None, :]
+                np.dot(x, q.T, out=y)
+                x *= diagonal
             x += y
 
 
-def _extents(stacks: Sequence[Stack]) -> tuple[int, int]:
-    """Elements of the largest stack, and of the Gram matrices of the largest product."""
+def _extents(stacks: Sequence[Stack]) -> tuple[int, int, int]:
+    """Elements of the largest stack, of the largest Gram matrix, and of the core's space for small
+    matrices, for each thread that may have a part of a stack."""
     whole = max((math.prod(stack) for stack in stacks), default=0)
-    return whole, max((min(c, at_once(*s)) * min(s) ** 2 for c, *s in stacks), default=0)
-
-
-def _product(x: np.ndarray) -> Callable[..., Any]:
-    """For single matrices np.dot: it mirrors a symmetric result in half the time (768x768: a
-    product in 2.5 ms instead of 3.1)."""
-    return np.dot if x.ndim == 2 else np.matmul
+    square = max((min(s) ** 2 for _, *s in stacks), default=0)
+    slots = 0
+    if core:
+        threads = min(available().values())
+        small = (s for s in stacks if math.prod(s[1:]) <= SMALL)
+        slots = max((min(c, threads) * core.orthogonalize_space(*s) for c, *s in small), default=0)
+    return whole, square, slots
 
 
 def _gram(x: np.ndarray, out: np.ndarray) -> None:
-    """The products of the rows with one another, or of the columns if these are fewer."""
-    if x.shape[-2] <= x.shape[-1]:
-        _product(x)(x, x.mT, out=out)
-    else:
-        _product(x)(x.mT, x, out=out)
+    """The products of the rows with one another, or of the columns if these are fewer: of a matrix
+    with its own transpose, BLAS computes one half. (np.dot mirrors it in half of np.matmul's time:
+    768x768 in 2.5 ms instead of 3.1.)"""
+    np.dot(*((x, x.T) if x.shape[0] <= x.shape[1] else (x.T, x)), out=out)
 
 
 def _normalize(
@@ -240,57 +260,66 @@ def _normalize(
     """
     limits = np.finfo(x.dtype)
     epsilon = float(limits.eps)
-    shift = np.zeros(x.shape[:-2], np.intc)
-    squares = _trace(gram)
-    least, most = float(limits.tiny) / epsilon**2, float(limits.max) * epsilon
-    if not np.all((least <= squares) & (squares <= most)):  # of what may have under- or overflowed
+    squares, shift = _trace(gram), 0
+    if not float(limits.tiny) / epsilon**2 <= squares <= float(limits.max) * epsilon:
+        # What may have under- or overflowed.
         np.abs(x, out=y)
-        shift = -np.frexp(y.max(axis=(-2, -1)))[1]
-        np.ldexp(x, shift[..., None, None], out=x)  # exact: it leaves no trace in the result
+        shift = -int(np.frexp(y.max())[1])
+        np.ldexp(x, shift, out=x)  # exact: it leaves no trace in the result
         _gram(x, gram)
         squares = _trace(gram)
-    if iteration.norm == "frobenius":
-        sums = squares[..., None]
-    else:
+    sums = np.array([squares])
+    if iteration.norm == "aol":
         np.abs(gram, out=spare)
-        sums = spare.sum(axis=-1).astype(np.float64)
-    eps = np.ldexp(iteration.eps, shift)[..., None]
-    norm = iteration.coefficients.prescale * np.sqrt(sums) + eps
+        sums = spare.sum(axis=1).astype(np.float64)
+    norm = iteration.coefficients.prescale * np.sqrt(sums) + np.ldexp(iteration.eps, shift)
     scale: np.ndarray = np.divide(1.0, norm, out=np.zeros_like(norm), where=sums != 0).astype(
         x.dtype
     )
-    gram *= scale[..., :, None]
-    gram *= scale[..., None, :]
+    gram *= scale[:, None]
+    gram *= scale
     return scale
 
 
-def _multiplier(
-    group: tuple[Row, ...], gram: np.ndarray, poly: np.ndarray, spare: np.ndarray
-) -> np.ndarray:
+def _multiplier(group: Group, gram: np.ndarray, poly: np.ndarray, spare: np.ndarray) -> np.ndarray:
     """What one or two iterations multiply x by.
 
     gram: x's Gram matrix. The result is one of these buffers, all of which are overwritten.
     """
-    product = _product(gram)
     _polynomial(group[0], gram, poly, spare)
     if len(group) == 1:
         return poly
     # In this order: gram @ (poly @ poly) would save half a product, and be up to ten times less
-    # accurate. The mean with the transpose takes up to a third off the error; to compute one half
-    # and mirror it would save time, and cost up to twice the error.
-    product(poly, gram, out=spare)
-    product(spare, poly, out=gram)
-    np.add(gram, gram.mT, out=spare)
+    # accurate. The mean with the transpose takes up to a third off the error.
+    _commuting(poly, gram, spare)
+    np.dot(spare, poly, out=gram)
+    np.add(gram, gram.T, out=spare)
     spare *= 0.5
     _polynomial(group[1], spare, gram, spare)
-    product(gram, poly, out=spare)
+    _commuting(gram, poly, spare)
     return spare
+
+
+BLOCKS = 4
+"""Rows of so many blocks make a symmetric product: of 768x768 in 3.6 ms instead of 4.8, with eight
+in 3.4."""
+
+
+def _commuting(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
+    """out := a b of polynomials of one matrix: symmetric but for rounding, so that the blocks below
+    the diagonal are the others' mirror image."""
+    n = len(a)
+    size = -(-n // BLOCKS)
+    for k in range(0, n, size):
+        rows, rest = slice(k, k + size), slice(k + size, n)
+        np.matmul(a[rows], b[:, k:], out=out[rows, k:])
+        out[rest, rows] = out[rows, rest].T
 
 
 def _polynomial(row: Row, gram: np.ndarray, out: np.ndarray, scratch: np.ndarray) -> None:
     """out := a + b gram + c gram^2; scratch, which may be gram, is overwritten."""
     a, b, c = row
-    _product(gram)(gram, gram.mT, out=out)
+    np.dot(gram, gram.T, out=out)
     out *= c
     np.multiply(gram, b, out=scratch)
     out += scratch
@@ -298,20 +327,10 @@ def _polynomial(row: Row, gram: np.ndarray, out: np.ndarray, scratch: np.ndarray
     diagonal += a
 
 
-def _take_diagonal(square: np.ndarray) -> np.ndarray:
-    """The diagonals of contiguous matrices, zeros in their place."""
-    diagonal = _diagonal(square)
-    taken = diagonal.copy().reshape(square.shape[:-1])
-    diagonal[...] = 0.0
-    return taken
-
-
-def _trace(square: np.ndarray) -> np.ndarray:
-    traces: np.ndarray = _diagonal(square).astype(np.float64).sum(axis=-1)
-    return traces.reshape(square.shape[:-2])
+def _trace(square: np.ndarray) -> float:
+    return float(_diagonal(square).astype(np.float64).sum())
 
 
 def _diagonal(square: np.ndarray) -> np.ndarray:
-    """A view: for each contiguous matrix a row."""
-    n = square.shape[-1]
-    return square.reshape(-1, n * n)[:, :: n + 1]
+    """A view of that of a contiguous matrix."""
+    return square.reshape(-1)[:: len(square) + 1]

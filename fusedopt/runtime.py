@@ -9,7 +9,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from .backends import BACKENDS, FORCED, check_registry, core
+from .backends import BACKENDS, FORCED, check_registry
+from .core import core
 from .environment import choice
 from .rules import RULES, Rule
 from .threads import available, check_threads, in_use, use

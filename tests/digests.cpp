@@ -215,6 +215,26 @@ std::uint64_t leaves_digest(const Table& table, const Operation& rule, int threa
   return digest.state();
 }
 
+// Matrices of several shapes, tall and wide.
+template <class T>
+std::uint64_t orthogonalize_digest(const Table& table) {
+  const double triples[] = {4.0848, -6.8946, 2.9270, 3.9505, -6.3029, 2.6377};
+  constexpr std::size_t shapes[][2] = {{1, 1}, {5, 3}, {16, 40}, {33, 17}, {70, 130}};
+  Numbers numbers;
+  Digest digest;
+  for (const auto& [rows, columns] : shapes)
+    for (const bool by_row : {false, true}) {
+      const std::size_t size = rows * columns;
+      const std::unique_ptr<T[]> matrix(new T[size]);
+      for (std::size_t i = 0; i < size; ++i) matrix[i] = static_cast<T>(numbers.fraction() - 0.5);
+      const std::unique_ptr<T[]> space(new T[table.orthogonalize_space(rows, columns)]);
+      const NewtonSchulz how{rows, columns, triples, 2, 1.0, 1e-30, 0.5, by_row};
+      table.orthogonalize[Compute<T>::index](how, matrix.get(), space.get());
+      digest.add(matrix.get(), size);
+    }
+  return digest.state();
+}
+
 void line(const char* what, const char* name, const char* type, std::uint64_t digest) {
   std::printf("%s %s %s %016llx\n", what, name, type, static_cast<unsigned long long>(digest));
 }
@@ -234,6 +254,7 @@ bool print(const Table& table) {
   }
   for (int k = 0; k < table.codec_count; ++k)
     line("codec", table.codecs[k].name, type, codec_digest<T>(table.codecs[k]));
+  line("orthogonalize", "stacks", type, orthogonalize_digest<T>(table));
   return same;
 }
 

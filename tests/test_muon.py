@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 import fusedopt as fo
+from fusedopt.core import core
 from fusedopt.newton_schulz import BATCH, SMALL
+from fusedopt.threads import available
 
 
 def textbook(u: np.ndarray, **settings: Any) -> np.ndarray:
@@ -112,7 +114,10 @@ def test_buffers_are_made_once_and_shared() -> None:
     rules = {"4": fo.Muon(split=3), "*": fo.Muon()}
     params = [np.zeros(s, np.float32) for s in shapes]
     opt = fo.Optimizer(params, rules)
-    expected = 4 * (2 * 60 * 40 + 3 * 3 * 20 * 20)
+    stacks = [(1, 8, 200), (1, 100, 5), (2, 12, 12), (3, 20, 40)]
+    threads = min(available().values())
+    space = max(min(c, threads) * core.orthogonalize_space(*s) if core else 0 for c, *s in stacks)
+    expected = 4 * (2 * 60 * 40 + 3 * 20 * 20 + space)
     assert opt._plan.work_bytes == fo.estimate(params, rules).work == expected
     grads = gradients(params)
     opt.step(grads)
@@ -148,16 +153,16 @@ def test_decay_is_not_scaled_by_the_shape() -> None:
 
 
 def test_the_form_is_described_once_for_each_shape() -> None:
-    params = [np.zeros((8, 40)), np.zeros((8, 40)), np.zeros((6, 6)), np.zeros((4, 3, 3))]
+    params = [np.zeros(s) for s in ((8, 40), (8, 40), (200, 1000), (4, 3, 3))]
     lines = fo.Optimizer(params, fo.Muon()).describe().splitlines()[5:-1]
     assert lines == [
-        "Muon of shape (8, 40): Gram form, resets (2, 3), 0.78 of the standard form's operations",
-        "Muon of shape (6, 6): standard form",
-        "Muon of shape (4, 3, 3), as 1 of (4, 9): Gram form, resets (2, 3), 0.96 of the standard"
-        " form's operations",
+        "Muon of shape (8, 40): standard form",
+        "Muon of shape (200, 1000): Gram form, resets (2, 3), 0.78 of the standard form's"
+        " operations",
+        "Muon of shape (4, 3, 3), as 1 of (4, 9): standard form",
     ]
-    forced = fo.Optimizer(params[:1], fo.Muon(gram=False, split=2)).describe()
-    assert "shape (8, 40), as 2 of (4, 40): standard form" in forced
+    forced = fo.Optimizer(params[:1], fo.Muon(gram=True, split=2)).describe()
+    assert "shape (8, 40), as 2 of (4, 40): Gram form, resets (2, 3), 0.69 of" in forced
     assert "form" not in fo.Optimizer(params, fo.Muon(), backend="reference").describe()
 
 

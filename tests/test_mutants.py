@@ -35,6 +35,9 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = {
+    "the diagonal forgotten": Mutant(
+        "newton_schulz.hpp", "return v + load(diagonal + j)", "return v + T(0)", "muon"
+    ),
     "a sign": Mutant("rules.hpp", "return lr * g;", "return -lr * g;", "sgd"),
     "swapped betas": Mutant("rules.hpp", "v = b2 * v + one_b2 * (g * g);",
                             "v = one_b2 * v + b2 * (g * g);", "adam"),

@@ -9,15 +9,19 @@ import numpy.typing as npt
 import pytest
 
 import fusedopt as fo
+from exactness import Guards
+from fusedopt import newton_schulz, runtime
 from fusedopt.coefficients import NAMES, coefficient_set
-from fusedopt.newton_schulz import Iteration, Workspace, flops
+from fusedopt.core import core
+from fusedopt.newton_schulz import SMALL, Iteration, Workspace, flops
 
 Array = npt.NDArray[Any]
 
 EPSILONS = 8.0
 """An element may differ from the float64 iteration by so many machine epsilons, times the slope of
 the set's map at zero, times the largest element. Measured, in both forms and with four kinds of
-OpenBLAS kernels: at most 4 for rank one, 2.1 for low rank, 1.4 for power laws, 1 for the others."""
+OpenBLAS kernels: at most 4 for rank one, 2.1 for low rank, 1.4 for power laws, 1 for the others;
+in the compiled core at most 3.3 for rank one."""
 
 SETS = {"keller": 5, "you": 5, "cans": 5, "polar_express": 8}
 
@@ -57,24 +61,38 @@ def share(got: Array, expected: Array, slope: float, dtype: Any) -> float:
     return float(np.abs(got - expected).max()) / unit
 
 
+@pytest.fixture
+def blas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small matrices are treated as large ones are."""
+    monkeypatch.setattr(newton_schulz, "SMALL", 0)
+
+
+@pytest.fixture(params=["core", "blas"])
+def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Small matrices as they are treated, then as large ones are."""
+    if request.param == "blas":
+        monkeypatch.setattr(newton_schulz, "SMALL", 0)
+    return str(request.param)
+
+
 @pytest.mark.parametrize("norm", ["frobenius", "aol"])
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_accuracy(kind: str, name: str, norm: Any) -> None:
+def test_accuracy(kind: str, name: str, norm: Any, either: str) -> None:
     slope = coefficient_set(name, SETS[name]).slope_at_zero
     for n, m in ((96, 384), (130, 70)):
         u = matrices(min(n, m), max(n, m), 1)[kind].astype(np.float32)
         u = u if n < m else u.T
         expected = textbook(u, ns_coefficients=name, ns_steps=SETS[name], norm=norm)
         settings: dict[str, Any] = {"coefficients": name, "steps": SETS[name], "norm": norm}
-        for gram in (False, True):
+        for gram in (False, True) if either == "blas" else (False,):
             got = fo.orthogonalize(u, gram=gram, **settings)
             assert got.dtype == np.float32
             assert share(got, expected, slope, np.float32) <= EPSILONS
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "power law 1", "rank one", "tiny"])
-def test_float64_is_as_accurate_in_its_own_precision(kind: str) -> None:
+def test_float64_is_as_accurate_in_its_own_precision(kind: str, either: str) -> None:
     # Against NumPy's widest float, where that is wider.
     u = matrices(40, 100, 2)[kind]
     x = u.astype(np.longdouble)
@@ -90,7 +108,7 @@ def test_float64_is_as_accurate_in_its_own_precision(kind: str) -> None:
 
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_gram_form_is_at_most_twice_as_inaccurate(kind: str, name: str) -> None:
+def test_the_gram_form_is_at_most_twice_as_inaccurate(kind: str, name: str, blas: None) -> None:
     settings: dict[str, Any] = {"coefficients": name, "steps": SETS[name]}
     for n, m in ((64, 128), (96, 384), (160, 480)):
         u = matrices(n, m, 3)[kind].astype(np.float32)
@@ -136,7 +154,9 @@ def test_the_polar_factor() -> None:
 @pytest.mark.parametrize("norm", ["frobenius", "aol"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("shape", [(4, 6), (6, 4), (40, 300), (3, 5, 5)])
-def test_zero_stays_zero_and_nan_shows(shape: tuple[int, ...], dtype: Any, norm: Any) -> None:
+def test_zero_stays_zero_and_nan_shows(
+    shape: tuple[int, ...], dtype: Any, norm: Any, either: str
+) -> None:
     u = np.zeros(shape, dtype)
     for eps in (1e-30, 0.0, 1e-300):
         np.testing.assert_array_equal(fo.orthogonalize(u, norm=norm, eps=eps), 0)
@@ -147,7 +167,7 @@ def test_zero_stays_zero_and_nan_shows(shape: tuple[int, ...], dtype: Any, norm:
     assert (fo.orthogonalize(least, norm=norm) > 0).all()
 
 
-def test_a_zero_row_stays_zero_under_its_own_norm() -> None:
+def test_a_zero_row_stays_zero_under_its_own_norm(either: str) -> None:
     u = np.random.default_rng(5).standard_normal((6, 9)).astype(np.float32)
     u[2] = 0
     got = fo.orthogonalize(u, norm="aol", eps=0.0)
@@ -155,13 +175,14 @@ def test_a_zero_row_stays_zero_under_its_own_norm() -> None:
     assert np.isfinite(got).all()
 
 
-def test_what_was_in_the_buffers_does_not_matter() -> None:
-    iteration = Iteration(coefficient_set("keller", 5), "frobenius", True, 1e-30)
+@pytest.mark.parametrize("gram", [True, False])
+def test_what_was_in_the_buffers_does_not_matter(gram: bool) -> None:
+    iteration = Iteration(coefficient_set("keller", 5), "frobenius", gram, 1e-30)
     u = np.random.default_rng(6).standard_normal((30, 100)).astype(np.float32)
     space = Workspace([(1, 30, 100)], u.dtype)
     results = []
     for garbage in (0.0, np.nan, np.inf, 1e38):
-        for buffer in (space.direction, space._other, *space._squares):
+        for buffer in (space.direction, space._other, *space._squares, space._slots):
             buffer.fill(garbage)
         x = space.direction.reshape(u.shape)
         x[...] = u
@@ -199,7 +220,7 @@ def test_the_form_that_takes_fewer_operations_is_chosen() -> None:
     auto, gram, standard = (
         Iteration(coefficients, "frobenius", g, 1e-30) for g in ("auto", True, False)
     )
-    for shape in ((768, 768), (768, 1024), (1500, 768)):
+    for shape in ((768, 768), (768, 1024), (1500, 768), (32, 1024)):
         assert auto.groups(*shape) == standard.groups(*shape)
     for shape in ((768, 3072), (3072, 768), (768, 2304)):
         assert auto.groups(*shape) == gram.groups(*shape)
@@ -236,6 +257,102 @@ def test_the_form_that_takes_fewer_operations_is_chosen() -> None:
 def test_refusals(settings: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         fo.orthogonalize(**{"x": np.ones((2, 3)), **settings})
+
+
+# ---------------------------------------------------------------- in the compiled core
+
+
+def in_core(stack: Array, space: Array, threads: int = 1, by_row: bool = False) -> None:
+    rows = coefficient_set("keller", 5).rows
+    triples = [value for row in rows for value in row]
+    core.orthogonalize(stack, space, triples, 1.0, 1e-30, 0.5, by_row, threads)
+
+
+def space_for(stack: Array, threads: int) -> int:
+    return threads * core.orthogonalize_space(*stack.shape[1:])
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1),
+        (1, 40),
+        (40, 1),
+        (3, 5),
+        (15, 16),
+        (16, 17),
+        (33, 31),
+        (64, 64),
+        (63, 130),
+        (200, 65),
+    ],
+)
+def test_the_bits_are_the_same_everywhere(shape: tuple[int, int], dtype: Any, by_row: bool) -> None:
+    rng = np.random.default_rng(10)
+    u = rng.standard_normal((5, *shape)).astype(dtype)
+    u[1] *= 1e-25
+    u[2] = 0
+    u[3] = np.outer(u[3, :, 0], u[3, 0])
+    guards, results = Guards(1), []
+    before = fo.get_isa()
+    try:
+        for isa in runtime.isas():
+            fo.set_isa(isa)
+            for threads, slots, offset in ((1, 1, 0), (2, 2, 1), (7, 7, 3), (7, 2, 5)):
+                room = guards.place(np.full(space_for(u, slots) + offset, np.nan, dtype))
+                stack = guards.place(u)
+                in_core(stack, room[offset:], threads, by_row)
+                results.append(stack.copy())
+    finally:
+        fo.set_isa(before)
+    assert guards.intact()
+    assert {result.tobytes() for result in results} == {results[0].tobytes()}
+    settings: dict[str, Any] = {"norm": "aol"} if by_row else {}
+    expected = 0.5 * np.stack([textbook(matrix, **settings) for matrix in u])
+    assert share(results[0], expected, 485, dtype) <= EPSILONS
+
+
+def test_small_matrices_are_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    side = int(SMALL**0.5)
+    iteration = Iteration(coefficient_set("keller", 5), "frobenius", "auto", 1e-30)
+    assert iteration.in_core(side, side)
+    assert iteration.in_core(1, SMALL)
+    assert not iteration.in_core(side, side + 1)
+    assert not Iteration(iteration.coefficients, "frobenius", True, 1e-30).in_core(4, 4)
+    monkeypatch.setattr(newton_schulz, "core", None)
+    assert not iteration.in_core(side, side)
+    u = np.random.default_rng(11).standard_normal((3, 20, 30))
+    np.testing.assert_allclose(fo.orthogonalize(u), np.stack(list(map(textbook, u))), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("stack", "space", "error"),
+    [
+        (np.ones((2, 3, 4)), np.ones(1), ValueError),
+        (np.ones((2, 3, 4), np.float32), np.ones(9999), TypeError),
+        (np.ones((2, 3, 4), np.float16), np.ones(9999, np.float16), TypeError),
+        (np.ones((3, 4)), np.ones(9999), TypeError),
+        (np.ones((2, 4, 3)).transpose(0, 2, 1), np.ones(9999), TypeError),
+        (np.ones((2, 3, 4)), np.ones(19998)[::2], TypeError),
+        (np.broadcast_to(np.ones(4), (2, 3, 4)), np.ones(9999), TypeError),
+    ],
+)
+def test_what_the_core_would_write_beyond_is_refused(
+    stack: Array, space: Array, error: type[Exception]
+) -> None:
+    before = stack.copy()
+    with pytest.raises(error, match="orthogonalize: "):
+        in_core(stack, space)
+    np.testing.assert_array_equal(stack, before)
+
+
+def test_the_core_writes_nothing_that_is_read_only() -> None:
+    stack = np.ones((2, 3, 4))
+    stack.flags.writeable = False
+    with pytest.raises(ValueError, match="writeable"):
+        in_core(stack, np.ones(9999))
 
 
 def test_lists_of_triples_are_accepted() -> None:

@@ -31,7 +31,7 @@ def test_every_rule_is_within_its_bound(name: str) -> None:
 
 
 def test_examples_select_every_kernel() -> None:
-    from fusedopt.backends import core
+    from fusedopt.core import core
 
     used = {
         op.kernel

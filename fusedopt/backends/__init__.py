@@ -10,7 +10,7 @@ from typing import Any
 from ..cuda.foreign import on_device
 from ..environment import choice
 from .base import Backend, Group, Layout, Plan
-from .native import NativeBackend, check_registry, core
+from .native import NativeBackend, check_registry
 from .numba_cpu import NumbaBackend
 from .numba_cuda import CudaBackend
 from .reference import ReferenceBackend
@@ -68,7 +68,6 @@ __all__ = [
     "Layout",
     "Plan",
     "check_registry",
-    "core",
     "default_backend",
     "get_backend",
 ]

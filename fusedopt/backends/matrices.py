@@ -33,7 +33,9 @@ class Matrices:
                 leaves.append((k, compute, rule.matrices(p.shape), (group, p.shape, p.order)))
         made = batches(leaves)
         self._spaces = {
-            dtype: Workspace([b.stack for b in made if b.dtype == dtype], dtype, works)
+            dtype: Workspace(
+                [b.stack for b in made if b.dtype == dtype], dtype, works, layout.threads
+            )
             for dtype in {batch.dtype for batch in made}
         }
         self.batches: dict[int, int] = {}

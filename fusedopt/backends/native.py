@@ -9,23 +9,13 @@ import numpy as np
 
 from .. import host
 from ..around import EVERYTHING
-from ..environment import sleepy_openmp
+from ..core import core, reason
 from ..formats import FLOAT32, FLOAT64, FORMATS
 from ..rules import RULES, Nesterov, Rule
 from ..rules.base import Operation, Program
 from ..states import Stored
 from .base import HEAD, INPUTS, Layout, Plan, single
 from .matrices import Matrices
-
-_reason: str | None = None
-try:
-    with sleepy_openmp():
-        from .. import _core as core
-except ImportError as error:
-    core = None  # type: ignore[assignment]
-    _reason = f"the compiled core could not be imported ({error}); it was not built"
-
-__all__ = ["NativeBackend", "check_registry", "core"]
 
 
 def _compile(program: Program) -> Any:
@@ -95,7 +85,7 @@ class NativeBackend:
     space = host
 
     def unavailable(self) -> str | None:
-        return _reason
+        return reason
 
     def describe(self) -> str:
         return f"{core.get_level()}, {core.parallel}"
