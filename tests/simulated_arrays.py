@@ -165,6 +165,13 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         lambda: fo.Optimizer(OnDevice(host()), fo.Muon()),
         ValueError, "two dimensions or more",
     ),
+    **{
+        cls.__name__: (
+            lambda rule=cls(): fo.Optimizer(OnDevice(np.ones((4, 4), np.float32)), rule),
+            ValueError, f"{cls.__name__}: is not supported by the backend 'cuda'; take fo.Muon",
+        )
+        for cls in (fo.NorMuon, fo.AdaMuon, fo.SOAP)
+    },
     "shape": (
         lambda: fo.Optimizer(OnDevice(host()), fo.SGD()).step(OnDevice(host(3))),
         ValueError, r"expected the shape \(4,\)",
