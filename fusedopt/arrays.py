@@ -163,6 +163,10 @@ class Fit:
                     " pass each array once, or a copy"
                 )
 
+    def copied(self, given: Sequence[Any], fitted: Sequence[Any]) -> list[int]:
+        """Of which gradients the step may have been given a copy."""
+        return [k for k, g in enumerate(given) if g is not None]
+
     def gradient(self, k: int, label: str, g: Any) -> np.ndarray | None:
         """The k-th leaf's gradient in its parameter's layout: itself, or a scratch copy.
 

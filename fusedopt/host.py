@@ -25,7 +25,12 @@ same = functools.partial(np.array_equal, equal_nan=True)
 
 
 def check_options(options: Options, state_path: Any) -> None:
-    """Nothing is refused."""
+    """ValueError, with the name, for what there is on a device alone."""
+    if not options.wait:
+        raise ValueError(
+            "wait=False: is for arrays on a CUDA device, whose norm a step need not wait for; on"
+            " the host a step that returns is done, so leave it out"
+        )
 
 
 def blank(parameters: Sequence[np.ndarray]) -> list[Stored]:

@@ -167,7 +167,7 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     ),
     **{
         cls.__name__: (
-            lambda rule=cls(): fo.Optimizer(OnDevice(np.ones((4, 4), np.float32)), rule),
+            lambda cls=cls: fo.Optimizer(OnDevice(np.ones((4, 4), np.float32)), cls()),
             ValueError, f"{cls.__name__}: is not supported by the backend 'cuda'; take fo.Muon",
         )
         for cls in (fo.NorMuon, fo.AdaMuon, fo.SOAP)

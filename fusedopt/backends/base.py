@@ -45,8 +45,9 @@ class Layout:
     are touched, and the sums of its program. around: what is done beside the rules. decide: asked
     when the first two columns are known whether to go on, and may set the factors; without it they
     are not computed. zero_grads: gradients are set to zero. threads: at most so many, or None.
-    scratch: the file that states are in, of which a step is to have a window in memory at a time;
-    None where they are in memory.
+    wait: whether a step may wait for what `decide` needs; otherwise see `cuda.guard`. scratch: the
+    file that states are in, of which a step is to have a window in memory at a time; None where
+    they are in memory.
     """
 
     tree: Any
@@ -61,6 +62,7 @@ class Layout:
     decide: Callable[[], bool] | None = None
     zero_grads: bool = False
     threads: int | None = None
+    wait: bool = True
     scratch: Scratch | None = None
 
 
@@ -114,6 +116,9 @@ class Plan(Protocol):
     def give(self) -> None:
         """Ends what `take` began."""
 
+    def synchronize(self) -> None:
+        """Waits until all steps are done; FloatingPointError where one found no finite norm."""
+
     def step(self, grads: Any, hessian: Any, flat: bool) -> int | None:
         """Updates every leaf that has a gradient, and its counter, in place; the step's number.
 
@@ -137,6 +142,9 @@ class Turn:
 
     def give(self) -> None:
         self._lock.release()
+
+    def synchronize(self) -> None:
+        """Steps on the host are done when they return."""
 
 
 class Backend(Protocol):

@@ -149,6 +149,11 @@ class Fit:
         if given:
             check_apart([label for label, _ in given], [g for _, g in given])
 
+    def copied(self, given: Sequence[Any], fitted: Sequence[DeviceArray | None]) -> list[int]:
+        """Of which gradients the step has been given a copy."""
+        pairs = enumerate(zip(given, fitted, strict=True))
+        return [k for k, (g, taken) in pairs if taken is not None and taken.owner is not g]
+
     def gradient(self, k: int, label: str, g: Any) -> DeviceArray | None:
         """The k-th leaf's gradient in its parameter's layout: itself, or a copy by its library.
 

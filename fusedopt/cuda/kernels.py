@@ -2,12 +2,14 @@
 
 A kernel takes the address of a table with a row of int64 for each leaf (elements, whether all
 arrays lie on 16-byte boundaries, addresses), that of a list with an int64 for each block (leaf <<
-32 | chunk), and the scalars of its operations one after the other.
+32 | chunk), where gradients are clipped on the device that of their factor, and the scalars of its
+operations one after the other.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ from ..jit.kernels import LANES, MODES, SEGMENT, normal_or_zero_of
 from ..rules.base import Operation, Program
 from ..rules.elements import ELEMENTS, OF_STATES, Element, squares
 from .toolkit import Kernel
-from .vectors import VECTOR_BYTES, loader, storer, word_loader
+from .vectors import VECTOR_BYTES, loader, storer, word_loader, word_storer
 
 THREADS = 256
 CHUNK = 1 << 12
@@ -70,7 +72,8 @@ class Variant:
 
     steps: what is done, in order. scratch: names that are no arrays. dtype: of the arithmetic.
     formats: by name, of the arrays that the leaves have. mirrors: of the copies of the parameter.
-    zeroed: the gradients are set to zero.
+    zeroed: the gradients are set to zero. clipped: the factor on the gradients is found on the
+    device, see `guard_kernel`.
     """
 
     steps: tuple[Step, ...]
@@ -79,6 +82,7 @@ class Variant:
     formats: tuple[tuple[str, Format], ...]
     mirrors: tuple[Format, ...] = ()
     zeroed: bool = False
+    clipped: bool = False
 
     @functools.cached_property
     def arrays(self) -> list[tuple[str, Format]]:
@@ -201,7 +205,8 @@ def _same(x: Any) -> Any:
 # ---------------------------------------------------------------- all elements
 
 _STEP = """
-def kernel(table, blocks, {scalars}):
+def kernel({arguments}):
+{clipping}
     where = word(blocks + 8 * cuda.blockIdx.x)
     row = table + (where >> 32) * ROW
     start = (where & 0xFFFFFFFF) * CHUNK
@@ -239,15 +244,28 @@ def step_kernel(variant: Variant) -> Kernel:
         for count in (1, width):
             namespace[f"load{count}_{name}"] = loader(format.bits, count)
             namespace[f"store{count}_{name}"] = storer(format.bits, count)
+    words = ["table", "blocks", *["factor"] * variant.clipped]
     source = _STEP.format(
-        scalars=", ".join(_all_scalars(variant)),
+        arguments=", ".join([*words, *_all_scalars(variant)]),
+        clipping=_indented(_clipping_lines(variant)),
         addresses=_indented(
             f"a_{name} = word(row + {8 * k})" for k, (name, _) in enumerate(variant.arrays, 2)
         ),
         vectors=textwrap.indent(_indented(_body(variant, width)), "    "),
         rest=textwrap.indent(_indented(_body(variant, 1)), "    "),
     )
-    return Kernel(source, 2, len(_all_scalars(variant)), variant.dtype, namespace)
+    if variant.clipped:
+        namespace["loaded"] = loader(variant.dtype.itemsize * 8, 1)
+    return Kernel(source, len(words), len(_all_scalars(variant)), variant.dtype, namespace)
+
+
+def _clipping_lines(variant: Variant) -> list[str]:
+    """What puts the factor of the device on those of the operations, which are signs."""
+    if not variant.clipped:
+        return []
+    signs = [f"c{k}_0" for k, step in enumerate(variant.steps) if HEAD[step.loop] == 2]
+    stopped = ["if clip != clip:", "    return"]  # NaN: this step is not to be taken
+    return ["clip = loaded(factor)[0]", *stopped, *(f"{s} = clip * {s}" for s in signs)]
 
 
 def _body(variant: Variant, count: int) -> list[str]:
@@ -333,3 +351,175 @@ def squares_kernel(format: Format, dtype: np.dtype) -> Kernel:
                                  range(UNROLLED)), " " * 8),
     )  # fmt: skip
     return Kernel(source, 4, 1, dtype, namespace)
+
+
+_TOTALS = """
+def kernel(table, sums):
+    tile = cuda.shared.array(THREADS, SUM)
+    thread = cuda.threadIdx.x
+    row = table + 16 * cuda.blockIdx.x
+    partials = word(row)
+    count = word(row + 8)
+    total = SUM(0)
+    start = 0
+    while start < count:
+        if start + thread < count:
+            tile[thread] = load(partials + 8 * (start + thread))[0]
+        cuda.syncthreads()
+        if thread == 0:
+            for k in range(min(THREADS, count - start)):
+                total += tile[k]
+        cuda.syncthreads()
+        start += THREADS
+    if thread == 0:
+        store(sums + 8 * cuda.blockIdx.x, (total,))
+"""
+
+
+@functools.cache
+def totals_kernel() -> Kernel:
+    """Sums up each leaf's partial sums in index order, a block for each: (table, sums). A row of
+    the table: the address of a leaf's partial sums, and how many there are."""
+    return Kernel(_TOTALS, 2, 0, FLOAT64, _float64_names())
+
+
+def _float64_names() -> dict[str, Any]:
+    return {
+        "word": word_loader(),
+        "load": loader(64, 1),
+        "store": storer(64, 1),
+        "SUM": np.float64,
+        "THREADS": THREADS,
+    }
+
+
+# ---------------------------------------------------------------- the norm, and what it decides
+
+BINS = 68
+"""Of 32 bits, together as long as a float64's range, with room for carries."""
+
+_GUARD = """
+def kernel(table, sums, count, limits, norms, control, kept, told, number, unscaled):
+    bins = cuda.shared.array(BINS, WORD)
+    flags = cuda.shared.array(1, WORD)
+    thread = cuda.threadIdx.x
+    for m in range(norms):
+        k = thread
+        while k < BINS:
+            bins[k] = 0
+            k += THREADS
+        if thread == 0:
+            flags[0] = 0
+        cuda.syncthreads()
+        i = thread
+        while i < count:
+            if word(table + 16 * i) == m:
+                bits = word(sums + 8 * i) & 0x7FFFFFFFFFFFFFFF
+                exponent = bits >> 52
+                mantissa = bits & 0xFFFFFFFFFFFFF
+                if exponent == 2047:
+                    cuda.atomic.max(flags, 0, 2 if mantissa else 1)
+                else:
+                    if exponent:
+                        mantissa |= 0x10000000000000
+                        exponent -= 1
+                    low = (mantissa & 0xFFFFFFFF) << (exponent & 31)
+                    high = (mantissa >> 32) << (exponent & 31)
+                    k = exponent >> 5
+                    cuda.atomic.add(bins, k, low & 0xFFFFFFFF)
+                    cuda.atomic.add(bins, k + 1, (low >> 32) + (high & 0xFFFFFFFF))
+                    cuda.atomic.add(bins, k + 2, high >> 32)
+            i += THREADS
+        cuda.syncthreads()
+        if thread == 0:
+            norm = NAN if flags[0] == 2 else INFINITE
+            if flags[0] == 0:
+                norm = sqrt(rounded(bins)) * unscaled
+            store(told + 16 * m, (norm,))
+        cuda.syncthreads()
+    if thread == 0:
+        stopped = word(control) != 0
+        finite = True
+        for m in range(norms):
+            if not load(told + 16 * m)[0] < INFINITE:
+                finite = False
+        flags[0] = 0
+        if not stopped and not finite:
+            flags[0] = 1
+            store_word(control, number)
+        for m in range(norms):
+            norm = load(told + 16 * m)[0]
+            limit = load(limits + 8 * m)[0]
+            scale = limit / norm if norm > limit else ONE
+            if stopped or not finite:
+                scale = NAN
+            store(told + 16 * m + 8, (scale,))
+            store(control + FACTORS + 16 * m, (unscaled * scale,))
+            store32(control + FACTORS + 16 * m + 8, (SINGLE(unscaled * scale),))
+    cuda.syncthreads()
+    if flags[0]:
+        i = thread
+        while i < count:
+            store(kept + 8 * word(table + 16 * i + 8), (load(sums + 8 * i)[0],))
+            i += THREADS
+"""
+
+FACTORS = 16
+"""Bytes of the control block before its factors."""
+
+
+def rounded(bins: Any) -> Any:
+    """The number that stands in bins, rounded once: no order of what was added shows."""
+    carry = 0
+    for k in range(BINS):
+        value = bins[k] + carry
+        bins[k] = value & 0xFFFFFFFF
+        carry = value >> 32
+    top = BINS - 1
+    while top > 2 and bins[top] == 0:
+        top -= 1
+    rest = 0
+    for k in range(top - 2):
+        if bins[k] != 0:
+            rest = 1
+    high = bins[top] << 20 | bins[top - 1] >> 12
+    low = (bins[top - 1] & 0xFFF) << 33 | bins[top - 2] << 1 | rest
+    # Both are exact, and so is the larger one's scaling: only the sum is rounded.
+    total = np.float64(high) * 2.0**45 + np.float64(low)
+    exponent = 32 * top - 64 - 1075
+    half = exponent // 2
+    return total * power(half) * power(exponent - half)
+
+
+def power(exponent: Any) -> Any:
+    """2 to a power, of normal numbers."""
+    return np.int64((np.int64(exponent) + 1023) << 52).view(np.float64)
+
+
+@functools.cache
+def guard_kernel() -> Kernel:
+    """Norms from leaves' sums, and the factors on the gradients of one step, in one block.
+
+    Words: a table with a row for each leaf (its norm, its place among all), the leaves' sums, how
+    many, limits, how many norms, the control block, where to keep the sums, what is told, the
+    step's number. Scalar: the inverse of the gradients' scale. The control block: the number of the
+    first step that found a norm that was not finite, 0 as long as there was none, and from FACTORS
+    on, for each norm, its factor as float64 and as float32, 16 bytes apart: NaN where the step is
+    not to be taken, because its own norm or one before is not finite. kept: float64 by place, the
+    sums of that first step. told: for each norm itself and its clip scale, or NaN.
+    """
+    names = {
+        **_float64_names(),
+        "WORD": np.int64,
+        "BINS": BINS,
+        "FACTORS": FACTORS,
+        "SINGLE": np.float32,
+        "ONE": 1.0,
+        "NAN": math.nan,
+        "INFINITE": math.inf,
+        "rounded": rounded,
+        "sqrt": math.sqrt,
+        "store32": storer(32, 1),
+        "store_word": word_storer(),
+    }
+    return Kernel(_GUARD, 9, 1, FLOAT64, names)

@@ -75,6 +75,37 @@ class Memory:
             self._data = data
 
 
+class Echo:
+    """An int64 of the device as the host knows it without waiting: as it was a while ago."""
+
+    def __init__(self, address: int) -> None:
+        self._there = Memory(address, 8, None)
+        self._here = np.zeros(1, np.int64) if SIMULATED else cuda.pinned_array(1, np.int64)
+        self._event: Any = None if SIMULATED else cuda.event(timing=False)
+
+    def ask(self, stream: int) -> None:
+        """Has it copied behind all that was queued on the stream."""
+        if SIMULATED:
+            self._here[:] = self._there._view().view(np.int64)
+            return
+        queue = cuda.external_stream(stream)
+        self._there._view().copy_to_host(self._here.view(np.uint8), stream=queue)
+        self._event.record(queue)
+
+    def arrived(self, wait: bool) -> bool:
+        """Whether what was asked for last is here. wait: until it is."""
+        if SIMULATED:
+            return True
+        if wait:
+            self._event.synchronize()
+        return wait or bool(self._event.query())
+
+    @property
+    def value(self) -> int:
+        """What has arrived."""
+        return int(self._here[0])
+
+
 def simulated_view(address: int, dtype: np.dtype, size: int) -> np.ndarray:
     """So many elements at an address of the simulator, flat."""
     kind = ctypes.c_uint8 * (size * dtype.itemsize)
@@ -89,6 +120,12 @@ def on_device(number: int) -> Any:
 def current_device() -> int:
     """The number of the device in use."""
     return 0 if SIMULATED else int(cuda.current_context().device.id)
+
+
+def synchronize(stream: int) -> None:
+    """Waits for all that was queued on a stream."""
+    if not SIMULATED:
+        cuda.external_stream(stream).synchronize()
 
 
 def wait_for(stream: int, other: int) -> None:

@@ -11,14 +11,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..backends.base import HEAD, Layout, Turn
-from ..formats import FLOAT64, PLAIN, compute_dtype
+from ..formats import PLAIN, compute_dtype
 from ..rules.base import Operation, Program
 from . import foreign
 from .arrays import DeviceArray
+from .guard import DeviceGuard
 from .kernels import Step, Variant, operations_of
-from .launching import Launch, Squares
+from .launching import Launch, Sums
 from .matrices import Library
-from .memory import on_device, wait_for
+from .memory import Memory, on_device, synchronize, wait_for
 from .space import new_arrays
 
 
@@ -26,13 +27,18 @@ from .space import new_arrays
 class Bound:
     """What a step launches for the same inputs.
 
-    active: the leaves that take part. phases: launches. streams: what `foreign.current_stream`
-    wants to know of the inputs. The inputs themselves are not kept alive.
+    active: the leaves that take part. before, after: launches, in whose midst are the products of
+    `matrices`. sums: of squares, where a norm is wanted; table: what the `DeviceGuard` wants to
+    know of them. streams: what `foreign.current_stream` wants to know of the inputs. The inputs
+    themselves are not kept alive.
     """
 
-    active: list[int]
-    phases: list[list[Queued]]
-    squares: list[Squares]
+    active: np.ndarray
+    before: list[Queued]
+    matrices: list[int]
+    after: list[Queued]
+    sums: Sums | None
+    table: Memory | None
     streams: set[tuple[str, int, int]]
 
 
@@ -111,6 +117,11 @@ class CudaPlan(Turn):
         self._fixed: Any = None
         self._seen: list[Known | None] | None = None
         self._make_work_space()
+        self._guard: DeviceGuard | None = None
+        if layout.decide is not None and not layout.wait:
+            guard: Any = layout.decide
+            with on_device(self._first.device):
+                self._guard = DeviceGuard(layout, guard, self._first, self._first.stream)
 
     def _make_work_space(self) -> None:
         """Directions of the leaves whose rule has two phases."""
@@ -126,6 +137,7 @@ class CudaPlan(Turn):
 
     def step(self, grads: Any, hessian: Any, flat: bool) -> int | None:
         with on_device(self._first.device):
+            self._look(wait=False)
             if flat:
                 self._bind(grads, hessian)
             elif not self._known(grads, hessian):
@@ -133,6 +145,22 @@ class CudaPlan(Turn):
             else:
                 self._fixed = grads if hessian is None and self._cannot_change(grads) else None
             return self._run()
+
+    def synchronize(self) -> None:
+        with on_device(self._first.device):
+            synchronize(self._first.stream)
+            self._look(wait=True)
+
+    def _look(self, wait: bool) -> None:
+        """FloatingPointError where the device has refused a step."""
+        if self._guard is None:
+            return
+        try:
+            self._guard.look(self._first.stream, wait)
+        except FloatingPointError:
+            # Leaves of one launch need not have the same step count any more.
+            self._bound = self._key = self._seen = self._fixed = None
+            raise
 
     # ---------------------------------------------------------------- what is given
 
@@ -176,10 +204,17 @@ class CudaPlan(Turn):
     def _bound_to(self, grads: Sequence[Any], estimates: Sequence[Any], inputs: Any) -> Bound:
         active = [k for k, g in enumerate(grads) if g is not None]
         stream = self._first.stream
-        phases = [self._launches(p, active, grads, estimates, stream) for p in (0, 1)]
-        squares = self._squares(active, grads, stream) if self._layout.decide else []
+        first, second = (self._launches(p, active, grads, estimates, stream) for p in (0, 1))
+        # Nothing is written to a parameter before the library's products, which may fail.
+        before = [queued for queued in first if queued.leaf in self._work]
+        after = [*second, *(queued for queued in first if queued.leaf not in self._work)]
+        matrices = [k for k in active if k in self._work]
+        sums = table = None
+        if self._layout.decide is not None:
+            sums = Sums({k: grads[k] for k in active}, self._dtypes, stream)
+            table = self._guard.table(sums, stream) if self._guard else None
         streams = {(g.library, g.device, g.named_stream) for g in inputs}
-        return Bound(active, phases, squares, streams)
+        return Bound(np.array(active, np.int64), before, matrices, after, sums, table, streams)
 
     def _launches(
         self, phase: int, active: Sequence[int], grads: Any, estimates: Any, stream: int
@@ -215,6 +250,7 @@ class CudaPlan(Turn):
             tuple(formats),
             tuple(PLAIN[a.dtype.name] for a in memory.mirrors),
             self._layout.zero_grads,
+            self._guard is not None,
         )
 
     def _arrays(self, k: int, variant: Variant, g: Any, estimate: Any) -> list[Any]:
@@ -225,15 +261,6 @@ class CudaPlan(Turn):
         named |= {f"copy{j}": a for j, a in enumerate(memory.mirrors)}
         return [named[name] for name, _ in variant.arrays]
 
-    def _squares(self, active: Sequence[int], grads: Any, stream: int) -> list[Squares]:
-        alike: dict[tuple[np.dtype, np.dtype], list[int]] = {}
-        for k in active:
-            alike.setdefault((grads[k].dtype, self._dtypes[k]), []).append(k)
-        return [
-            Squares(dtype, [grads[k] for k in members], members, stream)
-            for (_, dtype), members in alike.items()
-        ]
-
     # ---------------------------------------------------------------- the step
 
     def _run(self) -> int:
@@ -243,35 +270,39 @@ class CudaPlan(Turn):
         for other in others:
             wait_for(stream, other)
         layout.results[...] = 0
-        if layout.decide is not None:
-            self._measure(bound, stream)
-            if not layout.decide():
-                return int(layout.counters[0])
-        first, second = bound.phases
-        matrices = [k for k in bound.active if k in self._work]
-        # Nothing is written to a parameter before the library's products, which may fail.
-        self._launch([queued for queued in first if queued.leaf in self._work], stream)
-        if matrices:
-            self._orthogonalize(matrices, stream)
-        rest = [queued for queued in first if queued.leaf not in self._work]
-        self._launch([*second, *rest], stream)
+        number = int(layout.counters[0]) + 1
+        if bound.sums is not None:
+            bound.sums.queue(stream)
+            if self._guard is not None and bound.table is not None:
+                self._guard.queue(bound.sums, bound.table, number, stream)
+            elif not self._decided(bound.sums, stream):
+                return number - 1
+        self._launch(bound.before, stream)
+        if bound.matrices:
+            self._orthogonalize(bound.matrices, stream)
+        self._launch(bound.after, stream)
         for other in others:
             wait_for(other, stream)
         layout.counters[1:][bound.active] += 1
-        layout.counters[0] += 1
-        return int(layout.counters[0])
+        layout.counters[0] = number
+        if self._guard is not None:
+            self._guard.note(number, bound.active, stream)
+        return number
 
     def _launch(self, launches: Sequence[Queued], stream: int) -> None:
         layout = self._layout
         for launch, operations, group, leaf in launches:
             program, lr = self._programs[group], float(layout.rates[group])
             sign, base, slope = program.head
-            factor = float(layout.rates[len(layout.groups) + group]) * sign
+            # With a guard the kernel puts the factor, which it alone knows, on this sign.
+            factor = 1.0 if self._guard else float(layout.rates[len(layout.groups) + group])
+            factor *= sign
             filtered = any(op.loop == "filter" for op in program.operations)
             heads = {1: (factor,), 2: (1.0 if filtered else factor, base + slope * lr), 0: ()}
             t = int(layout.counters[leaf + 1]) + 1
             values = [x for op in operations for x in (*heads[HEAD[op.loop]], *op.scalars(t, lr))]
-            launch.run(np.array(values, np.float64).astype(launch.dtype), stream)
+            more = [self._guard.factor(group, launch.dtype)] if self._guard else []
+            launch.run(np.array(values, np.float64).astype(launch.dtype), stream, *more)
 
     def _orthogonalize(self, leaves: Sequence[int], stream: int) -> None:
         assert self._library is not None
@@ -283,21 +314,18 @@ class CudaPlan(Turn):
                     factor = rule.factor(*stack[1:])
                     self._library.orthogonalize(self._views[k], stack, rule.iteration, factor)
 
-    def _measure(self, bound: Bound, stream: int) -> None:
-        """The squares of the gradients: the one place where the host waits for the device."""
-        results = self._layout.results
-        for part in bound.squares:
-            part.queue(1.0, stream)
-        for part in bound.squares:
-            totals = part.totals(stream)
-            results[part.members, 0], results[part.members, 1] = totals, 1.0
-            if part.dtype != FLOAT64:
-                continue
-            # Once more for those whose squares left the range: see csrc/norms.hpp.
-            small, large = totals < 2.0**-900, ~(totals <= 2.0**1023)
-            for lost, scale in ((small, 2.0**600), (large & ~small, 2.0**-600)):
-                if lost.any():
-                    part.queue(scale, stream)
-                    members = part.members[lost]
-                    results[members, 0] = part.totals(stream)[lost]
-                    results[members, 1] = scale
+    def _decided(self, sums: Sums, stream: int) -> bool:
+        """What `decide` says to sums that were queued: the one place where a step waits."""
+        results, leaves = self._layout.results, sums.leaves
+        totals = sums.read(stream)
+        results[leaves, 0], results[leaves, 1] = totals, 1.0
+        # Once more for those whose squares left the range: see csrc/norms.hpp.
+        small, large = totals < 2.0**-900, ~(totals <= 2.0**1023)
+        for lost, scale in ((small, 2.0**600), (large & ~small, 2.0**-600)):
+            lost &= sums.wide
+            if lost.any():
+                sums.queue(stream, scale)
+                results[leaves[lost], 0] = sums.read(stream)[lost]
+                results[leaves[lost], 1] = scale
+        assert self._layout.decide is not None
+        return self._layout.decide()

@@ -50,6 +50,11 @@ def check_options(options: Options, state_path: Any) -> None:
     for name, given in asked.items():
         if given:
             raise ValueError(f"{name}: is not supported by the backend 'cuda'; leave it out")
+    if options.skip_nonfinite and not options.wait:
+        raise ValueError(
+            "skip_nonfinite, wait: a step needs to know whether the one before was skipped, and"
+            " wait=False does not wait for that; leave one of them out"
+        )
 
 
 def _supported(format: Format, name: str) -> Format:
