@@ -10,6 +10,7 @@ import numpy as np
 
 from .cuda.foreign import on_device
 from .formats import DTYPES
+from .trees import Fixed
 
 if TYPE_CHECKING:
     from .rules import Rule
@@ -162,6 +163,15 @@ class Fit:
                     f"{given[b][0]}: shares memory with {given[a][0]}, which zero_grads is to zero;"
                     " pass each array once, or a copy"
                 )
+
+    def opened(self, what: str, tree: Any) -> Any:
+        """A tree as it was given; TypeError where it is `Fixed`."""
+        if isinstance(tree, Fixed):
+            raise TypeError(
+                f"{what}: Fixed is for arrays on a CUDA device; for arrays on the host pass the"
+                " tree that it was made of"
+            )
+        return tree
 
     def copied(self, given: Sequence[Any], fitted: Sequence[Any]) -> list[int]:
         """Of which gradients the step may have been given a copy."""

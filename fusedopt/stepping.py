@@ -67,7 +67,7 @@ class Stepper:
         estimates = None if hessian is None else self.estimates(hessian, fitted)
         if not self._layout.zero_grads:
             return self.flat(fitted, estimates)
-        return self._zeroing(fitted, estimates, self._tree.flatten(grads, "grads"))
+        return self._zeroing(fitted, estimates, self.flatten(grads, "grads"))
 
     def estimates(self, hessian: Any, grads: Sequence[Any]) -> list[np.ndarray | Touched | None]:
         """The leaves of a tree of Hessian estimates, checked; grads: those that go with them, which
@@ -145,8 +145,12 @@ class Stepper:
             inputs += zip(self._labels("hessian"), map(values_of, estimates), strict=True)
         self._fit.check_exclusive(inputs, len(given))
 
+    def flatten(self, tree: Any, what: str) -> list[Any]:
+        """The leaves of a tree that is like the parameters' own."""
+        return self._tree.flatten(self._fit.opened(what, tree), what)
+
     def _fitted(self, tree: Any, what: str) -> list[np.ndarray | Touched | None]:
-        values = self._tree.flatten(tree, what)
+        values = self.flatten(tree, what)
         return [
             self.fit_leaf(k, label, value)
             for k, (label, value) in enumerate(zip(self._labels(what), values, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from typing import Any
 
@@ -13,6 +14,7 @@ import fusedopt as fo
 from devices import Exported, OnDevice, Tensor
 from exactness import Array, assert_same_bits
 from formatted import draw
+from fusedopt.cuda import launching, toolkit
 from fusedopt.cuda.plan import Known
 from fusedopt.stepping import Stepper
 
@@ -31,17 +33,74 @@ def test_the_same_arrays_again_are_not_looked_at() -> None:
         optimizer.step({"w": OnDevice(g, typestr="<i4")})
 
 
-def test_the_same_tuple_again_is_not_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
-    p, g = np.ones(4, np.float32), np.ones(4, np.float32)
-    grads: Any = (OnDevice(g), (OnDevice(g.copy()),))
-    optimizer = fo.Optimizer([OnDevice(p), [OnDevice(p.copy())]], fo.SGD(lr=0.25))
+def test_what_is_fixed_is_not_looked_into_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    p, q, g = (np.ones(4, np.float32) for _ in range(3))
+    grads = fo.Fixed([OnDevice(g), {"b": OnDevice(g.copy())}])
+    optimizer = fo.Optimizer([OnDevice(p), {"b": OnDevice(q)}], fo.SGD(lr=0.25))
     for _ in range(2):
         optimizer.step(grads)
-    monkeypatch.setattr(Known, "again", None)
+    with monkeypatch.context() as patch:
+        patch.setattr(Known, "again", None)
+        optimizer.step(grads)
+        assert (p == 0.25).all()
+        with pytest.raises(TypeError, match="NoneType"):
+            optimizer.step(fo.Fixed(grads.tree))
+    optimizer.step([grads.tree[0], {"b": None}])
     optimizer.step(grads)
-    assert (p == 0.25).all()
-    with pytest.raises(TypeError):
-        optimizer.step((grads[0], (grads[1][0],)))
+    assert (p == -0.25).all()
+    assert (q == 0).all()
+    with pytest.raises(ValueError, match=r"grads: expected a list or tuple of length 2"):
+        optimizer.step(fo.Fixed([]))
+
+
+def test_what_is_fixed_is_kept_alive_by_itself_alone() -> None:
+    optimizer = fo.Optimizer(OnDevice(host()), fo.SGD())
+    grads = fo.Fixed(OnDevice(host()))
+    seen = weakref.ref(grads.tree)
+    for _ in range(3):
+        optimizer.step(grads)
+    assert seen() is not None
+    del grads
+    assert seen() is None
+
+
+def calls_of(method: str, count: int, monkeypatch: pytest.MonkeyPatch, **options: Any) -> int:
+    """How many functions are called, Python's own and others, by a method with gradients of so many
+    tensors; kernels are not run."""
+    monkeypatch.setattr(toolkit.Kernel, "launch", lambda *given: None)
+    monkeypatch.setattr(launching.Sums, "read", lambda sums, stream: np.ones(sums.leaves.size))
+    params, grads = ([Tensor(host()) for _ in range(count)] for _ in range(2))
+    optimizer = fo.Optimizer(params, fo.AdamW(), **options)
+    fixed, calls = fo.Fixed(grads), [0]
+    take = getattr(optimizer, method)
+    for _ in range(4):
+        take(fixed)
+
+    def counted(frame: Any, event: str, *rest: Any) -> None:
+        calls[0] += event in ("call", "c_call")
+
+    sys.setprofile(counted)
+    try:
+        take(fixed)
+    finally:
+        sys.setprofile(None)
+    return calls[0]
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("step", {}),
+        ("step", {"clip_norm": 1.0}),
+        ("step", {"clip_norm": 1.0, "wait": False}),
+        ("accumulate", {}),
+    ],
+)
+def test_what_a_step_costs_the_host_does_not_depend_on_the_count(
+    method: str, options: Any, torch: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few, many = (calls_of(method, n, monkeypatch, **options) for n in (2, 200))
+    assert few == many
 
 
 def test_they_are_known_by_their_keys() -> None:

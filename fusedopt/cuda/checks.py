@@ -12,6 +12,7 @@ import numpy as np
 
 from ..arrays import EXPECTED
 from ..formats import DTYPES
+from ..trees import opened
 from . import foreign
 from .arrays import DeviceArray
 
@@ -148,6 +149,10 @@ class Fit:
         given = [(label, check_target(label, g)) for label, g in inputs if g is not None]
         if given:
             check_apart([label for label, _ in given], [g for _, g in given])
+
+    def opened(self, what: str, tree: Any) -> Any:
+        """A tree as it was given, or what it was `Fixed` of."""
+        return opened(tree)
 
     def copied(self, given: Sequence[Any], fitted: Sequence[DeviceArray | None]) -> list[int]:
         """Of which gradients the step has been given a copy."""

@@ -13,6 +13,7 @@ import numpy as np
 from ..backends.base import HEAD, Layout, Turn
 from ..formats import PLAIN, compute_dtype
 from ..rules.base import Operation, Program
+from ..trees import Fixed, opened
 from . import foreign
 from .arrays import DeviceArray
 from .guard import DeviceGuard
@@ -67,13 +68,6 @@ def _leaves(spec: Any, tree: Any) -> Iterator[Any]:
         yield tree
 
 
-def _immutable(spec: Any, tree: Any) -> bool:
-    """Whether a tree of this shape is an array, or nested tuples of them."""
-    if isinstance(spec, int):
-        return True
-    return isinstance(tree, tuple) and all(map(_immutable, spec, tree))
-
-
 class Known:
     """An input of the step before, which is not kept alive."""
 
@@ -85,11 +79,6 @@ class Known:
             self._tensor = g.owner.dtype, g.owner.shape, g.owner.stride()
         elif library != g.library or not hasattr(g.owner, "__cuda_array_interface__"):
             raise TypeError("only its own exchange knows when this array may be read")
-
-    @property
-    def can_move(self) -> bool:
-        """Whether it may get other memory."""
-        return self._tensor is not None
 
     def again(self, x: Any) -> bool:
         """Whether this is the same array, or a tensor in its place, in the same memory."""
@@ -114,7 +103,7 @@ class CudaPlan(Turn):
         self._watched = [p for p in self._parameters if foreign.library_of(p.owner) == "torch"]
         self._bound: Bound | None = None
         self._key: Any = None
-        self._fixed: Any = None
+        self._fixed: weakref.ref[Fixed] | None = None
         self._seen: list[Known | None] | None = None
         self._make_work_space()
         self._guard: DeviceGuard | None = None
@@ -142,8 +131,8 @@ class CudaPlan(Turn):
                 self._bind(grads, hessian)
             elif not self._known(grads, hessian):
                 return None
-            else:
-                self._fixed = grads if hessian is None and self._cannot_change(grads) else None
+            elif hessian is None and isinstance(grads, Fixed):
+                self._fixed = weakref.ref(grads)
             return self._run()
 
     def synchronize(self) -> None:
@@ -166,23 +155,17 @@ class CudaPlan(Turn):
 
     def _known(self, grads: Any, hessian: Any) -> bool:
         """Whether these are the arrays of the step before, in the same places."""
-        if grads is self._fixed and grads is not None and hessian is None:
+        if self._fixed is not None and grads is self._fixed() and hessian is None:
             return True
-        seen, given = self._seen, list(_leaves(self._layout.tree, grads))
-        given += [None] if hessian is None else _leaves(self._layout.tree, hessian)
+        tree, seen = self._layout.tree, self._seen
+        given = list(_leaves(tree, opened(grads)))
+        given += [None] if hessian is None else _leaves(tree, opened(hessian))
         if seen is None or len(seen) != len(given) or not all(p.unmoved for p in self._watched):
             return False
         return all(
             x is None if known is None else known.again(x)
             for known, x in zip(seen, given, strict=True)
         )
-
-    def _cannot_change(self, grads: Any) -> bool:
-        """Whether the same object will be the same arrays in the same memory again: tuples, and no
-        tensors, whose memory can be replaced."""
-        if self._watched or any(known and known.can_move for known in self._seen or ()):
-            return False
-        return _immutable(self._layout.tree, grads)
 
     def _bind(self, grads: Sequence[Any], hessian: Sequence[Any] | None) -> None:
         estimates = [None] * len(grads) if hessian is None else hessian
