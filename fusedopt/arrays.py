@@ -27,8 +27,8 @@ def _check_array(label: str, array: Any) -> np.ndarray:
     if not isinstance(array, np.ndarray):
         if on_device(array):
             raise TypeError(
-                f"{label}: is on a CUDA device, where only Optimizer(params, rule, backend='cuda')"
-                " takes it; otherwise copy it to the host"
+                f"{label}: is on a CUDA device, where only the backend 'cuda' takes it; give it no"
+                " array of the host beside it, or copy it there"
             )
         raise TypeError(
             f"{label}: expected an ndarray, got a {type(array).__name__}; convert it"

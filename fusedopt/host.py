@@ -11,13 +11,13 @@ import numpy as np
 from .arrays import Fit, check_apart, check_parameter, check_target
 from .formats import PLAIN, compute_dtype
 from .options import Options
-from .states import Stored, Wanted
+from .states import Quantized, Stored, Wanted
 from .states import allocate as new
 from .storage import Storage
 
 __all__ = [
-    "Fit", "allocate", "blank", "check_apart", "check_options", "check_parameter", "check_target",
-    "same",
+    "Fit", "allocate", "blank", "check_apart", "check_options", "check_parameter", "check_state",
+    "check_target", "same",
 ]  # fmt: skip
 
 allocate = Storage.allocate
@@ -31,6 +31,11 @@ def check_options(options: Options, state_path: Any) -> None:
             "wait=False: is for arrays on a CUDA device, whose norm a step need not wait for; on"
             " the host a step that returns is done, so leave it out"
         )
+
+
+def check_state(label: str, state: Any) -> Stored:
+    """An array that will be updated in place, or a quantised state; errors as `check_target`."""
+    return state if isinstance(state, Quantized) else Stored.plain(check_target(label, state))
 
 
 def blank(parameters: Sequence[np.ndarray]) -> list[Stored]:

@@ -116,6 +116,37 @@ def test_formats_and_all_that_a_step_does_besides(way: str, besides: str) -> Non
     assert found[0][1:] == found[1][1:]
 
 
+@pytest.mark.parametrize("rule", DEFAULTS.values(), ids=DEFAULTS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_updates_of_one_tensor(rule: fo.Rule, dtype: Any, halved: None) -> None:
+    p = case(rule, 35, dtype).p
+    mine, states = OnDevice(p.copy()), rule.init(OnDevice(p))  # type: ignore[arg-type]
+    theirs, own = p.copy(), rule.init(p)
+    for t in range(1, 4):
+        g = draw(t, p.shape, np.float32)
+        h = draw(9, p.shape, dtype) if rule.takes_hessian and t == 2 else None
+        there: Any = None if h is None else OnDevice(h)
+        fo.update(rule, t, mine, OnDevice(g), *states, hessian=there)  # type: ignore[arg-type]
+        fo.update(rule, t, theirs, g, *own, hessian=h)
+    assert all(isinstance(state, DeviceArray) for state in states)
+    got = (mine.array, *(state.copy() for state in states))
+    assert_same_bits(got, (theirs, *own), str(rule))
+
+
+def test_norms() -> None:
+    arrays: dict[str, Any] = {
+        str(k): draw(k, s, d)
+        for k, (s, d) in enumerate(
+            [(40, np.float32), ((3, 5), ml_dtypes.bfloat16), ((), np.float64), (0, np.float16)]
+        )
+    }
+    for size in (1.0, 1e-200, 1e200):
+        arrays["wide"] = draw(9, 12, np.float64) * size
+        there = {k: [OnDevice(a), None] for k, a in arrays.items()}
+        assert fo.global_norm(there) == fo.global_norm(arrays)
+    assert fo.global_norm(OnDevice(np.full(3, np.inf))) == np.inf
+
+
 @pytest.mark.parametrize("size", [1.0, 1e-200, 1e200])
 def test_norms_of_several_segments(size: float, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (kernels, launching):

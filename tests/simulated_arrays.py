@@ -14,7 +14,7 @@ import fusedopt as fo
 from devices import Exported, OnDevice, Tensor
 from exactness import Array, assert_same_bits
 from formatted import draw
-from fusedopt.cuda import launching, toolkit
+from fusedopt.cuda import launching, memory, toolkit
 from fusedopt.cuda.plan import Known
 from fusedopt.stepping import Stepper
 
@@ -126,6 +126,29 @@ def test_gradients_are_not_kept_alive() -> None:
     assert seen() is None
 
 
+def test_steps_over_new_arrays_allocate_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = fo.Optimizer(OnDevice(host()), fo.SGD(), clip_norm=1.0, wait=False)
+    old = []
+    for k in range(6):
+        g = OnDevice(host())
+        old.append(g)  # or the next would be in its place
+        if k == 3:
+            monkeypatch.setattr(memory.Memory, "new", None)
+        optimizer.step(g)
+    with pytest.raises(TypeError):
+        memory.Memory.reused(1 << 20, 0)
+
+
+def test_memory_that_is_held_is_not_given_again() -> None:
+    first, second = (memory.Memory.reused(300, 0) for _ in range(2))
+    assert first.address != second.address
+    assert first.size == 300
+    address = first.address
+    del first
+    assert memory.Memory.reused(512, 7).address != address
+    assert memory.Memory.reused(400, 0).address == address
+
+
 def test_arrays_by_dlpack() -> None:
     for dtype in (np.float32, np.float64, np.float16):
         p = draw(0, (6, 7), dtype)
@@ -198,7 +221,7 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     ),
     "forced": (
         lambda: fo.Optimizer(OnDevice(host()), fo.SGD(), backend="native"),
-        TypeError, "backend='cuda'",
+        TypeError, "only the backend 'cuda' takes it",
     ),
     "dtype": (
         lambda: fo.Optimizer(OnDevice(np.ones(4, np.int32)), fo.SGD()),
@@ -253,9 +276,33 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         ),
         TypeError, "Rows are not supported",
     ),
-    "update": (
+    "update on the host": (
         lambda: fo.update(fo.SGD(), 1, OnDevice(host()), host()),  # type: ignore[arg-type]
-        TypeError, "backend='cuda'",
+        TypeError, "g: expected an array on a CUDA device",
+    ),
+    "update of the host": (
+        lambda: fo.update(fo.SGD(), 1, host(), OnDevice(host())),  # type: ignore[arg-type]
+        TypeError, "g: is on a CUDA device, where only the backend 'cuda' takes it",
+    ),
+    "update by SOAP": (
+        lambda: fo.SOAP().init(OnDevice(np.ones((4, 4), np.float32))),  # type: ignore[arg-type]
+        ValueError, "SOAP: is not supported by the backend 'cuda'; take fo.Muon",
+    ),
+    "norm with the host": (
+        lambda: fo.global_norm([OnDevice(host()), host()]),
+        TypeError, r"grads\[1\]: expected an array on a CUDA device",
+    ),
+    "norm of rows": (
+        lambda: fo.global_norm([OnDevice(host()), fo.Rows(np.array([1]), np.ones((1, 2)))]),
+        TypeError, r"grads\[1\]: expected an array on a CUDA device, got a Rows",
+    ),
+    "norm of strides": (
+        lambda: fo.global_norm(OnDevice(host(8)[::2])),
+        ValueError, "grads: is not dense",
+    ),
+    "norm of devices": (
+        lambda: fo.global_norm([Exported(host()), Exported(host(), 1)]),
+        ValueError, "are on several devices",
     ),
     **{
         name: (

@@ -87,7 +87,8 @@ class Space(Protocol):
     has arrays of its own with a shape, a dtype and a size.
 
     check_options: ValueError for what there is for other arrays alone. check_target,
-    check_parameter, check_apart, Fit: see `fusedopt.arrays`. allocate: see `Storage.allocate`.
+    check_parameter, check_apart, Fit: see `fusedopt.arrays`. check_state: what `update` is given,
+    as it is stored. allocate: see `Storage.allocate`.
     blank: new arrays like others, in the types that they are computed in. same: whether two arrays
     have the same elements.
     """
@@ -96,6 +97,7 @@ class Space(Protocol):
     check_target: Callable[..., Any]
     check_parameter: Callable[..., Any]
     check_apart: Callable[..., None]
+    check_state: Callable[..., Stored]
     Fit: Callable[..., Any]
     allocate: Callable[..., list[Memory]]
     blank: Callable[..., list[Stored]]

@@ -92,6 +92,22 @@ def check_target(label: str, array: Any) -> DeviceArray:
     return _device_array(d, dtype, order[0], array)
 
 
+def check_input(label: str, array: Any) -> DeviceArray:
+    """An array that will only be read, dense: itself, or a copy by its library.
+
+    Raises TypeError for another kind or dtype, ValueError where it is not dense and its library is
+    not known.
+    """
+    d, dtype = _read(label, array)
+    order = _order(d.shape, d.strides, dtype.itemsize)
+    if order and not d.address % dtype.itemsize:
+        return _device_array(d, dtype, order[0], array)
+    dense = foreign.relaid(array, d.library, "C")
+    if dense is None:
+        raise ValueError(f"{label}: is not dense (strides {d.strides}); pass a dense copy")
+    return check_input(label, dense)
+
+
 def check_parameter(label: str, array: Any, rule: Rule) -> DeviceArray:
     """A parameter that this rule can update; raises as `check_target`, and where it cannot."""
     a = check_target(label, array)

@@ -6,7 +6,6 @@ nothing, so that these steps can be taken back.
 
 from __future__ import annotations
 
-import weakref
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -23,29 +22,6 @@ if TYPE_CHECKING:
     from ..norms import Guard
 
 
-class Slots:
-    """Small pieces of memory of one size, which are used again when nobody holds them any more:
-    to free memory would wait for the device."""
-
-    COUNT = 64
-    """So many are allocated at a time."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._free: list[tuple[int, Memory]] = []
-
-    def take(self) -> Memory:
-        """One of them."""
-        if not self._free:
-            block = Memory.new(self._size * self.COUNT)
-            starts = range(block.address, block.address + block.size, self._size)
-            self._free += ((start, block) for start in starts)
-        address, block = self._free.pop()
-        taken = Memory(address, self._size, block)
-        weakref.finalize(taken, self._free.append, (address, block)).atexit = False
-        return taken
-
-
 class DeviceGuard:
     """The `Guard` of steps that do not wait.
 
@@ -59,7 +35,6 @@ class DeviceGuard:
         self._control = Memory.new(FACTORS + 16 * self._norms)
         self._control.clear(stream)
         self._kept = Memory.new(8 * len(layout.leaves))
-        self._told = Slots(16 * self._norms)
         self._echo = Echo(self._control.address)
         self._unsure: deque[tuple[int, np.ndarray]] = deque()
         self._asked = 0
@@ -77,7 +52,7 @@ class DeviceGuard:
 
     def queue(self, sums: Sums, table: Memory, number: int, stream: int) -> None:
         """Finds the factors of a step from sums that are queued before."""
-        told = self._told.take()
+        told = Memory.reused(16 * self._norms, stream)  # which later steps leave alone
         words = (
             table.address,
             sums.memory.address,

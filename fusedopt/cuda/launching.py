@@ -21,7 +21,7 @@ from .kernels import (
     step_kernel,
     totals_kernel,
 )
-from .memory import Memory
+from .memory import Memory, on_device, wait_for
 from .vectors import VECTOR_BYTES
 
 
@@ -35,7 +35,7 @@ def _listed(sizes: Sequence[int], unit: int) -> np.ndarray:
 
 def uploaded(data: np.ndarray, stream: int) -> Memory:
     """New memory with these elements, as soon as the stream comes to it."""
-    memory = Memory.new(data.nbytes)
+    memory = Memory.reused(data.nbytes, stream)
     memory.write(data, stream, wait=False)
     return memory
 
@@ -100,7 +100,7 @@ class Squares:
         self.dtype, self._device = dtype, arrays[0].device
         self._kernel = squares_kernel(PLAIN[arrays[0].dtype.name], dtype)
         self._table = Table.of([(a.size, a.address) for a in arrays], SEGMENT, stream)
-        self._partials = Memory.new(8 * self._table.count)
+        self._partials = Memory.reused(8 * self._table.count, stream)
         counts = np.array([-(-a.size // SEGMENT) for a in arrays])
         addresses = self._partials.address + 8 * (np.cumsum(counts) - counts)
         self.rows = list(zip(addresses.tolist(), counts.tolist(), strict=True))
@@ -138,7 +138,7 @@ class Sums:
         """Which of them are summed in float64 arithmetic, whose squares may leave the range."""
         rows = [row for part in self._parts for row in part.rows]
         self._rows = uploaded(np.array(rows, np.int64), stream)
-        self.memory = Memory.new(8 * self.leaves.size)
+        self.memory = Memory.reused(8 * self.leaves.size, stream)
         self._device = next((g.device for g in grads.values()), 0)
 
     def queue(self, stream: int, scale: float = 1.0) -> None:
@@ -152,3 +152,35 @@ class Sums:
     def read(self, stream: int) -> np.ndarray:
         """The sums, when they are there."""
         return self.memory.read(stream).view(np.float64)
+
+    def found(self, stream: int) -> np.ndarray:
+        """After `queue`, a row for each of `leaves`: the sum of squares of its elements times
+        scale, and that scale. Waits."""
+        totals = self.read(stream)
+        rows = np.stack([totals, np.ones(totals.size)], axis=1)
+        # Once more for those whose squares left the range: see csrc/norms.hpp.
+        small, large = totals < 2.0**-900, ~(totals <= 2.0**1023)
+        for lost, scale in ((small, 2.0**600), (large & ~small, 2.0**-600)):
+            lost &= self.wide
+            if lost.any():
+                self.queue(stream, scale)
+                rows[lost, 0], rows[lost, 1] = self.read(stream)[lost], scale
+        return rows
+
+
+def sums_of_squares(arrays: Sequence[DeviceArray]) -> list[tuple[float, float]]:
+    """See `Backend.sums_of_squares`; the arrays are checked. ValueError where they are on several
+    devices."""
+    first = arrays[0]
+    if any(a.device != first.device for a in arrays):
+        raise ValueError("grads: are on several devices; take the norm of those of each")
+    with on_device(first.device):
+        stream = first.stream
+        for other in {a.stream for a in arrays} - {stream}:
+            wait_for(stream, other)
+        dtypes = [compute_dtype(a.dtype) for a in arrays]
+        sums = Sums(dict(enumerate(arrays)), dtypes, stream)
+        sums.queue(stream)
+        rows = np.empty((len(arrays), 2))
+        rows[sums.leaves] = sums.found(stream)
+    return [(total, scale) for total, scale in rows.tolist()]

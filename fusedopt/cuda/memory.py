@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import weakref
 from typing import Any
 
 import numpy as np
 from numba import cuda
 
 from .toolkit import SIMULATED
+
+_FREE: dict[tuple[int, int, int], list[Memory]] = {}
+"""By device, stream and size."""
 
 
 class Memory:
@@ -28,6 +32,20 @@ class Memory:
         block = np.empty(size + 256, np.uint8)
         start = block.__array_interface__["data"][0]
         return cls(start + -start % 256, size, block)
+
+    @classmethod
+    def reused(cls, size: int, stream: int) -> Memory:
+        """The same, for use on one stream; when this object goes, the next who asks gets them. To
+        free memory makes the host wait for the device, and to allocate may."""
+        rounded = max(256, 1 << (size - 1).bit_length())
+        free = _FREE.setdefault((current_device(), stream, rounded), [])
+        try:
+            whole = free.pop()
+        except IndexError:
+            whole = cls.new(rounded)
+        taken = cls(whole.address, size, whole)
+        weakref.finalize(taken, free.append, whole).atexit = False
+        return taken
 
     def _view(self) -> Any:
         if SIMULATED:

@@ -299,16 +299,6 @@ class CudaPlan(Turn):
 
     def _decided(self, sums: Sums, stream: int) -> bool:
         """What `decide` says to sums that were queued: the one place where a step waits."""
-        results, leaves = self._layout.results, sums.leaves
-        totals = sums.read(stream)
-        results[leaves, 0], results[leaves, 1] = totals, 1.0
-        # Once more for those whose squares left the range: see csrc/norms.hpp.
-        small, large = totals < 2.0**-900, ~(totals <= 2.0**1023)
-        for lost, scale in ((small, 2.0**600), (large & ~small, 2.0**-600)):
-            lost &= sums.wide
-            if lost.any():
-                sums.queue(stream, scale)
-                results[leaves[lost], 0] = sums.read(stream)[lost]
-                results[leaves[lost], 1] = scale
+        self._layout.results[sums.leaves, :2] = sums.found(stream)
         assert self._layout.decide is not None
         return self._layout.decide()
