@@ -16,7 +16,7 @@ from ..formats import FLOAT64
 from .arrays import DeviceArray
 from .kernels import FACTORS, THREADS, guard_kernel
 from .launching import Sums, uploaded
-from .memory import Echo, Memory
+from .memory import Echo, Memory, synchronize
 
 if TYPE_CHECKING:
     from ..norms import Guard
@@ -35,6 +35,7 @@ class DeviceGuard:
         self._control = Memory.new(FACTORS + 16 * self._norms)
         self._control.clear(stream)
         self._kept = Memory.new(8 * len(layout.leaves))
+        synchronize()  # whatever stream has the first step
         self._echo = Echo(self._control.address)
         self._unsure: deque[tuple[int, np.ndarray]] = deque()
         self._asked = 0
@@ -82,15 +83,16 @@ class DeviceGuard:
             self._echo.ask(stream)
             self._asked = number
 
-    def look(self, stream: int, wait: bool) -> None:
+    def look(self, idle: bool) -> None:
         """Raises FloatingPointError where a step was not taken; counters are those before it then.
 
-        wait: until all is known; otherwise what is known already is looked at.
+        idle: all steps are done, and can be looked at; otherwise only what the host knows already.
         """
-        if wait and self._unsure:
-            self._echo.ask(stream)
+        if idle and self._unsure:
+            self._echo.ask(self._first.stream)
+            synchronize()
             self._asked = self._unsure[-1][0]
-        if not self._asked or not self._echo.arrived(wait):
+        if not self._asked or not self._echo.arrived():
             return
         stopped = self._echo.value
         sure = stopped - 1 if stopped else self._asked
@@ -98,9 +100,11 @@ class DeviceGuard:
         while self._unsure and self._unsure[0][0] <= sure:
             self._unsure.popleft()
         if stopped:
-            raise self._taken_back(stopped, stream)
+            raise self._taken_back(stopped)
 
-    def _taken_back(self, stopped: int, stream: int) -> FloatingPointError:
+    def _taken_back(self, stopped: int) -> FloatingPointError:
+        synchronize()  # steps after it are not to find that it was forgotten
+        stream = self._first.stream
         sums = self._kept.read(stream).view(np.float64)
         counters = self._layout.counters
         took_part = self._unsure[0][1] if self._unsure else np.empty(0, np.int64)

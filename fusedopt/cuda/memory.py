@@ -110,13 +110,9 @@ class Echo:
         self._there._view().copy_to_host(self._here.view(np.uint8), stream=queue)
         self._event.record(queue)
 
-    def arrived(self, wait: bool) -> bool:
-        """Whether what was asked for last is here. wait: until it is."""
-        if SIMULATED:
-            return True
-        if wait:
-            self._event.synchronize()
-        return wait or bool(self._event.query())
+    def arrived(self) -> bool:
+        """Whether what was asked for last is here."""
+        return SIMULATED or bool(self._event.query())
 
     @property
     def value(self) -> int:
@@ -140,10 +136,10 @@ def current_device() -> int:
     return 0 if SIMULATED else int(cuda.current_context().device.id)
 
 
-def synchronize(stream: int) -> None:
-    """Waits for all that was queued on a stream."""
+def synchronize() -> None:
+    """Waits for all that was queued on the current device, on whatever stream."""
     if not SIMULATED:
-        cuda.external_stream(stream).synchronize()
+        cuda.synchronize()
 
 
 def wait_for(stream: int, other: int) -> None:

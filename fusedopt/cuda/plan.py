@@ -126,7 +126,7 @@ class CudaPlan(Turn):
 
     def step(self, grads: Any, hessian: Any, flat: bool) -> int | None:
         with on_device(self._first.device):
-            self._look(wait=False)
+            self._look(idle=False)
             if flat:
                 self._bind(grads, hessian)
             elif not self._known(grads, hessian):
@@ -137,15 +137,15 @@ class CudaPlan(Turn):
 
     def synchronize(self) -> None:
         with on_device(self._first.device):
-            synchronize(self._first.stream)
-            self._look(wait=True)
+            synchronize()  # also for steps on a stream that was the current one before
+            self._look(idle=True)
 
-    def _look(self, wait: bool) -> None:
+    def _look(self, idle: bool) -> None:
         """FloatingPointError where the device has refused a step."""
         if self._guard is None:
             return
         try:
-            self._guard.look(self._first.stream, wait)
+            self._guard.look(idle)
         except FloatingPointError:
             # Leaves of one launch need not have the same step count any more.
             self._bound = self._key = self._seen = self._fixed = None

@@ -16,7 +16,7 @@ from ..storage import QUANTIZED_FROM, Storage
 from .arrays import DeviceArray, stored
 from .checks import Fit, check_apart, check_input, check_parameter, check_target
 from .memory import Memory as Bytes
-from .memory import on_device
+from .memory import on_device, synchronize
 
 if TYPE_CHECKING:
     from ..rules import Rule
@@ -114,6 +114,8 @@ def allocate(
         if AVERAGE in states:
             states[AVERAGE].data[...] = memory.parameter.data
         memories.append(memory)
+    with on_device(parameters[0].device):
+        synchronize()  # whatever stream has the first step
     return memories
 
 
