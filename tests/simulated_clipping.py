@@ -281,6 +281,25 @@ def test_neither_a_bad_step_nor_later_ones_change_anything(
     assert optimizer.fingerprint() == twin.fingerprint()
 
 
+def test_the_same_arrays_after_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    p, g = ([draw(seed, n, np.float32) for n in (9, 5)] for seed in (0, 1))
+    bad = np.full(5, NAN, np.float32)
+    twin = fo.Optimizer([a.copy() for a in p], fo.Adam(), clip_norm=1.0)
+    optimizer = fo.Optimizer([*map(OnDevice, p)], fo.Adam(), clip_norm=1.0, wait=False)
+    there = [*map(OnDevice, g)]
+    optimizer.step([there[0], None])
+    with no_waiting(monkeypatch):
+        optimizer.step([None, OnDevice(bad)])
+        for _ in range(2):  # which have one launch for both leaves, of equal counts
+            optimizer.step(there)
+    with pytest.raises(FloatingPointError, match="in step 2"):
+        optimizer.synchronize()
+    optimizer.step(there)
+    twin.step([g[0], None])
+    twin.step(g)
+    assert optimizer.fingerprint() == twin.fingerprint()
+
+
 def test_the_next_step_tells_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer, step, (_, mark), *_ = stopping(monkeypatch)
     with pytest.raises(FloatingPointError, match="in step 2"):
