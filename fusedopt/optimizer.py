@@ -103,7 +103,8 @@ class Optimizer:
     one; the next step that knows, or whatever else waits (`synchronize`, `state_dict`, `save`,
     `load`, `fingerprint`, ...), raises FloatingPointError, and counters are those before that step.
     Until then `step_count` and schedules count it. `clip_scale` is NaN of a step that was not
-    taken. Not with `skip_nonfinite`.
+    taken. Not with `skip_nonfinite`; gradients that `zero_grads` zeroes must have their parameters'
+    memory order.
 
     An optimizer is for one thread at a time: where two meet, RuntimeError says so to the later one,
     and nothing has changed; only looking (`describe`, `state`, `fingerprint`) is not guarded.
@@ -292,8 +293,9 @@ class Optimizer:
         Sophia, Hessian estimates nested like the gradients, as they are.
 
         Raises TypeError or ValueError for what does not fit, FloatingPointError where `clip_norm`
-        finds a norm that is NaN or infinite, RuntimeError inside of `lookahead` and `averaged` or
-        while another thread uses this optimizer; nothing has changed then.
+        finds a norm that is NaN or infinite (with `wait=False` in a step before), RuntimeError
+        inside of `lookahead` and `averaged` or while another thread uses this optimizer; nothing
+        has changed then.
         """
         if self._exchanged:
             raise RuntimeError(f"step inside of {self._exchanged}(): leave the context first")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from exactness import Array
-from fusedopt.cuda import guard, kernels, launching, toolkit
+from fusedopt.cuda import guard, kernels, launching, sums, toolkit
 
 
 class OnDevice:
@@ -108,9 +108,9 @@ def torch(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 CACHED = (
     kernels.step_kernel,
-    kernels.squares_kernel,
-    kernels.totals_kernel,
-    kernels.guard_kernel,
+    sums.squares_kernel,
+    sums.totals_kernel,
+    sums.guard_kernel,
 )
 
 
@@ -120,7 +120,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert toolkit.SIMULATED
     for cached in CACHED:
         cached.cache_clear()
-    for module in (kernels, launching, guard):
+    for module in (kernels, sums, launching, guard):
         monkeypatch.setattr(module, "THREADS", 2)
         monkeypatch.setattr(module, "GROUPS", 2, raising=False)
         monkeypatch.setattr(module, "CHUNK", 32, raising=False)

@@ -16,6 +16,7 @@ from devices import OnDevice, Tensor
 from exactness import Array, case, stepped
 from formatted import assert_same, draw
 from fusedopt.cuda import kernels
+from fusedopt.cuda import sums as sums_
 from fusedopt.cuda.arrays import DeviceArray
 from fusedopt.cuda.matrices import Library
 from fusedopt.cuda.memory import Echo, Memory
@@ -31,15 +32,15 @@ def decided(sums: list[float], limits: list[float], norm_of: list[int], stopped:
     """What the kernel finds in its fifth step, of gradients that are not scaled: norms, scales,
     factors in both types, the number of the step that stopped it, and the sums that it kept."""
     table = np.array([[m, k] for k, m in enumerate(norm_of)], np.int64)
-    control = np.zeros(kernels.FACTORS + 16 * len(limits), np.uint8)
+    control = np.zeros(sums_.FACTORS + 16 * len(limits), np.uint8)
     control[:8] = np.array([stopped]).view(np.uint8)
     given: list[Array] = [table, np.array(sums), np.array(limits), control]
     kept, told = np.zeros(len(sums)), np.zeros(2 * len(limits))
     t, s, m, c, k, n = (a.ctypes.data for a in (*given, kept, told))
     words = (t, s, len(sums), m, len(limits), c, k, n, 5)
-    kernels.guard_kernel().launch(1, kernels.THREADS, (0, 0), words, np.array([1.0]))
-    factors = control[kernels.FACTORS :].view(np.float64)
-    narrow = control[kernels.FACTORS :].view(np.float32)
+    sums_.guard_kernel().launch(1, kernels.THREADS, (0, 0), words, np.array([1.0]))
+    factors = control[sums_.FACTORS :].view(np.float64)
+    narrow = control[sums_.FACTORS :].view(np.float32)
     number = int(control[:8].view(np.int64)[0])
     return told[::2].tolist(), told[1::2].tolist(), factors[::2], narrow[2::4], number, kept
 

@@ -30,7 +30,7 @@ from fusedopt.rules import Rule
 pytest.importorskip("numba")
 pytest.importorskip("numba_cuda")
 
-from fusedopt.cuda import kernels, toolkit
+from fusedopt.cuda import kernels, sums, toolkit
 from fusedopt.cuda.kernels import Step, Variant
 
 CAPABILITIES = ((8, 0), (9, 0))
@@ -197,9 +197,9 @@ def test_registers(assembly: Assembly, tmp_path: Path) -> None:
 
 
 def test_sums_of_squares_and_norms() -> None:
-    found = [kernels.totals_kernel(), kernels.guard_kernel()]
+    found = [sums.totals_kernel(), sums.guard_kernel()]
     for name in ("float32", "bfloat16", "float64"):
-        found.append(kernels.squares_kernel(PLAIN[name], compute_dtype(PLAIN[name].dtype)))
+        found.append(sums.squares_kernel(PLAIN[name], compute_dtype(PLAIN[name].dtype)))
     for kernel, capability in product(found, CAPABILITIES):
         ptx = kernel.ptx(capability)
         assert not re.search(r"\bfma\b|approx|\.local|\bcall\b", ptx)

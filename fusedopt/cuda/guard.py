@@ -14,9 +14,10 @@ import numpy as np
 from ..backends.base import Layout
 from ..formats import FLOAT64
 from .arrays import DeviceArray
-from .kernels import FACTORS, THREADS, guard_kernel
+from .kernels import THREADS
 from .launching import Sums, uploaded
 from .memory import Echo, Memory, synchronize
+from .sums import FACTORS, guard_kernel
 
 if TYPE_CHECKING:
     from ..norms import Guard

@@ -11,17 +11,9 @@ from ..formats import FLOAT64, PLAIN, compute_dtype
 from ..jit.kernels import LANES, SEGMENT
 from ..rules.elements import keep
 from .arrays import DeviceArray
-from .kernels import (
-    CHUNK,
-    GROUPS,
-    THREADS,
-    Step,
-    Variant,
-    squares_kernel,
-    step_kernel,
-    totals_kernel,
-)
+from .kernels import CHUNK, THREADS, Step, Variant, step_kernel
 from .memory import Memory, on_device, wait_for
+from .sums import GROUPS, squares_kernel, totals_kernel
 from .vectors import VECTOR_BYTES
 
 
