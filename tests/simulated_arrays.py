@@ -62,6 +62,19 @@ def test_what_is_fixed_is_kept_alive_by_itself_alone() -> None:
     assert seen() is not None
     del grads
     assert seen() is None
+    assert optimizer.step(None).step == 4  # which is not what is gone
+    assert optimizer.state_dict()["leaves"]["params"]["t"] == 3
+
+
+@pytest.mark.parametrize("kind", [OnDevice, Tensor])
+def test_none_is_not_the_gradient_that_is_gone(kind: Any, torch: list[int]) -> None:
+    p, q = host(), host()
+    optimizer = fo.Optimizer([kind(p), kind(q)], fo.SGD(lr=0.5))
+    other = kind(host())
+    optimizer.step([kind(host()), other])
+    optimizer.step([None, other])
+    assert (p == 0.5).all()
+    assert (q == 0).all()
 
 
 def calls_of(method: str, count: int, monkeypatch: pytest.MonkeyPatch, **options: Any) -> int:

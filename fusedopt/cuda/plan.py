@@ -82,6 +82,8 @@ class Known:
 
     def again(self, x: Any) -> bool:
         """Whether this is the same array, or a tensor in its place, in the same memory."""
+        if x is None:  # as a reference to what is gone is
+            return False
         same = self._array() is x
         if self._tensor is None:
             return same
@@ -155,7 +157,8 @@ class CudaPlan(Turn):
 
     def _known(self, grads: Any, hessian: Any) -> bool:
         """Whether these are the arrays of the step before, in the same places."""
-        if self._fixed is not None and grads is self._fixed() and hessian is None:
+        fixed = self._fixed and self._fixed()
+        if fixed is not None and grads is fixed and hessian is None:
             return True
         tree, seen = self._layout.tree, self._seen
         given = list(_leaves(tree, opened(grads)))
