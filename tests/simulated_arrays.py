@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -209,6 +210,29 @@ def test_new_tensors_where_the_old_ones_were(
     assert (p == -1).all()
     with pytest.raises(ValueError, match="expected the shape"):
         optimizer.step([Tensor(g[:39])])
+
+
+def test_another_stream_has_tables_of_its_own(
+    torch: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queues: list[int] = []
+    launch = toolkit.Kernel.launch
+
+    def watched(self: Any, blocks: int, threads: int, queue: tuple[int, int], *rest: Any) -> None:
+        queues.append(queue[1])
+        launch(self, blocks, threads, queue, *rest)
+
+    monkeypatch.setattr(toolkit.Kernel, "launch", watched)
+    p, grads = np.ones(4, np.float32), fo.Fixed(Tensor(host()))
+    optimizer = fo.Optimizer(Tensor(p), fo.SGD(lr=0.125))
+    for stream in (7, 7, 7, 8, 8, 8, 7):
+        current = SimpleNamespace(cuda_stream=stream)
+        cuda = SimpleNamespace(current_stream=lambda device, current=current: current)
+        monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+        optimizer.step(grads)
+        bound: Any = optimizer._plan._bound
+        assert (bound.stream, queues[-1]) == (stream, stream)
+    assert (p == 0.125).all()
 
 
 def test_a_parameter_that_moved_is_noticed(torch: list[int]) -> None:

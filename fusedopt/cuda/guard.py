@@ -32,7 +32,8 @@ class DeviceGuard:
     def __init__(self, layout: Layout, guard: Guard, first: DeviceArray, stream: int) -> None:
         self._layout, self._guard, self._first = layout, guard, first
         limits = np.array(guard.limits)
-        self._limits, self._norms = uploaded(limits, stream), limits.size
+        self._limits, self._norms = Memory.new(limits.nbytes), limits.size
+        self._limits.write(limits, stream)
         self._control = Memory.new(FACTORS + 16 * self._norms)
         self._control.clear(stream)
         self._kept = Memory.new(8 * len(layout.leaves))

@@ -30,8 +30,8 @@ class Bound:
 
     active: the leaves that take part. before, after: launches, in whose midst are the products of
     `matrices`. sums: of squares, where a norm is wanted; table: what the `DeviceGuard` wants to
-    know of them. streams: what `foreign.current_stream` wants to know of the inputs. The inputs
-    themselves are not kept alive.
+    know of them. stream: which alone may use their memory. others: what `foreign.current_stream`
+    wants to know of the inputs, which are not kept alive.
     """
 
     active: np.ndarray
@@ -40,7 +40,8 @@ class Bound:
     after: list[Queued]
     sums: Sums | None
     table: Memory | None
-    streams: set[tuple[str, int, int]]
+    stream: int
+    others: set[tuple[str, int, int]]
 
 
 class Queued(NamedTuple):
@@ -156,7 +157,9 @@ class CudaPlan(Turn):
     # ---------------------------------------------------------------- what is given
 
     def _known(self, grads: Any, hessian: Any) -> bool:
-        """Whether these are the arrays of the step before, in the same places."""
+        """Whether these are the arrays of the step before, in the same places, on its stream."""
+        if self._bound is None or self._bound.stream != self._first.stream:
+            return False
         fixed = self._fixed and self._fixed()
         if fixed is not None and grads is fixed and hessian is None:
             return True
@@ -175,21 +178,24 @@ class CudaPlan(Turn):
         self._seen = self._fixed = None
         inputs = [g for g in (*grads, *estimates) if g is not None]
         offsets = self._layout.counters[1:] - self._layout.counters[0]
+        stream = self._first.stream
         key = (
+            stream,
             [None if g is None else (g.address, g.dtype) for g in (*grads, *estimates)],
             offsets.tobytes(),
         )
         if key != self._key:
             self._bound, self._key = None, None
-            self._bound = self._bound_to(grads, estimates, inputs)
+            self._bound = self._bound_to(grads, estimates, inputs, stream)
             self._key = key
         with suppress(TypeError):  # what no weak reference can be made to is looked at every time
             given = [*grads, *([None] if hessian is None else hessian)]
             self._seen = [None if g is None else Known(g) for g in given]
 
-    def _bound_to(self, grads: Sequence[Any], estimates: Sequence[Any], inputs: Any) -> Bound:
+    def _bound_to(
+        self, grads: Sequence[Any], estimates: Sequence[Any], inputs: Any, stream: int
+    ) -> Bound:
         active = [k for k, g in enumerate(grads) if g is not None]
-        stream = self._first.stream
         first, second = (self._launches(p, active, grads, estimates, stream) for p in (0, 1))
         # Nothing is written to a parameter before the library's products, which may fail.
         before = [queued for queued in first if queued.leaf in self._work]
@@ -199,8 +205,9 @@ class CudaPlan(Turn):
         if self._layout.decide is not None:
             sums = Sums({k: grads[k] for k in active}, self._dtypes, stream)
             table = self._guard.table(sums, stream) if self._guard else None
-        streams = {(g.library, g.device, g.named_stream) for g in inputs}
-        return Bound(np.array(active, np.int64), before, matrices, after, sums, table, streams)
+        others = {(g.library, g.device, g.named_stream) for g in inputs}
+        took_part = np.array(active, np.int64)
+        return Bound(took_part, before, matrices, after, sums, table, stream, others)
 
     def _launches(
         self, phase: int, active: Sequence[int], grads: Any, estimates: Any, stream: int
@@ -251,8 +258,8 @@ class CudaPlan(Turn):
 
     def _run(self) -> int:
         assert self._bound is not None
-        bound, layout, stream = self._bound, self._layout, self._first.stream
-        others = {foreign.current_stream(*known) for known in bound.streams} - {stream}
+        bound, layout, stream = self._bound, self._layout, self._bound.stream
+        others = {foreign.current_stream(*known) for known in bound.others} - {stream}
         for other in others:
             wait_for(stream, other)
         layout.results[...] = 0
