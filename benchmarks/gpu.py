@@ -5,19 +5,23 @@
 Needs a CUDA device and PyTorch, whose arrays are used and whose fused and foreach steps, with
 apex's and bitsandbytes' where they are installed, are timed beside. First every rule takes three
 steps on the device and on the CPU, and the bits are compared (of Muon the values); then come
-bandwidths as shares of that of a copy, steps over GPT-2 small and over 1000 small tensors, and the
-microseconds that the host takes to queue a step.
+bandwidths as shares of that of a copy, steps over GPT-2 small and over 1000 small tensors, clipped
+ones that wait for their norm and that do not, and the microseconds that the host takes to queue a
+step, of gradients that it looks at and of those that are `Fixed`.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import importlib
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +42,13 @@ DTYPES: dict[str, Any] = {
 SHARE_OF_COPY = 0.9
 """The target for 10^9 elements on an H200, of rules in float32, and in bfloat16 throughout."""
 
+RULES = {
+    name: cls
+    for name, cls in fo.RULES.items()
+    if cls().program.phases <= 2 and not cls().sides((2, 2))
+}
+"""Those that the backend has."""
+
 SMALL = {f"{k}": (1000,) for k in range(1000)}
 
 Step = Callable[[], object]
@@ -49,26 +60,43 @@ Step = Callable[[], object]
 def verify(torch: Any) -> list[str]:
     """What differs from the CPU: nothing, or lines that say what."""
     wrong = []
-    for name, cls in fo.RULES.items():
-        for dtype in DTYPES:
-            for example in cls.examples:
-                rule = cls(**{"weight_decay": 0.1, **example})
-                difference = compare(torch, rule, dtype)
-                allowed = 0.0 if rule.program.phases == 1 else 0.05
+    for name, cls in RULES.items():
+        for dtype, example in product(DTYPES, cls.examples):
+            rule = cls(**{"weight_decay": 0.1, **example})
+            allowed = 0.0 if rule.program.phases == 1 else 0.05
+            for wait in (True, False):
+                difference = compare(torch, rule, dtype, wait)
                 if not difference <= allowed:
-                    wrong.append(f"{rule} in {dtype}: differs by up to {difference}")
+                    wrong.append(f"{rule} in {dtype}, {wait=}: differs by up to {difference}")
         print(f"verified {name}", file=sys.stderr, flush=True)
-    return wrong
+    return [*wrong, *what_a_nan_changes(torch)]
 
 
-def compare(torch: Any, rule: fo.Rule, dtype: str) -> float:
-    """The largest relative difference between device and CPU after three clipped steps."""
+def what_a_nan_changes(torch: Any) -> list[str]:
+    """Of a step that does not wait, and those after it: nothing, or a line that says so."""
+    p = torch.ones(100_000, device="cuda")
+    optimizer = fo.Optimizer(p, fo.AdamW(), clip_norm=1.0, wait=False)
+    good, bad = torch.ones_like(p), torch.full_like(p, float("nan"))
+    optimizer.step(good)
+    before = optimizer.fingerprint()
+    try:
+        for g in (bad, good, good):
+            optimizer.step(g)
+        optimizer.synchronize()
+    except FloatingPointError:
+        same = optimizer.fingerprint() == before
+        return [] if same else ["a step that found NaN changed something"]
+    return ["a step that found NaN was not told of"]
+
+
+def compare(torch: Any, rule: fo.Rule, dtype: str, wait: bool) -> float:
+    """The largest difference between device and CPU after three clipped steps."""
     rng = np.random.default_rng(0)
     shapes = [(257, 129), (1, 5), (64, 1024)]
     here = [rng.standard_normal(shape).astype(DTYPES[dtype]) for shape in shapes]
     there = [on_device(torch, a) for a in here]
     cpu = fo.Optimizer(here, rule, clip_norm=1.0)
-    gpu = fo.Optimizer(there, rule, clip_norm=1.0)
+    gpu = fo.Optimizer(there, rule, clip_norm=1.0, wait=wait)
     for _ in range(3):
         grads = [rng.standard_normal(a.shape).astype(a.dtype) for a in here]
         moved = [on_device(torch, g) for g in grads]
@@ -118,10 +146,14 @@ def host_seconds(torch: Any, step: Step, rounds: int) -> float:
     return statistics.median(times[3:])
 
 
-def moved_bytes(optimizer: fo.Optimizer, elements: int, width: int) -> int:
-    """What a step reads and writes: gradient, parameter and states."""
-    states = sum(int(a.nbytes) for state in optimizer.state.values() for a in state.values())
-    return 3 * elements * width + 2 * states
+def arrays_moved(rule: fo.Rule) -> int:
+    """How many arrays a step reads and how many it writes, together."""
+    from fusedopt.cuda import kernels  # 0.7 s, and not everywhere
+
+    operations = kernels.operations_of(rule.program, 0, refreshed=False)
+    steps = [kernels.Step.of(rule.program, op) for op in operations]
+    read = {name for step in steps for name in step.operands}
+    return len(read) + len({name for step in steps for name in step.written})
 
 
 def made(torch: Any, shapes: Sequence[tuple[int, ...]], dtype: str) -> tuple[list[Any], list[Any]]:
@@ -132,10 +164,10 @@ def made(torch: Any, shapes: Sequence[tuple[int, ...]], dtype: str) -> tuple[lis
     )
 
 
-def ours(torch: Any, p: list[Any], g: list[Any], rule: fo.Rule, **options: Any) -> Any:
-    """The optimizer and a function that takes a step."""
+def ours(p: list[Any], g: Any, rule: fo.Rule, **options: Any) -> Step:
+    """A function that takes a step."""
     optimizer = fo.Optimizer(p, rule, **options)
-    return optimizer, lambda: optimizer.step(g)
+    return lambda: optimizer.step(g)
 
 
 def rivals(torch: Any, p: list[Any], g: list[Any]) -> Iterator[tuple[str, Step]]:
@@ -145,16 +177,29 @@ def rivals(torch: Any, p: list[Any], g: list[Any]) -> Iterator[tuple[str, Step]]
     makers: dict[str, Callable[[], Any]] = {
         "torch fused": lambda: torch.optim.AdamW(p, fused=True),
         "torch foreach": lambda: torch.optim.AdamW(p, foreach=True),
-        "apex": lambda: __import__("apex.optimizers").optimizers.FusedAdam(p),
-        "bitsandbytes": lambda: __import__("bitsandbytes").optim.AdamW32bit(p),
+        "apex": lambda: importlib.import_module("apex.optimizers").FusedAdam(p),
+        "bitsandbytes": lambda: importlib.import_module("bitsandbytes").optim.AdamW32bit(p),
     }
     for name, make in makers.items():
         try:
             optimizer = make()
-        except (ImportError, AttributeError):
+        except (ImportError, AttributeError, RuntimeError) as error:
+            print(f"without {name}: {error}", file=sys.stderr)
             continue
         yield name, optimizer.step
+        if name == "torch fused":
+            yield f"{name}, clipped", clipped(torch, p, optimizer)
         del optimizer
+
+
+def clipped(torch: Any, p: list[Any], optimizer: Any) -> Step:
+    """PyTorch's two calls."""
+
+    def step() -> None:
+        torch.nn.utils.clip_grad_norm_(p, 1.0)
+        optimizer.step()
+
+    return step
 
 
 def bandwidths(torch: Any, elements: int, rounds: int) -> Iterator[Row]:
@@ -164,18 +209,18 @@ def bandwidths(torch: Any, elements: int, rounds: int) -> Iterator[Row]:
         (p,), (g,) = made(torch, [(elements,)], dtype)
         copying = seconds(torch, lambda p=p, g=g: g.copy_(p), rounds)  # type: ignore[misc]
         rate = 2 * elements * width / copying
-        for name, cls in fo.RULES.items():
+        for name, cls in RULES.items():
             rule = cls()
             if rule.program.phases > 1:
                 continue
-            optimizer, step = ours(torch, [p], [g], rule, state_dtype=dtype)
+            step = ours([p], [g], rule, state_dtype=dtype)
             taken = seconds(torch, step, rounds)
-            share = moved_bytes(optimizer, elements, width) / taken / rate
+            share = arrays_moved(rule) * elements * width / taken / rate
             medians = {"fusedopt": taken, "copy": copying}
             what = f"{name}, {elements:.0e} in {dtype}: share of copy ({rate / 1e12:.2f} TB/s)"
             yield Row(what, share, SHARE_OF_COPY, medians)
-            del optimizer, step
-            torch.cuda.empty_cache()
+            del step
+            gc.collect()  # of states that are some gigabytes
 
 
 def lists(torch: Any, rounds: int) -> Iterator[Row]:
@@ -184,22 +229,43 @@ def lists(torch: Any, rounds: int) -> Iterator[Row]:
         "GPT-2 small": list(gpt2_small().values()),
         "1000 of 1000": list(SMALL.values()),
     }
+    pairs = (
+        ("fusedopt", "torch fused"),
+        ("fusedopt, clipped, not waiting", "torch fused, clipped"),
+    )
     for problem, shapes in problems.items():
         for dtype in ("float32", "bfloat16"):
             p, g = made(torch, shapes, dtype)
-            _, step = ours(torch, p, g, fo.AdamW(), state_dtype=dtype)
-            medians = {"fusedopt": seconds(torch, step, rounds)}
-            host = {"fusedopt": host_seconds(torch, step, rounds)}
-            _, clipped = ours(torch, p, g, fo.AdamW(), state_dtype=dtype, clip_norm=1.0)
-            medians["fusedopt, clipped"] = seconds(torch, clipped, rounds)
-            for name, rival in rivals(torch, p, g):
-                medians[name] = seconds(torch, rival, rounds)
-                host[name] = host_seconds(torch, rival, rounds)
-            value = medians["torch fused"] / medians["fusedopt"]
-            yield Row(f"{problem}, {dtype}: times as fast as torch fused", value, 1.0, medians)
-            what = f"{problem}, {dtype}: microseconds of the host per step"
+            medians, host = steps_of_all(torch, p, g, dtype, rounds)
+            what = f"{problem}, {dtype}"
+            for name, rival in pairs:
+                value = medians[rival] / medians[name]
+                yield Row(f"{what}: {name}, times as fast as {rival}", value, 1.0, medians)
             limit = host["torch fused"] * 1e6
-            yield Row(what, host["fusedopt"] * 1e6, limit, host, at_least=False, unit="us")
+            for name in ("fusedopt", "fusedopt, Fixed", "fusedopt, clipped, not waiting"):
+                told = f"{what}: microseconds of the host, {name}"
+                yield Row(told, host[name] * 1e6, limit, host, at_least=False, unit="us")
+
+
+def steps_of_all(
+    torch: Any, p: list[Any], g: list[Any], dtype: str, rounds: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds of the device, and of the host, of a step of AdamW in several ways."""
+    norm, fixed = {"clip_norm": 1.0}, fo.Fixed(g)
+    steps: dict[str, Any] = {
+        "fusedopt": (g, {}),
+        "fusedopt, Fixed": (fixed, {}),
+        "fusedopt, clipped": (g, norm),
+        "fusedopt, clipped, not waiting": (fixed, {**norm, "wait": False}),
+    }
+    medians, host = {}, {}
+    mine = (
+        (name, ours(p, given, fo.AdamW(), state_dtype=dtype, **options))
+        for name, (given, options) in steps.items()
+    )
+    for name, step in chain(mine, rivals(torch, p, g)):
+        medians[name], host[name] = seconds(torch, step, rounds), host_seconds(torch, step, rounds)
+    return medians, host
 
 
 def main() -> int:
@@ -213,8 +279,8 @@ def main() -> int:
         print(f"nothing can be measured here: {reason}", file=sys.stderr)
         return 2
     torch = pytorch()
-    if torch is None:
-        print("nothing can be measured here: PyTorch is not installed", file=sys.stderr)
+    if torch is None or not torch.cuda.is_available():
+        print("nothing can be measured here: there is no PyTorch for CUDA", file=sys.stderr)
         return 2
     print(torch.cuda.get_device_name(), f"torch {torch.__version__}", file=sys.stderr)
     wrong = verify(torch)

@@ -32,6 +32,7 @@ from .rules import (
 from .runtime import get_isa, get_threads, info, set_isa, set_threads, warmup
 from .scaler import LossScaler
 from .stepping import StepInfo
+from .trees import Fixed
 from .verify import VerificationError, verify
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ __all__ = [
     "AdamW",
     "CustomRule",
     "Estimate",
+    "Fixed",
     "Lion",
     "LossScaler",
     "Momentum",

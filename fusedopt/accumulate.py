@@ -101,7 +101,11 @@ class Accumulator:
 
     def add(self, grads: Any) -> int:
         """Adds a micro-batch's gradients; how many there are now."""
-        leaves = self._tree.flatten(grads, "grads")
+        if not self._rows and not self._layout.zero_grads:
+            count = self._plan.step(grads, None, False)
+            if count is not None:
+                return count
+        leaves = self._stepper.flatten(grads, "grads")
         some = {k: as_rows("grads", g) for k, g in enumerate(leaves)}
         rows = {k: given for k, given in some.items() if given is not None}
         if not rows:

@@ -10,6 +10,7 @@ import numpy as np
 
 from .cuda.foreign import on_device
 from .formats import DTYPES
+from .trees import Fixed
 
 if TYPE_CHECKING:
     from .rules import Rule
@@ -26,8 +27,8 @@ def _check_array(label: str, array: Any) -> np.ndarray:
     if not isinstance(array, np.ndarray):
         if on_device(array):
             raise TypeError(
-                f"{label}: is on a CUDA device, where only Optimizer(params, rule, backend='cuda')"
-                " takes it; otherwise copy it to the host"
+                f"{label}: is on a CUDA device, where only the backend 'cuda' takes it; give it no"
+                " array of the host beside it, or copy it there"
             )
         raise TypeError(
             f"{label}: expected an ndarray, got a {type(array).__name__}; convert it"
@@ -162,6 +163,19 @@ class Fit:
                     f"{given[b][0]}: shares memory with {given[a][0]}, which zero_grads is to zero;"
                     " pass each array once, or a copy"
                 )
+
+    def opened(self, what: str, tree: Any) -> Any:
+        """A tree as it was given; TypeError where it is `Fixed`."""
+        if isinstance(tree, Fixed):
+            raise TypeError(
+                f"{what}: Fixed is for arrays on a CUDA device; for arrays on the host pass the"
+                " tree that it was made of"
+            )
+        return tree
+
+    def copied(self, given: Sequence[Any], fitted: Sequence[Any]) -> list[int]:
+        """Of which gradients the step may have been given a copy."""
+        return [k for k, g in enumerate(given) if g is not None]
 
     def gradient(self, k: int, label: str, g: Any) -> np.ndarray | None:
         """The k-th leaf's gradient in its parameter's layout: itself, or a scratch copy.

@@ -7,11 +7,11 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
-from .arrays import Fit, check_apart, check_parameter, check_target
-from .backends import default_backend
+from .backends import default_backend, get_backend
+from .cuda.foreign import on_device
 from .formats import compute_dtype
 from .rules import Rule
-from .states import Quantized, Stored
+from .states import Stored
 
 
 def update(
@@ -22,7 +22,8 @@ def update(
     rule: its hyperparameters. step: 1 for the first. p: float32, float64, bfloat16 or float16,
     dense. g: gradient of p's shape in any of these, left alone. states: as `rule.init(p)` made
     them, in its order; arrays may have any of these dtypes. hessian: for Sophia, an estimate of p's
-    shape that refreshes h after the update. What is stored is rounded to the nearest.
+    shape that refreshes h after the update. What is stored is rounded to the nearest. All of them
+    may be arrays on a CUDA device instead; an `Optimizer` is the fast way there.
 
     Raises TypeError for a value of the wrong kind, ValueError for one that does not fit; nothing
     was written then.
@@ -37,7 +38,9 @@ def update(
         lr = rule.lr_at(step)
     if backend.update(rule, step, lr, (p, *states), g, hessian, False):
         return
-    arrays, g, hessian = _check(rule, (p, *states), g, hessian)
+    if on_device(p):
+        backend = get_backend("auto", [p])
+    arrays, g, hessian = _check(backend.space, rule, (p, *states), g, hessian)
     if not backend.update(rule, step, lr, arrays, g, hessian, True):
         raise RuntimeError("the core refused arrays that passed the checks; please report this")
 
@@ -49,9 +52,9 @@ def _check_step(step: Any) -> int:
 
 
 def _check(
-    rule: Rule, arrays: tuple[Any, ...], g: Any, hessian: Any
+    space: Any, rule: Rule, arrays: tuple[Any, ...], g: Any, hessian: Any
 ) -> tuple[tuple[Stored, ...], np.ndarray, np.ndarray | None]:
-    p = check_parameter("p", arrays[0], rule)
+    p = space.check_parameter("p", arrays[0], rule)
     sides = rule.sides(p.shape)
     states = (*rule.states, *sides)
     if len(arrays) - 1 != len(states):
@@ -60,15 +63,15 @@ def _check(
             f"states: {type(rule).__name__} has {len(states)}{names}, got {len(arrays) - 1};"
             " make them with rule.init(p)"
         )
-    checked = [Stored.plain(p)]
+    checked = [space.check_state("p", p)]
     for name, state in zip(states, arrays[1:], strict=True):
-        stored = state if isinstance(state, Quantized) else Stored.plain(check_target(name, state))
+        stored = space.check_state(name, state)
         _check_fit(name, stored, checked[0], sides.get(name))
         checked.append(stored)
     labels = ["p", *states]
     pieces = [(name, a) for name, s in zip(labels, checked, strict=True) for a in s.arrays]
-    check_apart([name for name, _ in pieces], [a for _, a in pieces])
-    fit = Fit(["p"], [p], [[a for _, a in pieces]])
+    space.check_apart([name for name, _ in pieces], [a for _, a in pieces])
+    fit = space.Fit(["p"], [p], [[a for _, a in pieces]])
     gradient = fit.gradient(0, "g", g)
     if gradient is None:
         raise TypeError("g: expected an ndarray, got None")

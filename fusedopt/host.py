@@ -11,13 +11,13 @@ import numpy as np
 from .arrays import Fit, check_apart, check_parameter, check_target
 from .formats import PLAIN, compute_dtype
 from .options import Options
-from .states import Stored, Wanted
+from .states import Quantized, Stored, Wanted
 from .states import allocate as new
 from .storage import Storage
 
 __all__ = [
-    "Fit", "allocate", "blank", "check_apart", "check_options", "check_parameter", "check_target",
-    "same",
+    "Fit", "allocate", "blank", "check_apart", "check_options", "check_parameter", "check_state",
+    "check_target", "same",
 ]  # fmt: skip
 
 allocate = Storage.allocate
@@ -25,7 +25,17 @@ same = functools.partial(np.array_equal, equal_nan=True)
 
 
 def check_options(options: Options, state_path: Any) -> None:
-    """Nothing is refused."""
+    """ValueError, with the name, for what there is on a device alone."""
+    if not options.wait:
+        raise ValueError(
+            "wait=False: is for arrays on a CUDA device, whose norm a step need not wait for; on"
+            " the host a step that returns is done, so leave it out"
+        )
+
+
+def check_state(label: str, state: Any) -> Stored:
+    """An array that will be updated in place, or a quantised state; errors as `check_target`."""
+    return state if isinstance(state, Quantized) else Stored.plain(check_target(label, state))
 
 
 def blank(parameters: Sequence[np.ndarray]) -> list[Stored]:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from .arrays import check_input
-from .backends import default_backend
+from .backends import ON_HOST, default_backend, get_backend
+from .cuda.foreign import on_device
 from .rows import added_up, as_rows
 from .trees import leaves_of, values_of
 
@@ -20,11 +21,12 @@ SHOWN = 5
 def global_norm(grads: Any) -> float:
     """The Euclidean norm of all elements of all arrays.
 
-    grads: an array or any nesting of dicts, lists and tuples of them, of float32, float64,
-    bfloat16 or float16, in any layout, or `Rows`; None counts as nothing. Squares are summed in
-    float64, in an order that depends on nothing but each array's elements in memory: the result has
-    the same bits with any number of threads, on any instruction set and in any order of the leaves.
-    NaN where an element is NaN, infinite where one is; large elements do not overflow it otherwise.
+    grads: an array or any nesting of dicts, lists and tuples of them, of float32, float64, bfloat16
+    or float16, in any layout, or `Rows`, or all on one CUDA device; None counts as nothing. Squares
+    are summed in float64, in an order that depends on nothing but each array's elements in memory:
+    the result has the same bits with any number of threads, on any instruction set and in any order
+    of the leaves. NaN where an element is NaN, infinite where one is; large elements do not
+    overflow it otherwise.
 
     Raises TypeError for what is no array, or of another dtype.
 
@@ -35,9 +37,12 @@ def global_norm(grads: Any) -> float:
     arrays = [value for value in values_of(grads) if value is not None]
     found = default_backend().sums_of_squares(arrays)
     if found is None:
+        there = any(map(on_device, arrays))
+        backend = get_backend("auto", arrays) if there else default_backend()
+        elements = _elements if backend.name in ON_HOST else backend.space.check_input
         given = [(leaf.label, leaf.value) for leaf in leaves_of(grads, "grads")]
-        arrays = [_elements(label, value) for label, value in given if value is not None]
-        found = default_backend().sums_of_squares(arrays)
+        arrays = [elements(label, value) for label, value in given if value is not None]
+        found = backend.sums_of_squares(arrays)
     return combined(np.array(found, np.float64).reshape(-1, 2))
 
 
@@ -52,7 +57,8 @@ def combined(rows: np.ndarray) -> float:
     rows: of each leaf the sum of the squares of its elements times scale, and that scale; 0 for a
     leaf that does not count.
     """
-    sums, scales = rows[rows[:, 1] != 0].T
+    # Zeros were looked at again, in vain; their scales are not to show either.
+    sums, scales = rows[(rows != 0).all(axis=1)].T
     if not np.all(np.isfinite(sums)):
         return math.nan if np.any(np.isnan(sums)) else math.inf
     if np.all(scales == 1.0):
@@ -137,6 +143,28 @@ class Guard:
             factors[:] = self.factor * self.clip_scale
         return True
 
+    @property
+    def limits(self) -> list[float]:
+        """Of the norm of all, or of those of the groups; infinite where there is none."""
+        clip = self._clip_norm
+        found = [clip[label] for label in self._labels] if isinstance(clip, Mapping) else [clip]
+        return [math.inf if limit is None else limit for limit in found]
+
+    def told(self, norms: Sequence[Any], scales: Sequence[Any]) -> None:
+        """Takes what a device will find instead, in the order of `limits`."""
+        self.grad_norm, self.clip_scale = norms[0], scales[0]
+        if isinstance(self._clip_norm, Mapping):
+            self.grad_norm = dict(zip(self._labels, norms, strict=True))
+            self.clip_scale = dict(zip(self._labels, scales, strict=True))
+
+    def stopped(self, number: int, bad: Sequence[int]) -> FloatingPointError:
+        """Tells of a step that a device did not take, because of these leaves."""
+        self.bad_leaves = tuple(self._paths[k] for k in bad)
+        return FloatingPointError(
+            f"grads: {self._complaint('no finite sum of squares')}, in step {number}; neither that"
+            f" step nor one after it has changed anything, and step_count is {number - 1} again"
+        )
+
     def take_norm(self) -> list[float]:
         """Finds `grad_norm` from the results: of all, or of each group."""
         rows = self._results[:, :2]
@@ -148,11 +176,11 @@ class Guard:
         self.clip_scale = dict.fromkeys(self._labels, 1.0)
         return norms
 
-    def _complaint(self) -> str:
+    def _complaint(self, found: str = "NaN or infinity") -> str:
         names, more = self.bad_leaves[:SHOWN], len(self.bad_leaves) - SHOWN
         if not names:
             return "their norm overflows float64"
-        return f"NaN or infinity in {', '.join(names)}" + (f" and {more} more" if more > 0 else "")
+        return f"{found} in {', '.join(names)}" + (f" and {more} more" if more > 0 else "")
 
 
 def clip_scale(limit: float, norm: float) -> float:

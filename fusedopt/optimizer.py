@@ -96,6 +96,16 @@ class Optimizer:
     reference, and commit only what agrees (`VerificationError` otherwise, also where parameters
     with masters were overwritten without `sync`).
 
+    wait: with False, on a CUDA device, no step waits for the norm that `clip_norm` needs.
+    `StepInfo.grad_norm` and `clip_scale` are arrays of the device then, without dimensions, whose
+    `float()` waits. Where a norm is NaN or infinite (or squares of float64 gradients leave the
+    range, which a step that waits would look into) the device takes neither that step nor a later
+    one; the next step that knows, or whatever else waits (`synchronize`, `state_dict`, `save`,
+    `load`, `fingerprint`, ...), raises FloatingPointError, and counters are those before that step.
+    Until then `step_count` and schedules count it. `clip_scale` is NaN of a step that was not
+    taken. Not with `skip_nonfinite`; gradients that `zero_grads` zeroes must have their parameters'
+    memory order.
+
     An optimizer is for one thread at a time: where two meet, RuntimeError says so to the later one,
     and nothing has changed; only looking (`describe`, `state`, `fingerprint`) is not guarded.
 
@@ -125,6 +135,7 @@ class Optimizer:
         backend: str = "auto",
         threads: int | None = None,
         verify: bool = False,
+        wait: bool = True,
     ) -> None:
         self.params = params
         self.rule = rule
@@ -144,6 +155,7 @@ class Optimizer:
             backend,
             threads,
             verify,
+            wait,
         ).checked()
         self._seed = check_seed(seed)
         self._storage = self._options.storage()
@@ -226,6 +238,7 @@ class Optimizer:
             decide=self._guard if self._options.decides(self._wide) else None,
             zero_grads=self._options.zero_grads,
             threads=self._options.threads,
+            wait=self._options.wait,
             scratch=self._scratch,
         )
         if self._options.verify:
@@ -280,8 +293,9 @@ class Optimizer:
         Sophia, Hessian estimates nested like the gradients, as they are.
 
         Raises TypeError or ValueError for what does not fit, FloatingPointError where `clip_norm`
-        finds a norm that is NaN or infinite, RuntimeError inside of `lookahead` and `averaged` or
-        while another thread uses this optimizer; nothing has changed then.
+        finds a norm that is NaN or infinite (with `wait=False` in a step before), RuntimeError
+        inside of `lookahead` and `averaged` or while another thread uses this optimizer; nothing
+        has changed then.
         """
         if self._exchanged:
             raise RuntimeError(f"step inside of {self._exchanged}(): leave the context first")
@@ -297,7 +311,7 @@ class Optimizer:
 
     def _guarded_step(self, grads: Any, grad_scale: float, hessian: Any) -> StepInfo:
         scale = check_grad_scale(grad_scale)
-        with self._exclusively("step"):
+        with self._exclusively("step", settled=False):
             if self._scheduled:
                 self._set_rates(self.step_count + 1)
             self._guard.begin(scale)
@@ -343,7 +357,7 @@ class Optimizer:
         Returns how many micro-batches there are now. Raises as `step` does; a `state_dict` cannot
         be taken before the step.
         """
-        with self._exclusively("accumulate"):
+        with self._exclusively("accumulate", settled=False):
             if self._sums is None:
                 self._sums = Accumulator(
                     self._backend,
@@ -357,12 +371,15 @@ class Optimizer:
         return count
 
     @contextmanager
-    def _exclusively(self, what: str) -> Iterator[None]:
-        """No interrupt inside, and no other thread; the parameters are themselves."""
+    def _exclusively(self, what: str, *, settled: bool = True) -> Iterator[None]:
+        """No interrupt inside, and no other thread; the parameters are themselves. settled: all
+        steps are done."""
         self._check_at_home(what)
         with deferred():
             self._plan.take()
             try:
+                if settled:
+                    self._plan.synchronize()
                 yield
             finally:
                 self._plan.give()
@@ -408,7 +425,7 @@ class Optimizer:
 
     def _adopt(self, rules: Sequence[Rule]) -> None:
         """Puts rules in the place of the groups' own, all of them or none."""
-        with self._exclusively("hyperparameters"):
+        with self._exclusively("hyperparameters", settled=False):
             self._check_caught_up("hyperparameters")
             old = self._groups
             kept = [check_successor(group, rule) for group, rule in zip(old, rules, strict=True)]
@@ -417,6 +434,7 @@ class Optimizer:
                 if all(kept):
                     self._settle_rates()
                 else:
+                    self._plan.synchronize()
                     self._prepare(self._checked(self._tree))
             except BaseException:
                 self._groups = old
@@ -464,6 +482,15 @@ class Optimizer:
                 synchronize(memory)
             if self._options.verify:
                 self._plan.accept()
+
+    def synchronize(self) -> None:
+        """Waits until a CUDA device has done all steps; on the host they are done already.
+
+        Raises FloatingPointError where one of them, with `wait=False`, found a norm that is NaN or
+        infinite: neither it nor a step after it has changed anything, counters included.
+        """
+        with self._exclusively("synchronize"):
+            pass
 
     def flush(self) -> None:
         """Writes the states in `state_path` to the disk, waits, and frees all memory they take.
@@ -530,6 +557,7 @@ class Optimizer:
             with deferred():
                 self._plan.take()  # all the while, for a thread that comes past the checks
                 taken = True
+                self._plan.synchronize()
                 backup += (self._parameters[k].copy(order="A") for k in leaves)
                 self._exchanged = name
             yield
@@ -620,6 +648,8 @@ class Optimizer:
 
         Any NaN counts as any other. The same on every machine, in hexadecimal digits.
         """
+        if not self._options.wait and not self._exchanged:
+            self.synchronize()
         return digest(self._paths, self._parameters, self._leaves, self._counters)
 
     def state_dict(self) -> dict[str, Any]:

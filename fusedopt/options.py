@@ -33,10 +33,11 @@ class Options(NamedTuple):
     backend: str
     threads: int | None
     verify: bool
+    wait: bool
 
     def checked(self) -> Options:
         """TypeError or ValueError where a value does not fit."""
-        for name in ("skip_nonfinite", "zero_grads", "stats", "exact", "verify"):
+        for name in ("skip_nonfinite", "zero_grads", "stats", "exact", "verify", "wait"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         if self.clip_norm is not None and self.clip_value is not None:

@@ -23,12 +23,12 @@ class StepInfo(NamedTuple):
     rate that it used; with several rules a dict of them, by pattern (or by rule name where a
     callable chose). grad_norm: of the unscaled gradients, before any clipping; None where nothing
     asked for it (`clip_norm`, `skip_nonfinite`, `stats`). clip_scale: by what `clip_norm`
-    multiplied them; where groups clip each on its own, these two are dicts. skipped: whether
-    nothing was done, for a NaN or infinity in the gradients of `bad_leaves`, a tuple of paths.
-    stats: with `stats=True`, by path of the leaves that took part, a dict of "grad_norm",
-    "update_ratio" (the norm of the parameter's change over its own), and what the rule adds
-    ("win_rate" of Sophia: the share of elements that were not clipped), of `Rows` those that were
-    touched; else None.
+    multiplied them; where groups clip each on its own, these two are dicts; with `wait=False` their
+    numbers are arrays of the device, see `Optimizer`. skipped: whether nothing was done, for a NaN
+    or infinity in the gradients of `bad_leaves`, a tuple of paths. stats: with `stats=True`, by
+    path of the leaves that took part, a dict of "grad_norm", "update_ratio" (the norm of the
+    parameter's change over its own), and what the rule adds ("win_rate" of Sophia: the share of
+    elements that were not clipped), of `Rows` those that were touched; else None.
     """
 
     step: int
@@ -67,7 +67,7 @@ class Stepper:
         estimates = None if hessian is None else self.estimates(hessian, fitted)
         if not self._layout.zero_grads:
             return self.flat(fitted, estimates)
-        return self._zeroing(fitted, estimates, self._tree.flatten(grads, "grads"))
+        return self._zeroing(fitted, estimates, self.flatten(grads, "grads"))
 
     def estimates(self, hessian: Any, grads: Sequence[Any]) -> list[np.ndarray | Touched | None]:
         """The leaves of a tree of Hessian estimates, checked; grads: those that go with them, which
@@ -124,13 +124,18 @@ class Stepper:
 
     def _zeroing(self, fitted: Any, estimates: Any, given: Sequence[Any]) -> int:
         self.check_exclusive(given, estimates)
+        copied = self._fit.copied(given, fitted)
+        if copied and not self._layout.wait:
+            raise ValueError(
+                f"{self._labels('grads')[copied[0]]}: zero_grads with wait=False needs it in the"
+                " memory order of its parameter, or a step that is not taken would zero it; pass a"
+                " dense copy in that order"
+            )
         before = int(self._layout.counters[0])
         with deferred():
             number = self.flat(fitted, estimates)
-            for g in given if number > before else ():
-                # Where a copy was used, that was zeroed.
-                if g is not None:
-                    values_of(g)[...] = 0
+            for k in copied if number > before else ():
+                values_of(given[k])[...] = 0  # the step has zeroed the copy
         return number
 
     def check_exclusive(self, given: Sequence[Any], estimates: Sequence[Any] | None) -> None:
@@ -140,8 +145,12 @@ class Stepper:
             inputs += zip(self._labels("hessian"), map(values_of, estimates), strict=True)
         self._fit.check_exclusive(inputs, len(given))
 
+    def flatten(self, tree: Any, what: str) -> list[Any]:
+        """The leaves of a tree that is like the parameters' own."""
+        return self._tree.flatten(self._fit.opened(what, tree), what)
+
     def _fitted(self, tree: Any, what: str) -> list[np.ndarray | Touched | None]:
-        values = self._tree.flatten(tree, what)
+        values = self.flatten(tree, what)
         return [
             self.fit_leaf(k, label, value)
             for k, (label, value) in enumerate(zip(self._labels(what), values, strict=True))

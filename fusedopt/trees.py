@@ -31,6 +31,27 @@ def values_of(tree: Any) -> Iterator[Any]:
             yield from values_of(child)
 
 
+class Fixed:
+    """Gradients on a CUDA device of which the caller promises that they stay where they are.
+
+    tree: as `Optimizer.step` takes it. As long as this object is used, its leaves, and the
+    parameters of the optimizers that it is given to, are the same arrays in the same memory: none
+    was replaced in the tree, and no tensor was given other memory (`t.data = ...`,
+    `zero_grad(set_to_none=True)`). What they hold may change. From its third step in a row on they
+    are not looked at, so that what a step costs the host does not depend on how many there are. It
+    keeps its tree alive; arrays that are exchanged by DLPack alone are looked at nevertheless,
+    since only that says when they may be read.
+    """
+
+    def __init__(self, tree: Any) -> None:
+        self.tree = tree
+
+
+def opened(tree: Any) -> Any:
+    """The tree itself, where it is `Fixed`."""
+    return tree.tree if isinstance(tree, Fixed) else tree
+
+
 class Tree:
     """The shape of a nesting of dicts, lists and tuples, taken from the parameters.
 

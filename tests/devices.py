@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from exactness import Array
-from fusedopt.cuda import kernels, launching, toolkit
+from fusedopt.cuda import guard, kernels, launching, sums, toolkit
 
 
 class OnDevice:
@@ -79,6 +79,9 @@ class Tensor:
     def data_ptr(self) -> int:
         return int(self.array.__array_interface__["data"][0])
 
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.array[key] = value
+
     def contiguous(self) -> Tensor:
         return Tensor(np.ascontiguousarray(self.array))
 
@@ -103,16 +106,24 @@ def torch(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return asked
 
 
+CACHED = (
+    kernels.step_kernel,
+    sums.squares_kernel,
+    sums.totals_kernel,
+    sums.guard_kernel,
+)
+
+
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Two threads to a block, and 32 elements to a chunk; of sums two segments to a block."""
     assert toolkit.SIMULATED
-    for cached in (kernels.step_kernel, kernels.squares_kernel):
+    for cached in CACHED:
         cached.cache_clear()
-    for module in (kernels, launching):
+    for module in (kernels, sums, launching, guard):
         monkeypatch.setattr(module, "THREADS", 2)
-        monkeypatch.setattr(module, "GROUPS", 2)
-        monkeypatch.setattr(module, "CHUNK", 32)
+        monkeypatch.setattr(module, "GROUPS", 2, raising=False)
+        monkeypatch.setattr(module, "CHUNK", 32, raising=False)
     yield
-    for cached in (kernels.step_kernel, kernels.squares_kernel):
+    for cached in CACHED:
         cached.cache_clear()

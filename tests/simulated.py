@@ -47,14 +47,22 @@ def halved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Library, "orthogonalize", orthogonalize)
 
 
-@pytest.mark.parametrize("rule", exactness.RULES.values(), ids=exactness.RULES)
+def supported(rules: dict[str, fo.Rule]) -> dict[str, fo.Rule]:
+    """Those that there are on a device, as far as these tests step them: see `elementwise`."""
+    return {name: rule for name, rule in rules.items() if rule.program.phases <= 2}
+
+
+RULES, DEFAULTS = supported(exactness.RULES), supported(exactness.DEFAULTS)
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_every_variant_has_the_bits_of_the_core(rule: fo.Rule, halved: None) -> None:
     c = case(rule, 35, np.float32, awkward=operands(rule))
     (got,), (want,) = on_device(rule, [c]), stepped(rule, [c])
     assert_same_bits(got, want, str(rule))
 
 
-@pytest.mark.parametrize("rule", exactness.DEFAULTS.values(), ids=exactness.DEFAULTS)
+@pytest.mark.parametrize("rule", DEFAULTS.values(), ids=DEFAULTS)
 @pytest.mark.parametrize("n", [(0, 1, 31, 96), (130, 3)])
 def test_sizes_in_float64(rule: fo.Rule, n: tuple[int, ...], halved: None) -> None:
     cases = [case(rule, m, np.float64, seed=m) for m in n]
@@ -106,6 +114,37 @@ def test_formats_and_all_that_a_step_does_besides(way: str, besides: str) -> Non
     found = [trees(params, grads, b, copies, **options) for b in ("cuda", "native")]
     assert_same(found[0][0], found[1][0], way)
     assert found[0][1:] == found[1][1:]
+
+
+@pytest.mark.parametrize("rule", DEFAULTS.values(), ids=DEFAULTS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_updates_of_one_tensor(rule: fo.Rule, dtype: Any, halved: None) -> None:
+    p = case(rule, 35, dtype).p
+    mine, states = OnDevice(p.copy()), rule.init(OnDevice(p))  # type: ignore[arg-type]
+    theirs, own = p.copy(), rule.init(p)
+    for t in range(1, 4):
+        g = draw(t, p.shape, np.float32)
+        h = draw(9, p.shape, dtype) if rule.takes_hessian and t == 2 else None
+        there: Any = None if h is None else OnDevice(h)
+        fo.update(rule, t, mine, OnDevice(g), *states, hessian=there)  # type: ignore[arg-type]
+        fo.update(rule, t, theirs, g, *own, hessian=h)
+    assert all(isinstance(state, DeviceArray) for state in states)
+    got = (mine.array, *(state.copy() for state in states))
+    assert_same_bits(got, (theirs, *own), str(rule))
+
+
+def test_norms() -> None:
+    arrays: dict[str, Any] = {
+        str(k): draw(k, s, d)
+        for k, (s, d) in enumerate(
+            [(40, np.float32), ((3, 5), ml_dtypes.bfloat16), ((), np.float64), (0, np.float16)]
+        )
+    }
+    for size in (1.0, 1e-200, 1e200):
+        arrays["wide"] = draw(9, 12, np.float64) * size
+        there = {k: [OnDevice(a), None] for k, a in arrays.items()}
+        assert fo.global_norm(there) == fo.global_norm(arrays)
+    assert fo.global_norm(OnDevice(np.full(3, np.inf))) == np.inf
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-200, 1e200])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -13,6 +15,7 @@ import fusedopt as fo
 from devices import Exported, OnDevice, Tensor
 from exactness import Array, assert_same_bits
 from formatted import draw
+from fusedopt.cuda import launching, memory, toolkit
 from fusedopt.cuda.plan import Known
 from fusedopt.stepping import Stepper
 
@@ -31,17 +34,87 @@ def test_the_same_arrays_again_are_not_looked_at() -> None:
         optimizer.step({"w": OnDevice(g, typestr="<i4")})
 
 
-def test_the_same_tuple_again_is_not_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
-    p, g = np.ones(4, np.float32), np.ones(4, np.float32)
-    grads: Any = (OnDevice(g), (OnDevice(g.copy()),))
-    optimizer = fo.Optimizer([OnDevice(p), [OnDevice(p.copy())]], fo.SGD(lr=0.25))
+def test_what_is_fixed_is_not_looked_into_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    p, q, g = (np.ones(4, np.float32) for _ in range(3))
+    grads = fo.Fixed([OnDevice(g), {"b": OnDevice(g.copy())}])
+    optimizer = fo.Optimizer([OnDevice(p), {"b": OnDevice(q)}], fo.SGD(lr=0.25))
     for _ in range(2):
         optimizer.step(grads)
-    monkeypatch.setattr(Known, "again", None)
+    with monkeypatch.context() as patch:
+        patch.setattr(Known, "again", None)
+        optimizer.step(grads)
+        assert (p == 0.25).all()
+        with pytest.raises(TypeError, match="NoneType"):
+            optimizer.step(fo.Fixed(grads.tree))
+    optimizer.step([grads.tree[0], {"b": None}])
     optimizer.step(grads)
-    assert (p == 0.25).all()
-    with pytest.raises(TypeError):
-        optimizer.step((grads[0], (grads[1][0],)))
+    assert (p == -0.25).all()
+    assert (q == 0).all()
+    with pytest.raises(ValueError, match=r"grads: expected a list or tuple of length 2"):
+        optimizer.step(fo.Fixed([]))
+
+
+def test_what_is_fixed_is_kept_alive_by_itself_alone() -> None:
+    optimizer = fo.Optimizer(OnDevice(host()), fo.SGD())
+    grads = fo.Fixed(OnDevice(host()))
+    seen = weakref.ref(grads.tree)
+    for _ in range(3):
+        optimizer.step(grads)
+    assert seen() is not None
+    del grads
+    assert seen() is None
+    assert optimizer.step(None).step == 4  # which is not what is gone
+    assert optimizer.state_dict()["leaves"]["params"]["t"] == 3
+
+
+@pytest.mark.parametrize("kind", [OnDevice, Tensor])
+def test_none_is_not_the_gradient_that_is_gone(kind: Any, torch: list[int]) -> None:
+    p, q = host(), host()
+    optimizer = fo.Optimizer([kind(p), kind(q)], fo.SGD(lr=0.5))
+    other = kind(host())
+    optimizer.step([kind(host()), other])
+    optimizer.step([None, other])
+    assert (p == 0.5).all()
+    assert (q == 0).all()
+
+
+def calls_of(method: str, count: int, monkeypatch: pytest.MonkeyPatch, **options: Any) -> int:
+    """How many functions are called, Python's own and others, by a method with gradients of so many
+    tensors; kernels are not run."""
+    monkeypatch.setattr(toolkit.Kernel, "launch", lambda *given: None)
+    monkeypatch.setattr(launching.Sums, "read", lambda sums, stream: np.ones(sums.leaves.size))
+    params, grads = ([Tensor(host()) for _ in range(count)] for _ in range(2))
+    optimizer = fo.Optimizer(params, fo.AdamW(), **options)
+    fixed, calls = fo.Fixed(grads), [0]
+    take = getattr(optimizer, method)
+    for _ in range(4):
+        take(fixed)
+
+    def counted(frame: Any, event: str, *rest: Any) -> None:
+        calls[0] += event in ("call", "c_call")
+
+    sys.setprofile(counted)
+    try:
+        take(fixed)
+    finally:
+        sys.setprofile(None)
+    return calls[0]
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("step", {}),
+        ("step", {"clip_norm": 1.0}),
+        ("step", {"clip_norm": 1.0, "wait": False}),
+        ("accumulate", {}),
+    ],
+)
+def test_what_a_step_costs_the_host_does_not_depend_on_the_count(
+    method: str, options: Any, torch: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few, many = (calls_of(method, n, monkeypatch, **options) for n in (2, 200))
+    assert few == many
 
 
 def test_they_are_known_by_their_keys() -> None:
@@ -65,6 +138,29 @@ def test_gradients_are_not_kept_alive() -> None:
     optimizer.step(g)
     del g
     assert seen() is None
+
+
+def test_steps_over_new_arrays_allocate_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = fo.Optimizer(OnDevice(host()), fo.SGD(), clip_norm=1.0, wait=False)
+    old = []
+    for k in range(6):
+        g = OnDevice(host())
+        old.append(g)  # or the next would be in its place
+        if k == 3:
+            monkeypatch.setattr(memory.Memory, "new", None)
+        optimizer.step(g)
+    with pytest.raises(TypeError):
+        memory.Memory.reused(1 << 20, 0)
+
+
+def test_memory_that_is_held_is_not_given_again() -> None:
+    first, second = (memory.Memory.reused(300, 0) for _ in range(2))
+    assert first.address != second.address
+    assert first.size == 300
+    address = first.address
+    del first
+    assert memory.Memory.reused(512, 7).address != address
+    assert memory.Memory.reused(400, 0).address == address
 
 
 def test_arrays_by_dlpack() -> None:
@@ -116,6 +212,29 @@ def test_new_tensors_where_the_old_ones_were(
         optimizer.step([Tensor(g[:39])])
 
 
+def test_another_stream_has_tables_of_its_own(
+    torch: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queues: list[int] = []
+    launch = toolkit.Kernel.launch
+
+    def watched(self: Any, blocks: int, threads: int, queue: tuple[int, int], *rest: Any) -> None:
+        queues.append(queue[1])
+        launch(self, blocks, threads, queue, *rest)
+
+    monkeypatch.setattr(toolkit.Kernel, "launch", watched)
+    p, grads = np.ones(4, np.float32), fo.Fixed(Tensor(host()))
+    optimizer = fo.Optimizer(Tensor(p), fo.SGD(lr=0.125))
+    for stream in (7, 7, 7, 8, 8, 8, 7):
+        current = SimpleNamespace(cuda_stream=stream)
+        cuda = SimpleNamespace(current_stream=lambda device, current=current: current)
+        monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+        optimizer.step(grads)
+        bound: Any = optimizer._plan._bound
+        assert (bound.stream, queues[-1]) == (stream, stream)
+    assert (p == 0.125).all()
+
+
 def test_a_parameter_that_moved_is_noticed(torch: list[int]) -> None:
     p, g = Tensor(np.ones(4, np.float32)), Tensor(np.ones(4, np.float32))
     optimizer = fo.Optimizer(p, fo.SGD(lr=0.5))
@@ -139,7 +258,7 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     ),
     "forced": (
         lambda: fo.Optimizer(OnDevice(host()), fo.SGD(), backend="native"),
-        TypeError, "backend='cuda'",
+        TypeError, "only the backend 'cuda' takes it",
     ),
     "dtype": (
         lambda: fo.Optimizer(OnDevice(np.ones(4, np.int32)), fo.SGD()),
@@ -165,6 +284,13 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         lambda: fo.Optimizer(OnDevice(host()), fo.Muon()),
         ValueError, "two dimensions or more",
     ),
+    **{
+        cls.__name__: (
+            lambda cls=cls: fo.Optimizer(OnDevice(np.ones((4, 4), np.float32)), cls()),
+            ValueError, f"{cls.__name__}: is not supported by the backend 'cuda'; take fo.Muon",
+        )
+        for cls in (fo.NorMuon, fo.AdaMuon, fo.SOAP)
+    },
     "shape": (
         lambda: fo.Optimizer(OnDevice(host()), fo.SGD()).step(OnDevice(host(3))),
         ValueError, r"expected the shape \(4,\)",
@@ -187,9 +313,33 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         ),
         TypeError, "Rows are not supported",
     ),
-    "update": (
+    "update on the host": (
         lambda: fo.update(fo.SGD(), 1, OnDevice(host()), host()),  # type: ignore[arg-type]
-        TypeError, "backend='cuda'",
+        TypeError, "g: expected an array on a CUDA device",
+    ),
+    "update of the host": (
+        lambda: fo.update(fo.SGD(), 1, host(), OnDevice(host())),  # type: ignore[arg-type]
+        TypeError, "g: is on a CUDA device, where only the backend 'cuda' takes it",
+    ),
+    "update by SOAP": (
+        lambda: fo.SOAP().init(OnDevice(np.ones((4, 4), np.float32))),  # type: ignore[arg-type]
+        ValueError, "SOAP: is not supported by the backend 'cuda'; take fo.Muon",
+    ),
+    "norm with the host": (
+        lambda: fo.global_norm([OnDevice(host()), host()]),
+        TypeError, r"grads\[1\]: expected an array on a CUDA device",
+    ),
+    "norm of rows": (
+        lambda: fo.global_norm([OnDevice(host()), fo.Rows(np.array([1]), np.ones((1, 2)))]),
+        TypeError, r"grads\[1\]: expected an array on a CUDA device, got a Rows",
+    ),
+    "norm of strides": (
+        lambda: fo.global_norm(OnDevice(host(8)[::2])),
+        ValueError, "grads: is not dense",
+    ),
+    "norm of devices": (
+        lambda: fo.global_norm([Exported(host()), Exported(host(), 1)]),
+        ValueError, "are on several devices",
     ),
     **{
         name: (

@@ -111,6 +111,11 @@ BAD_GRADIENTS: dict[str, tuple[Any, type[Exception], str]] = {
     "list for an array": (gradients(a=[np.ones(4)] * 3), TypeError, r"expected one array, got"),
     "one array": (np.ones(3), TypeError, r"grads: expected a dict with the keys \['a', 'b'\]"),
     "None": (None, TypeError, r"grads: expected a dict"),
+    "fixed": (
+        fo.Fixed(gradients()),
+        TypeError,
+        r"grads: Fixed is for arrays on a CUDA device; for arrays on the host pass the tree",
+    ),
 }
 
 

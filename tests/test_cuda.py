@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,14 @@ from fusedopt.rules import Rule
 pytest.importorskip("numba")
 pytest.importorskip("numba_cuda")
 
-from fusedopt.cuda import kernels, toolkit
+from fusedopt.cuda import kernels, sums, toolkit
 from fusedopt.cuda.kernels import Step, Variant
 
 CAPABILITIES = ((8, 0), (9, 0))
 LOW = ("bfloat16", "float16")
 
 
-@pytest.mark.parametrize("file", ["simulated.py", "simulated_arrays.py"])
+@pytest.mark.parametrize("file", ["simulated.py", "simulated_arrays.py", "simulated_clipping.py"])
 def test_on_the_simulator(file: str) -> None:
     options = ["-q", "-W", "ignore", "-p", "no:cacheprovider", "-p", "devices"]
     result = subprocess.run(
@@ -105,6 +106,9 @@ def every_kernel() -> dict[str, Variant]:
     around = {"clip_value": 1.0, "ema": 0.5}
     for variant in variants_of(fo.AdamW(), "bfloat16", "bfloat16", "float32", **around):
         found.setdefault(variant, "adamw-around")
+    for variant, name in list(found.items()):
+        if re.match("adamw-0|lion-0|muon-.-float32", name):
+            found[replace(variant, clipped=True)] = f"{name}-clipped"
     return {name: variant for variant, name in found.items()}
 
 
@@ -192,11 +196,11 @@ def test_registers(assembly: Assembly, tmp_path: Path) -> None:
         assert int(used[1]) <= limit, (name, told)
 
 
-def test_sums_of_squares() -> None:
+def test_sums_of_squares_and_norms() -> None:
+    found = [sums.totals_kernel(), sums.guard_kernel()]
     for name in ("float32", "bfloat16", "float64"):
-        dtype = compute_dtype(PLAIN[name].dtype)
-        for capability in CAPABILITIES:
-            ptx = kernels.squares_kernel(PLAIN[name], dtype).ptx(capability)
-            assert "fma" not in ptx
-            assert ".local" not in ptx
-            assert "add.rn.f64" in ptx
+        found.append(sums.squares_kernel(PLAIN[name], compute_dtype(PLAIN[name].dtype)))
+    for kernel, capability in product(found, CAPABILITIES):
+        ptx = kernel.ptx(capability)
+        assert not re.search(r"\bfma\b|approx|\.local|\bcall\b", ptx)
+        assert "add.rn.f64" in ptx

@@ -45,8 +45,9 @@ class Layout:
     are touched, and the sums of its program. around: what is done beside the rules. decide: asked
     when the first two columns are known whether to go on, and may set the factors; without it they
     are not computed. zero_grads: gradients are set to zero. threads: at most so many, or None.
-    scratch: the file that states are in, of which a step is to have a window in memory at a time;
-    None where they are in memory.
+    wait: whether a step may wait for what `decide` needs; otherwise see `cuda.guard`. scratch: the
+    file that states are in, of which a step is to have a window in memory at a time; None where
+    they are in memory.
     """
 
     tree: Any
@@ -61,6 +62,7 @@ class Layout:
     decide: Callable[[], bool] | None = None
     zero_grads: bool = False
     threads: int | None = None
+    wait: bool = True
     scratch: Scratch | None = None
 
 
@@ -85,7 +87,8 @@ class Space(Protocol):
     has arrays of its own with a shape, a dtype and a size.
 
     check_options: ValueError for what there is for other arrays alone. check_target,
-    check_parameter, check_apart, Fit: see `fusedopt.arrays`. allocate: see `Storage.allocate`.
+    check_parameter, check_apart, Fit: see `fusedopt.arrays`. check_state: what `update` is given,
+    as it is stored. allocate: see `Storage.allocate`.
     blank: new arrays like others, in the types that they are computed in. same: whether two arrays
     have the same elements.
     """
@@ -94,6 +97,7 @@ class Space(Protocol):
     check_target: Callable[..., Any]
     check_parameter: Callable[..., Any]
     check_apart: Callable[..., None]
+    check_state: Callable[..., Stored]
     Fit: Callable[..., Any]
     allocate: Callable[..., list[Memory]]
     blank: Callable[..., list[Stored]]
@@ -113,6 +117,9 @@ class Plan(Protocol):
 
     def give(self) -> None:
         """Ends what `take` began."""
+
+    def synchronize(self) -> None:
+        """Waits until all steps are done; FloatingPointError where one found no finite norm."""
 
     def step(self, grads: Any, hessian: Any, flat: bool) -> int | None:
         """Updates every leaf that has a gradient, and its counter, in place; the step's number.
@@ -137,6 +144,9 @@ class Turn:
 
     def give(self) -> None:
         self._lock.release()
+
+    def synchronize(self) -> None:
+        """Steps on the host are done when they return."""
 
 
 class Backend(Protocol):

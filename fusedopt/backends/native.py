@@ -164,3 +164,6 @@ class NativePlan:
         )
         self.take, self.give = plan.take, plan.give
         self.step, self.step_alone = plan.step, plan.step_alone
+
+    def synchronize(self) -> None:
+        """Steps are done when they return."""

@@ -62,16 +62,19 @@ class CudaBackend:
         hessian: np.ndarray | None,
         checked: bool,
     ) -> bool:
-        raise TypeError(
-            "update and verify take arrays on the host; for those on a CUDA device there is"
-            " Optimizer(params, rule, backend='cuda')"
-        )
+        if not checked:
+            return False
+        self.space.check_rule(rule, arrays[0])
+        plan = self.plan(single(rule, rule.program, t, lr, arrays))
+        return plan.step([g], None if hessian is None else [hessian], True) is not None
 
     def sums_of_squares(self, arrays: Sequence[Any]) -> Sequence[tuple[float, float]] | None:
-        raise TypeError(
-            "global_norm takes arrays on the host; for those on a CUDA device StepInfo.grad_norm of"
-            " an Optimizer with clip_norm tells it"
-        )
+        from ..cuda.arrays import DeviceArray
+        from ..cuda.launching import sums_of_squares
+
+        if not arrays or not all(isinstance(a, DeviceArray) for a in arrays):
+            return None
+        return sums_of_squares(arrays)
 
     def shift(self, rule: Nesterov, p: Any, v: Any) -> None:
         from ..cuda.arrays import stored

@@ -102,6 +102,10 @@ class DeviceArray:
             flat = self.memory.read(self.stream).view(self.dtype)
         return flat.reshape(self.shape, order=self.order)
 
+    def __float__(self) -> float:
+        """The only element; waits until it is there."""
+        return float(self.copy().item())
+
     def __setitem__(self, key: Any, value: Any) -> None:
         if key is not Ellipsis:
             raise TypeError(f"only whole arrays can be assigned to, with a[...], got a[{key!r}]")

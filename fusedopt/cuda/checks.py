@@ -12,6 +12,7 @@ import numpy as np
 
 from ..arrays import EXPECTED
 from ..formats import DTYPES
+from ..trees import opened
 from . import foreign
 from .arrays import DeviceArray
 
@@ -91,6 +92,22 @@ def check_target(label: str, array: Any) -> DeviceArray:
     return _device_array(d, dtype, order[0], array)
 
 
+def check_input(label: str, array: Any) -> DeviceArray:
+    """An array that will only be read, dense: itself, or a copy by its library.
+
+    Raises TypeError for another kind or dtype, ValueError where it is not dense and its library is
+    not known.
+    """
+    d, dtype = _read(label, array)
+    order = _order(d.shape, d.strides, dtype.itemsize)
+    if order and not d.address % dtype.itemsize:
+        return _device_array(d, dtype, order[0], array)
+    dense = foreign.relaid(array, d.library, "C")
+    if dense is None:
+        raise ValueError(f"{label}: is not dense (strides {d.strides}); pass a dense copy")
+    return check_input(label, dense)
+
+
 def check_parameter(label: str, array: Any, rule: Rule) -> DeviceArray:
     """A parameter that this rule can update; raises as `check_target`, and where it cannot."""
     a = check_target(label, array)
@@ -148,6 +165,15 @@ class Fit:
         given = [(label, check_target(label, g)) for label, g in inputs if g is not None]
         if given:
             check_apart([label for label, _ in given], [g for _, g in given])
+
+    def opened(self, what: str, tree: Any) -> Any:
+        """A tree as it was given, or what it was `Fixed` of."""
+        return opened(tree)
+
+    def copied(self, given: Sequence[Any], fitted: Sequence[DeviceArray | None]) -> list[int]:
+        """Of which gradients the step has been given a copy."""
+        pairs = enumerate(zip(given, fitted, strict=True))
+        return [k for k, (g, taken) in pairs if taken is not None and taken.owner is not g]
 
     def gradient(self, k: int, label: str, g: Any) -> DeviceArray | None:
         """The k-th leaf's gradient in its parameter's layout: itself, or a copy by its library.

@@ -2,7 +2,8 @@
 
 A kernel takes the address of a table with a row of int64 for each leaf (elements, whether all
 arrays lie on 16-byte boundaries, addresses), that of a list with an int64 for each block (leaf <<
-32 | chunk), and the scalars of its operations one after the other.
+32 | chunk), where gradients are clipped on the device that of their factor, and the scalars of its
+operations one after the other.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import numpy as np
 from ..backends.base import HEAD
 from ..formats import FLOAT64, Format
 from ..jit import bits
-from ..jit.kernels import LANES, MODES, SEGMENT, normal_or_zero_of
+from ..jit.kernels import MODES, normal_or_zero_of
 from ..rules.base import Operation, Program
-from ..rules.elements import ELEMENTS, OF_STATES, Element, squares
+from ..rules.elements import ELEMENTS, OF_STATES, Element
 from .toolkit import Kernel
 from .vectors import VECTOR_BYTES, loader, storer, word_loader
 
@@ -28,7 +29,7 @@ THREADS = 256
 CHUNK = 1 << 12
 """So many elements are a block's."""
 
-_CODECS = {
+CODECS = {
     "float32": (bits.decode_float32, bits.encode_float32),
     "float64": (bits.decode_float64, bits.encode_float64),
     "bfloat16": (bits.decode_bfloat16, bits.encode_bfloat16),
@@ -70,7 +71,8 @@ class Variant:
 
     steps: what is done, in order. scratch: names that are no arrays. dtype: of the arithmetic.
     formats: by name, of the arrays that the leaves have. mirrors: of the copies of the parameter.
-    zeroed: the gradients are set to zero.
+    zeroed: the gradients are set to zero. clipped: the factor on the gradients is found on the
+    device, see `sums.guard_kernel`.
     """
 
     steps: tuple[Step, ...]
@@ -79,6 +81,7 @@ class Variant:
     formats: tuple[tuple[str, Format], ...]
     mirrors: tuple[Format, ...] = ()
     zeroed: bool = False
+    clipped: bool = False
 
     @functools.cached_property
     def arrays(self) -> list[tuple[str, Format]]:
@@ -167,10 +170,11 @@ def _one(variant: Variant) -> str:
         f"return {', '.join(codes)},",
     ]
     arguments = ", ".join([*(f"code_{name}" for name in loaded), *_all_scalars(variant)])
-    return f"def one({arguments}):\n" + _indented(lines)
+    return f"def one({arguments}):\n" + indented(lines)
 
 
-def _indented(lines: Iterable[str]) -> str:
+def indented(lines: Iterable[str]) -> str:
+    """As a function's body."""
     return "".join(f"    {line}\n" for line in lines)
 
 
@@ -186,7 +190,7 @@ def _surroundings(variant: Variant) -> dict[str, Any]:
     for k, step in enumerate(variant.steps):
         namespace[f"element{k}"] = step.element
     for name, format in variant.arrays:
-        decode, encode = _CODECS[format.codec]
+        decode, encode = CODECS[format.codec]
         namespace |= {f"decode_{name}": decode, f"encode_{name}": encode}
         # Doubles that are denormal floats; what is denormal in the compute type is gone already.
         narrow = variant.dtype == FLOAT64 and format.dtype != FLOAT64
@@ -201,7 +205,8 @@ def _same(x: Any) -> Any:
 # ---------------------------------------------------------------- all elements
 
 _STEP = """
-def kernel(table, blocks, {scalars}):
+def kernel({arguments}):
+{clipping}
     where = word(blocks + 8 * cuda.blockIdx.x)
     row = table + (where >> 32) * ROW
     start = (where & 0xFFFFFFFF) * CHUNK
@@ -239,15 +244,28 @@ def step_kernel(variant: Variant) -> Kernel:
         for count in (1, width):
             namespace[f"load{count}_{name}"] = loader(format.bits, count)
             namespace[f"store{count}_{name}"] = storer(format.bits, count)
+    words = ["table", "blocks", *["factor"] * variant.clipped]
     source = _STEP.format(
-        scalars=", ".join(_all_scalars(variant)),
-        addresses=_indented(
+        arguments=", ".join([*words, *_all_scalars(variant)]),
+        clipping=indented(_clipping_lines(variant)),
+        addresses=indented(
             f"a_{name} = word(row + {8 * k})" for k, (name, _) in enumerate(variant.arrays, 2)
         ),
-        vectors=textwrap.indent(_indented(_body(variant, width)), "    "),
-        rest=textwrap.indent(_indented(_body(variant, 1)), "    "),
+        vectors=textwrap.indent(indented(_body(variant, width)), "    "),
+        rest=textwrap.indent(indented(_body(variant, 1)), "    "),
     )
-    return Kernel(source, 2, len(_all_scalars(variant)), variant.dtype, namespace)
+    if variant.clipped:
+        namespace["loaded"] = loader(variant.dtype.itemsize * 8, 1)
+    return Kernel(source, len(words), len(_all_scalars(variant)), variant.dtype, namespace)
+
+
+def _clipping_lines(variant: Variant) -> list[str]:
+    """What puts the factor of the device on those of the operations, which are signs."""
+    if not variant.clipped:
+        return []
+    signs = [f"c{k}_0" for k, step in enumerate(variant.steps) if HEAD[step.loop] == 2]
+    stopped = ["if clip != clip:", "    return"]  # NaN: this step is not to be taken
+    return ["clip = loaded(factor)[0]", *stopped, *(f"{s} = clip * {s}" for s in signs)]
 
 
 def _body(variant: Variant, count: int) -> list[str]:
@@ -262,74 +280,3 @@ def _body(variant: Variant, count: int) -> list[str]:
         new = "".join(f"r{k}[{j}], " for k in range(count))
         lines.append(f"store{count}_{n}(a_{n} + {sizes[n]} * i, ({new}))")
     return lines
-
-
-# ---------------------------------------------------------------- sums of squares
-
-GROUPS = 8
-"""So many segments are a block's; each has a thread for each lane."""
-
-_SQUARES = """
-def kernel(table, blocks, partials, count, scale):
-    lanes = cuda.shared.array(THREADS, SUM)
-    thread = cuda.threadIdx.x
-    lane = thread % LANES
-    index = cuda.blockIdx.x * GROUPS + thread // LANES
-    total = SUM(0)
-    if index < count:
-        where = word(blocks + 8 * index)
-        row = table + (where >> 32) * 16
-        start = (where & 0xFFFFFFFF) * SEGMENT
-        stop = min(start + SEGMENT, word(row))
-        x = word(row + 8)
-        i = start + lane
-        while i + {ahead} < stop:
-{loads}
-{additions}
-            i += {step}
-        while i < stop:
-            total += squares(T(decode(load(x + SIZE * i)[0])), scale)
-            i += LANES
-    lanes[thread] = total
-    cuda.syncthreads()
-    half = LANES // 2
-    while half:
-        if lane < half:
-            lanes[thread] += lanes[thread + half]
-        cuda.syncthreads()
-        half //= 2
-    if lane == 0 and index < count:
-        store(partials + 8 * index, (lanes[thread],))
-"""
-UNROLLED = 8
-
-
-@functools.cache
-def squares_kernel(format: Format, dtype: np.dtype) -> Kernel:
-    """Sums of squares of arrays, one for each segment: (table, blocks, partial sums, so many
-    segments, scale). A row of the table: elements, address."""
-    namespace = {
-        "__name__": __name__,
-        "word": word_loader(),
-        "load": loader(format.bits, 1),
-        "store": storer(64, 1),
-        "decode": _CODECS[format.codec][0],
-        "squares": squares,
-        "T": dtype.type,
-        "SUM": np.float64,
-        "SIZE": format.bits // 8,
-        "LANES": LANES,
-        "SEGMENT": SEGMENT,
-        "GROUPS": GROUPS,
-        "THREADS": GROUPS * LANES,
-    }
-    wide = textwrap.indent
-    source = _SQUARES.format(
-        ahead=(UNROLLED - 1) * LANES,
-        step=UNROLLED * LANES,
-        loads=wide(_indented(f"v{k} = load(x + SIZE * (i + {k * LANES}))[0]" for k in
-                             range(UNROLLED)), " " * 8),
-        additions=wide(_indented(f"total += squares(T(decode(v{k})), scale)" for k in
-                                 range(UNROLLED)), " " * 8),
-    )  # fmt: skip
-    return Kernel(source, 4, 1, dtype, namespace)

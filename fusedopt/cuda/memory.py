@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import weakref
 from typing import Any
 
 import numpy as np
 from numba import cuda
 
 from .toolkit import SIMULATED
+
+_FREE: dict[tuple[int, int, int], list[Memory]] = {}
+"""By device, stream and size."""
 
 
 class Memory:
@@ -28,6 +32,20 @@ class Memory:
         block = np.empty(size + 256, np.uint8)
         start = block.__array_interface__["data"][0]
         return cls(start + -start % 256, size, block)
+
+    @classmethod
+    def reused(cls, size: int, stream: int) -> Memory:
+        """The same, for use on one stream; when this object goes, the next who asks gets them. To
+        free memory makes the host wait for the device, and to allocate may."""
+        rounded = max(256, 1 << (size - 1).bit_length())
+        free = _FREE.setdefault((current_device(), stream, rounded), [])
+        try:
+            whole = free.pop()
+        except IndexError:
+            whole = cls.new(rounded)
+        taken = cls(whole.address, size, whole)
+        weakref.finalize(taken, free.append, whole).atexit = False
+        return taken
 
     def _view(self) -> Any:
         if SIMULATED:
@@ -75,6 +93,33 @@ class Memory:
             self._data = data
 
 
+class Echo:
+    """An int64 of the device as the host knows it without waiting: as it was a while ago."""
+
+    def __init__(self, address: int) -> None:
+        self._there = Memory(address, 8, None)
+        self._here = np.zeros(1, np.int64) if SIMULATED else cuda.pinned_array(1, np.int64)
+        self._event: Any = None if SIMULATED else cuda.event(timing=False)
+
+    def ask(self, stream: int) -> None:
+        """Has it copied behind all that was queued on the stream."""
+        if SIMULATED:
+            self._here[:] = self._there._view().view(np.int64)
+            return
+        queue = cuda.external_stream(stream)
+        self._there._view().copy_to_host(self._here.view(np.uint8), stream=queue)
+        self._event.record(queue)
+
+    def arrived(self) -> bool:
+        """Whether what was asked for last is here."""
+        return SIMULATED or bool(self._event.query())
+
+    @property
+    def value(self) -> int:
+        """What has arrived."""
+        return int(self._here[0])
+
+
 def simulated_view(address: int, dtype: np.dtype, size: int) -> np.ndarray:
     """So many elements at an address of the simulator, flat."""
     kind = ctypes.c_uint8 * (size * dtype.itemsize)
@@ -89,6 +134,12 @@ def on_device(number: int) -> Any:
 def current_device() -> int:
     """The number of the device in use."""
     return 0 if SIMULATED else int(cuda.current_context().device.id)
+
+
+def synchronize() -> None:
+    """Waits for all that was queued on the current device, on whatever stream."""
+    if not SIMULATED:
+        cuda.synchronize()
 
 
 def wait_for(stream: int, other: int) -> None:

@@ -11,14 +11,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..backends.base import HEAD, Layout, Turn
-from ..formats import FLOAT64, PLAIN, compute_dtype
+from ..formats import PLAIN, compute_dtype
 from ..rules.base import Operation, Program
+from ..trees import Fixed, opened
 from . import foreign
 from .arrays import DeviceArray
+from .guard import DeviceGuard
 from .kernels import Step, Variant, operations_of
-from .launching import Launch, Squares
+from .launching import Launch, Sums
 from .matrices import Library
-from .memory import on_device, wait_for
+from .memory import Memory, on_device, synchronize, wait_for
 from .space import new_arrays
 
 
@@ -26,14 +28,20 @@ from .space import new_arrays
 class Bound:
     """What a step launches for the same inputs.
 
-    active: the leaves that take part. phases: launches. streams: what `foreign.current_stream`
-    wants to know of the inputs. The inputs themselves are not kept alive.
+    active: the leaves that take part. before, after: launches, in whose midst are the products of
+    `matrices`. sums: of squares, where a norm is wanted; table: what the `DeviceGuard` wants to
+    know of them. stream: which alone may use their memory. others: what `foreign.current_stream`
+    wants to know of the inputs, which are not kept alive.
     """
 
-    active: list[int]
-    phases: list[list[Queued]]
-    squares: list[Squares]
-    streams: set[tuple[str, int, int]]
+    active: np.ndarray
+    before: list[Queued]
+    matrices: list[int]
+    after: list[Queued]
+    sums: Sums | None
+    table: Memory | None
+    stream: int
+    others: set[tuple[str, int, int]]
 
 
 class Queued(NamedTuple):
@@ -61,13 +69,6 @@ def _leaves(spec: Any, tree: Any) -> Iterator[Any]:
         yield tree
 
 
-def _immutable(spec: Any, tree: Any) -> bool:
-    """Whether a tree of this shape is an array, or nested tuples of them."""
-    if isinstance(spec, int):
-        return True
-    return isinstance(tree, tuple) and all(map(_immutable, spec, tree))
-
-
 class Known:
     """An input of the step before, which is not kept alive."""
 
@@ -80,13 +81,10 @@ class Known:
         elif library != g.library or not hasattr(g.owner, "__cuda_array_interface__"):
             raise TypeError("only its own exchange knows when this array may be read")
 
-    @property
-    def can_move(self) -> bool:
-        """Whether it may get other memory."""
-        return self._tensor is not None
-
     def again(self, x: Any) -> bool:
         """Whether this is the same array, or a tensor in its place, in the same memory."""
+        if x is None:  # as a reference to what is gone is
+            return False
         same = self._array() is x
         if self._tensor is None:
             return same
@@ -108,9 +106,14 @@ class CudaPlan(Turn):
         self._watched = [p for p in self._parameters if foreign.library_of(p.owner) == "torch"]
         self._bound: Bound | None = None
         self._key: Any = None
-        self._fixed: Any = None
+        self._fixed: weakref.ref[Fixed] | None = None
         self._seen: list[Known | None] | None = None
         self._make_work_space()
+        self._guard: DeviceGuard | None = None
+        if layout.decide is not None and not layout.wait:
+            guard: Any = layout.decide
+            with on_device(self._first.device):
+                self._guard = DeviceGuard(layout, guard, self._first, self._first.stream)
 
     def _make_work_space(self) -> None:
         """Directions of the leaves whose rule has two phases."""
@@ -126,22 +129,43 @@ class CudaPlan(Turn):
 
     def step(self, grads: Any, hessian: Any, flat: bool) -> int | None:
         with on_device(self._first.device):
+            self._look(idle=False)
             if flat:
                 self._bind(grads, hessian)
             elif not self._known(grads, hessian):
                 return None
-            else:
-                self._fixed = grads if hessian is None and self._cannot_change(grads) else None
+            elif hessian is None and isinstance(grads, Fixed):
+                self._fixed = weakref.ref(grads)
             return self._run()
+
+    def synchronize(self) -> None:
+        with on_device(self._first.device):
+            synchronize()  # also for steps on a stream that was the current one before
+            self._look(idle=True)
+
+    def _look(self, idle: bool) -> None:
+        """FloatingPointError where the device has refused a step."""
+        if self._guard is None:
+            return
+        try:
+            self._guard.look(idle)
+        except FloatingPointError:
+            # Leaves of one launch need not have the same step count any more.
+            self._bound = self._key = self._seen = self._fixed = None
+            raise
 
     # ---------------------------------------------------------------- what is given
 
     def _known(self, grads: Any, hessian: Any) -> bool:
-        """Whether these are the arrays of the step before, in the same places."""
-        if grads is self._fixed and grads is not None and hessian is None:
+        """Whether these are the arrays of the step before, in the same places, on its stream."""
+        if self._bound is None or self._bound.stream != self._first.stream:
+            return False
+        fixed = self._fixed and self._fixed()
+        if fixed is not None and grads is fixed and hessian is None:
             return True
-        seen, given = self._seen, list(_leaves(self._layout.tree, grads))
-        given += [None] if hessian is None else _leaves(self._layout.tree, hessian)
+        tree, seen = self._layout.tree, self._seen
+        given = list(_leaves(tree, opened(grads)))
+        given += [None] if hessian is None else _leaves(tree, opened(hessian))
         if seen is None or len(seen) != len(given) or not all(p.unmoved for p in self._watched):
             return False
         return all(
@@ -149,37 +173,41 @@ class CudaPlan(Turn):
             for known, x in zip(seen, given, strict=True)
         )
 
-    def _cannot_change(self, grads: Any) -> bool:
-        """Whether the same object will be the same arrays in the same memory again: tuples, and no
-        tensors, whose memory can be replaced."""
-        if self._watched or any(known and known.can_move for known in self._seen or ()):
-            return False
-        return _immutable(self._layout.tree, grads)
-
     def _bind(self, grads: Sequence[Any], hessian: Sequence[Any] | None) -> None:
         estimates = [None] * len(grads) if hessian is None else hessian
         self._seen = self._fixed = None
         inputs = [g for g in (*grads, *estimates) if g is not None]
         offsets = self._layout.counters[1:] - self._layout.counters[0]
+        stream = self._first.stream
         key = (
+            stream,
             [None if g is None else (g.address, g.dtype) for g in (*grads, *estimates)],
             offsets.tobytes(),
         )
         if key != self._key:
             self._bound, self._key = None, None
-            self._bound = self._bound_to(grads, estimates, inputs)
+            self._bound = self._bound_to(grads, estimates, inputs, stream)
             self._key = key
         with suppress(TypeError):  # what no weak reference can be made to is looked at every time
             given = [*grads, *([None] if hessian is None else hessian)]
             self._seen = [None if g is None else Known(g) for g in given]
 
-    def _bound_to(self, grads: Sequence[Any], estimates: Sequence[Any], inputs: Any) -> Bound:
+    def _bound_to(
+        self, grads: Sequence[Any], estimates: Sequence[Any], inputs: Any, stream: int
+    ) -> Bound:
         active = [k for k, g in enumerate(grads) if g is not None]
-        stream = self._first.stream
-        phases = [self._launches(p, active, grads, estimates, stream) for p in (0, 1)]
-        squares = self._squares(active, grads, stream) if self._layout.decide else []
-        streams = {(g.library, g.device, g.named_stream) for g in inputs}
-        return Bound(active, phases, squares, streams)
+        first, second = (self._launches(p, active, grads, estimates, stream) for p in (0, 1))
+        # Nothing is written to a parameter before the library's products, which may fail.
+        before = [queued for queued in first if queued.leaf in self._work]
+        after = [*second, *(queued for queued in first if queued.leaf not in self._work)]
+        matrices = [k for k in active if k in self._work]
+        sums = table = None
+        if self._layout.decide is not None:
+            sums = Sums({k: grads[k] for k in active}, self._dtypes, stream)
+            table = self._guard.table(sums, stream) if self._guard else None
+        others = {(g.library, g.device, g.named_stream) for g in inputs}
+        took_part = np.array(active, np.int64)
+        return Bound(took_part, before, matrices, after, sums, table, stream, others)
 
     def _launches(
         self, phase: int, active: Sequence[int], grads: Any, estimates: Any, stream: int
@@ -215,6 +243,7 @@ class CudaPlan(Turn):
             tuple(formats),
             tuple(PLAIN[a.dtype.name] for a in memory.mirrors),
             self._layout.zero_grads,
+            self._guard is not None,
         )
 
     def _arrays(self, k: int, variant: Variant, g: Any, estimate: Any) -> list[Any]:
@@ -225,53 +254,48 @@ class CudaPlan(Turn):
         named |= {f"copy{j}": a for j, a in enumerate(memory.mirrors)}
         return [named[name] for name, _ in variant.arrays]
 
-    def _squares(self, active: Sequence[int], grads: Any, stream: int) -> list[Squares]:
-        alike: dict[tuple[np.dtype, np.dtype], list[int]] = {}
-        for k in active:
-            alike.setdefault((grads[k].dtype, self._dtypes[k]), []).append(k)
-        return [
-            Squares(dtype, [grads[k] for k in members], members, stream)
-            for (_, dtype), members in alike.items()
-        ]
-
     # ---------------------------------------------------------------- the step
 
     def _run(self) -> int:
         assert self._bound is not None
-        bound, layout, stream = self._bound, self._layout, self._first.stream
-        others = {foreign.current_stream(*known) for known in bound.streams} - {stream}
+        bound, layout, stream = self._bound, self._layout, self._bound.stream
+        others = {foreign.current_stream(*known) for known in bound.others} - {stream}
         for other in others:
             wait_for(stream, other)
         layout.results[...] = 0
-        if layout.decide is not None:
-            self._measure(bound, stream)
-            if not layout.decide():
-                return int(layout.counters[0])
-        first, second = bound.phases
-        matrices = [k for k in bound.active if k in self._work]
-        # Nothing is written to a parameter before the library's products, which may fail.
-        self._launch([queued for queued in first if queued.leaf in self._work], stream)
-        if matrices:
-            self._orthogonalize(matrices, stream)
-        rest = [queued for queued in first if queued.leaf not in self._work]
-        self._launch([*second, *rest], stream)
+        number = int(layout.counters[0]) + 1
+        if bound.sums is not None:
+            bound.sums.queue(stream)
+            if self._guard is not None and bound.table is not None:
+                self._guard.queue(bound.sums, bound.table, number, stream)
+            elif not self._decided(bound.sums, stream):
+                return number - 1
+        self._launch(bound.before, stream)
+        if bound.matrices:
+            self._orthogonalize(bound.matrices, stream)
+        self._launch(bound.after, stream)
         for other in others:
             wait_for(other, stream)
         layout.counters[1:][bound.active] += 1
-        layout.counters[0] += 1
-        return int(layout.counters[0])
+        layout.counters[0] = number
+        if self._guard is not None:
+            self._guard.note(number, bound.active, stream)
+        return number
 
     def _launch(self, launches: Sequence[Queued], stream: int) -> None:
         layout = self._layout
         for launch, operations, group, leaf in launches:
             program, lr = self._programs[group], float(layout.rates[group])
             sign, base, slope = program.head
-            factor = float(layout.rates[len(layout.groups) + group]) * sign
+            # With a guard the kernel puts the factor, which it alone knows, on this sign.
+            factor = 1.0 if self._guard else float(layout.rates[len(layout.groups) + group])
+            factor *= sign
             filtered = any(op.loop == "filter" for op in program.operations)
             heads = {1: (factor,), 2: (1.0 if filtered else factor, base + slope * lr), 0: ()}
             t = int(layout.counters[leaf + 1]) + 1
             values = [x for op in operations for x in (*heads[HEAD[op.loop]], *op.scalars(t, lr))]
-            launch.run(np.array(values, np.float64).astype(launch.dtype), stream)
+            more = [self._guard.factor(group, launch.dtype)] if self._guard else []
+            launch.run(np.array(values, np.float64).astype(launch.dtype), stream, *more)
 
     def _orthogonalize(self, leaves: Sequence[int], stream: int) -> None:
         assert self._library is not None
@@ -283,21 +307,8 @@ class CudaPlan(Turn):
                     factor = rule.factor(*stack[1:])
                     self._library.orthogonalize(self._views[k], stack, rule.iteration, factor)
 
-    def _measure(self, bound: Bound, stream: int) -> None:
-        """The squares of the gradients: the one place where the host waits for the device."""
-        results = self._layout.results
-        for part in bound.squares:
-            part.queue(1.0, stream)
-        for part in bound.squares:
-            totals = part.totals(stream)
-            results[part.members, 0], results[part.members, 1] = totals, 1.0
-            if part.dtype != FLOAT64:
-                continue
-            # Once more for those whose squares left the range: see csrc/norms.hpp.
-            small, large = totals < 2.0**-900, ~(totals <= 2.0**1023)
-            for lost, scale in ((small, 2.0**600), (large & ~small, 2.0**-600)):
-                if lost.any():
-                    part.queue(scale, stream)
-                    members = part.members[lost]
-                    results[members, 0] = part.totals(stream)[lost]
-                    results[members, 1] = scale
+    def _decided(self, sums: Sums, stream: int) -> bool:
+        """What `decide` says to sums that were queued: the one place where a step waits."""
+        self._layout.results[sums.leaves, :2] = sums.found(stream)
+        assert self._layout.decide is not None
+        return self._layout.decide()

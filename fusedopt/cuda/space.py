@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..around import AVERAGE, Around
+from ..around import AVERAGE, NOTHING, Around
 from ..formats import PLAIN, SPLIT16, Format, compute_dtype
 from ..options import Options
 from ..states import Memory, Stored
 from ..storage import QUANTIZED_FROM, Storage
 from .arrays import DeviceArray, stored
-from .checks import Fit, check_apart, check_parameter, check_target
+from .checks import Fit, check_apart, check_input, check_parameter, check_target
 from .memory import Memory as Bytes
-from .memory import on_device
+from .memory import on_device, synchronize
 
 if TYPE_CHECKING:
     from ..rules import Rule
@@ -26,8 +26,11 @@ __all__ = [
     "allocate",
     "blank",
     "check_apart",
+    "check_input",
     "check_options",
     "check_parameter",
+    "check_rule",
+    "check_state",
     "check_target",
     "same",
 ]
@@ -50,6 +53,24 @@ def check_options(options: Options, state_path: Any) -> None:
     for name, given in asked.items():
         if given:
             raise ValueError(f"{name}: is not supported by the backend 'cuda'; leave it out")
+    if options.skip_nonfinite and not options.wait:
+        raise ValueError(
+            "skip_nonfinite, wait: a step needs to know whether the one before was skipped, and"
+            " wait=False does not wait for that; leave one of them out"
+        )
+
+
+def check_rule(rule: Rule, p: DeviceArray) -> None:
+    """ValueError for a rule that there is on the host alone."""
+    if rule.program.phases > 2 or rule.sides(p.shape):
+        raise ValueError(
+            f"{type(rule).__name__}: is not supported by the backend 'cuda'; take fo.Muon"
+        )
+
+
+def check_state(label: str, state: Any) -> Stored:
+    """An array that will be updated in place; errors as `check_target`."""
+    return stored(check_target(label, state))
 
 
 def _supported(format: Format, name: str) -> Format:
@@ -66,15 +87,12 @@ def allocate(
     rules: Sequence[Rule],
     parameters: Sequence[DeviceArray],
     copies: Sequence[DeviceArray | None],
-    around: Around,
+    around: Around = NOTHING,
 ) -> list[Memory]:
     """The memory of each leaf: see `Storage.allocate`. All that is new lies in one block."""
     wanted: list[tuple[DeviceArray, Format, float]] = []
     for rule, p in zip(rules, parameters, strict=True):
-        if rule.program.phases > 2 or rule.sides(p.shape):
-            raise ValueError(
-                f"{type(rule).__name__}: is not supported by the backend 'cuda'; take fo.Muon"
-            )
+        check_rule(rule, p)
         own = storage.parameter(p.dtype)
         if own.dtype != p.dtype:
             wanted.append((p, own, 0.0))
@@ -96,6 +114,8 @@ def allocate(
         if AVERAGE in states:
             states[AVERAGE].data[...] = memory.parameter.data
         memories.append(memory)
+    with on_device(parameters[0].device):
+        synchronize()  # whatever stream has the first step
     return memories
 
 

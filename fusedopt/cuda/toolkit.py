@@ -84,7 +84,7 @@ class Kernel:
         self._function = globals_["kernel"]
         self._arguments = ", ".join(["int64"] * words + [dtype.name] * scalars)
         self._registers = MAX_REGISTERS[dtype.name]
-        self._bound: dict[tuple[int, int], Any] = {}
+        self._bound: dict[int, Any] = {}
         self._library: Any = None
 
     def ptx(self, capability: Capability) -> str:
@@ -132,16 +132,24 @@ class Kernel:
         if SIMULATED:
             cuda.jit(self._function)[blocks, threads](*words, *scalars)
             return
-        from cuda.core import LaunchConfig, Stream, launch
+        from cuda.core import LaunchConfig, launch
 
-        if queue not in self._bound:
+        number, _ = queue
+        if number not in self._bound:
             capability = tuple(cuda.get_current_device().compute_capability[:2])
-            function = self._compiled(capability).get_cufunc()
-            self._bound[queue] = function.kernel, Stream.from_handle(queue[1])
-        kernel, stream = self._bound[queue]
+            self._bound[number] = self._compiled(capability).get_cufunc().kernel
+        kernel, stream = self._bound[number], _stream(*queue)
         kind = ctypes.c_float if scalars.dtype == np.float32 else ctypes.c_double
         values = [*map(ctypes.c_int64, words), *map(kind, scalars.tolist())]
         launch(stream, LaunchConfig(grid=blocks, block=threads), kernel, *values)
+
+
+@functools.lru_cache(maxsize=64)
+def _stream(device: int, handle: int) -> Any:
+    """The launcher's own object, of a device."""
+    from cuda.core import Stream
+
+    return Stream.from_handle(handle)
 
 
 @contextlib.contextmanager

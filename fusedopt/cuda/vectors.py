@@ -151,3 +151,22 @@ def word_loader() -> Any:
         return types.int64(types.int64), generate
 
     return load
+
+
+@functools.cache
+def word_storer() -> Any:
+    """store(address, an int64)."""
+    if SIMULATED:
+        return lambda address, x: ctypes.memmove(int(address), np.int64(x).tobytes(), 8)
+    from numba.cuda import types
+    from numba.cuda.extending import intrinsic
+
+    @intrinsic
+    def store(typing: Any, address: Any, x: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            builder.store(values[1], _pointer(builder, values[0], ir.IntType(64), 0), align=8)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), generate
+
+    return store

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 
-from ..arrays import check_parameter
 from .elements import Element
 from .fields import LearningRate, NonNegative, Number, check_fields
 
@@ -305,12 +304,16 @@ class Rule:
         state_dtype: as `Optimizer` takes it; without it float64 for a float64 parameter, else
         float32. Arrays, or `Quantized` objects where the state is stored so.
         """
-        from ..storage import Storage  # which knows rules
+        from .. import host  # which knows rules, as do
+        from ..backends import get_backend
+        from ..cuda.foreign import on_device
+        from ..storage import Storage
 
-        p = check_parameter("p", p, self)
+        space = get_backend("auto", [p]).space if on_device(p) else host
+        p = space.check_parameter("p", p, self)
         storage = Storage(state_dtype)
         storage.check(["p"], [p.dtype], [self])
-        (memory,) = storage.allocate([self], [p], [None])
+        (memory,) = space.allocate(storage, [self], [p], [None])
         stored = [*memory.states.values(), *memory.sides.values()]
         return tuple(state.visible for state in stored)
 
