@@ -303,3 +303,22 @@ def test_tuples_of_arrays_are_no_rows() -> None:
         with pytest.raises(TypeError, match="w"):
             optimizer.accumulate({"w": leaf})
     assert not p.any()
+
+
+def test_a_key_whose_comparison_takes_the_tree_apart() -> None:
+    others: list[Any] = []
+
+    class Key:
+        def __hash__(self) -> int:
+            return hash("v")
+
+        def __eq__(self, other: object) -> bool:
+            grads.clear()  # nothing but the walk holds the dict, whose memory is soon in use again
+            others.extend({"v": np.full(3, 9.0), "w": np.full(3, 9.0)} for _ in range(100))
+            return other == "v"
+
+    grads: list[Any] = [{Key(): np.ones(3), "w": np.ones(3)}]
+    params = [{"v": np.ones(3), "w": np.ones(3)}]
+    fo.Optimizer(params, fo.SGD(lr=1.0), backend="native").step(grads)
+    assert others
+    assert params[0]["v"].tolist() == params[0]["w"].tolist() == [0.0] * 3
