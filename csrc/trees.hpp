@@ -27,7 +27,10 @@ struct Node {
         keys.push_back(py::reinterpret_borrow<py::object>(key));
     const py::object list =
         mapping ? py::object(spec[py::int_(1)]) : py::reinterpret_borrow<py::object>(spec);
+    if (!py::isinstance<py::list>(list)) throw py::type_error("plan: a tree is made of lists");
     for (const py::handle child : list) children.emplace_back(child);
+    if (mapping && keys.size() != children.size())
+      throw py::value_error("plan: a dict has as many keys as children");
   }
 };
 

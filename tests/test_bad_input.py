@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import fusedopt as fo
+from fusedopt.backends import native
 
 BACKENDS = ["native", "reference"]
 
@@ -322,3 +323,27 @@ def test_a_key_whose_comparison_takes_the_tree_apart() -> None:
     fo.Optimizer(params, fo.SGD(lr=1.0), backend="native").step(grads)
     assert others
     assert params[0]["v"].tolist() == params[0]["w"].tolist() == [0.0] * 3
+
+
+SPOILT_PLANS: dict[str, tuple[str, Any]] = {
+    "a tree that is none": ("tree", "g"),
+    "a dict of fewer keys than children": ("tree", (["w"], [0, 1])),
+    "no program": ("programs", [None]),
+    "a parameter of an empty tuple": ("arrays", [[()], [np.ones(3)]]),
+    "counters in another dtype": ("counters", np.zeros(3, np.int8)),
+    "too few counters": ("counters", np.zeros(2, np.int64)),
+    "rates that lie apart": ("rates", np.zeros(4)[::2]),
+    "rates that are none": ("rates", None),
+    "results in another dtype": ("results", np.zeros((2, 3), np.float32)),
+    "results that lie apart": ("results", np.zeros((2, 6))[:, ::2]),
+    "no array beside": ("beside", [None]),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT_PLANS)
+def test_plans(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # None of our code makes such a plan; one that did should hear of it, and not write elsewhere.
+    make, spoilt = native.core.Plan, dict([SPOILT_PLANS[name]])
+    monkeypatch.setattr(native.core, "Plan", lambda **arguments: make(**(arguments | spoilt)))
+    with pytest.raises((TypeError, ValueError, RuntimeError)):
+        fo.Optimizer({"w": np.ones(3), "v": np.ones(3)}, fo.SGD(), backend="native")
