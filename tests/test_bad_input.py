@@ -306,7 +306,7 @@ def test_tuples_of_arrays_are_no_rows() -> None:
     assert not p.any()
 
 
-def test_a_key_whose_comparison_takes_the_tree_apart() -> None:
+def test_a_key_that_takes_the_tree_of_a_native_step_apart() -> None:
     others: list[Any] = []
 
     class Key:
@@ -341,7 +341,7 @@ SPOILT_PLANS: dict[str, tuple[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", SPOILT_PLANS)
-def test_plans(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_native_plans(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # None of our code makes such a plan; one that did should hear of it, and not write elsewhere.
     make, spoilt = native.core.Plan, dict([SPOILT_PLANS[name]])
     monkeypatch.setattr(native.core, "Plan", lambda **arguments: make(**(arguments | spoilt)))
