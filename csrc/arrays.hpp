@@ -46,10 +46,10 @@ const Proxy* as_array(PyObject* o) {
   return Py_TYPE(o) == numpy().ndarray ? py::detail::array_proxy(o) : nullptr;
 }
 
-// -1: none of the formats that are NumPy's own.
+// -1: no array, or of none of the formats that are NumPy's own.
 int format_of(const Proxy* a) {
   for (int f = 0; f < FORMATS; ++f)
-    if (a->descr == numpy().dtypes[f]) return f;
+    if (a && a->descr == numpy().dtypes[f]) return f;
   return -1;
 }
 
@@ -87,7 +87,7 @@ bool overlap(const Range& a, const Range& b) { return a.begin < b.end && b.begin
 
 // The type in which a leaf is computed; -1 where its parameter has no format.
 int compute_of(const Proxy* parameter) {
-  const int format = parameter ? format_of(parameter) : -1;
+  const int format = format_of(parameter);
   return format == F64 ? F64 : format < 0 ? -1 : F32;
 }
 
@@ -150,8 +150,7 @@ bool read_target(PyObject* o, const Proxy* parameter, std::size_t n, int compute
     aux = beside.ptr();  // the tuple keeps both alive
     o = data.ptr();
   } else {
-    const Proxy* const a = as_array(o);
-    target.codec = a ? format_of(a) : -1;
+    target.codec = format_of(as_array(o));
     if (target.codec < 0) return false;
   }
   const Codec& codec = table.codecs[target.codec];
@@ -159,7 +158,7 @@ bool read_target(PyObject* o, const Proxy* parameter, std::size_t n, int compute
   const std::size_t bytes = (n * codec.bits + 7) / 8;
   if (codec.bits >= 16) {  // elements that stand where the parameter's stand
     target.data = as_array(o);
-    const int format = target.data ? format_of(target.data) : -1;
+    const int format = format_of(target.data);
     if (format < 0 || SIZES[format] * 8 != codec.bits || !is_target(target.data) ||
         !same_layout(target.data, SIZES[format], parameter, SIZES[format_of(parameter)]))
       return false;

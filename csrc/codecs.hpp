@@ -81,8 +81,8 @@ struct BFloat16 {
 
 struct Float16 {
   using Stored = std::uint16_t;
-  static constexpr std::uint32_t NORMAL = 0x38800000u;    // 2^-14, the smallest normal number
-  static constexpr std::uint32_t OVERFLOW = 0x47800000u;  // 2^16
+  static constexpr std::uint32_t NORMAL = 0x38800000u;     // 2^-14, the smallest normal number
+  static constexpr std::uint32_t TOO_LARGE = 0x47800000u;  // 2^16
   static constexpr std::uint32_t REBIAS = (127 - 15) << 23;
 
   template <class T>
@@ -99,7 +99,7 @@ struct Float16 {
     const std::uint32_t special = magnitude > INFINITE ? 0x7e00u : 0x7c00u;
     const std::uint32_t small = mask(magnitude < NORMAL);
     const std::uint32_t finite = (denormal & small) | (normal & ~small);
-    const std::uint32_t code = magnitude >= OVERFLOW ? special : finite;
+    const std::uint32_t code = magnitude >= TOO_LARGE ? special : finite;
     return static_cast<Stored>(code | (bits >> 16 & 0x8000u));
   }
   template <class T>

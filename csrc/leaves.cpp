@@ -117,26 +117,19 @@ class Plan {
     }
     for (const py::handle program : programs) {
       held_.push_back(py::reinterpret_borrow<py::object>(program));
-      programs_.push_back(program.cast<const Program*>());
+      programs_.push_back(&program.cast<const Program&>());
     }
-    const Proxy* const counts = as_array(counters_.ptr());
-    const Proxy* const rate = as_array(rates_.ptr());
-    const Proxy* const result = as_array(results_.ptr());
     const std::size_t leaves = arrays.size();
-    if (!counts || elements_of(counts) != leaves + 1 || groups_.size() != leaves ||
-        batches_.size() != leaves || mirrors.size() != leaves || keys.size() != leaves || !rate ||
-        format_of(rate) != F64 || elements_of(rate) != 2 * programs_.size() ||
-        folds_.size() != programs_.size() || !result || format_of(result) != F64)
+    if (groups_.size() != leaves || batches_.size() != leaves || mirrors.size() != leaves ||
+        keys.size() != leaves || folds_.size() != programs_.size())
       throw py::value_error("plan: the lists differ in length");
     for (const Program* program : programs_) {
       sums_ = std::max(sums_, program->sums);
       most_ = std::max(most_, program->ops.size());
     }
-    if (elements_of(result) != leaves * columns())
-      throw py::value_error("plan: the results have another size");
-    result_ = reinterpret_cast<double*>(result->data);
-    counts_ = reinterpret_cast<std::int64_t*>(counts->data);
-    rate_ = reinterpret_cast<const double*>(rate->data);
+    counts_ = numbers_of<std::int64_t>(counters_, leaves + 1);
+    rate_ = numbers_of<double>(rates_, 2 * programs_.size());
+    result_ = numbers_of<double>(results_, leaves * columns());
     table_ = level().table;
     for (std::size_t k = 0; k < leaves; ++k)
       add_leaf(py::cast<std::vector<py::object>>(arrays[k]),
@@ -229,6 +222,18 @@ class Plan {
     std::uint64_t key;
   };
 
+  // What Python and a plan share.
+  template <class T>
+  static T* numbers_of(const py::object& o, std::size_t count) {
+    using Numbers = py::array_t<T, py::array::c_style>;
+    if (!py::isinstance<Numbers>(o))
+      throw py::type_error("plan: counters are int64, rates and results float64, dense");
+    auto numbers = py::reinterpret_borrow<Numbers>(o);
+    if (static_cast<std::size_t>(numbers.size()) != count)
+      throw py::value_error("plan: the counters, rates or results have another size");
+    return numbers.mutable_data();
+  }
+
   static bool by_address(const Range& a, const Range& b) { return a.begin < b.begin; }
 
   void add_leaf(const std::vector<py::object>& arrays, const std::vector<py::object>& mirrors,
@@ -240,8 +245,8 @@ class Plan {
         first_mirror + mirrors.size() > static_cast<std::size_t>(MAX_OPERANDS))
       throw py::value_error("plan: a leaf's arrays do not fit its program");
     PyObject* const first = arrays[0].ptr();
-    const Proxy* const parameter =
-        as_array(PyTuple_Check(first) ? PyTuple_GET_ITEM(first, 1) : first);
+    const Proxy* const parameter = as_array(
+        PyTuple_Check(first) && PyTuple_GET_SIZE(first) > 1 ? PyTuple_GET_ITEM(first, 1) : first);
     const int compute = compute_of(parameter);
     if (compute < 0) throw py::value_error("plan: no such dtype");
     const std::size_t n = elements_of(parameter);

@@ -1,21 +1,23 @@
-"""Random optimizers, gradients and uses of them, for `test_fuzz.py`.
+"""Random optimizers, gradients and uses of them, for `test_fuzz.py` and `fuzz_core.py`.
 
-A recipe is drawn once and carried out several times, on arrays that are alike and share nothing.
+A recipe is chosen once and carried out several times, on arrays that are alike and share nothing.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from hypothesis import strategies as st
 
 import fusedopt as fo
-from exactness import RULES, SERIAL, Array, Guards, elementwise
+from exactness import RULES, SERIAL, Array, Guards
+
+Choose = Callable[[Sequence[Any]], Any]
+"""Takes one of several."""
 
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -23,6 +25,7 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
+SEEDS = range(2**16)
 EXTENTS = (0, 1, 2, 3, 7, 16, 17, 64, 65, 255, 256, 257, 300)
 STORED = [None, None, "float32", "float64", "bfloat16", "float16", "float8", "dynamic8", "dynamic4"]
 
@@ -46,15 +49,13 @@ def numbers(seed: int, shape: tuple[int, ...], dtype: str, odd: float = 0.0) -> 
         return np.asarray(x).astype(DTYPES[dtype])
 
 
-@st.composite
-def leaf_recipes(draw: st.DrawFn, dtype: str) -> LeafRecipe:
-    shape = tuple(draw(st.lists(st.sampled_from(EXTENTS), max_size=3)))
+def leaf_recipe(choose: Choose, dtype: str) -> LeafRecipe:
+    shape = tuple(choose(EXTENTS) for _ in range(choose(range(4))))
     while int(np.prod(shape)) > 30_000:
         shape = shape[1:]
-    if draw(st.integers(0, 9)) == 0:
-        shape = draw(st.sampled_from([(4096,), (64, 65), (SERIAL + 77,), (17, 5000)]))
-    order = draw(st.sampled_from("CCCF"))
-    return LeafRecipe(shape, dtype, order, draw(st.integers(0, 2**20)))
+    if choose(range(10)) == 0:
+        shape = choose([(4096,), (64, 65), (SERIAL + 77,), (17, 5000)])
+    return LeafRecipe(shape, dtype, choose("CCCF"), choose(SEEDS))
 
 
 OPTIONS: dict[str, list[Any]] = {
@@ -89,19 +90,17 @@ class Recipe:
         return {"a": arrays[0], "b": [arrays[1], {"c": tuple(arrays[2:])}]}
 
 
-@st.composite
-def recipes(draw: st.DrawFn) -> Recipe:
-    narrow = draw(st.sampled_from(["bfloat16", "bfloat16", "float16"]))
-    dtypes = draw(st.sampled_from([["float32"], ["float64"], [narrow], list(DTYPES)]))
-    count = draw(st.integers(1, 4))
-    leaves = tuple(draw(leaf_recipes(draw(st.sampled_from(dtypes)))) for _ in range(count))
-    name = draw(st.sampled_from(sorted(RULES)))
-    other = draw(st.sampled_from([name, draw(st.sampled_from(sorted(RULES)))]))
-    rules = tuple(draw(st.sampled_from([name, other])) for _ in leaves)
-    options = {key: draw(st.sampled_from(values)) for key, values in OPTIONS.items()}
+def recipe(choose: Choose) -> Recipe:
+    narrow = choose(["bfloat16", "bfloat16", "float16"])
+    dtypes = choose([["float32"], ["float64"], [narrow], list(DTYPES)])
+    leaves = tuple(leaf_recipe(choose, choose(dtypes)) for _ in range(choose(range(1, 5))))
+    names = sorted(RULES)
+    some = [choose(names), choose(names)][: choose([1, 2])]
+    rules = tuple(choose(some) for _ in leaves)
+    options = {key: choose(values) for key, values in OPTIONS.items()}
     copies = None
-    if draw(st.integers(0, 3)) == 0:
-        copies = tuple(draw(st.sampled_from([None, *DTYPES])) for _ in leaves)
+    if choose(range(4)) == 0:
+        copies = tuple(choose([None, *DTYPES]) for _ in leaves)
     return Recipe(leaves, rules, options, copies)
 
 
@@ -227,24 +226,24 @@ MISFITS = ("parameter", "copy", "state", "text", "integers", "complex", "objects
            "shape", "list", "tree", "tuple", "subclass", "number")  # fmt: skip
 
 
-@st.composite
-def gradients(draw: st.DrawFn) -> list[Make]:
+LAYOUTS = ("other order", "strided", "backwards", "broadcast", "unaligned", "read-only")
+
+
+def gradients(choose: Choose) -> list[Make]:
     """Makers for four leaves."""
-    seed, odd = draw(st.integers(0, 2**20)), draw(st.sampled_from([0.0, 0.0, 0.0, 0.01]))
+    seed, odd = choose(SEEDS), choose([0.0, 0.0, 0.0, 0.01])
     makers: list[Make] = []
     for _ in range(4):
-        kind, dtype = draw(st.integers(0, 19)), draw(st.sampled_from(sorted(DTYPES)))
+        kind, dtype = choose(range(20)), choose(sorted(DTYPES))
         if kind == 0:
-            makers.append(aliased(draw(st.sampled_from(MISFITS))))
+            makers.append(aliased(choose(MISFITS)))
         elif kind == 1:
             makers.append(lambda twin, k: None)
         elif kind < 5:
-            makers.append(rows(seed, dtype, odd, draw(st.integers(0, 9)) == 0))
-        elif kind < 10:
-            layouts = ["other order", "strided", "backwards", "broadcast", "unaligned", "read-only"]
-            makers.append(array(seed, dtype, odd, draw(st.sampled_from(layouts))))
+            makers.append(rows(seed, dtype, odd, choose(range(10)) == 0))
         else:
-            makers.append(array(seed, dtype, odd, "same"))
+            layout = choose(LAYOUTS) if kind < 10 else "same"
+            makers.append(array(seed, dtype, odd, layout))
     return makers
 
 
@@ -270,6 +269,3 @@ def rebound(twin: Twin) -> None:
 def inside(context: Any) -> None:
     with context:
         pass
-
-
-__all__ = ["USES", "Recipe", "Twin", "elementwise", "gradients", "recipes"]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import fusedopt as fo
+from fusedopt.backends import native
 
 BACKENDS = ["native", "reference"]
 
@@ -308,3 +309,46 @@ def test_tuples_of_arrays_are_no_rows() -> None:
         with pytest.raises(TypeError, match="w"):
             optimizer.accumulate({"w": leaf})
     assert not p.any()
+
+
+def test_a_key_that_takes_the_tree_of_a_native_step_apart() -> None:
+    others: list[Any] = []
+
+    class Key:
+        def __hash__(self) -> int:
+            return hash("v")
+
+        def __eq__(self, other: object) -> bool:
+            grads.clear()  # nothing but the walk holds the dict, whose memory is soon in use again
+            others.extend({"v": np.full(3, 9.0), "w": np.full(3, 9.0)} for _ in range(100))
+            return other == "v"
+
+    grads: list[Any] = [{Key(): np.ones(3), "w": np.ones(3)}]
+    params = [{"v": np.ones(3), "w": np.ones(3)}]
+    fo.Optimizer(params, fo.SGD(lr=1.0), backend="native").step(grads)
+    assert others
+    assert params[0]["v"].tolist() == params[0]["w"].tolist() == [0.0] * 3
+
+
+SPOILT_PLANS: dict[str, tuple[str, Any]] = {
+    "a tree that is none": ("tree", "g"),
+    "a dict of fewer keys than children": ("tree", (["w"], [0, 1])),
+    "no program": ("programs", [None]),
+    "a parameter of an empty tuple": ("arrays", [[()], [np.ones(3)]]),
+    "counters in another dtype": ("counters", np.zeros(3, np.int8)),
+    "too few counters": ("counters", np.zeros(2, np.int64)),
+    "rates that lie apart": ("rates", np.zeros(4)[::2]),
+    "rates that are none": ("rates", None),
+    "results in another dtype": ("results", np.zeros((2, 3), np.float32)),
+    "results that lie apart": ("results", np.zeros((2, 6))[:, ::2]),
+    "no array beside": ("beside", [None]),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT_PLANS)
+def test_native_plans(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # None of our code makes such a plan; one that did should hear of it, and not write elsewhere.
+    make, spoilt = native.core.Plan, dict([SPOILT_PLANS[name]])
+    monkeypatch.setattr(native.core, "Plan", lambda **arguments: make(**(arguments | spoilt)))
+    with pytest.raises((TypeError, ValueError, RuntimeError)):
+        fo.Optimizer({"w": np.ones(3), "v": np.ones(3)}, fo.SGD(), backend="native")

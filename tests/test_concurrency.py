@@ -187,6 +187,41 @@ def test_numpys_error_state_is_no_concern_of_a_step(backend: str) -> None:
         assert fingerprints(optimizer, grads, 2) == want
 
 
+def test_gradients_rearranged_during_a_step() -> None:
+    # Each step finds all gradients, or refuses what it does not find; which, the other thread
+    # decides. What it takes out, nothing but the step may still hold.
+    params = [np.zeros(2), np.zeros(3), np.zeros(4)]
+    optimizer = fo.Optimizer({"a": params[:2], "b": {"c": params[2]}}, fo.SGD(lr=1.0))
+    grads: dict[str, Any] = {}
+    stop = threading.Event()
+
+    def rearrange() -> None:
+        while not stop.is_set():
+            grads["a"] = [np.ones(2)]
+            grads["a"].append(np.ones(3))
+            grads["b"] = {"c": np.ones(4)}
+            grads["b"]["c"] = np.ones(4)
+            grads["a"].clear()
+            del grads["b"]
+
+    interval = sys.getswitchinterval()
+    rearranger = threading.Thread(target=rearrange)
+    rearranger.start()
+    try:
+        sys.setswitchinterval(1e-6)
+        taken, deadline = 0, time.monotonic() + WAIT
+        while taken < 50 and time.monotonic() < deadline:
+            with suppress(TypeError, ValueError, LookupError, RuntimeError):
+                optimizer.step(grads)
+                taken += 1
+    finally:
+        sys.setswitchinterval(interval)
+        stop.set()
+        rearranger.join(WAIT)
+    assert optimizer.step_count == taken > 0
+    assert all((p == -taken).all() for p in params)
+
+
 def test_other_threads_run_during_a_step() -> None:
     ticks, stop = [0], threading.Event()
 

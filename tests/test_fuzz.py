@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import fusedopt as fo
 from exactness import RULES
-from fuzzing import USES, Recipe, Twin, gradients, recipes
+from fuzzing import USES, Choose, Recipe, Twin, gradients, recipe
 
 CASES = int(os.environ.get("FUSEDOPT_FUZZ", "60"))
 fuzzed = settings(
@@ -83,29 +83,34 @@ def contents(g: Any) -> bytes:
     return np.ascontiguousarray(values).tobytes() if isinstance(values, np.ndarray) else b""
 
 
+def chooser(data: st.DataObject) -> Choose:
+    return lambda values: data.draw(st.sampled_from(values))
+
+
 @fuzzed
 @given(st.data())
 def test_against_the_reference(data: st.DataObject) -> None:
-    recipe = data.draw(recipes())
-    matrices = any(RULES[name].program.phases > 1 for name in recipe.rules)
-    twins = [made(recipe, backend="native")]
-    twins.append(made(recipe, backend="native", verify=not matrices, threads=1))
-    twins.append(made(recipe, backend="reference"))
+    choose = chooser(data)
+    chosen = recipe(choose)
+    matrices = any(RULES[name].program.phases > 1 for name in chosen.rules)
+    twins = [made(chosen, backend="native")]
+    twins.append(made(chosen, backend="native", verify=not matrices, threads=1))
+    twins.append(made(chosen, backend="reference"))
     kinds = {t if isinstance(t, type) else Twin for t in twins}
     assert len(kinds) == 1, kinds
     event(str(kinds))
     if kinds != {Twin}:
         return
-    for _ in range(data.draw(st.integers(1, 4))):
-        if data.draw(st.integers(0, 3)) == 0:
-            use = data.draw(st.sampled_from(sorted(USES)))
+    for _ in range(choose(range(1, 5))):
+        if choose(range(4)) == 0:
+            use = choose(sorted(USES))
             results = [outcome(partial(USES[use], t)) for t in twins]
             event(use)
         else:
-            makers = data.draw(gradients())
-            hessian = data.draw(st.sampled_from([None, data.draw(gradients())]))
-            scale = data.draw(st.sampled_from([1.0, 1.0, 256.0]))
-            times = data.draw(st.sampled_from([0, 0, 0, 1, 2]))
+            makers, estimates = gradients(choose), gradients(choose)
+            hessian = choose([None, estimates])
+            scale = choose([1.0, 1.0, 256.0])
+            times = choose([0, 0, 0, 1, 2])
             results = [stepped(t, makers, scale, hessian, times) for t in twins]
             event("refused" if isinstance(results[0], type) else "taken")
         first, second, third = ((r if isinstance(r, type) else None) for r in results)
