@@ -248,10 +248,21 @@ std::size_t orthogonalize_space(std::size_t rows, std::size_t columns) {
   return 2 * m * n + 2 * n * n + 2 * n + GRAIN;
 }
 
+// body(i, j) for all elements, by squares of a few cache lines: rows of a matrix that is transposed
+// can all fall on the same few places of the cache.
+template <class Body>
+inline void by_squares(std::size_t rows, std::size_t columns, const Body& body) {
+  for (std::size_t i = 0; i < rows; i += GRAIN)
+    for (std::size_t j = 0; j < columns; j += GRAIN)
+      for (std::size_t k = i; k < i + GRAIN && k < rows; ++k)
+        for (std::size_t l = j; l < j + GRAIN && l < columns; ++l) body(k, l);
+}
+
 template <class T>
 void orthogonalize(const NewtonSchulz& how, void* matrix, void* space) {
   T* const u = static_cast<T*>(matrix);
-  const bool tall = how.rows > how.columns;
+  // Rows have norms of their own where they are the fewer; else a square needs no transposing.
+  const bool tall = how.by_row ? how.rows > how.columns : how.rows >= how.columns;
   const std::size_t m = tall ? how.rows : how.columns, n = tall ? how.columns : how.rows;
   const std::size_t ld = filled(n), down = tall ? n : 1, right = tall ? 1 : m;
   std::memset(space, 0, orthogonalize_space(m, n) * sizeof(T));
@@ -268,8 +279,7 @@ void orthogonalize(const NewtonSchulz& how, void* matrix, void* space) {
   T* const scale = take(ld);
   T* const diagonal = take(ld);
 
-  for (std::size_t i = 0; i < m; ++i)
-    for (std::size_t j = 0; j < n; ++j) z[i * ld + j] = u[i * down + j * right];
+  by_squares(m, n, [=](std::size_t i, std::size_t j) { z[i * ld + j] = u[i * down + j * right]; });
   for (int k = 0; k < how.steps; ++k) {
     gram_of(z, m, gram);
     if (k == 0) normalize(how, z, m, gram, scale);
@@ -286,8 +296,7 @@ void orthogonalize(const NewtonSchulz& how, void* matrix, void* space) {
     z = next;
     next = old;
   }
-  for (std::size_t i = 0; i < m; ++i)
-    for (std::size_t j = 0; j < n; ++j) u[i * down + j * right] = z[i * ld + j];
+  by_squares(m, n, [=](std::size_t i, std::size_t j) { u[i * down + j * right] = z[i * ld + j]; });
 }
 
 }  // namespace
