@@ -11,7 +11,7 @@ import numpy as np
 
 from .coefficients import Coefficients, Row
 from .core import core
-from .threads import available, in_use
+from .threads import in_use, most
 
 Stack = tuple[int, int, int]
 """So many matrices of so many rows and columns."""
@@ -239,9 +239,8 @@ def _extents(stacks: Sequence[Stack]) -> tuple[int, int, int]:
     square = max((min(s) ** 2 for _, *s in stacks), default=0)
     slots = 0
     if core:
-        threads = min(available().values())
         small = (s for s in stacks if math.prod(s[1:]) <= SMALL)
-        slots = max((min(c, threads) * core.orthogonalize_space(*s) for c, *s in small), default=0)
+        slots = max((min(c, most()) * core.orthogonalize_space(*s) for c, *s in small), default=0)
     return whole, square, slots
 
 

@@ -6,7 +6,7 @@ import os
 
 from .environment import positive_integer
 
-_in_use = 1
+_in_use = _most = 1
 
 
 def in_use() -> int:
@@ -14,10 +14,15 @@ def in_use() -> int:
     return _in_use
 
 
+def most() -> int:
+    """How many there have ever been: at the start all that the process was granted."""
+    return _most
+
+
 def use(n: int) -> None:
     """Sets that."""
-    global _in_use
-    _in_use = n
+    global _in_use, _most
+    _in_use, _most = n, max(n, _most)
 
 
 def available() -> dict[str, int]:

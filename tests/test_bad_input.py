@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fusedopt as fo
-from fusedopt.backends import native
+from fusedopt.core import core
 
 BACKENDS = ["native", "reference"]
 
@@ -348,7 +348,7 @@ SPOILT_PLANS: dict[str, tuple[str, Any]] = {
 @pytest.mark.parametrize("name", SPOILT_PLANS)
 def test_native_plans(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # None of our code makes such a plan; one that did should hear of it, and not write elsewhere.
-    make, spoilt = native.core.Plan, dict([SPOILT_PLANS[name]])
-    monkeypatch.setattr(native.core, "Plan", lambda **arguments: make(**(arguments | spoilt)))
+    make, spoilt = core.Plan, dict([SPOILT_PLANS[name]])
+    monkeypatch.setattr(core, "Plan", lambda **arguments: make(**(arguments | spoilt)))
     with pytest.raises((TypeError, ValueError, RuntimeError)):
         fo.Optimizer({"w": np.ones(3), "v": np.ones(3)}, fo.SGD(), backend="native")

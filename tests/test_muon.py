@@ -12,7 +12,7 @@ import pytest
 import fusedopt as fo
 from fusedopt.core import core
 from fusedopt.newton_schulz import BATCH, SMALL
-from fusedopt.threads import available
+from fusedopt.threads import most
 
 
 def textbook(u: np.ndarray, **settings: Any) -> np.ndarray:
@@ -115,8 +115,7 @@ def test_buffers_are_made_once_and_shared() -> None:
     params = [np.zeros(s, np.float32) for s in shapes]
     opt = fo.Optimizer(params, rules)
     stacks = [(1, 8, 200), (1, 100, 5), (2, 12, 12), (3, 20, 40)]
-    threads = min(available().values())
-    space = max(min(c, threads) * core.orthogonalize_space(*s) if core else 0 for c, *s in stacks)
+    space = max(min(c, most()) * core.orthogonalize_space(*s) if core else 0 for c, *s in stacks)
     expected = 4 * (2 * 60 * 40 + 3 * 20 * 20 + space)
     assert opt._plan.work_bytes == fo.estimate(params, rules).work == expected
     grads = gradients(params)
