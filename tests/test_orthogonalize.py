@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -325,6 +326,21 @@ def test_small_matrices_are_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not iteration.in_core(side, side)
     u = np.random.default_rng(11).standard_normal((3, 20, 30))
     np.testing.assert_allclose(fo.orthogonalize(u), np.stack(list(map(textbook, u))), atol=1e-12)
+
+
+@pytest.mark.parametrize(("asked", "given"), [(1, 1), (None, fo.get_threads())])
+def test_a_stack_has_the_threads_of_its_optimizer(
+    asked: int | None, given: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    spy = SimpleNamespace(
+        orthogonalize=lambda *arguments: seen.append(arguments[-1]),
+        orthogonalize_space=core.orthogonalize_space,
+    )
+    monkeypatch.setattr(newton_schulz, "core", spy)
+    params = [np.zeros((8, 8)) for _ in range(3)]
+    fo.Optimizer(params, fo.Muon(), threads=asked).step([np.ones((8, 8)) for _ in params])
+    assert seen == [given]  # the three are one stack
 
 
 @pytest.mark.parametrize(
