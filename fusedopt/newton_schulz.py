@@ -28,7 +28,7 @@ each matrix on one thread. Five steps of one of 64x64, 128x128 and 256x256 took 
 ms so, and by BLAS on two threads 0.33, 0.96 and 6.8."""
 
 BATCH = 1 << 17
-"""So many elements go into one stack then; more gained nothing."""
+"""So many elements go into one stack then."""
 
 
 def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -114,8 +114,8 @@ class Iteration:
 def flops(rows: int, cols: int, groups: Sequence[Group], *, symmetric: float = 0.5) -> float:
     """Operations of an iteration's products: the cost model.
 
-    symmetric: what part of a product's operations counts where the result is symmetric; half of
-    them is carried out (by BLAS's syrk).
+    symmetric: what part of a product's operations counts where a matrix is multiplied with its own
+    transpose, of which half is carried out (by BLAS's syrk). All others count in full.
     """
     n, m = sorted((rows, cols))
     on_x, square = 2 * n * n * m, 2 * n**3
