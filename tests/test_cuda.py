@@ -37,7 +37,15 @@ CAPABILITIES = ((8, 0), (9, 0))
 LOW = ("bfloat16", "float16")
 
 
-@pytest.mark.parametrize("file", ["simulated.py", "simulated_arrays.py", "simulated_clipping.py"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "simulated.py",
+        "simulated_arrays.py",
+        "simulated_clipping.py",
+        "simulated_streams.py",
+    ],
+)
 def test_on_the_simulator(file: str) -> None:
     options = ["-q", "-W", "ignore", "-p", "no:cacheprovider", "-p", "devices"]
     result = subprocess.run(

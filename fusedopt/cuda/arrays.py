@@ -5,16 +5,31 @@ from __future__ import annotations
 import math
 from itertools import accumulate
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from ..formats import PLAIN
 from ..states import Stored
 from . import foreign
+from .memory import Memory, on_device
 
-if TYPE_CHECKING:
-    from .memory import Memory
+
+class Library(NamedTuple):
+    """A library's arrays on a device. named_stream: the one that an array itself named."""
+
+    name: str
+    device: int
+    named_stream: int
+
+    @property
+    def written_on(self) -> int:
+        """The handle of the stream on which the library works now."""
+        return foreign.current_stream(*self)
+
+
+Producer = Library | Memory
+"""What tells the stream for which a reader of an array must wait."""
 
 
 class DeviceArray:
@@ -64,8 +79,21 @@ class DeviceArray:
         )
 
     @property
+    def producer(self) -> Producer:
+        """What tells the stream of the array, without keeping an array of the caller's alive."""
+        if isinstance(self.owner, Memory):
+            return self.owner
+        return Library(self.library, self.device, self.named_stream)
+
+    @property
     def stream(self) -> int:
-        """The handle of the stream on which its library works now."""
+        """The handle of the stream on which the array is to be read: the one that last wrote to it
+        where this package did, otherwise the one on which its library works now."""
+        return self.producer.written_on
+
+    @property
+    def current_stream(self) -> int:
+        """The handle of the stream on which the library of the array works now."""
         return foreign.current_stream(self.library, self.device, self.named_stream)
 
     @property
@@ -77,8 +105,6 @@ class DeviceArray:
     @property
     def memory(self) -> Memory:
         """Its bytes."""
-        from .memory import Memory
-
         return Memory(self.address, self.nbytes, self)
 
     @property
@@ -96,8 +122,6 @@ class DeviceArray:
 
     def copy(self, order: str = "A") -> np.ndarray:
         """The elements on the host, in the same order in memory."""
-        from .memory import on_device
-
         with on_device(self.device):
             flat = self.memory.read(self.stream).view(self.dtype)
         return flat.reshape(self.shape, order=self.order)
@@ -110,7 +134,6 @@ class DeviceArray:
         if key is not Ellipsis:
             raise TypeError(f"only whole arrays can be assigned to, with a[...], got a[{key!r}]")
         from .launching import convert
-        from .memory import on_device
 
         with on_device(self.device):
             if isinstance(value, DeviceArray):

@@ -69,6 +69,7 @@ class DeviceGuard:
         )
         queue = self._first.device, stream
         guard_kernel().launch(1, THREADS, queue, words, np.array([self._guard.factor]))
+        told.written_on = stream  # where they are to be read, whatever stream is current by then
         scalars = [
             DeviceArray(
                 told.address + 8 * k, (), FLOAT64, "C", self._first.device, told,

@@ -80,9 +80,11 @@ def convert(target: DeviceArray, source: DeviceArray) -> None:
     wide = FLOAT64 if FLOAT64 in types else types[0]
     formats = tuple((n, PLAIN[a.dtype.name]) for n, a in (("g", source), ("p", target)))
     step = Step(keep, "other", ("p", "g"), ("p",), 0, "", False)
-    stream = target.stream
+    stream, other = target.stream, source.stream
     launch = Launch(Variant((step,), (), wide, formats), [(source, target)], stream)
+    wait_for(stream, other)
     launch.run(np.empty(0, wide), stream)
+    wait_for(other, stream)
 
 
 class Squares:

@@ -17,10 +17,12 @@ _FREE: dict[tuple[int, int, int], list[Memory]] = {}
 
 
 class Memory:
-    """Bytes on the current device. owner: what keeps them alive."""
+    """Bytes on the current device. owner: what keeps them alive. written_on: the handle of the
+    stream that wrote them last, where arrays are made of them."""
 
     def __init__(self, address: int, size: int, owner: Any) -> None:
         self.address, self.size, self.owner = address, size, owner
+        self.written_on = 0
         self._data: Any = None
 
     @classmethod

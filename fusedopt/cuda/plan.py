@@ -15,7 +15,7 @@ from ..formats import PLAIN, compute_dtype
 from ..rules.base import Operation, Program
 from ..trees import Fixed, opened
 from . import foreign
-from .arrays import DeviceArray
+from .arrays import DeviceArray, Producer
 from .guard import DeviceGuard
 from .kernels import Step, Variant, operations_of
 from .launching import Launch, Sums
@@ -30,8 +30,9 @@ class Bound:
 
     active: the leaves that take part. before, after: launches, in whose midst are the products of
     `matrices`. sums: of squares, where a norm is wanted; table: what the `DeviceGuard` wants to
-    know of them. stream: which alone may use their memory. others: what `foreign.current_stream`
-    wants to know of the inputs, which are not kept alive.
+    know of them. stream: which alone may use their memory. others: the producers of all arrays that
+    the step reads or writes, whose streams wait for the step, and the step for them; the arrays
+    themselves are not kept alive.
     """
 
     active: np.ndarray
@@ -41,7 +42,7 @@ class Bound:
     sums: Sums | None
     table: Memory | None
     stream: int
-    others: set[tuple[str, int, int]]
+    others: set[Producer]
 
 
 class Queued(NamedTuple):
@@ -104,6 +105,8 @@ class CudaPlan(Turn):
         self._first = self._parameters[0]
         self._dtypes = [compute_dtype(m.parameter.format.dtype) for m in layout.leaves]
         self._watched = [p for p in self._parameters if foreign.library_of(p.owner) == "torch"]
+        outputs: Any = [a for memory in layout.leaves for a in memory.written]
+        self._producers: set[Producer] = {a.producer for a in outputs}
         self._bound: Bound | None = None
         self._key: Any = None
         self._fixed: weakref.ref[Fixed] | None = None
@@ -113,7 +116,7 @@ class CudaPlan(Turn):
         if layout.decide is not None and not layout.wait:
             guard: Any = layout.decide
             with on_device(self._first.device):
-                self._guard = DeviceGuard(layout, guard, self._first, self._first.stream)
+                self._guard = DeviceGuard(layout, guard, self._first, self._first.current_stream)
 
     def _make_work_space(self) -> None:
         """Directions of the leaves whose rule has two phases."""
@@ -158,7 +161,7 @@ class CudaPlan(Turn):
 
     def _known(self, grads: Any, hessian: Any) -> bool:
         """Whether these are the arrays of the step before, in the same places, on its stream."""
-        if self._bound is None or self._bound.stream != self._first.stream:
+        if self._bound is None or self._bound.stream != self._first.current_stream:
             return False
         fixed = self._fixed and self._fixed()
         if fixed is not None and grads is fixed and hessian is None:
@@ -178,7 +181,7 @@ class CudaPlan(Turn):
         self._seen = self._fixed = None
         inputs = [g for g in (*grads, *estimates) if g is not None]
         offsets = self._layout.counters[1:] - self._layout.counters[0]
-        stream = self._first.stream
+        stream = self._first.current_stream
         key = (
             stream,
             [None if g is None else (g.address, g.dtype) for g in (*grads, *estimates)],
@@ -205,7 +208,7 @@ class CudaPlan(Turn):
         if self._layout.decide is not None:
             sums = Sums({k: grads[k] for k in active}, self._dtypes, stream)
             table = self._guard.table(sums, stream) if self._guard else None
-        others = {(g.library, g.device, g.named_stream) for g in inputs}
+        others = self._producers | {g.producer for g in inputs}
         took_part = np.array(active, np.int64)
         return Bound(took_part, before, matrices, after, sums, table, stream, others)
 
@@ -259,9 +262,12 @@ class CudaPlan(Turn):
     def _run(self) -> int:
         assert self._bound is not None
         bound, layout, stream = self._bound, self._layout, self._bound.stream
-        others = {foreign.current_stream(*known) for known in bound.others} - {stream}
+        others = {producer.written_on for producer in bound.others} - {stream}
         for other in others:
             wait_for(stream, other)
+        for producer in self._producers:
+            if isinstance(producer, Memory):
+                producer.written_on = stream
         layout.results[...] = 0
         number = int(layout.counters[0]) + 1
         if bound.sums is not None:

@@ -127,7 +127,8 @@ def new_arrays(wanted: Sequence[tuple[DeviceArray, Format, float]]) -> list[Stor
     first = wanted[0][0]
     with on_device(first.device):
         block = Bytes.new(sum(sizes))
-        block.clear(first.stream)
+        block.written_on = first.current_stream
+        block.clear(block.written_on)
     made = []
     for (p, format, initial), start in zip(wanted, accumulate(sizes, initial=0), strict=False):
         address = block.address + start
