@@ -267,16 +267,14 @@ class Optimizer:
         self._settle_simple()
 
     def _settle_simple(self) -> None:
-        """The way of a step that is one native call, which guards itself and is a whole; None
-        where there is more to a step, which must be made so."""
-        native = self._backend.native and not self._options.verify
+        """Find the plan's own whole step, which guards itself; None where there is more to a step
+        than that, or where the plan has none."""
+        alone = None if self._options.verify else getattr(self._plan, "step_alone", None)
         one_phase = all(group.rule.program.phases == 1 for group in self._groups)
         options = self._options
         asked = options.decides(self._wide) or options.stats or options.exact or self._scratch
-        simple = (
-            native and one_phase and not self._scheduled and not asked and not self._accumulated
-        )
-        self._step_alone: Any = self._plan.step_alone if simple else None
+        simple = one_phase and not self._scheduled and not asked and not self._accumulated
+        self._step_alone: Any = alone if simple else None
 
     def step(
         self, grads: Any = ACCUMULATED, *, grad_scale: float = 1.0, hessian: Any = None

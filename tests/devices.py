@@ -116,14 +116,13 @@ CACHED = (
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Two threads to a block, and 32 elements to a chunk; of sums two segments to a block."""
+    """Two threads to a block, so that a chunk has 32 elements of float32; of sums two segments."""
     assert toolkit.SIMULATED
     for cached in CACHED:
         cached.cache_clear()
     for module in (kernels, sums, launching, guard):
         monkeypatch.setattr(module, "THREADS", 2)
         monkeypatch.setattr(module, "GROUPS", 2, raising=False)
-        monkeypatch.setattr(module, "CHUNK", 32, raising=False)
     yield
     for cached in CACHED:
         cached.cache_clear()

@@ -38,7 +38,7 @@ def decided(sums: list[float], limits: list[float], norm_of: list[int], stopped:
     kept, told = np.zeros(len(sums)), np.zeros(2 * len(limits))
     t, s, m, c, k, n = (a.ctypes.data for a in (*given, kept, told))
     words = (t, s, len(sums), m, len(limits), c, k, n, 5)
-    sums_.guard_kernel().launch(1, kernels.THREADS, (0, 0), words, np.array([1.0]))
+    sums_.guard_kernel().launch(1, kernels.THREADS, (0, 0), words, [1.0])
     factors = control[sums_.FACTORS :].view(np.float64)
     narrow = control[sums_.FACTORS :].view(np.float32)
     number = int(control[:8].view(np.int64)[0])

@@ -153,8 +153,6 @@ class Backend(Protocol):
     """A way to run programs."""
 
     name: str
-    native: bool
-    """Whether a step is one call that guards itself."""
 
     @property
     def space(self) -> Any:

@@ -81,7 +81,6 @@ class NativeBackend:
     """C++ kernels on NumPy arrays."""
 
     name = "native"
-    native = True
     space = host
 
     def unavailable(self) -> str | None:

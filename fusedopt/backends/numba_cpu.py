@@ -26,7 +26,6 @@ class NumbaBackend:
     """Kernels that Numba compiles on NumPy arrays."""
 
     name = "numba"
-    native = False
     space = host
 
     def unavailable(self) -> str | None:

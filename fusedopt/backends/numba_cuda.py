@@ -16,7 +16,6 @@ class CudaBackend:
     """Kernels on arrays of CuPy, PyTorch and Numba, where they lie."""
 
     name = "cuda"
-    native = False
 
     def unavailable(self) -> str | None:
         try:

@@ -63,7 +63,6 @@ class ReferenceBackend:
     """NumPy alone."""
 
     name = "reference"
-    native = False
     space = host
 
     def unavailable(self) -> str | None:

@@ -68,7 +68,7 @@ class DeviceGuard:
             number,
         )
         queue = self._first.device, stream
-        guard_kernel().launch(1, THREADS, queue, words, np.array([self._guard.factor]))
+        guard_kernel().launch(1, THREADS, queue, words, [self._guard.factor])
         told.written_on = stream  # where they are to be read, whatever stream is current by then
         scalars = [
             DeviceArray(

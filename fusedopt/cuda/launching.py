@@ -11,7 +11,7 @@ from ..formats import FLOAT64, PLAIN, compute_dtype
 from ..jit.kernels import LANES, SEGMENT
 from ..rules.elements import keep
 from .arrays import DeviceArray
-from .kernels import CHUNK, THREADS, Step, Variant, step_kernel
+from .kernels import THREADS, Step, Variant, step_kernel
 from .memory import Memory, on_device, wait_for
 from .sums import GROUPS, squares_kernel, totals_kernel
 from .vectors import VECTOR_BYTES
@@ -61,13 +61,13 @@ class Launch:
             addresses = [a.address for a in own]
             aligned = not any(address % VECTOR_BYTES for address in addresses)
             rows.append([own[0].size, int(aligned), *addresses])
-        self._table = Table.of(rows, CHUNK, stream)
+        self._table = Table.of(rows, variant.chunk, stream)
         self._kernel, self.dtype = step_kernel(variant), variant.dtype
         self._device = arrays[0][0].device
 
-    def run(self, scalars: np.ndarray, stream: int, *more: int) -> None:
-        """scalars: of all the operations, in the type of the arithmetic. more: words that the
-        kernel takes behind the addresses of its tables."""
+    def run(self, scalars: Sequence[float], stream: int, *more: int) -> None:
+        """scalars: of all the operations. more: words that the kernel takes behind the addresses of
+        its tables."""
         if self._table.count:
             words = (self._table.rows.address, self._table.parts.address, *more)
             queue = self._device, stream
@@ -83,7 +83,7 @@ def convert(target: DeviceArray, source: DeviceArray) -> None:
     stream, other = target.stream, source.stream
     launch = Launch(Variant((step,), (), wide, formats), [(source, target)], stream)
     wait_for(stream, other)
-    launch.run(np.empty(0, wide), stream)
+    launch.run((), stream)
     wait_for(other, stream)
 
 
@@ -105,9 +105,8 @@ class Squares:
         t = self._table
         if t.count:
             words = (t.rows.address, t.parts.address, self._partials.address, t.count)
-            scalars = np.array([scale], self.dtype)
             blocks, threads = -(-t.count // GROUPS), GROUPS * LANES
-            self._kernel.launch(blocks, threads, (self._device, stream), words, scalars)
+            self._kernel.launch(blocks, threads, (self._device, stream), words, [scale])
 
 
 class Sums:
@@ -141,7 +140,7 @@ class Sums:
             part.queue(scale if part.dtype == FLOAT64 else 1.0, stream)
         if self.leaves.size:
             words, queue = (self._rows.address, self.memory.address), (self._device, stream)
-            totals_kernel().launch(self.leaves.size, THREADS, queue, words, np.empty(0))
+            totals_kernel().launch(self.leaves.size, THREADS, queue, words)
 
     def read(self, stream: int) -> np.ndarray:
         """The sums, when they are there."""

@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from numba import cuda
 
-from .toolkit import SIMULATED
+from .toolkit import SIMULATED, call, current_context
+
+NO_TIMING = 2
+"""The driver's CU_EVENT_DISABLE_TIMING."""
 
 _FREE: dict[tuple[int, int, int], list[Memory]] = {}
 """By device, stream and size."""
@@ -49,33 +53,28 @@ class Memory:
         weakref.finalize(taken, free.append, whole).atexit = False
         return taken
 
-    def _view(self) -> Any:
-        if SIMULATED:
-            return simulated_view(self.address, np.dtype(np.uint8), self.size)
-        interface = {"shape": (self.size,), "typestr": "|u1", "data": (self.address, False)}
-        return cuda.from_cuda_array_interface({**interface, "version": 2}, self.owner)
+    def _simulated(self) -> np.ndarray:
+        return simulated_view(self.address, np.dtype(np.uint8), self.size)
 
     def clear(self, stream: int) -> None:
         """Sets all bytes to zero."""
         if not self.size:
             return
         if SIMULATED:
-            self._view()[:] = 0
-            return
-        from numba.cuda.cudadrv.driver import device_memset
-
-        device_memset(self._view().gpu_data, 0, self.size, stream=cuda.external_stream(stream))
+            self._simulated()[:] = 0
+        else:
+            call("cuMemsetD8Async", self.address, 0, self.size, stream)
 
     def read(self, stream: int) -> np.ndarray:
         """The bytes, after all that was queued on the stream: a copy on the host."""
         if not self.size:
             return np.empty(0, np.uint8)
         if SIMULATED:
-            return np.array(self._view())
-        queue = cuda.external_stream(stream)
-        host = self._view().copy_to_host(stream=queue)
-        queue.synchronize()
-        return np.asarray(host)
+            return self._simulated().copy()
+        host = np.empty(self.size, np.uint8)
+        call("cuMemcpyDtoHAsync", host.ctypes.data, self.address, self.size, stream)
+        call("cuStreamSynchronize", stream)
+        return host
 
     def write(self, data: np.ndarray, stream: int, *, wait: bool = True) -> None:
         """Puts bytes of the host there, behind all that was queued on the stream.
@@ -84,15 +83,15 @@ class Memory:
         """
         if not self.size:
             return
+        flat = data.reshape(-1).view(np.uint8)
         if SIMULATED:
-            self._view()[:] = data.reshape(-1).view(np.uint8)
+            self._simulated()[:] = flat
             return
-        queue = cuda.external_stream(stream)
-        self._view().copy_to_device(data.reshape(-1).view(np.uint8), stream=queue)
+        call("cuMemcpyHtoDAsync", self.address, flat.ctypes.data, self.size, stream)
         if wait:
-            queue.synchronize()
+            call("cuStreamSynchronize", stream)
         else:
-            self._data = data
+            self._data = flat
 
 
 class Echo:
@@ -102,15 +101,15 @@ class Echo:
         self._there = Memory(address, 8, None)
         self._here = np.zeros(1, np.int64) if SIMULATED else cuda.pinned_array(1, np.int64)
         self._event: Any = None if SIMULATED else cuda.event(timing=False)
+        self._target = int(self._here.ctypes.data)
 
     def ask(self, stream: int) -> None:
         """Has it copied behind all that was queued on the stream."""
         if SIMULATED:
-            self._here[:] = self._there._view().view(np.int64)
+            self._here[:] = self._there._simulated().view(np.int64)
             return
-        queue = cuda.external_stream(stream)
-        self._there._view().copy_to_host(self._here.view(np.uint8), stream=queue)
-        self._event.record(queue)
+        call("cuMemcpyDtoHAsync", self._target, self._there.address, 8, stream)
+        call("cuEventRecord", self._event.handle, stream)
 
     def arrived(self) -> bool:
         """Whether what was asked for last is here."""
@@ -128,9 +127,27 @@ def simulated_view(address: int, dtype: np.dtype, size: int) -> np.ndarray:
     return np.ctypeslib.as_array(kind.from_address(address)).view(dtype)
 
 
-def on_device(number: int) -> Any:
-    """A context in which a device is the current one."""
-    return contextlib.nullcontext() if SIMULATED else cuda.gpus[number]
+_NUMBERS: dict[int, int] = {}
+"""The numbers of devices, by the handles of their contexts that were entered."""
+
+_NOTHING = contextlib.nullcontext()
+
+
+def on_device(number: int) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which a device is the current one.
+
+    Numba's own takes 8 us to enter and leave; most often the device is the current one already.
+    """
+    if SIMULATED or _NUMBERS.get(current_context()) == number:
+        return _NOTHING
+    return _entered(number)
+
+
+@contextlib.contextmanager
+def _entered(number: int) -> Iterator[None]:
+    with cuda.gpus[number]:
+        _NUMBERS[current_context()] = number
+        yield
 
 
 def current_device() -> int:
@@ -148,6 +165,7 @@ def wait_for(stream: int, other: int) -> None:
     """Makes a stream wait for what was queued on another one."""
     if SIMULATED or stream == other:
         return
-    event = cuda.event(timing=False)
-    event.record(cuda.external_stream(other))
-    event.wait(cuda.external_stream(stream))
+    event = call("cuEventCreate", NO_TIMING)
+    call("cuEventRecord", event, other)
+    call("cuStreamWaitEvent", stream, event, 0)
+    call("cuEventDestroy", event)  # which takes effect when the event has come

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from operator import is_
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..backends.base import HEAD, Layout, Turn
 from ..formats import PLAIN, compute_dtype
-from ..rules.base import Operation, Program
+from ..interrupts import deferred
+from ..rules.base import Program
 from ..trees import Fixed, opened
 from . import foreign
 from .arrays import DeviceArray, Producer
@@ -46,28 +48,34 @@ class Bound:
 
 
 class Queued(NamedTuple):
-    """A launch, its operations, the group of its leaves, and one of them, whose step count all
-    have."""
+    """A launch, the scalars of its operations (how many come before an operation's own, and what
+    computes these), the group of its leaves, and one of them, whose step count all have."""
 
     launch: Launch
-    operations: list[Operation]
+    scalars: Sequence[tuple[int, Callable[[int, float], Sequence[float]]]]
     group: int
     leaf: int
 
 
-def _leaves(spec: Any, tree: Any) -> Iterator[Any]:
+def _leaves(spec: Any, tree: Any) -> list[Any]:
     """What stands at the leaves of a `Tree.spec`, in its order; where the tree has another shape,
     something else than there was in one of its shape."""
     if isinstance(spec, tuple):
-        fits = isinstance(tree, dict) and len(tree) == len(spec[0])
-        for key, child in zip(*spec, strict=True) if fits else ():
-            yield from _leaves(child, tree.get(key, tree))
+        keys, children = spec
+        fits = isinstance(tree, dict) and len(tree) == len(keys)
+        nodes: Any = [tree.get(key, tree) for key in keys] if fits else []
     elif isinstance(spec, list):
-        fits = isinstance(tree, (list, tuple)) and len(tree) == len(spec)
-        for child, x in zip(spec, tree, strict=True) if fits else ():
-            yield from _leaves(child, x)
+        children = spec
+        nodes = tree if isinstance(tree, (list, tuple)) and len(tree) == len(spec) else []
     else:
-        yield tree
+        return [tree]
+    found: list[Any] = []
+    for child, node in zip(children, nodes, strict=False):
+        if isinstance(child, int):
+            found.append(node)
+        else:
+            found += _leaves(child, node)
+    return found
 
 
 class Known:
@@ -95,22 +103,49 @@ class Known:
         return same and bool(x.data_ptr() == self._address)
 
 
+class Seen:
+    """The inputs of the step before, None where a leaf had none."""
+
+    def __init__(self, inputs: Sequence[DeviceArray | None]) -> None:
+        self._known = [None if g is None else Known(g) for g in inputs]
+        tensors = [g for g in inputs if g is not None and foreign.library_of(g.owner) == "torch"]
+        whole = len(tensors) == len(inputs)
+        self._references = [weakref.ref(g.owner) for g in tensors] if whole else []
+        self._addresses = [g.address for g in tensors]
+
+    def again(self, given: Sequence[Any]) -> bool:
+        """Whether these are the same arrays in the same memory."""
+        if len(given) != len(self._known):
+            return False
+        # The usual case in 0.2 us a tensor, a fifth of what the other takes.
+        same = map(is_, given, [reference() for reference in self._references])
+        if self._references and all(same):
+            with suppress(AttributeError):  # None, as a reference to what is gone is
+                return [x.data_ptr() for x in given] == self._addresses
+        pairs = zip(self._known, given, strict=True)
+        return all(x is None if known is None else known.again(x) for known, x in pairs)
+
+
 class CudaPlan(Turn):
     """One optimizer on a CUDA device."""
 
     def __init__(self, layout: Layout, programs: Sequence[Program]) -> None:
         super().__init__()
         self._layout, self._programs = layout, programs
+        self._filtered = [any(op.loop == "filter" for op in p.operations) for p in programs]
         self._parameters: list[Any] = [memory.caller for memory in layout.leaves]
         self._first = self._parameters[0]
         self._dtypes = [compute_dtype(m.parameter.format.dtype) for m in layout.leaves]
-        self._watched = [p for p in self._parameters if foreign.library_of(p.owner) == "torch"]
+        tensors = [p for p in self._parameters if foreign.library_of(p.owner) == "torch"]
+        self._watched = [p.owner for p in tensors]
+        self._watched_at = [p.address for p in tensors]
         outputs: Any = [a for memory in layout.leaves for a in memory.written]
         self._producers: set[Producer] = {a.producer for a in outputs}
+        self._blocks = [block for block in self._producers if isinstance(block, Memory)]
         self._bound: Bound | None = None
         self._key: Any = None
         self._fixed: weakref.ref[Fixed] | None = None
-        self._seen: list[Known | None] | None = None
+        self._seen: Seen | None = None
         self._make_work_space()
         self._guard: DeviceGuard | None = None
         if layout.decide is not None and not layout.wait:
@@ -129,6 +164,15 @@ class CudaPlan(Turn):
             self._views = {k: library.view(a) for k, a in self._work.items() if library}
         self._library = library
         self.work_bytes = sum(a.nbytes for a in arrays)
+
+    def step_alone(self, grads: Any, hessian: Any) -> int | None:
+        """Take a whole step, which needs nothing around it, of the arrays of the step before."""
+        with deferred():
+            self.take()
+            try:
+                return self.step(grads, hessian, False)
+            finally:
+                self.give()
 
     def step(self, grads: Any, hessian: Any, flat: bool) -> int | None:
         with on_device(self._first.device):
@@ -167,14 +211,12 @@ class CudaPlan(Turn):
         if fixed is not None and grads is fixed and hessian is None:
             return True
         tree, seen = self._layout.tree, self._seen
-        given = list(_leaves(tree, opened(grads)))
-        given += [None] if hessian is None else _leaves(tree, opened(hessian))
-        if seen is None or len(seen) != len(given) or not all(p.unmoved for p in self._watched):
+        if seen is None or [p.data_ptr() for p in self._watched] != self._watched_at:
             return False
-        return all(
-            x is None if known is None else known.again(x)
-            for known, x in zip(seen, given, strict=True)
-        )
+        given = _leaves(tree, opened(grads))
+        if hessian is not None:
+            given += _leaves(tree, opened(hessian))
+        return seen.again(given)
 
     def _bind(self, grads: Sequence[Any], hessian: Sequence[Any] | None) -> None:
         estimates = [None] * len(grads) if hessian is None else hessian
@@ -192,8 +234,7 @@ class CudaPlan(Turn):
             self._bound = self._bound_to(grads, estimates, inputs, stream)
             self._key = key
         with suppress(TypeError):  # what no weak reference can be made to is looked at every time
-            given = [*grads, *([None] if hessian is None else hessian)]
-            self._seen = [None if g is None else Known(g) for g in given]
+            self._seen = Seen([*grads, *(hessian or ())])
 
     def _bound_to(
         self, grads: Sequence[Any], estimates: Sequence[Any], inputs: Any, stream: int
@@ -227,7 +268,8 @@ class CudaPlan(Turn):
             refreshed = estimates[members[0]] is not None
             operations = operations_of(self._programs[group], phase, refreshed)
             arrays = [self._arrays(k, variant, grads[k], estimates[k]) for k in members]
-            made.append(Queued(Launch(variant, arrays, stream), operations, group, members[0]))
+            scalars = [(HEAD[op.loop], op.scalars) for op in operations]
+            made.append(Queued(Launch(variant, arrays, stream), scalars, group, members[0]))
         return made
 
     def _variant(self, k: int, phase: int, g: Any, estimate: Any) -> Variant:
@@ -265,12 +307,11 @@ class CudaPlan(Turn):
         others = {producer.written_on for producer in bound.others} - {stream}
         for other in others:
             wait_for(stream, other)
-        for producer in self._producers:
-            if isinstance(producer, Memory):
-                producer.written_on = stream
-        layout.results[...] = 0
+        for block in self._blocks:
+            block.written_on = stream
         number = int(layout.counters[0]) + 1
         if bound.sums is not None:
+            layout.results[...] = 0
             bound.sums.queue(stream)
             if self._guard is not None and bound.table is not None:
                 self._guard.queue(bound.sums, bound.table, number, stream)
@@ -282,26 +323,36 @@ class CudaPlan(Turn):
         self._launch(bound.after, stream)
         for other in others:
             wait_for(other, stream)
-        layout.counters[1:][bound.active] += 1
-        layout.counters[0] = number
+        if bound.active.size == len(self._parameters):
+            layout.counters[...] += 1
+        else:
+            layout.counters[1:][bound.active] += 1
+            layout.counters[0] = number
         if self._guard is not None:
             self._guard.note(number, bound.active, stream)
         return number
 
     def _launch(self, launches: Sequence[Queued], stream: int) -> None:
-        layout = self._layout
-        for launch, operations, group, leaf in launches:
-            program, lr = self._programs[group], float(layout.rates[group])
-            sign, base, slope = program.head
+        layout, guard = self._layout, self._guard
+        for launch, scalars, group, leaf in launches:
+            lr, factor = float(layout.rates[group]), float(layout.rates[len(layout.groups) + group])
+            sign, base, slope = self._programs[group].head
             # With a guard the kernel puts the factor, which it alone knows, on this sign.
-            factor = 1.0 if self._guard else float(layout.rates[len(layout.groups) + group])
-            factor *= sign
-            filtered = any(op.loop == "filter" for op in program.operations)
-            heads = {1: (factor,), 2: (1.0 if filtered else factor, base + slope * lr), 0: ()}
+            factor = sign if guard else sign * factor
+            heads: Any = (
+                (),
+                (factor,),
+                (1.0 if self._filtered[group] else factor, base + slope * lr),
+            )
             t = int(layout.counters[leaf + 1]) + 1
-            values = [x for op in operations for x in (*heads[HEAD[op.loop]], *op.scalars(t, lr))]
-            more = [self._guard.factor(group, launch.dtype)] if self._guard else []
-            launch.run(np.array(values, np.float64).astype(launch.dtype), stream, *more)
+            values: list[float] = []
+            for head, own in scalars:
+                values += heads[head]
+                values += own(t, lr)
+            if guard:
+                launch.run(values, stream, guard.factor(group, launch.dtype))
+            else:
+                launch.run(values, stream)
 
     def _orthogonalize(self, leaves: Sequence[int], stream: int) -> None:
         assert self._library is not None
