@@ -79,9 +79,9 @@ class Optimizer:
     nearest bfloat16, moves only where a step changes it by half a unit: take "stochastic" there.
     seed: a non-negative integer.
 
-    ema: keep an average of each parameter (of its master, where there is one), average := ema
-    average + (1 - ema) parameter in every step, in float32 (float64 for float64), beginning as the
-    parameter: see `averaged`. stats: measure what `StepInfo.stats` tells, in the same passes.
+    ema: keep an average of each parameter (of its master, where there is one), average := average
+    + (1 - ema) (parameter - average) in every step, in float32 (float64 for float64), beginning as
+    the parameter: see `averaged`. stats: measure what `StepInfo.stats` tells, in the same passes.
     exact: rows that a gradient of `Rows` left out are updated later, as if their gradient had been
     zero: see `catch_up`.
     state_path: an empty or new directory, on a disk, for states larger than memory. All that is in

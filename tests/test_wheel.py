@@ -26,15 +26,15 @@ WAYS: dict[str, tuple[Any, dict[str, Any]]] = {
 """How parameters and states are stored."""
 
 DIGESTS: dict[str, str] = {
-    "sgd": "e780ee40876bb158",
-    "momentum": "aebbaa66fcc8d667",
-    "nesterov": "cfd46df21dfdb42c",
-    "adagrad": "d0fade3ee8cd6261",
-    "rmsprop": "10b51199e61d1642",
-    "adam": "4fb17195ee97aa8e",
-    "adamw": "80ee871967d9e5a5",
-    "lion": "df7f18f17a6038ba",
-    "sophia": "1feeea5530198098",
+    "sgd": "0b0187de88b780b9",
+    "momentum": "4fcedc4a8fd3d4e0",
+    "nesterov": "589e11a6bf9675b5",
+    "adagrad": "6803772cc348b2d8",
+    "rmsprop": "300dd50ee19f8260",
+    "adam": "ddd9e832965d49a4",
+    "adamw": "679d33329650be31",
+    "lion": "167edd89adcbef0f",
+    "sophia": "97aa81d11460355a",
 }
 """Of each rule, over all ways; Muon's matrix products alone may differ between machines."""
 
