@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "table.h"
+#include "vectors.hpp"
 
 namespace {
 
@@ -127,14 +128,33 @@ template <class E, class T>
 void decode_each(const void* data, const void*, void* out, std::size_t n) {
   const typename E::Stored* __restrict from = static_cast<const typename E::Stored*>(data);
   T* __restrict to = static_cast<T*>(out);
-  for (std::size_t i = 0; i < n; ++i) to[i] = E::template decode<T>(from[i]);
+  std::size_t i = 0;
+  if constexpr (sizeof(T) == sizeof(float) && Vectors<E>::decoded > 0)
+    for (; i + Vectors<E>::decoded <= n; i += Vectors<E>::decoded)
+      Vectors<E>::decode(from + i, to + i);
+  for (; i < n; ++i) to[i] = E::template decode<T>(from[i]);
+}
+
+// Encodes what is whole vectors, and answers how many elements that were; `one` takes each element
+// of a vector that the instruction does not treat as it does.
+template <class E, class One, class... Stored>
+std::size_t encode_vectors(const float* from, std::size_t n, const One& one, Stored*... to) {
+  constexpr std::size_t width = Vectors<E>::encoded;
+  std::size_t i = 0;
+  for (; i + width <= n; i += width)
+    if (!Vectors<E>::nearest(from + i, to + i...))
+      for (std::size_t k = i; k < i + width; ++k) one(k);
+  return i;
 }
 
 template <class E, class T>
 void copy_each(const void* tile, void* data, void*, std::size_t n, std::uint64_t) {
   const T* __restrict from = static_cast<const T*>(tile);
   typename E::Stored* __restrict to = static_cast<typename E::Stored*>(data);
-  for (std::size_t i = 0; i < n; ++i) to[i] = E::nearest(from[i]);
+  std::size_t i = 0;
+  if constexpr (sizeof(T) == sizeof(float) && Vectors<E>::encoded > 0)
+    i = encode_vectors<E>(from, n, [=](std::size_t k) { to[k] = E::nearest(from[k]); }, to);
+  for (; i < n; ++i) to[i] = E::nearest(from[i]);
 }
 
 // What the loop round a rule keeps out of states in the compute type, the codecs keep out of
@@ -146,7 +166,8 @@ inline T normal_float(T x) {
 }
 
 template <class E, class T>
-void encode_each(const void* tile, void* data, void*, std::size_t n, std::uint64_t) {
+void encode_each(const void* tile, void* data, void* aux, std::size_t n, std::uint64_t key) {
+  if constexpr (sizeof(T) == sizeof(float)) return copy_each<E, T>(tile, data, aux, n, key);
   const T* __restrict from = static_cast<const T*>(tile);
   typename E::Stored* __restrict to = static_cast<typename E::Stored*>(data);
   for (std::size_t i = 0; i < n; ++i) to[i] = E::nearest(normal_float(from[i]));
@@ -213,7 +234,11 @@ void encode_pairs(const void* tile, void* data, void* aux, std::size_t n, std::u
   const T* __restrict from = static_cast<const T*>(tile);
   std::uint16_t* __restrict high = static_cast<std::uint16_t*>(data);
   std::uint16_t* __restrict low = static_cast<std::uint16_t*>(aux);
-  for (std::size_t i = 0; i < n; ++i) E::encode(static_cast<float>(from[i]), high[i], low[i]);
+  std::size_t i = 0;
+  if constexpr (sizeof(T) == sizeof(float) && Vectors<E>::encoded > 0)
+    i = encode_vectors<E>(
+        from, n, [=](std::size_t k) { E::encode(from[k], high[k], low[k]); }, high, low);
+  for (; i < n; ++i) E::encode(static_cast<float>(from[i]), high[i], low[i]);
 }
 
 // ---------------------------------------------------------------- blocks that share a scale

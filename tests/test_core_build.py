@@ -78,7 +78,13 @@ def test_symbols_of_the_kernels(objects: dict[str, Path]) -> None:
 
 # Instructions, and registers wider than an x86 instruction set has, as objdump prints them.
 FUSED = r"\bvfn?m(add|sub)|\bfn?m(add|sub)\b|\bfml[as]\b"
-WIDER = {"baseline": r"%[yz]mm|\tv[a-z]", "x86_v3": r"%zmm|%k[1-7]"}
+WIDER = {
+    "baseline": r"%[yz]mm|\tv[a-z]",
+    "x86_v3": r"%zmm|%k[1-7]",
+    "x86_v4": r"\tvcvtne2?ps2bf16|\tvdpbf16ps|\tvperm(b|[it]2b)|\tvpmultishiftqb",
+}
+# What a level is there for.
+OWN = {"x86_v3": r"\tvcvtps2ph", "x86_v4": r"%zmm", "x86_v4_bf16": r"\tvcvtne2ps2bf16"}
 PACKED_ROOT = r"sqrtp[sd]|fsqrt\s+v\d+\.[24]"
 
 
@@ -92,6 +98,8 @@ def test_instructions_of_the_kernels(objects: dict[str, Path]) -> None:
         if x86 and name in WIDER:
             wider = re.search(WIDER[name], code)
             assert not wider, f"{name}: {wider} is beyond it"
+        if x86 and name in OWN:
+            assert re.search(OWN[name], code), f"{name}: none of its own instructions"
 
 
 # ---------------------------------------------------------------- forcing a variant
