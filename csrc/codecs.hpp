@@ -69,11 +69,12 @@ struct BFloat16 {
     // One NaN for all: a sign for it would cost as much as the rounding.
     return static_cast<Stored>((narrow != narrow ? NOT_A_NUMBER : rounded) >> 16);
   }
-  // Away from zero with the probability that makes it unbiased; never from finite to infinite.
+  // Away from zero with the probability that makes it unbiased, by 16 random bits; never from
+  // finite to infinite.
   template <class T>
   static Stored stochastic(T x, std::uint32_t random) {
     const std::uint32_t bits = bits_of(static_cast<float>(x));
-    const std::uint32_t rounded = bits + (random >> 16);
+    const std::uint32_t rounded = bits + random;
     const bool stays = (bits & INFINITE) == INFINITE || (rounded & INFINITE) == INFINITE;
     const std::uint32_t nan = (bits & SIGN) | NOT_A_NUMBER;
     return static_cast<Stored>(((bits & ~SIGN) > INFINITE ? nan : stays ? bits : rounded) >> 16);
@@ -114,12 +115,12 @@ struct Float16 {
   template <class T>
   static Stored stochastic(T x, std::uint32_t random) {
     const std::uint32_t bits = bits_of(static_cast<float>(x)), magnitude = bits & ~SIGN;
-    std::uint32_t normal = (magnitude - REBIAS + (random >> 19)) >> 13;
+    std::uint32_t normal = (magnitude - REBIAS + (random >> 3)) >> 13;
     normal = normal > 0x7bffu ? 0x7bffu : normal;
-    // In units of 2^-20 of the denormals' spacing, 2^-24.
-    const float units = select(magnitude < NORMAL, float_of(magnitude), 0.0f) * 17592186044416.0f;
+    // In units of 2^-16 of the denormals' spacing, 2^-24.
+    const float units = select(magnitude < NORMAL, float_of(magnitude), 0.0f) * 1099511627776.0f;
     const std::uint32_t fixed = truncated(units);
-    const std::uint32_t denormal = (fixed + (random >> 12)) >> 20;
+    const std::uint32_t denormal = (fixed + random) >> 16;
     return assemble(bits, normal, denormal);
   }
 };
@@ -173,21 +174,38 @@ void encode_each(const void* tile, void* data, void* aux, std::size_t n, std::ui
   for (std::size_t i = 0; i < n; ++i) to[i] = E::nearest(normal_float(from[i]));
 }
 
-// Random bits of the i-th element of a tile: a hash of its place and of the tile's 64-bit key.
-inline std::uint32_t random_bits(std::uint64_t key, std::uint32_t i) {
-  std::uint32_t x = i * 0x9e3779b9u + static_cast<std::uint32_t>(key);
-  x = (x ^ x >> 16) * 0x7feb352du;
-  x += static_cast<std::uint32_t>(key >> 32);
-  x = (x ^ x >> 15) * 0x846ca68bu;
-  return x ^ x >> 16;
+// The finaliser of splitmix64, and the key of one of many: as in driver.hpp, which must not be
+// included here.
+inline std::uint64_t mixed(std::uint64_t x) {
+  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+  return x ^ x >> 31;
 }
+
+// Sixteen random bits for each element of a tile: a number of the sequence that the tile's key
+// begins has those of four elements, the lowest ones first. (All processors that there are wheels
+// for store numbers so.)
+struct Random {
+  alignas(64) std::uint16_t bits[TILE];
+  Random(std::uint64_t key, std::size_t n) {
+    for (std::size_t k = 0; k < n; k += 4) {
+      const std::uint64_t drawn = mixed(key += 0x9e3779b97f4a7c15u);
+      std::memcpy(bits + k, &drawn, sizeof drawn);
+    }
+  }
+};
 
 template <class E, class T>
 void encode_stochastic(const void* tile, void* data, void*, std::size_t n, std::uint64_t key) {
   const T* __restrict from = static_cast<const T*>(tile);
   typename E::Stored* __restrict to = static_cast<typename E::Stored*>(data);
-  for (std::size_t i = 0; i < n; ++i)
-    to[i] = E::stochastic(normal_float(from[i]), random_bits(key, static_cast<std::uint32_t>(i)));
+  const Random random(key, n);
+  const std::uint16_t* const bits = random.bits;
+  std::size_t i = 0;
+  if constexpr (sizeof(T) == sizeof(float) && Vectors<Stochastic<E>>::encoded > 0)
+    i = encode_vectors<Stochastic<E>>(
+        from, n, [=](std::size_t k) { to[k] = E::stochastic(from[k], bits[k]); }, to, bits);
+  for (; i < n; ++i) to[i] = E::stochastic(normal_float(from[i]), bits[i]);
 }
 
 // ---------------------------------------------------------------- a bfloat16 and 16 bits more
@@ -418,7 +436,7 @@ inline std::uint32_t stochastic_number(float x, float factor, std::uint32_t rand
   const std::uint32_t lower = number - above, upper = lower + (mask(lower < B::most) & 1u);
   const float least = B::value(lower);
   const float share = (y - least) / (B::value(upper) - least);
-  const float drawn = whole(random >> 8) * 5.9604644775390625e-8f;
+  const float drawn = (whole(random) + 0.5f) * 1.52587890625e-5f;  // 2^-16
   const std::uint32_t up = mask(drawn < share);
   return (lower & ~up) | (upper & up);
 }
@@ -477,6 +495,7 @@ void encode_blocks(const void* tile, void* data, void* aux, std::size_t n, std::
     }
     scale = float_of(largest) / static_cast<float>(B::LARGEST);
     const float factor = 1.0f / scale;
+    const Random random(STOCHASTIC ? key : 0, STOCHASTIC ? n : 0);
     // In 32 bits first: with eight, GCC works on so many elements at once that it runs out of
     // registers, and takes 1.5 times as long.
     alignas(64) std::uint32_t wide[B::block + 1];
@@ -484,8 +503,7 @@ void encode_blocks(const void* tile, void* data, void* aux, std::size_t n, std::
       const float x = static_cast<float>(from[i]);
       std::uint32_t number;
       if constexpr (STOCHASTIC)
-        number =
-            stochastic_number<B>(x, factor, random_bits(key, static_cast<std::uint32_t>(at + i)));
+        number = stochastic_number<B>(x, factor, random.bits[at + i]);
       else
         number = nearest_number<B>(x, factor);
       wide[i] = B::code(number, 0u - (bits_of(x) >> 31));

@@ -28,6 +28,8 @@ struct BFloat16;
 struct Float16;
 struct Split16;
 struct Kahan;
+template <class Element>
+struct Stochastic;
 
 // How many elements of a codec are decoded, or encoded, by one call; 0 where the compiler's own
 // loop is as good. `nearest` answers false, and has stored nothing, where a vector holds what the
@@ -98,13 +100,13 @@ struct Vectors<Float16> {
 
 #if defined(FUSEDOPT_AVX512)
 
-// Two vectors of floats at a time: the upper halves of all 32, or the lower ones.
-inline void store_halves(__m512i first, __m512i second, bool upper, std::uint16_t* to) {
-  const __m512i lower_halves =
+// The lower halves of 32 floats, or the upper ones.
+inline __m512i halves(__m512i first, __m512i second, bool upper) {
+  const __m512i lower_ones =
       _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26,
                        24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-  const __m512i which = upper ? _mm512_add_epi16(lower_halves, _mm512_set1_epi16(1)) : lower_halves;
-  _mm512_storeu_si512(to, _mm512_permutex2var_epi16(first, which, second));
+  const __m512i which = upper ? _mm512_add_epi16(lower_ones, _mm512_set1_epi16(1)) : lower_ones;
+  return _mm512_permutex2var_epi16(first, which, second);
 }
 
 template <>
@@ -115,8 +117,25 @@ struct Vectors<Split16> {
     if (_mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q)) return false;
     const __m512i x = _mm512_castps_si512(a), y = _mm512_castps_si512(b);
     const __m512i half = _mm512_set1_epi32(0x8000);
-    store_halves(_mm512_add_epi32(x, half), _mm512_add_epi32(y, half), true, high);
-    store_halves(x, y, false, low);
+    _mm512_storeu_si512(high, halves(_mm512_add_epi32(x, half), _mm512_add_epi32(y, half), true));
+    _mm512_storeu_si512(low, halves(x, y, false));
+    return true;
+  }
+};
+
+// The upper half is one more where the random bits carry out of the lower one.
+template <>
+struct Vectors<Stochastic<BFloat16>> {
+  static constexpr std::size_t encoded = 32;
+  static bool nearest(const float* from, std::uint16_t* to, const std::uint16_t* random) {
+    const __m512i a = _mm512_loadu_si512(from), b = _mm512_loadu_si512(from + 16);
+    const __m512i upper = halves(a, b, true), all = _mm512_set1_epi16(-1);
+    // Without its sign, what is or might become infinite or NaN.
+    const __m512i last = _mm512_set1_epi16(static_cast<short>(2 * 0x7f7f));
+    if (_mm512_cmpge_epu16_mask(_mm512_add_epi16(upper, upper), last)) return false;
+    const __m512i spare = _mm512_xor_si512(_mm512_loadu_si512(random), all);
+    const __mmask32 carries = _mm512_cmpgt_epu16_mask(halves(a, b, false), spare);
+    _mm512_storeu_si512(to, _mm512_mask_sub_epi16(upper, carries, upper, all));
     return true;
   }
 };

@@ -26,15 +26,15 @@ WAYS: dict[str, tuple[Any, dict[str, Any]]] = {
 """How parameters and states are stored."""
 
 DIGESTS: dict[str, str] = {
-    "sgd": "e780ee40876bb158",
-    "momentum": "aebbaa66fcc8d667",
-    "nesterov": "cfd46df21dfdb42c",
-    "adagrad": "d0fade3ee8cd6261",
-    "rmsprop": "10b51199e61d1642",
-    "adam": "4fb17195ee97aa8e",
-    "adamw": "80ee871967d9e5a5",
-    "lion": "df7f18f17a6038ba",
-    "sophia": "1feeea5530198098",
+    "sgd": "971d9bbed798849f",
+    "momentum": "42ffe92db17eb198",
+    "nesterov": "6d5b1ea3959b9d3f",
+    "adagrad": "7360bcf7f04ac4aa",
+    "rmsprop": "e2a06ec6040393ac",
+    "adam": "d95d50a1966c88fe",
+    "adamw": "6b1d61de37a461bf",
+    "lion": "ce135d3548aa82e0",
+    "sophia": "03f2dbbde1b23e10",
 }
 """Of each rule, over all ways; Muon's matrix products alone may differ between machines."""
 
