@@ -1,7 +1,7 @@
 // Conversions by the instructions that some levels have for them, a vector at a time: the bits are
-// those of the loops over one element in codecs.hpp (tests/exhaustive.cpp compares all there are).
-// The intrinsics' headers hold nothing but functions that are always inlined, so they are the ones
-// that kernels.cpp may include beside the plain C headers.
+// those of the loops over one element in codecs.hpp (tests/build/exhaustive.cpp compares all there
+// are). The intrinsics' headers hold nothing but functions that are always inlined, so they are the
+// ones that kernels.cpp may include beside the plain C headers.
 #pragma once
 #include <cstddef>
 #include <cstdint>
