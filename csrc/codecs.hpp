@@ -417,6 +417,12 @@ struct UnsignedDynamic4 : Unsigned {
   static float value(std::uint32_t number) { return whole(number + 1) * 0.0625f; }
 };
 
+}  // namespace
+
+#include "block_vectors.hpp"
+
+namespace {
+
 // The number of an element of a block that holds finite numbers, at least one of them not zero.
 template <class B>
 inline std::uint32_t nearest_number(float x, float factor) {
@@ -461,10 +467,15 @@ void decode_blocks(const void* data, const void* aux, void* out, std::size_t n) 
     const std::uint8_t* __restrict codes = static_cast<const std::uint8_t*>(data) + bytes_of<B>(at);
     T* __restrict to = static_cast<T*>(out) + at;
     const float scale = scales[k];
+    std::size_t first = 0;
+#if defined(FUSEDOPT_AVX512)
+    if constexpr (sizeof(T) == sizeof(float)) first = decode_vectors<B>(codes, scale, to, count);
+#endif
     if constexpr (B::bits == 8) {
-      for (std::size_t i = 0; i < count; ++i) to[i] = static_cast<T>(decoded<B>(codes[i], scale));
+      for (std::size_t i = first; i < count; ++i)
+        to[i] = static_cast<T>(decoded<B>(codes[i], scale));
     } else {
-      for (std::size_t i = 0; i < count / 2; ++i) {  // the first in the high nibble
+      for (std::size_t i = first / 2; i < count / 2; ++i) {  // the first in the high nibble
         to[2 * i] = static_cast<T>(decoded<B>(codes[i] >> 4, scale));
         to[2 * i + 1] = static_cast<T>(decoded<B>(codes[i] & 15u, scale));
       }
@@ -475,6 +486,7 @@ void decode_blocks(const void* data, const void* aux, void* out, std::size_t n) 
 
 template <class B, class T, bool STOCHASTIC>
 void encode_blocks(const void* tile, void* data, void* aux, std::size_t n, std::uint64_t key) {
+  const Random random(key, STOCHASTIC ? n : 0);
   for (std::size_t at = 0, k = 0; at < n; at += B::block, ++k) {
     const std::size_t count = n - at < B::block ? n - at : B::block;
     const T* __restrict from = static_cast<const T*>(tile) + at;
@@ -495,11 +507,17 @@ void encode_blocks(const void* tile, void* data, void* aux, std::size_t n, std::
     }
     scale = float_of(largest) / static_cast<float>(B::LARGEST);
     const float factor = 1.0f / scale;
-    const Random random(STOCHASTIC ? key : 0, STOCHASTIC ? n : 0);
+    std::size_t first = 0;
+#if defined(FUSEDOPT_AVX512)
+    if constexpr (sizeof(T) == sizeof(float) && VECTORS_ENCODE<B, STOCHASTIC>)
+      for (; first + 16 <= count; first += 16)
+        encode_sixteen<B, STOCHASTIC>(from + first, all_of(factor), random.bits + at + first,
+                                      codes + bytes_of<B>(first));
+#endif
     // In 32 bits first: with eight, GCC works on so many elements at once that it runs out of
     // registers, and takes 1.5 times as long.
     alignas(64) std::uint32_t wide[B::block + 1];
-    for (std::size_t i = 0; i < count; ++i) {
+    for (std::size_t i = first; i < count; ++i) {
       const float x = static_cast<float>(from[i]);
       std::uint32_t number;
       if constexpr (STOCHASTIC)
@@ -509,10 +527,10 @@ void encode_blocks(const void* tile, void* data, void* aux, std::size_t n, std::
       wide[i] = B::code(number, 0u - (bits_of(x) >> 31));
     }
     if constexpr (B::bits == 8) {
-      for (std::size_t i = 0; i < count; ++i) codes[i] = static_cast<std::uint8_t>(wide[i]);
+      for (std::size_t i = first; i < count; ++i) codes[i] = static_cast<std::uint8_t>(wide[i]);
     } else {
       if (count % 2) wide[count] = B::zero & 15;
-      for (std::size_t i = 0; i < bytes_of<B>(count); ++i)
+      for (std::size_t i = bytes_of<B>(first); i < bytes_of<B>(count); ++i)
         codes[i] = static_cast<std::uint8_t>(wide[2 * i] << 4 | wide[2 * i + 1]);
     }
   }
