@@ -8,12 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..rules import Rule
-from ..rules.hyperparameters import Number
 from ..system.extension import core, reason
 from .checks import check_input
-from .formats import TILE, compute_dtype
-from .stored import Memory
+from .formats import compute_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,8 +83,11 @@ def touched(label: str, rows: Rows, p: np.ndarray) -> Touched:
             f" indices and rows of a parameter of shape {p.shape}; got {values.shape}"
         )
     padding = rows.padding_index
-    if padding is not None:
-        Number(high=p.shape[0], integer=True).accept(f"{label}.padding_index", padding)
+    accepted = f"{label}.padding_index: expected an integer in [0, {p.shape[0]}) or None"
+    if padding is not None and not isinstance(padding, (int, np.integer)):
+        raise TypeError(f"{accepted}, got {padding!r}")
+    if padding is not None and not 0 <= padding < p.shape[0]:
+        raise ValueError(f"{accepted}, got {padding!r}")
     return _unique(indices, values, compute_dtype(p.dtype), padding)
 
 
@@ -179,22 +179,3 @@ def whole(gradient: Any, shape: Sequence[int]) -> Any:
 def selected(gradient: Any) -> Any:
     """What there is of it."""
     return gradient.gathered if isinstance(gradient, Touched) else gradient
-
-
-def refuses_rows(rule: Rule, memory: Memory) -> str | None:
-    """Why a leaf takes no gradient of some rows; None where it does."""
-    p = memory.caller
-    if rule.program.phases > 1:
-        return f"{type(rule).__name__} updates matrices as a whole, not some of their rows"
-    if not p.flags.c_contiguous:
-        return "rows of a parameter in Fortran order are not dense"
-    length = p.size // max(p.shape[0], 1)
-    for name, stored in (("parameter", memory.parameter), *memory.states.items()):
-        unit = TILE if stored.format.random else stored.format.block
-        if length % unit:
-            why = "random bits" if stored.format.random else "blocks"
-            return (
-                f"the {name} is stored as {stored.format.name}, whose {why} need rows of a multiple"
-                f" of {unit} elements, and these have {length}"
-            )
-    return None

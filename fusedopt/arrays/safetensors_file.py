@@ -105,6 +105,12 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], Any]:
     return arrays, table
 
 
+def read_metadata(file: str | os.PathLike[str]) -> Any:
+    """What the caller of `Optimizer.save` gave it to keep, without loading anything."""
+    table = read(file)[1]
+    return table.get("metadata") if isinstance(table, dict) else None
+
+
 def _header(data: mmap.mmap) -> tuple[dict[str, Any], int]:
     """The file's table of contents, and where the arrays begin."""
     size = int.from_bytes(data[:8], "little")

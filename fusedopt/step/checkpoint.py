@@ -199,14 +199,6 @@ class Snapshot:
                 yield f"{name}: {own.dtype} of shape {own.shape} here, {there} there"
 
 
-def read_metadata(file: str | os.PathLike[str]) -> Any:
-    """What the caller of `Optimizer.save` gave it to keep, without loading anything."""
-    from ..arrays.safetensors_file import read
-
-    table = read(file)[1]
-    return table.get("metadata") if isinstance(table, dict) else None
-
-
 CALLERS = ("p", "copy")
 """The caller's arrays in a file: the parameter, and what `copy_out` has for it."""
 
