@@ -1,0 +1,144 @@
+"""The ranks of a communicator: they agree on what happens, and wait no longer than stated."""
+
+from __future__ import annotations
+
+import atexit
+import builtins
+import os
+import pickle
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+
+class Ranks:
+    """The processes of a communicator that share one optimizer.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Comm or None
+        Communicator, which is duplicated; None for `MPI.COMM_WORLD`.
+    timeout : float
+        Seconds that one rank waits for the others.
+    """
+
+    def __init__(self, comm: MPI.Comm | None, timeout: float) -> None:
+        from mpi4py import MPI  # initializes MPI: only for those who share an optimizer
+
+        self.mpi = MPI
+        self.comm = (MPI.COMM_WORLD if comm is None else comm).Dup()
+        self.rank, self.size = self.comm.Get_rank(), self.comm.Get_size()
+        self.timeout = timeout
+        self.lost = ""
+
+    def check(self) -> None:
+        """Raise RuntimeError if an earlier exchange was cut off."""
+        if self.lost:
+            raise RuntimeError(f"this optimizer cannot go on: {self.lost}; load a checkpoint")
+
+    def wait(self, requests: Sequence[Any]) -> None:
+        """Wait for requests; TimeoutError if they are not done in time.
+
+        MPI has no time limit of its own: a request whose other side has died would wait for ever.
+        """
+        if not requests:
+            return
+        deadline = time.monotonic() + self.timeout
+        while not self.mpi.Request.Testall(requests):
+            if time.monotonic() > deadline:
+                self._lose()
+            os.sched_yield()  # to the other ranks, where they outnumber the processors
+
+    def _lose(self) -> None:
+        if not self.lost:
+            # MPI_Finalize would wait for the lost rank too.
+            atexit.register(self.comm.Abort, 1)
+        self.lost = f"rank {self.rank} waited {self.timeout:g} s for another rank"
+        raise TimeoutError(
+            f"{self.lost}, which has died, hangs, or does not call the same methods; parameters and"
+            " states may be of no one step: start again from a checkpoint (ShardedOptimizer"
+            " (timeout=...) sets the limit)"
+        )
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, in rank order; for small ones."""
+        self.check()
+        mine = np.frombuffer(pickle.dumps(value), np.uint8)
+        sizes = np.zeros(self.size, np.int64)
+        self.wait([self.comm.Iallgather(np.array([mine.size], np.int64), sizes)])
+        texts = self.gather_arrays(mine, sizes.tolist())
+        return [pickle.loads(text.tobytes()) for text in texts]
+
+    def gather_arrays(self, mine: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
+        """The flat arrays of all ranks, whose numbers of elements are known to all."""
+        whole = np.empty(sum(sizes), mine.dtype)
+        starts = np.concatenate(([0], np.cumsum(sizes)[:-1])).astype(np.int64)
+        self.share(whole, starts, sizes, mine)
+        return [whole[a : a + n] for a, n in zip(starts.tolist(), sizes, strict=True)]
+
+    def share(
+        self,
+        whole: np.ndarray,
+        starts: Any,
+        sizes: Sequence[int],
+        mine: np.ndarray | None = None,
+    ) -> None:
+        """Put every rank's part of a flat array into that of all; without `mine` it is there."""
+        self.wait(self.begin_share(whole, starts, sizes, mine))
+
+    def begin_share(
+        self,
+        whole: np.ndarray,
+        starts: Any,
+        sizes: Sequence[int],
+        mine: np.ndarray | None = None,
+    ) -> list[Any]:
+        """The requests of `share`."""
+        holders = [rank for rank, size in enumerate(sizes) if size]
+        if not holders or (self.size == 1 and mine is None):
+            return []
+        if len(holders) == 1 and mine is None:  # a ring would pass it on rank by rank
+            return [self.comm.Ibcast(_bytes(whole), root=holders[0])]
+        width = whole.itemsize
+        counts, places = [n * width for n in sizes], [int(a) * width for a in starts]
+        sent = self.mpi.IN_PLACE if mine is None else _bytes(mine)
+        received = [_bytes(whole), (counts, places), self.mpi.BYTE]
+        return [self.comm.Iallgatherv(sent, received)]
+
+    @contextmanager
+    def together(self, describe: Callable[[], Any] | None = None) -> Iterator[list[Any]]:
+        """Raise on all ranks what one of them raises inside, naming it; nothing is exchanged there.
+
+        describe: called at the end, if given; what all ranks return is put into the list.
+        """
+        self.check()
+        error: Exception | None = None
+        found: list[Any] = []
+        value = None
+        try:
+            yield found
+            value = describe() if describe else None
+        except Exception as raised:  # of any kind: the others must not wait for this rank
+            error = raised
+        told = None if error is None else (type(error).__name__, str(error))
+        reports = self.gather((told, value))
+        for rank, (other, _) in enumerate(reports):
+            if other is not None:
+                name, message = other
+                if error is not None and rank == self.rank:
+                    error.add_note(f"on rank {rank} of {self.size}")
+                    raise error
+                kind = getattr(builtins, name, RuntimeError)
+                raise kind(f"rank {rank} of {self.size}: {message}") from error
+        found.extend(value for _, value in reports)
+
+
+def _bytes(a: np.ndarray) -> np.ndarray:
+    """The memory of a dense flat array; MPI knows no bfloat16."""
+    return a.view(np.uint8)
