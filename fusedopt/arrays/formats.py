@@ -19,6 +19,8 @@ DTYPES = (FLOAT32, FLOAT64, BFLOAT16, FLOAT16)
 """Of parameters and gradients."""
 
 TILE = 256
+SEGMENT = 1 << 14
+"""Elements of an array whose sum is a number of its own: see csrc/table.h."""
 INFINITE = np.uint32(0x7F800000)
 Values = Any
 """An ndarray; NumPy's annotations do not follow its arithmetic."""

@@ -7,7 +7,7 @@ import builtins
 import os
 import pickle
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,13 @@ import numpy as np
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+
+class Reports:
+    """What each rank tells the others: `mine`, and `all` when all have told it."""
+
+    mine: Any = None
+    all: Sequence[Any] = ()
 
 
 class Ranks:
@@ -111,32 +118,38 @@ class Ranks:
         received = [_bytes(whole), (counts, places), self.mpi.BYTE]
         return [self.comm.Iallgatherv(sent, received)]
 
-    @contextmanager
-    def together(self, describe: Callable[[], Any] | None = None) -> Iterator[list[Any]]:
-        """Raise on all ranks what one of them raises inside, naming it; nothing is exchanged there.
+    def share_from_first(self, arrays: Sequence[np.ndarray]) -> None:
+        """Copy rank 0's flat arrays to all ranks."""
+        if self.size > 1:
+            self.wait([self.comm.Ibcast(_bytes(a), root=0) for a in arrays if a.size])
 
-        describe: called at the end, if given; what all ranks return is put into the list.
+    @contextmanager
+    def together(self, *, changing: bool = False) -> Iterator[Reports]:
+        """Raise on all ranks what one of them raises inside, naming it.
+
+        The ranks exchange nothing inside. changing: parameters or states change there, so that
+        after an error on some ranks and not on others there is no going on.
         """
         self.check()
         error: Exception | None = None
-        found: list[Any] = []
-        value = None
+        reports = Reports()
         try:
-            yield found
-            value = describe() if describe else None
+            yield reports
         except Exception as raised:  # of any kind: the others must not wait for this rank
             error = raised
         told = None if error is None else (type(error).__name__, str(error))
-        reports = self.gather((told, value))
-        for rank, (other, _) in enumerate(reports):
-            if other is not None:
-                name, message = other
-                if error is not None and rank == self.rank:
-                    error.add_note(f"on rank {rank} of {self.size}")
-                    raise error
-                kind = getattr(builtins, name, RuntimeError)
-                raise kind(f"rank {rank} of {self.size}: {message}") from error
-        found.extend(value for _, value in reports)
+        gathered = self.gather((told, reports.mine))
+        failed = [rank for rank, (other, _) in enumerate(gathered) if other is not None]
+        if changing and 0 < len(failed) < self.size:
+            self.lost = f"rank {failed[0]} failed within a step that others made"
+        if error is not None:
+            error.add_note(f"on rank {self.rank} of {self.size}")
+            raise error
+        if failed:
+            name, message = gathered[failed[0]][0]
+            kind = getattr(builtins, name, RuntimeError)
+            raise kind(f"rank {failed[0]} of {self.size}: {message}")
+        reports.all = [value for _, value in gathered]
 
 
 def _bytes(a: np.ndarray) -> np.ndarray:

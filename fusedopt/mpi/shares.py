@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
 from ..arrays.checks import memory_order
-from ..jit.tiles import SEGMENT
+from ..arrays.formats import SEGMENT
 from ..rules import Rule
 
 LONGEST_ROW = 8192
@@ -43,7 +44,9 @@ class Cut:
     def part(self, a: np.ndarray, rank: int) -> np.ndarray:
         """A rank's part of an array like the parameter, as a view."""
         if self.owner is not None:
-            return a if rank == self.owner else a.reshape(a.shape or 1)[(slice(0, 0),) * (a.ndim or 1)]
+            if rank == self.owner:
+                return a
+            return a[(slice(0, 0),) * a.ndim] if a.ndim else flat(a)[:0]
         start, stop = self.bounds[rank], self.bounds[rank + 1]
         if self.row:
             return a[start // self.row : stop // self.row]
@@ -95,11 +98,11 @@ def _ends(loads: Sequence[float], rest: float) -> list[float]:
             low = level
         else:
             high = level
-    return np.cumsum([max(0.0, high - load) for load in loads]).tolist()
+    return list(accumulate(max(0.0, high - load) for load in loads))
 
 
 def _unit(p: np.ndarray, rule: Rule) -> tuple[int, int]:
-    """The number of elements at whose multiples a leaf may be cut, and of a row that stays whole."""
+    """The number of elements at whose multiples a leaf may be cut; that of a row, if it is kept."""
     if rule.program.phases > 1 or p.ndim == 0 or p.size == 0:
         return max(p.size, 1), 0
     row = p.size // p.shape[0]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...arrays.formats import FLOAT64, PLAIN, compute_dtype
-from ...jit.tiles import LANES, SEGMENT
+from ...arrays.formats import FLOAT64, PLAIN, SEGMENT, compute_dtype
+from ...jit.tiles import LANES
 from ...programs.elements import keep
 from .arrays import DeviceArray
 from .buffers import Memory, on_device, wait_for
