@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,24 @@ def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], table:
         raise ValueError(
             f"{os.fspath(path)}: {len(text)} bytes of metadata are too many to be read"
         )
+
+    def fill(fresh: Path) -> None:
+        try:
+            save_file(dict(arrays), fresh, {"fusedopt": text})
+        except SafetensorError as error:
+            raise OSError(f"{path}: could not be written: {error}") from error
+
+    replace_file(path, fill)
+
+
+def replace_file(
+    path: str | os.PathLike[str], fill: Callable[[Path], None], kept: str | None = None
+) -> None:
+    """Put a file that `fill` writes in the place of the one there, as a whole.
+
+    kept: of the parts of a set of files (see `file_set`) those that the new file names; others are
+    removed.
+    """
     target = Path(os.path.realpath(path))  # what a link leads to, so that it stays one
     _remove_strays(target)
     # A directory, because the library writes under a name of its own first and renames.
@@ -59,13 +77,11 @@ def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], table:
         fresh = scratch / "arrays"
         fresh.touch()
         mode = (target if target.exists() else fresh).stat().st_mode & 0o777
-        save_file(dict(arrays), fresh, {"fusedopt": text})
+        fill(fresh)
         fresh.chmod(mode)
         with fresh.open("r+b") as file:
             os.fsync(file.fileno())
         fresh.replace(target)
-    except SafetensorError as error:
-        raise OSError(f"{target}: could not be written: {error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     if os.name == "posix":  # elsewhere directories cannot be opened
@@ -74,6 +90,20 @@ def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], table:
             os.fsync(directory)
         finally:
             os.close(directory)
+    _remove_parts(target, kept)
+
+
+def part_name(target: str, token: str, number: int) -> str:
+    """How one file of a set is called."""
+    return f"{target}.{token}.{number}"
+
+
+def _remove_parts(target: Path, kept: str | None) -> None:
+    part = re.compile(re.escape(target.name) + r"\.([0-9a-f]{16})\.\d+")
+    for entry in target.parent.iterdir():
+        match = part.fullmatch(entry.name)
+        if match and match[1] != kept:
+            entry.unlink(missing_ok=True)
 
 
 def _remove_strays(target: Path) -> None:

@@ -95,16 +95,18 @@ class Snapshot:
     ) -> tuple[int, Any]:
         """Writes what `save` put into a file; returns the seed and the metadata. Errors as in
         `restore`."""
-        from ..arrays.safetensors_file import read
+        from ..arrays.file_set import open_tensors
 
         name = os.fspath(file)
-        arrays, saved = read(file)
+        tensors = open_tensors(file)
+        saved = tensors.table
         try:
             leaves = saved["leaves"]
             for entry in leaves.values():
                 entry["state"] = {}
-            for tensor, a in arrays.items():
+            for tensor in tensors.shapes:
                 kind, _, path = tensor.partition(":")
+                a = tensors.whole(tensor)
                 leaves[path]["state"][kind] = a.T if leaves[path]["order"] == "F" else a
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{name}: its table of leaves is spoilt: {error!r}") from error
@@ -201,9 +203,9 @@ class Snapshot:
 
 def read_metadata(file: str | os.PathLike[str]) -> Any:
     """What the caller of `Optimizer.save` gave it to keep, without loading anything."""
-    from ..arrays.safetensors_file import read
+    from ..arrays.file_set import open_tensors
 
-    table = read(file)[1]
+    table = open_tensors(file).table
     return table.get("metadata") if isinstance(table, dict) else None
 
 
