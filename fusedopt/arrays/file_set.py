@@ -10,11 +10,12 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .safetensors_file import part_name, read, replace_file
+from .safetensors_file import open_regular, part_name, read, replace_file
 
 FORMAT = 1
 START = b'{"fusedopt_set":'
@@ -78,7 +79,11 @@ def write_index(
         raise ValueError(
             f"{os.fspath(path)}: {len(text)} bytes of metadata are too many to be read"
         )
-    replace_file(path, lambda fresh: fresh.write_text(text) and None, token)
+
+    def fill(fresh: Path) -> None:
+        fresh.write_text(text, encoding="utf-8")
+
+    replace_file(path, fill, token)
 
 
 def open_tensors(path: str | os.PathLike[str]) -> Tensors:
@@ -87,7 +92,7 @@ def open_tensors(path: str | os.PathLike[str]) -> Tensors:
     Arrays are mapped. Raises OSError where a file cannot be opened and ValueError where one is not
     whole or not of this set.
     """
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=open_regular) as file:
         is_index = file.read(len(START)) == START
     if not is_index:
         arrays, table = read(path)
@@ -109,3 +114,9 @@ def open_tensors(path: str | os.PathLike[str]) -> Tensors:
         return Tensors(index["shapes"], parts, index["table"])
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: is not a whole set of files: {error}") from error
+
+
+def read_metadata(file: str | os.PathLike[str]) -> Any:
+    """What the caller of `Optimizer.save` gave it to keep, without loading anything."""
+    table = open_tensors(file).table
+    return table.get("metadata") if isinstance(table, dict) else None

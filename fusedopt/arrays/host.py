@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from ..plan.options import Options
 from .checks import Fit, check_apart, check_parameter, check_target
 from .formats import PLAIN, compute_dtype
 from .storage import Storage
@@ -24,7 +23,15 @@ allocate = Storage.allocate
 same = functools.partial(np.array_equal, equal_nan=True)
 
 
-def check_options(options: Options, state_path: Any) -> None:
+class Waiting(Protocol):
+    """What is looked at of an optimizer's options."""
+
+    @property
+    def wait(self) -> bool:
+        """Whether a step may wait for its norm."""
+
+
+def check_options(options: Waiting, state_path: Any) -> None:
     """ValueError, with the name, for what there is on a device alone."""
     if not options.wait:
         raise ValueError(

@@ -14,17 +14,18 @@ import numpy as np
 from ..arrays import host
 from ..arrays.checks import Fit, memory_order
 from ..arrays.formats import TILE, compute_dtype
-from ..arrays.rows import Rows, Touched, as_rows, check_indices, refuses_rows, touched, values_of
+from ..arrays.rows import Rows, Touched, as_rows, check_indices, touched, values_of
+from ..arrays.stored import AVERAGE
 from ..arrays.trees import Tree
 from ..optimizer import Optimizer
-from ..plan.extras import AVERAGE
 from ..plan.options import check_grad_scale, positive
 from ..rules import Rule
 from ..rules.groups import RateChoice, RuleChoice, assign
 from ..step.accumulate import ACCUMULATED
 from ..step.assembly import checked_arrays
 from ..step.exchange import Averaged
-from ..step.gradients import StepInfo
+from ..step.gradients import refuses_rows
+from ..step.info import StepInfo
 from ..system import threads as limits
 from ..system.interrupts import deferred
 from .norms import Norms

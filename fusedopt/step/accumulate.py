@@ -12,9 +12,12 @@ from ..arrays.formats import RandomKey
 from ..arrays.rows import Rows, as_rows, joined, values_of
 from ..arrays.stored import Memory
 from ..arrays.trees import Tree
-from ..plan.interface import Backend, Group, Layout, results_for
+from ..plan.interface import Backend
+from ..plan.spec import Layout, results_for
+from ..programs.arithmetic import Array
+from ..programs.program import Operation
 from ..rules import Rule
-from ..rules.base import Array, Operation
+from ..rules.groups import Group
 from .gradients import Stepper
 
 

@@ -13,6 +13,7 @@ from ...arrays import device_interface
 from ...arrays.formats import PLAIN
 from ...arrays.stored import Stored
 from .buffers import Memory, on_device
+from .launching import convert
 
 
 class Library(NamedTuple):
@@ -133,8 +134,6 @@ class DeviceArray:
     def __setitem__(self, key: Any, value: Any) -> None:
         if key is not Ellipsis:
             raise TypeError(f"only whole arrays can be assigned to, with a[...], got a[{key!r}]")
-        from .launching import convert
-
         with on_device(self.device):
             if isinstance(value, DeviceArray):
                 convert(self, value)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...arrays.formats import PLAIN, SPLIT16, Format, compute_dtype
-from ...arrays.storage import QUANTIZED_FROM, Storage
-from ...arrays.stored import Memory, Stored
-from ...plan.extras import AVERAGE, NOTHING, Around
+from ...arrays.storage import QUANTIZED_FROM, Storage, own_states
+from ...arrays.stored import AVERAGE, Memory, Stored
 from ...plan.options import Options
 from .arrays import DeviceArray, stored
 from .buffers import Memory as Bytes
@@ -87,7 +86,7 @@ def allocate(
     rules: Sequence[Rule],
     parameters: Sequence[DeviceArray],
     copies: Sequence[DeviceArray | None],
-    around: Around = NOTHING,
+    states_of: Callable[[Any], tuple[str, ...]] = own_states,
 ) -> list[Memory]:
     """The memory of each leaf: see `Storage.allocate`. All that is new lies in one block."""
     wanted: list[tuple[DeviceArray, Format, float]] = []
@@ -96,7 +95,7 @@ def allocate(
         own = storage.parameter(p.dtype)
         if own.dtype != p.dtype:
             wanted.append((p, own, 0.0))
-        for name in around.states(rule):
+        for name in states_of(rule):
             format = storage.state(rule, name, p.dtype, max(p.size, QUANTIZED_FROM))
             wanted.append((p, _supported(format, name), rule.initial(name)))
     fresh = iter(new_arrays(wanted))
@@ -105,7 +104,7 @@ def allocate(
         own = storage.parameter(p.dtype)
         mirrors = () if copied is None else (copied,)
         master = next(fresh) if own.dtype != p.dtype else None
-        states = {name: next(fresh) for name in around.states(rule)}
+        states = {name: next(fresh) for name in states_of(rule)}
         if master is not None:
             master.data[...] = p
             memory = Memory(master, states, (p, *mirrors), ("master", master.data))  # type: ignore[arg-type]

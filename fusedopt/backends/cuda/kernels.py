@@ -19,9 +19,8 @@ import numpy as np
 from ...arrays.formats import FLOAT64, Format
 from ...jit import scalar_codecs
 from ...jit.tiles import MODES, normal_or_zero_of
-from ...plan.interface import HEAD
 from ...programs.elements import ELEMENTS, OF_STATES, Element
-from ...rules.base import Operation, Program
+from ...programs.program import HEAD, Operation, Program
 from .toolkit import Kernel
 from .vectors import VECTOR_BYTES, loader, storer, word_loader
 

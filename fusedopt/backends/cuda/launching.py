@@ -4,17 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from ...arrays.formats import FLOAT64, PLAIN, SEGMENT, compute_dtype
 from ...jit.tiles import LANES
 from ...programs.elements import keep
-from .arrays import DeviceArray
 from .buffers import Memory, on_device, wait_for
 from .kernels import THREADS, Step, Variant, step_kernel
 from .reductions import GROUPS, squares_kernel, totals_kernel
 from .vectors import VECTOR_BYTES
+
+
+class Placed(Protocol):
+    """What a launch needs to know of an array: see `arrays.DeviceArray`."""
+
+    address: int
+    size: int
+    dtype: np.dtype
+    device: int
+
+    @property
+    def stream(self) -> int:
+        """The handle of the stream on which the array is to be read."""
 
 
 def _listed(sizes: Sequence[int], unit: int) -> np.ndarray:
@@ -53,9 +66,7 @@ class Launch:
     arrays: of each leaf those that `Variant.arrays` names.
     """
 
-    def __init__(
-        self, variant: Variant, arrays: Sequence[Sequence[DeviceArray]], stream: int
-    ) -> None:
+    def __init__(self, variant: Variant, arrays: Sequence[Sequence[Placed]], stream: int) -> None:
         rows = []
         for own in arrays:
             addresses = [a.address for a in own]
@@ -74,7 +85,7 @@ class Launch:
             self._kernel.launch(self._table.count, THREADS, queue, words, scalars)
 
 
-def convert(target: DeviceArray, source: DeviceArray) -> None:
+def convert(target: Placed, source: Placed) -> None:
     """Writes the elements of an array of the same shape and order, rounded to the nearest."""
     types = [compute_dtype(a.dtype) for a in (target, source)]
     wide = FLOAT64 if FLOAT64 in types else types[0]
@@ -90,7 +101,7 @@ def convert(target: DeviceArray, source: DeviceArray) -> None:
 class Squares:
     """Sums of squares of gradients of one dtype, computed in one type, by segments."""
 
-    def __init__(self, dtype: np.dtype, arrays: Sequence[DeviceArray], stream: int) -> None:
+    def __init__(self, dtype: np.dtype, arrays: Sequence[Placed], stream: int) -> None:
         self.dtype, self._device = dtype, arrays[0].device
         self._kernel = squares_kernel(PLAIN[arrays[0].dtype.name], dtype)
         self._table = Table.of([(a.size, a.address) for a in arrays], SEGMENT, stream)
@@ -117,7 +128,7 @@ class Sums:
     """
 
     def __init__(
-        self, grads: Mapping[int, DeviceArray], dtypes: Sequence[np.dtype], stream: int
+        self, grads: Mapping[int, Placed], dtypes: Sequence[np.dtype], stream: int
     ) -> None:
         alike: dict[tuple[np.dtype, np.dtype], list[int]] = {}
         for k, g in grads.items():
@@ -161,7 +172,7 @@ class Sums:
         return rows
 
 
-def sums_of_squares(arrays: Sequence[DeviceArray]) -> list[tuple[float, float]]:
+def sums_of_squares(arrays: Sequence[Placed]) -> list[tuple[float, float]]:
     """See `Backend.sums_of_squares`; the arrays are checked. ValueError where they are on several
     devices."""
     first = arrays[0]
