@@ -27,7 +27,7 @@ class Plan:
         tree: Any,
         arrays: list[list[Any]],
         mirrors: list[list[np.ndarray]],
-        keys: list[list[int]],
+        keys: list[list[tuple[int, int]]],
         groups: list[int],
         batches: list[int],
         programs: list[Program],

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .arrays.checks import memory_order
+from .arrays.formats import RandomKey
 from .arrays.storage import Master, Rounding, StateDtype, synchronize
 from .arrays.stored import AVERAGE, Memory
 from .arrays.trees import Tree
@@ -114,6 +115,9 @@ class Optimizer:
     RuntimeError where the backend cannot be used, FileExistsError where `state_path` is in use or
     holds anything else, OSError where it cannot be made or has no room.
     """
+
+    _first_tiles: Sequence[int] | None = None
+    """Where the leaves begin in those that they are parts of, for random bits; None: whole."""
 
     def __init__(
         self,
@@ -233,7 +237,7 @@ class Optimizer:
             group_of=self._group_of,
             rates=self._rates,
             counters=self._counters,
-            keys=self._storage.keys(self._seed, self._paths, self._leaves),
+            keys=self._keys(),
             results=self._results,
             around=self._around,
             decide=self._guard if self._options.decides(self._wide) else None,
@@ -462,10 +466,13 @@ class Optimizer:
             for leaf, memory in zip(self._tree.leaves, self._leaves, strict=True)
         }
 
-    def memory(self, path: str) -> tuple[Memory, list[int]]:
+    def memory(self, path: str) -> tuple[Memory, list[RandomKey]]:
         """All that a step writes of a leaf, and the keys of its random bits: for verification."""
         k = [leaf.path for leaf in self._tree.leaves].index(path)
-        return self._leaves[k], self._storage.keys(self._seed, self._paths, self._leaves)[k]
+        return self._leaves[k], self._keys()[k]
+
+    def _keys(self) -> list[list[RandomKey]]:
+        return self._storage.keys(self._seed, self._paths, self._leaves, self._first_tiles)
 
     def sync(self) -> None:
         """Takes the masters anew from the parameters, after these were written by the caller.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -19,6 +19,8 @@ DTYPES = (FLOAT32, FLOAT64, BFLOAT16, FLOAT16)
 """Of parameters and gradients."""
 
 TILE = 256
+SEGMENT = 1 << 14
+"""Elements of an array whose sum is a number of its own: see csrc/table.h."""
 INFINITE = np.uint32(0x7F800000)
 Values = Any
 """An ndarray; NumPy's annotations do not follow its arithmetic."""
@@ -111,10 +113,27 @@ def mixed(x: Values) -> Values:
     return x ^ x >> np.uint64(31)
 
 
+GOLDEN = 0x9E3779B97F4A7C15
+
+
 def subkey(key: Any, index: Any) -> Values:
     """The keys of some of many (index: integers), from the key of all."""
     indices = np.atleast_1d(np.asarray(index, np.uint64)) + np.uint64(1)
-    return mixed(np.uint64(key) + indices * np.uint64(0x9E3779B97F4A7C15))
+    return mixed(np.uint64(key) + indices * np.uint64(GOLDEN))
+
+
+class RandomKey(NamedTuple):
+    """The key of an array's random bits.
+
+    first_tile: where the array begins in the one that it is a part of, whose bits it takes.
+    """
+
+    key: int = 0
+    first_tile: int = 0
+
+    def after(self, steps: int) -> int:
+        """The key of the step that follows these many of the leaf."""
+        return (int(subkey(self.key, steps)[0]) + self.first_tile * GOLDEN) % 2**64
 
 
 def random_bits(key: int, n: int) -> Values:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays import host
-from ..arrays.formats import FLOAT32, FLOAT64, FORMATS
+from ..arrays.formats import FLOAT32, FLOAT64, FORMATS, RandomKey
 from ..arrays.stored import Stored
 from ..plan.extras import EVERYTHING
 from ..plan.interface import Plan
@@ -145,7 +145,8 @@ class NativePlan:
             mirrors=[list(memory.mirrors) for memory in layout.leaves],
             # Work space is in the compute type, and takes no random bits.
             keys=[
-                [*keys, *[0] * len(matrices.work.get(k, ()))] for k, keys in enumerate(layout.keys)
+                [*keys, *[RandomKey()] * len(matrices.work.get(k, ()))]
+                for k, keys in enumerate(layout.keys)
             ],
             groups=list(layout.group_of),
             batches=[matrices.batches.get(k, -1) for k in range(len(layout.leaves))],

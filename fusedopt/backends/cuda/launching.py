@@ -8,8 +8,8 @@ from typing import Protocol
 
 import numpy as np
 
-from ...arrays.formats import FLOAT64, PLAIN, compute_dtype
-from ...jit.tiles import LANES, SEGMENT
+from ...arrays.formats import FLOAT64, PLAIN, SEGMENT, compute_dtype
+from ...jit.tiles import LANES
 from ...programs.elements import keep
 from .buffers import Memory, on_device, wait_for
 from .kernels import THREADS, Step, Variant, step_kernel
