@@ -429,7 +429,8 @@ class Optimizer:
             kept = [check_successor(group, rule) for group, rule in zip(old, rules, strict=True)]
             self._groups = [replace(g, rule=rule) for g, rule in zip(old, rules, strict=True)]
             try:
-                if all(kept):
+                # For 1000 tensors a new plan takes 20 ms, other rules in the old one 0.1.
+                if all(kept) or (self._ledger is None and self._plan.adopt(rules)):
                     self._settle_rates()
                 else:
                     self._plan.synchronize()

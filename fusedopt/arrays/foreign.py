@@ -1,0 +1,68 @@
+"""Arrays of other libraries in the host's memory, as ndarrays over the same memory."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from ..system.extension import core
+from .device_interface import library_of
+
+CPU = 1
+"""The number of the host's memory in DLPack."""
+
+
+def host_array(array: Any) -> Any:
+    """An ndarray over an array's memory, or the object itself where it is not to be had so.
+
+    Taken are ndarrays, CPU tensors of PyTorch and whatever offers DLPack or
+    `__array_interface__` without a copy. Arrays that their library does not let others write are
+    read-only.
+    """
+    if isinstance(array, np.ndarray):
+        return array
+    if library_of(array) == "torch" and hasattr(array, "data_ptr"):
+        return _tensor(array)
+    for ndarray in (_exchanged, _interface):
+        found = ndarray(array)
+        if found is not None:
+            return found
+    return array
+
+
+def host_arrays(arrays: list[Any]) -> list[Any] | None:
+    """Arrays over the memory of all of them, None where one is None; in one native call.
+
+    None for all where one is something that only `host_array` takes, or nothing does. A gradient
+    of PyTorch takes 0.13 us so, where `Tensor.numpy` takes 0.64.
+    """
+    return None if core is None else core.foreign_arrays(arrays)
+
+
+def _tensor(tensor: Any) -> Any:
+    """A tensor of PyTorch."""
+    if tensor.device.type != "cpu" or "strided" not in str(tensor.layout):
+        return tensor
+    tensor = tensor.detach()
+    if "bfloat16" in str(tensor.dtype):  # NumPy knows it under ml_dtypes' name alone
+        return tensor.view(sys.modules["torch"].int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def _exchanged(array: Any) -> Any:
+    """By DLPack."""
+    device = getattr(array, "__dlpack_device__", None)
+    if device is None or int(device()[0]) != CPU:
+        return None
+    try:
+        return np.from_dlpack(array)
+    except (BufferError, RuntimeError, TypeError, ValueError):  # a dtype that NumPy does not have
+        return None
+
+
+def _interface(array: Any) -> Any:
+    """By NumPy's array interface."""
+    return np.asarray(array) if hasattr(array, "__array_interface__") else None
