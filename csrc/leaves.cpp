@@ -116,8 +116,7 @@ class Plan {
       held_.push_back(scratch);
     }
     program_objects_ = programs;
-    for (const py::handle program : programs)
-      programs_.push_back(&program.cast<const Program&>());
+    for (const py::handle program : programs) programs_.push_back(&program.cast<const Program&>());
     const std::size_t leaves = arrays.size();
     if (groups_.size() != leaves || batches_.size() != leaves || mirrors.size() != leaves ||
         keys.size() != leaves || folds_.size() != programs_.size())

@@ -2,7 +2,6 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu.hpp"
-#include "foreign.hpp"
 #include "leaves.hpp"
 #include "parallel.hpp"
 #include "stacks.hpp"
@@ -49,7 +48,6 @@ py::list codecs() {
 
 PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   fusedopt::guard_forks();
-  fusedopt::bind_foreign(module);
   fusedopt::bind_leaves(module);
   fusedopt::bind_stacks(module);
   module.def("operations", &operations);

@@ -385,6 +385,11 @@ class Optimizer:
     def _set_rates(self, step: int) -> None:
         self._rates[: len(self._groups)] = [group.rule.lr_at(step) for group in self._groups]
 
+    def _use_rates(self, rates: Sequence[float]) -> None:
+        """Set the groups' learning rates from the next step on, and leave their rules alone."""
+        self._rates[: len(self._groups)] = rates
+        self._only_rate = float(rates[0]) if len(rates) == 1 else 0.0
+
     def _rates_by_label(self) -> float | dict[str, float]:
         rates: list[float] = self._rates[: len(self._groups)].tolist()
         if len(rates) == 1:

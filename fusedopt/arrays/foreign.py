@@ -8,7 +8,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ..system.extension import core
 from .device_interface import library_of
 
 CPU = 1
@@ -33,20 +32,11 @@ def host_array(array: Any) -> Any:
     return array
 
 
-def host_arrays(arrays: list[Any]) -> list[Any] | None:
-    """Arrays over the memory of all of them, None where one is None; in one native call.
-
-    None for all where one is something that only `host_array` takes, or nothing does. A gradient
-    of PyTorch takes 0.13 us so, where `Tensor.numpy` takes 0.64.
-    """
-    return None if core is None else core.foreign_arrays(arrays)
-
-
 def _tensor(tensor: Any) -> Any:
     """A tensor of PyTorch."""
     if tensor.device.type != "cpu" or "strided" not in str(tensor.layout):
         return tensor
-    tensor = tensor.detach()
+    tensor = tensor.detach().resolve_neg()
     if "bfloat16" in str(tensor.dtype):  # NumPy knows it under ml_dtypes' name alone
         return tensor.view(sys.modules["torch"].int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()

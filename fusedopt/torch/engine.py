@@ -6,12 +6,13 @@ import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from itertools import repeat
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..arrays.foreign import host_array, host_arrays
+from ..arrays.foreign import host_array
 from ..arrays.stored import Memory
 from ..optimizer import Optimizer
 from ..rules import Rule
@@ -19,18 +20,6 @@ from ..step.gradients import StepInfo
 from .leaf import Leaf, tensor_of
 
 address_of = torch.Tensor.data_ptr
-
-
-class GroupRate:
-    """The learning rate of a parameter group, as a schedule: whatever the group says now."""
-
-    def __init__(self, group: Mapping[str, Any]) -> None:
-        self.group = group
-        self.base = float(group.get("initial_lr", group["lr"]))
-
-    def __call__(self, step: int) -> float:
-        lr = self.group["lr"]
-        return float(lr(step) if callable(lr) else lr)
 
 
 class Engine:
@@ -52,7 +41,8 @@ class Engine:
         self._optimizer, self._groups = optimizer, groups
         self._seen = [optimizer._watched(group) for group in groups]
         self._rules = [optimizer._rule(group) for group in groups]
-        self.params = [p for group in groups for p in group["params"]]
+        self._params = [list(group["params"]) for group in groups]
+        self.params = [p for params in self._params for p in params]
         rule_of = [
             rule for rule, group in zip(self._rules, groups, strict=True) for _ in group["params"]
         ]
@@ -73,7 +63,7 @@ class Engine:
         self.opt = Optimizer(
             self._tree([leaf.array for leaf in self._leaves]),
             {
-                f"{k}.*": replace(rule, lr=GroupRate(group))
+                f"{k}.*": replace(rule, lr=float(group.get("initial_lr", group["lr"])))
                 for k, (rule, group) in enumerate(zip(self._rules, groups, strict=True))
             },
             **options,
@@ -81,7 +71,8 @@ class Engine:
         snapshot = self.opt._snapshot
         self._counters: np.ndarray = snapshot.counters
         self._memories: Sequence[Memory] = snapshot.memories
-        self._plain = all(leaf.plain for leaf in self._leaves)
+        self._plain = self._direct = all(leaf.plain for leaf in self._leaves)
+        self._single = [k for k, leaf in enumerate(self._leaves) if leaf.array.size == 1]
         self._staged = [leaf for leaf in self._leaves if leaf.staged]
         self._masters = [
             k for k, memory in enumerate(self._memories)
@@ -89,6 +80,8 @@ class Engine:
         ]  # fmt: skip
         self._take_states(optimizer.state, rule_of)
         self._moved()
+        self._rates: list[float] = []
+        self._use_rates()
 
     def _tree(self, leaves: Sequence[Any]) -> dict[str, Any]:
         return {name: leaves[span] for name, span in self._spans.items()}
@@ -106,21 +99,38 @@ class Engine:
     def serves(self) -> bool:
         """Whether the engine holds for the optimizer as it is now, after other hyperparameters were
         taken over."""
-        optimizer = self._optimizer
-        if optimizer.state is not self._state or len(self._state) != self._entries:
+        state, groups = self._optimizer.state, self._optimizer.param_groups
+        if state is not self._state or len(state) != self._entries:
             return False
-        groups = [group for group in optimizer.param_groups if group["params"]]
-        params = [p for group in groups for p in group["params"]]
-        if (
-            len(params) != len(self.params)
-            or not all(map(operator.is_, groups, self._groups))
-            or not all(map(operator.is_, params, self.params))
-        ):
+        groups = [group for group in groups if group["params"]]
+        if not all(map(operator.is_, groups, self._groups)) or len(groups) != len(self._groups):
             return False
-        addresses = list(map(address_of, params)) if self._plain else self._located()
-        return addresses == self._addresses and all(
-            self._takes(k, group) for k, group in enumerate(groups)
-        )
+        for group, params in zip(groups, self._params, strict=True):
+            found = group["params"]
+            if len(found) != len(params) or not all(map(operator.is_, found, params)):
+                return False
+        addresses = list(map(address_of, self.params)) if self._plain else self._located()
+        if addresses != self._addresses:
+            return False
+        if not all(self._takes(k, group) for k, group in enumerate(groups)):
+            return False
+        self._use_rates()
+        return True
+
+    def _use_rates(self) -> None:
+        """Let the next step have the groups' learning rates."""
+        rates = [self._rate(group["lr"]) for group in self._groups]
+        if rates != self._rates:
+            self.opt._use_rates(rates)
+            self._rates = rates
+
+    def _rate(self, lr: Any) -> float:
+        if callable(lr):
+            lr = lr(self.opt.step_count + 1)
+        rate = lr if type(lr) is float else float(lr)
+        if not rate >= 0.0:
+            raise ValueError(f"lr: expected a number >= 0, got {lr!r}")
+        return rate
 
     def _takes(self, k: int, group: Mapping[str, Any]) -> bool:
         """Whether a group's hyperparameters are those of before, or could be taken over."""
@@ -136,6 +146,7 @@ class Engine:
             return False
         if changed:
             self.opt.replace(f"{k}.*", **changed)
+            self._rates = []
         self._seen[k], self._rules[k] = values, rule
         return True
 
@@ -148,30 +159,45 @@ class Engine:
         for leaf in self._staged:
             leaf.read()
         grads = [p.grad for p in self.params]
-        estimates = None if hessian is None else self._tree(self._arrays(hessian))
-        info = self.opt.step(
-            self._tree(self._arrays(grads)), grad_scale=grad_scale, hessian=estimates
-        )
+        info = self._stepped(grads, hessian, grad_scale)
         if info.skipped:
             return info
         for leaf in self._staged:
             leaf.write()
         # As every operation in place does, so that autograd finds a graph that is too old.
-        torch.autograd.graph.increment_version(
-            [p for p, g in zip(self.params, grads, strict=True) if g is not None]
-        )
-        self._versions = [self.params[k]._version for k in self._masters]
+        stepped = self.params
+        if any(map(operator.is_, grads, repeat(None))):
+            stepped = [p for p, g in zip(self.params, grads, strict=True) if g is not None]
+        torch.autograd.graph.increment_version(stepped)
+        if self._masters:
+            self._versions = [self.params[k]._version for k in self._masters]
         np.copyto(self._count, self._counters[1:], casting="unsafe")
         if self._unseen.size:
             self._show_new()
         return info
 
+    def _stepped(
+        self, grads: Sequence[Any], hessian: Sequence[Any] | None, grad_scale: float
+    ) -> StepInfo:
+        if hessian is not None and len(hessian) != len(self.params):
+            raise ValueError(f"hessian: expected {len(self.params)} tensors, got {len(hessian)}")
+        if self._direct and not any(g is not None and g.is_neg() for g in self._numbers(grads)):
+            try:
+                estimates = None if hessian is None else self._tree(hessian)
+                return self.opt.step(self._tree(grads), grad_scale=grad_scale, hessian=estimates)
+            except TypeError:  # such as a sparse one; nothing has changed
+                self._direct = False
+        estimates = None if hessian is None else self._tree(self._arrays(hessian))
+        return self.opt.step(
+            self._tree(self._arrays(grads)), grad_scale=grad_scale, hessian=estimates
+        )
+
+    def _numbers(self, grads: Sequence[Any]) -> Iterator[Any]:
+        """The gradients of single elements. Autograd may leave the real or imaginary part of a
+        conjugate there, which memory alone does not show; one of more elements has gaps then."""
+        return (grads[k] for k in self._single)
+
     def _arrays(self, tensors: Sequence[Any]) -> list[Any]:
-        if len(tensors) != len(self.params):
-            raise ValueError(f"hessian: expected {len(self.params)} tensors, got {len(tensors)}")
-        found = host_arrays(list(tensors)) if self._plain else None
-        if found is not None:
-            return found
         return [leaf.gradient(g) for leaf, g in zip(self._leaves, tensors, strict=True)]
 
     def _reconcile(self) -> None:

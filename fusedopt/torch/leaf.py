@@ -91,8 +91,7 @@ class Leaf:
     def write(self) -> None:
         """Copy the new parameter out, if it is staged."""
         if self.staged:
-            with torch.no_grad():
-                _local(self.param).copy_(self._outward(self.array))
+            self.local.detach().copy_(self._outward(self.array))
 
     def state(self, array: np.ndarray) -> torch.Tensor:
         """A state of the parameter's shape as a tensor like the parameter."""

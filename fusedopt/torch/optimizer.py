@@ -148,8 +148,7 @@ class Base(torch.optim.Optimizer):
         found_inf = getattr(self, "found_inf", None)
         if found_inf is None or not bool(found_inf):
             scale = getattr(self, "grad_scale", None)
-            with torch.no_grad():
-                self.info = self._bound().step(hessian, 1.0 if scale is None else float(scale))
+            self.info = self._bound().step(hessian, 1.0 if scale is None else float(scale))
         return loss
 
     def _bound(self) -> Engine:
@@ -160,7 +159,7 @@ class Base(torch.optim.Optimizer):
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Put the averages of `ema` in the place of the parameters, inside of a `with` block."""
-        with torch.no_grad(), self._bound().averaged(), torch.enable_grad():
+        with self._bound().averaged():
             yield
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
