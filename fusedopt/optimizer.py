@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .arrays.checks import memory_order
+from .arrays.foreign import Watch
 from .arrays.storage import Master, Rounding, StateDtype, synchronize
 from .arrays.stored import Memory
 from .arrays.trees import Tree
@@ -221,6 +222,7 @@ class Optimizer:
 
     def _prepare(self, parameters: Sequence[np.ndarray]) -> None:
         self._parameters = parameters
+        self._watch = Watch(self._tree.leaves) or None
         labels = [leaf.label for leaf in self._tree.leaves]
         written = [memory.written for memory in self._leaves]
         copies = [len(memory.copies) for memory in self._leaves]
@@ -297,6 +299,8 @@ class Optimizer:
         """
         if self._exchanged:
             raise RuntimeError(f"step inside of {self._exchanged}(): leave the context first")
+        if self._watch is not None:
+            self._watch.check()
         step = self._step_alone
         if step is None or grad_scale != 1.0 or grads is ACCUMULATED:
             return self._guarded_step(grads, grad_scale, hessian)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from .device_interface import library_of
+from .device_interface import library_of, on_device
+from .trees import Leaf
 
 CPU = 1
 """The number of the host's memory in DLPack."""
@@ -21,7 +23,7 @@ def host_array(array: Any) -> Any:
     `__array_interface__` without a copy. Arrays that their library does not let others write are
     read-only.
     """
-    if isinstance(array, np.ndarray):
+    if isinstance(array, (np.ndarray, np.generic)) or on_device(array):
         return array
     if library_of(array) == "torch" and hasattr(array, "data_ptr"):
         return _tensor(array)
@@ -30,6 +32,47 @@ def host_array(array: Any) -> Any:
         if found is not None:
             return found
     return array
+
+
+def read_only(array: Any) -> str:
+    """Why an array cannot be written, and what to do."""
+    library = library_of(array)
+    if isinstance(array, np.ndarray) or library == "numpy":
+        return "is read-only, and is to be updated in place; pass a copy"
+    return (
+        f"is an array of {library}, which lets nobody write it; keep the parameters as ndarrays"
+        f" (np.array(x)), and give {library} copies of them after each step"
+    )
+
+
+class Watch:
+    """Notices when a parameter of another library was given other memory.
+
+    Its array keeps the old memory alive, so that a step would update what nobody sees any more.
+    """
+
+    def __init__(self, leaves: Sequence[Leaf]) -> None:
+        found = ((leaf.label, address_of(leaf.value)) for leaf in leaves)
+        self._known = [(label, address, address()) for label, address in found if address]
+
+    def __bool__(self) -> bool:
+        return bool(self._known)
+
+    def check(self) -> None:
+        """ValueError if one has moved."""
+        for label, address, known in self._known:
+            if address() != known:
+                raise ValueError(
+                    f"{label}: is in other memory than before; call rebind(params) after such a"
+                    " change"
+                )
+
+
+def address_of(array: Any) -> Any:
+    """What tells where the elements of a tensor of PyTorch are; None for other arrays."""
+    if isinstance(array, np.ndarray) or library_of(array) != "torch" or on_device(array):
+        return None
+    return getattr(array, "data_ptr", None)
 
 
 def _tensor(tensor: Any) -> Any:

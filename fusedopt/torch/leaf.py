@@ -117,7 +117,8 @@ def tensor_of(array: np.ndarray) -> torch.Tensor:
     """A tensor over an array's memory."""
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+    # torch stores no uint16 in a pickle.
+    return torch.from_numpy(array.view(np.int16) if array.dtype == np.uint16 else array)
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
