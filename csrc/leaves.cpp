@@ -118,10 +118,8 @@ class Plan {
                  scratch.attr("window").cast<std::size_t>()};
       held_.push_back(scratch);
     }
-    for (const py::handle program : programs) {
-      held_.push_back(py::reinterpret_borrow<py::object>(program));
-      programs_.push_back(&program.cast<const Program&>());
-    }
+    program_objects_ = programs;
+    for (const py::handle program : programs) programs_.push_back(&program.cast<const Program&>());
     const std::size_t leaves = arrays.size();
     if (groups_.size() != leaves || batches_.size() != leaves || mirrors.size() != leaves ||
         keys.size() != leaves || folds_.size() != programs_.size())
@@ -156,6 +154,28 @@ class Plan {
           "this optimizer is in use in another thread: give each thread its own optimizer");
   }
   void give() { busy_.store(false); }
+
+  // Other scalars, weight decay and operations on the same arrays, by a caller who has taken the
+  // plan. False where the programs would need other arrays; nothing has changed then.
+  bool reprogram(const py::list& programs, std::vector<py::tuple> folds) {
+    if (programs.size() != programs_.size() || folds.size() != folds_.size()) return false;
+    std::vector<const Program*> fresh;
+    for (const py::handle each : programs) {
+      const auto& program = each.cast<const Program&>();
+      const Program& old = *programs_[fresh.size()];
+      if (program.arrays != old.arrays || program.works != old.works ||
+          program.phases != old.phases || program.scratch != old.scratch ||
+          program.sums != old.sums)
+        return false;
+      fresh.push_back(&program);
+    }
+    programs_ = std::move(fresh);
+    folds_ = std::move(folds);
+    program_objects_ = programs;
+    most_ = 0;
+    for (const Program* program : programs_) most_ = std::max(most_, program->ops.size());
+    return true;
+  }
 
   // One step, by a caller who has taken the plan. None where something does not fit; nothing was
   // written then. `flat`: the trees are lists of leaves already.
@@ -541,7 +561,8 @@ class Plan {
   const double* rate_ = nullptr;
   double* result_ = nullptr;
   const Table* table_ = nullptr;
-  std::vector<py::object> held_;  // programs and arrays
+  std::vector<py::object> held_;  // arrays
+  py::object program_objects_;    // keeps `programs_` alive
   Mapped mapped_;
   std::vector<const Program*> programs_;
   std::vector<Own> own_;
@@ -602,6 +623,7 @@ void bind_leaves(py::module_& module) {
           py::arg("threads"), py::arg("scratch"))
       .def("take", &Plan::take)
       .def("give", &Plan::give)
+      .def("reprogram", &Plan::reprogram)
       .def("step", &Plan::step)
       .def("step_alone", &Plan::step_alone);
   module.def("update", &update);

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .arrays.checks import memory_order
+from .arrays.foreign import Watch
 from .arrays.formats import RandomKey
 from .arrays.storage import Master, Rounding, StateDtype, synchronize
 from .arrays.stored import AVERAGE, Memory
@@ -226,6 +227,7 @@ class Optimizer:
 
     def _prepare(self, parameters: Sequence[np.ndarray]) -> None:
         self._parameters = parameters
+        self._watch = Watch(self._tree.leaves) or None
         labels = [leaf.label for leaf in self._tree.leaves]
         written = [memory.written for memory in self._leaves]
         copies = [len(memory.copies) for memory in self._leaves]
@@ -300,6 +302,8 @@ class Optimizer:
         """
         if self._exchanged:
             raise RuntimeError(f"step inside of {self._exchanged}(): leave the context first")
+        if self._watch is not None:
+            self._watch.check()
         step = self._step_alone
         if step is None or grad_scale != 1.0 or grads is ACCUMULATED:
             return self._guarded_step(grads, grad_scale, hessian)
@@ -388,6 +392,11 @@ class Optimizer:
     def _set_rates(self, step: int) -> None:
         self._rates[: len(self._groups)] = [group.rule.lr_at(step) for group in self._groups]
 
+    def _use_rates(self, rates: Sequence[float]) -> None:
+        """Set the groups' learning rates from the next step on, and leave their rules alone."""
+        self._rates[: len(self._groups)] = rates
+        self._only_rate = float(rates[0]) if len(rates) == 1 else 0.0
+
     def _rates_by_label(self) -> float | dict[str, float]:
         rates: list[float] = self._rates[: len(self._groups)].tolist()
         if len(rates) == 1:
@@ -432,7 +441,8 @@ class Optimizer:
             kept = [check_successor(group, rule) for group, rule in zip(old, rules, strict=True)]
             self._groups = [replace(g, rule=rule) for g, rule in zip(old, rules, strict=True)]
             try:
-                if all(kept):
+                # For 1000 tensors a new plan takes 20 ms, other rules in the old one 0.1.
+                if all(kept) or (self._ledger is None and self._plan.adopt(rules)):
                     self._settle_rates()
                 else:
                     self._plan.synchronize()
