@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from exactness import Array
-from fusedopt.cuda import guard, kernels, launching, sums, toolkit
+from fusedopt.cuda import blocks, guard, kernels, launching, sums, toolkit
 
 
 class OnDevice:
@@ -108,6 +108,7 @@ def torch(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 CACHED = (
     kernels.step_kernel,
+    blocks.block_kernel,
     sums.squares_kernel,
     sums.totals_kernel,
     sums.guard_kernel,
@@ -116,7 +117,8 @@ CACHED = (
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Two threads to a block, and 32 elements to a chunk; of sums two segments to a block."""
+    """Two threads to a block, and 32 elements to a chunk; of sums two segments to a block. Blocks
+    that share a scale need a warp for a tile; their chunks have two tiles."""
     assert toolkit.SIMULATED
     for cached in CACHED:
         cached.cache_clear()
@@ -124,6 +126,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(module, "THREADS", 2)
         monkeypatch.setattr(module, "GROUPS", 2, raising=False)
         monkeypatch.setattr(module, "CHUNK", 32, raising=False)
+    monkeypatch.setattr(blocks, "WARPS", 1)
+    monkeypatch.setattr(blocks, "CHUNK", 512)
     yield
     for cached in CACHED:
         cached.cache_clear()

@@ -354,7 +354,6 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
             "threads": {"threads": 2},
             "rounding": {"rounding": "stochastic"},
             "master": {"master": "split16"},
-            "state_dtype": {"state_dtype": "float8"},
             "state_path": {"state_path": "/nowhere"},
         }.items()
     },

@@ -9,8 +9,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from ..formats import PLAIN
-from ..states import Stored
+from ..formats import BFLOAT16, FLOAT32, PLAIN
+from ..states import Quantized, Stored
 from . import foreign
 from .memory import Memory, on_device
 
@@ -57,13 +57,16 @@ class DeviceArray:
         self.itemsize = dtype.itemsize
         self.nbytes = self.size * self.itemsize
 
-    def like(self, address: int, dtype: np.dtype, owner: Any) -> DeviceArray:
-        """An array of the same shape and order elsewhere, which works on the same stream."""
+    def like(
+        self, address: int, dtype: np.dtype, owner: Any, shape: tuple[int, ...] | None = None
+    ) -> DeviceArray:
+        """Return an array elsewhere that works on the same stream, of the same shape and order, or
+        of another shape in C order."""
         return DeviceArray(
             address,
-            self.shape,
+            self.shape if shape is None else shape,
             dtype,
-            self.order,
+            self.order if shape is None else "C",
             self.device,
             owner,
             self.library,
@@ -113,7 +116,7 @@ class DeviceArray:
         strides = tuple(accumulate(steps, lambda x, y: x * y))[: self.ndim]
         return {
             "shape": self.shape,
-            "typestr": "<u2" if self.dtype not in _TYPED else self.dtype.str,
+            "typestr": "<u2" if self.dtype == BFLOAT16 else self.dtype.str,
             "data": (self.address, False),
             "strides": strides if self.order == "F" else strides[::-1],
             "stream": self.stream or 1,
@@ -137,7 +140,7 @@ class DeviceArray:
 
         with on_device(self.device):
             if isinstance(value, DeviceArray):
-                convert(self, value)
+                convert(self, stored(value))
                 return
             host = np.broadcast_to(np.asarray(value), self.shape).astype(self.dtype)
             flat = np.ascontiguousarray(host.reshape(-1, order=self.order))
@@ -147,16 +150,29 @@ class DeviceArray:
         return f"DeviceArray(shape={self.shape}, dtype={self.dtype.name}, device={self.device})"
 
 
-_TYPED = tuple(map(np.dtype, (np.float32, np.float64, np.float16)))
-
-
 class DeviceStored(Stored):
     """The elements of an array on a device."""
 
     @property
     def values(self) -> Any:
-        """The array itself: kernels decode it."""
-        return self.data
+        """The array itself where its elements are plain, otherwise a new one of float32."""
+        data: Any = self.data
+        if self.format is PLAIN.get(self.format.name):
+            return data
+        from .launching import convert
+        from .memory import Memory
+
+        with on_device(data.device):
+            memory = Memory.new(4 * self.size)
+            memory.written_on = data.current_stream
+            made = data.like(memory.address, FLOAT32, memory, self.shape)
+            made.order = self.order
+            convert(made, self)
+        return made
+
+
+class DeviceQuantized(DeviceStored, Quantized):
+    """A quantised state on a device: codes, scales, and `dequantize` are arrays there."""
 
 
 def stored(a: DeviceArray) -> Stored:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..formats import FLOAT64, PLAIN, compute_dtype
 from ..jit.kernels import LANES, SEGMENT
 from ..rules.elements import keep
+from ..states import Stored
+from . import blocks
 from .arrays import DeviceArray
-from .kernels import CHUNK, THREADS, Step, Variant, step_kernel
+from .blocks import LANES as TILE_LANES
+from .blocks import kernel_of
+from .kernels import CHUNK, THREADS, Step, Variant
 from .memory import Memory, on_device, wait_for
 from .sums import GROUPS, squares_kernel, totals_kernel
 from .vectors import VECTOR_BYTES
@@ -47,23 +52,47 @@ class Table:
         return cls(uploaded(np.array(rows, np.int64), stream), uploaded(parts, stream), parts.size)
 
 
+class Place(NamedTuple):
+    """What a row of a table has of an array. words: see `kernels.columns`. aligned: whether the
+    addresses among them are on the boundaries of vectors."""
+
+    words: tuple[int, ...]
+    aligned: bool
+
+    @classmethod
+    def of(cls, array: Any, key: int = 0) -> Place:
+        """The place of a `DeviceArray`, or of a `Stored` with the key of its random bits."""
+        if isinstance(array, DeviceArray):
+            return cls((array.address,), not array.address % VECTOR_BYTES)
+        addresses = tuple(a.address for a in array.arrays)
+        signed = (key + 2**63) % 2**64 - 2**63
+        aligned = not any(address % VECTOR_BYTES for address in addresses)
+        return cls(addresses + (signed,) * array.format.random, aligned)
+
+
 class Launch:
     """One kernel over all leaves of a variant.
 
-    arrays: of each leaf those that `Variant.arrays` names.
+    leaves: the number of elements of each, and the places of the arrays that `Variant.arrays`
+    names. random: whether `run` takes the steps that the leaves have behind them.
     """
 
     def __init__(
-        self, variant: Variant, arrays: Sequence[Sequence[DeviceArray]], stream: int
+        self,
+        variant: Variant,
+        leaves: Sequence[tuple[int, Sequence[Place]]],
+        device: int,
+        stream: int,
     ) -> None:
         rows = []
-        for own in arrays:
-            addresses = [a.address for a in own]
-            aligned = not any(address % VECTOR_BYTES for address in addresses)
-            rows.append([own[0].size, int(aligned), *addresses])
-        self._table = Table.of(rows, CHUNK, stream)
-        self._kernel, self.dtype = step_kernel(variant), variant.dtype
-        self._device = arrays[0][0].device
+        for size, places in leaves:
+            words = [word for place in places for word in place.words]
+            rows.append([size, int(all(place.aligned for place in places)), *words])
+        blocked = variant.blocked
+        self._table = Table.of(rows, blocks.CHUNK if blocked else CHUNK, stream)
+        self._threads = TILE_LANES * blocks.WARPS if blocked else THREADS
+        self._kernel = kernel_of(variant)
+        self.dtype, self.random, self._device = variant.dtype, variant.random, device
 
     def run(self, scalars: np.ndarray, stream: int, *more: int) -> None:
         """scalars: of all the operations, in the type of the arithmetic. more: words that the
@@ -71,17 +100,19 @@ class Launch:
         if self._table.count:
             words = (self._table.rows.address, self._table.parts.address, *more)
             queue = self._device, stream
-            self._kernel.launch(self._table.count, THREADS, queue, words, scalars)
+            self._kernel.launch(self._table.count, self._threads, queue, words, scalars)
 
 
-def convert(target: DeviceArray, source: DeviceArray) -> None:
+def convert(target: DeviceArray, source: Stored) -> None:
     """Writes the elements of an array of the same shape and order, rounded to the nearest."""
-    types = [compute_dtype(a.dtype) for a in (target, source)]
+    types = [compute_dtype(target.dtype), compute_dtype(source.format.dtype)]
     wide = FLOAT64 if FLOAT64 in types else types[0]
-    formats = tuple((n, PLAIN[a.dtype.name]) for n, a in (("g", source), ("p", target)))
+    formats = (("g", source.format), ("p", PLAIN[target.dtype.name]))
     step = Step(keep, "other", ("p", "g"), ("p",), 0, "", False)
-    stream, other = target.stream, source.stream
-    launch = Launch(Variant((step,), (), wide, formats), [(source, target)], stream)
+    there: Any = source.data
+    stream, other = target.stream, there.stream
+    leaves = [(target.size, [Place.of(source), Place.of(target)])]
+    launch = Launch(Variant((step,), (), wide, formats), leaves, target.device, stream)
     wait_for(stream, other)
     launch.run(np.empty(0, wide), stream)
     wait_for(other, stream)

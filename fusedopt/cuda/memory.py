@@ -55,16 +55,16 @@ class Memory:
         interface = {"shape": (self.size,), "typestr": "|u1", "data": (self.address, False)}
         return cuda.from_cuda_array_interface({**interface, "version": 2}, self.owner)
 
-    def clear(self, stream: int) -> None:
-        """Sets all bytes to zero."""
+    def fill(self, byte: int, stream: int) -> None:
+        """Set all bytes to one value, behind all that was queued on the stream."""
         if not self.size:
             return
         if SIMULATED:
-            self._view()[:] = 0
+            self._view()[:] = byte
             return
         from numba.cuda.cudadrv.driver import device_memset
 
-        device_memset(self._view().gpu_data, 0, self.size, stream=cuda.external_stream(stream))
+        device_memset(self._view().gpu_data, byte, self.size, stream=cuda.external_stream(stream))
 
     def read(self, stream: int) -> np.ndarray:
         """The bytes, after all that was queued on the stream: a copy on the host."""

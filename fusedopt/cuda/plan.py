@@ -13,12 +13,13 @@ import numpy as np
 from ..backends.base import HEAD, Layout, Turn
 from ..formats import PLAIN, compute_dtype
 from ..rules.base import Operation, Program
+from ..states import Wanted
 from ..trees import Fixed, opened
 from . import foreign
 from .arrays import DeviceArray, Producer
 from .guard import DeviceGuard
 from .kernels import Step, Variant, operations_of
-from .launching import Launch, Sums
+from .launching import Launch, Place, Sums
 from .matrices import Library
 from .memory import Memory, on_device, synchronize, wait_for
 from .space import new_arrays
@@ -112,6 +113,7 @@ class CudaPlan(Turn):
         self._fixed: weakref.ref[Fixed] | None = None
         self._seen: list[Known | None] | None = None
         self._make_work_space()
+        self._places = [self._places_of(k) for k in range(len(layout.leaves))]
         self._guard: DeviceGuard | None = None
         if layout.decide is not None and not layout.wait:
             guard: Any = layout.decide
@@ -122,7 +124,7 @@ class CudaPlan(Turn):
         """Directions of the leaves whose rule has two phases."""
         phased = [k for k, g in enumerate(self._layout.group_of) if self._programs[g].phases > 1]
         library = Library(self._first.library) if phased else None
-        wanted = [(self._parameters[k], PLAIN[self._dtypes[k].name], 0.0) for k in phased]
+        wanted = [Wanted(PLAIN[self._dtypes[k].name], self._parameters[k]) for k in phased]
         with on_device(self._first.device):
             arrays: list[Any] = [stored.data for stored in new_arrays(wanted)]
             self._work = dict(zip(phased, arrays, strict=True))
@@ -226,8 +228,9 @@ class CudaPlan(Turn):
         for (variant, group, _), members in alike.items():
             refreshed = estimates[members[0]] is not None
             operations = operations_of(self._programs[group], phase, refreshed)
-            arrays = [self._arrays(k, variant, grads[k], estimates[k]) for k in members]
-            made.append(Queued(Launch(variant, arrays, stream), operations, group, members[0]))
+            leaves = [self._leaf(k, variant, grads[k], estimates[k]) for k in members]
+            launch = Launch(variant, leaves, self._first.device, stream)
+            made.append(Queued(launch, operations, group, members[0]))
         return made
 
     def _variant(self, k: int, phase: int, g: Any, estimate: Any) -> Variant:
@@ -249,13 +252,21 @@ class CudaPlan(Turn):
             self._guard is not None,
         )
 
-    def _arrays(self, k: int, variant: Variant, g: Any, estimate: Any) -> list[Any]:
-        memory = self._layout.leaves[k]
-        named = {"g": g, "hessian": estimate, "p": memory.parameter.data}
-        named |= {name: state.data for name, state in memory.states.items()}
-        named |= {"work": self._work.get(k)}
-        named |= {f"copy{j}": a for j, a in enumerate(memory.mirrors)}
-        return [named[name] for name, _ in variant.arrays]
+    def _places_of(self, k: int) -> dict[str, Place]:
+        """The places of all arrays of a leaf but its inputs."""
+        memory, keys = self._layout.leaves[k], self._layout.keys[k]
+        own = {"p": memory.parameter, **memory.states}
+        found = {name: Place.of(a, key) for (name, a), key in zip(own.items(), keys, strict=True)}
+        if k in self._work:
+            found["work"] = Place.of(self._work[k])
+        return found | {f"copy{j}": Place.of(a) for j, a in enumerate(memory.mirrors)}
+
+    def _leaf(self, k: int, variant: Variant, g: Any, estimate: Any) -> tuple[int, list[Place]]:
+        """A leaf as a launch takes it."""
+        places = self._places[k] | {"g": Place.of(g)}
+        if estimate is not None:
+            places["hessian"] = Place.of(estimate)
+        return g.size, [places[name] for name, _ in variant.arrays]
 
     # ---------------------------------------------------------------- the step
 
@@ -301,6 +312,7 @@ class CudaPlan(Turn):
             t = int(layout.counters[leaf + 1]) + 1
             values = [x for op in operations for x in (*heads[HEAD[op.loop]], *op.scalars(t, lr))]
             more = [self._guard.factor(group, launch.dtype)] if self._guard else []
+            more += [t - 1] * launch.random
             launch.run(np.array(values, np.float64).astype(launch.dtype), stream, *more)
 
     def _orthogonalize(self, leaves: Sequence[int], stream: int) -> None:

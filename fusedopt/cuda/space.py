@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..around import AVERAGE, NOTHING, Around
-from ..formats import PLAIN, SPLIT16, Format, compute_dtype
+from ..formats import PLAIN, compute_dtype
 from ..options import Options
-from ..states import Memory, Stored
-from ..storage import QUANTIZED_FROM, Storage
-from .arrays import DeviceArray, stored
+from ..states import Memory, Stored, Wanted
+from ..storage import Storage
+from .arrays import DeviceArray, DeviceQuantized, DeviceStored, stored
 from .checks import Fit, check_apart, check_input, check_parameter, check_target
 from .memory import Memory as Bytes
 from .memory import on_device, synchronize
@@ -69,17 +69,9 @@ def check_rule(rule: Rule, p: DeviceArray) -> None:
 
 
 def check_state(label: str, state: Any) -> Stored:
-    """An array that will be updated in place; errors as `check_target`."""
-    return stored(check_target(label, state))
-
-
-def _supported(format: Format, name: str) -> Format:
-    if format.quantized or format is SPLIT16:
-        raise ValueError(
-            f"state_dtype: {name!r} in {format.name} is not supported by the backend 'cuda'; take"
-            " 'float32', 'bfloat16' or 'float16'"
-        )
-    return format
+    """An array that will be updated in place, or a quantised state of the device; errors as
+    `check_target`."""
+    return state if isinstance(state, DeviceQuantized) else stored(check_target(label, state))
 
 
 def allocate(
@@ -90,15 +82,16 @@ def allocate(
     around: Around = NOTHING,
 ) -> list[Memory]:
     """The memory of each leaf: see `Storage.allocate`. All that is new lies in one block."""
-    wanted: list[tuple[DeviceArray, Format, float]] = []
+    wanted: list[Wanted] = []
     for rule, p in zip(rules, parameters, strict=True):
         check_rule(rule, p)
+        like: Any = p
         own = storage.parameter(p.dtype)
         if own.dtype != p.dtype:
-            wanted.append((p, own, 0.0))
+            wanted.append(Wanted(own, like))
         for name in around.states(rule):
-            format = storage.state(rule, name, p.dtype, max(p.size, QUANTIZED_FROM))
-            wanted.append((p, _supported(format, name), rule.initial(name)))
+            format = storage.state(rule, name, p.dtype, p.size)
+            wanted.append(Wanted(format, like, rule.initial(name)))
     fresh = iter(new_arrays(wanted))
     memories = []
     for rule, p, copied in zip(rules, parameters, copies, strict=True):
@@ -119,29 +112,44 @@ def allocate(
     return memories
 
 
-def new_arrays(wanted: Sequence[tuple[DeviceArray, Format, float]]) -> list[Stored]:
-    """New arrays like others, in formats of their own, with these values."""
+def new_arrays(wanted: Sequence[Wanted]) -> list[Stored]:
+    """New arrays like others, in formats of their own; each on a line of its own in one block."""
     if not wanted:
         return []
-    sizes = [-(-p.size * f.dtype.itemsize // LINE) * LINE for p, f, _ in wanted]
-    first = wanted[0][0]
+    sizes = [-(-size // LINE) * LINE for w in wanted for size in w.sizes()]
+    first: Any = wanted[0].like
     with on_device(first.device):
         block = Bytes.new(sum(sizes))
         block.written_on = first.current_stream
-        block.clear(block.written_on)
-    made = []
-    for (p, format, initial), start in zip(wanted, accumulate(sizes, initial=0), strict=False):
-        address = block.address + start
-        a = p.like(address, format.dtype, block)
-        if initial:
-            a[...] = initial
-        made.append(stored(a))
+        block.fill(0, block.written_on)
+        starts = accumulate(sizes, initial=block.address)
+        return [_made(w, block, [next(starts) for _ in w.sizes()]) for w in wanted]
+
+
+def _made(w: Wanted, block: Bytes, addresses: Sequence[int]) -> Stored:
+    """An array at the addresses of its data and of what stands beside it."""
+    like: Any = w.like
+    format, size = w.format, like.size
+    aux = None
+    if format.aux_dtype is not None:
+        shape = (format.aux_size(size),)
+        aux = like.like(addresses[-1], format.aux_dtype, block, shape)
+    if format.quantized:
+        data = like.like(addresses[0], format.dtype, block, (format.data_size(size),))
+        data.memory.fill(format.zero, block.written_on)
+    else:
+        data = like.like(addresses[0], format.dtype, block)
+    cls = DeviceQuantized if format.quantized else DeviceStored
+    made = cls(format, data, aux, like.shape, like.order)
+    if w.initial:
+        made.fill(w.initial)
     return made
 
 
 def blank(parameters: Sequence[DeviceArray]) -> list[Stored]:
     """New arrays like these, in the types that they are computed in."""
-    return new_arrays([(p, PLAIN[compute_dtype(p.dtype).name], 0.0) for p in parameters])
+    likes: Any = parameters
+    return new_arrays([Wanted(PLAIN[compute_dtype(p.dtype).name], p) for p in likes])
 
 
 def same(a: DeviceArray, b: DeviceArray) -> bool:

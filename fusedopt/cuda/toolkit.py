@@ -69,11 +69,18 @@ class Kernel:
     """The function `kernel` that `source` defines.
 
     words: so many int64 are its leading arguments. scalars: so many of dtype are the rest.
-    namespace: constants, and plain functions, which are compiled too. Compiled at the first launch.
+    namespace: constants, and plain functions, which are compiled too. registers: of a thread at
+    most, by the type of the arithmetic. Compiled at the first launch.
     """
 
     def __init__(
-        self, source: str, words: int, scalars: int, dtype: np.dtype, namespace: Mapping[str, Any]
+        self,
+        source: str,
+        words: int,
+        scalars: int,
+        dtype: np.dtype,
+        namespace: Mapping[str, Any],
+        registers: Mapping[str, int] = MAX_REGISTERS,
     ) -> None:
         globals_: dict[str, Any] = {
             "__name__": __name__,
@@ -83,7 +90,7 @@ class Kernel:
         exec(compile(source, "<fusedopt.cuda>", "exec"), globals_)
         self._function = globals_["kernel"]
         self._arguments = ", ".join(["int64"] * words + [dtype.name] * scalars)
-        self._registers = MAX_REGISTERS[dtype.name]
+        self.registers = registers[dtype.name]
         self._bound: dict[int, Any] = {}
         self._library: Any = None
 
@@ -108,7 +115,7 @@ class Kernel:
                     arguments,
                     nvvm_options=dict(OPTIONS),
                     cc=capability,
-                    max_registers=self._registers,
+                    max_registers=self.registers,
                 )
             name = result.fndesc.llvm_func_name
             result.library._entry_name = name
