@@ -40,7 +40,7 @@ from typing import Any
 import numpy as np
 
 import fusedopt as fo
-from fusedopt.bench.problems import gpt2_small
+from fusedopt.lab.bench.problems import gpt2_small
 from gpu_machine import DTYPES, Machine, Step, machine
 from targets import Row
 
@@ -260,7 +260,7 @@ def streams(place: Machine, sizes: Sizes) -> Lines:
 
 def arrays_moved(rule: fo.Rule) -> int:
     """How many arrays a step reads and how many it writes, together."""
-    from fusedopt.cuda import kernels  # 0.7 s, and not everywhere
+    from fusedopt.backends.cuda import kernels  # 0.7 s, and not everywhere
 
     operations = kernels.operations_of(rule.program, 0, refreshed=False)
     steps = [kernels.Step.of(rule.program, op) for op in operations]

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import hessian
+from .arrays.rows import Rows
+from .arrays.trees import Fixed
 from .estimate import Estimate, estimate
 from .functional import update
-from .norms import global_norm
+from .loss_scale import LossScaler
 from .optimizer import Optimizer
 from .orthogonalize import orthogonalize
-from .rows import Rows
 from .rules import (
     RULES,
     SGD,
@@ -30,9 +31,8 @@ from .rules import (
     Sophia,
 )
 from .runtime import get_isa, get_threads, info, set_isa, set_threads, warmup
-from .scaler import LossScaler
-from .stepping import StepInfo
-from .trees import Fixed
+from .step.clipping import global_norm
+from .step.gradients import StepInfo
 from .verify import VerificationError, verify
 
 if TYPE_CHECKING:

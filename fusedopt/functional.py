@@ -7,11 +7,11 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
+from .arrays.device_interface import on_device
+from .arrays.formats import compute_dtype
+from .arrays.stored import Stored
 from .backends import default_backend, get_backend
-from .cuda.foreign import on_device
-from .formats import compute_dtype
 from .rules import Rule
-from .states import Stored
 
 
 def update(

@@ -10,10 +10,10 @@ import ml_dtypes
 import numpy as np
 
 from .backends import BACKENDS, FORCED, check_registry
-from .core import core
-from .environment import choice
 from .rules import RULES, Rule
-from .threads import available, check_threads, in_use, use
+from .system.environment import choice
+from .system.extension import core
+from .system.threads import available, check_threads, in_use, use
 
 
 def get_isa() -> str:

@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from .around import NOTHING, Around
-from .backends import BACKENDS, ON_HOST, Backend, Layout
-from .backends.base import Turn
-from .bounded import Bounded
-from .formats import PLAIN, Values, compute_dtype, least_state, subkey
-from .interrupts import deferred
-from .rows import Touched, selected, whole
+from .arrays.formats import PLAIN, Values, compute_dtype, least_state, subkey
+from .arrays.rows import Touched, selected, whole
+from .arrays.stored import Stored
+from .arrays.trees import Leaf
+from .backends import BACKENDS, ON_HOST
+from .plan.extras import NOTHING, Around
+from .plan.interface import Backend, Layout, Turn
 from .rules import RULES, Rule
-from .states import Stored
-from .trees import Leaf
+from .system.interrupts import deferred
+from .verification.running_error import Bounded
 
 SLACK = 2.0
 """A kernel may differ from the reference by so many times the bound on its rounding: the kernel

@@ -7,12 +7,12 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
-from ..cuda.foreign import on_device
-from ..environment import choice
-from .base import Backend, Group, Layout, Plan
+from ..arrays.device_interface import on_device
+from ..plan.interface import Backend, Group, Layout, Plan
+from ..system.environment import choice
+from .cuda.backend import CudaBackend
 from .native import NativeBackend, check_registry
-from .numba_cpu import NumbaBackend
-from .numba_cuda import CudaBackend
+from .numba.backend import NumbaBackend
 from .reference import ReferenceBackend
 
 BACKENDS: dict[str, Backend] = {

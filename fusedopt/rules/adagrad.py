@@ -7,9 +7,9 @@ from math import sqrt
 
 import numpy as np
 
+from ..programs.elements import quotient
 from .base import REQUIRED, Array, Convention, Rule, ratio
-from .elements import quotient
-from .fields import LearningRate, NonNegative
+from .hyperparameters import LearningRate, NonNegative
 
 
 @dataclass(frozen=True, kw_only=True)

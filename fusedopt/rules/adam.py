@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from ..programs.elements import Element, maximum, quotient
 from .base import (
     REQUIRED,
     Array,
@@ -19,8 +20,7 @@ from .base import (
     ratio,
     textbook_correction,
 )
-from .elements import Element, maximum, quotient
-from .fields import Betas, LearningRate, NonNegative
+from .hyperparameters import Betas, LearningRate, NonNegative
 
 
 def adam(

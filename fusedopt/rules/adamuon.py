@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from ..newton_schulz import Workspace
+from ..linalg.newton_schulz import Workspace
 from .base import (
     Array,
     Convention,
@@ -20,7 +20,7 @@ from .base import (
     ratio,
     textbook_correction,
 )
-from .fields import Fraction, NonNegative
+from .hyperparameters import Fraction, NonNegative
 from .muon import Muon, through
 
 

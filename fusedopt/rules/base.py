@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 
-from .elements import Element
-from .fields import LearningRate, NonNegative, Number, check_fields
+from ..programs.elements import Element
+from .hyperparameters import LearningRate, NonNegative, Number, check_fields
 
 if TYPE_CHECKING:
-    from ..newton_schulz import Stack, Workspace
-    from ..storage import StateDtype
+    from ..arrays.storage import StateDtype
+    from ..linalg.newton_schulz import Stack, Workspace
 
 Array = Any
 """In a reference: an ndarray, or `verify`'s array that carries the bound of its rounding."""
@@ -304,10 +304,10 @@ class Rule:
         state_dtype: as `Optimizer` takes it; without it float64 for a float64 parameter, else
         float32. Arrays, or `Quantized` objects where the state is stored so.
         """
-        from .. import host  # which knows rules, as do
+        from ..arrays import host  # which knows rules, as do
+        from ..arrays.device_interface import on_device
+        from ..arrays.storage import Storage
         from ..backends import get_backend
-        from ..cuda.foreign import on_device
-        from ..storage import Storage
 
         space = get_backend("auto", [p]).space if on_device(p) else host
         p = space.check_parameter("p", p, self)

@@ -8,8 +8,8 @@ import inspect
 from types import FunctionType
 from typing import Any, dataclass_transform
 
+from ..programs.element_source import inexact, on_arrays
 from .base import Array, Operation, Rule
-from .inspection import inexact, on_arrays
 
 _RESERVED = {
     *("hessian", "work", "master", "low", "compensation", "average"),

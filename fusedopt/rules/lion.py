@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .base import REQUIRED, Array, Convention, DecayForm, Rule
-from .fields import Betas, LearningRate, NonNegative
+from .hyperparameters import Betas, LearningRate, NonNegative
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .base import REQUIRED, Array, Convention, Rule
-from .fields import Fraction, LearningRate
+from .hyperparameters import Fraction, LearningRate
 
 
 @dataclass(frozen=True, kw_only=True)

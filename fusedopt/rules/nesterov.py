@@ -6,9 +6,9 @@ import functools
 from dataclasses import dataclass
 from typing import Literal
 
+from ..programs.elements import Element
 from .base import REQUIRED, Array, Convention, Operation, Program, Rule
-from .elements import Element
-from .fields import Fraction, LearningRate
+from .hyperparameters import Fraction, LearningRate
 from .momentum import Momentum
 
 

@@ -9,9 +9,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..newton_schulz import Workspace
+from ..linalg.newton_schulz import Workspace
 from .base import Array, Convention, Member, capped, ratio
-from .fields import Fraction, NonNegative
+from .hyperparameters import Fraction, NonNegative
 from .muon import Muon, through
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .base import REQUIRED, Array, Convention, Rule
-from .fields import LearningRate
+from .hyperparameters import LearningRate
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from ..programs.elements import Element, clamp, maximum
 from .base import (
     REQUIRED,
     Array,
@@ -18,8 +19,7 @@ from .base import (
     correction,
     textbook_correction,
 )
-from .elements import Element, clamp, maximum
-from .fields import Betas, Count, LearningRate, NonNegative
+from .hyperparameters import Betas, Count, LearningRate, NonNegative
 
 
 def sophia(

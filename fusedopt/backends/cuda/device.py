@@ -1,0 +1,157 @@
+"""The `Space` of a device: what is kept there, and how it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...arrays.formats import PLAIN, compute_dtype
+from ...arrays.storage import Storage
+from ...arrays.stored import Memory, Stored, Wanted
+from ...plan.extras import AVERAGE, NOTHING, Around
+from ...plan.options import Options
+from .arrays import DeviceArray, DeviceQuantized, DeviceStored, stored
+from .buffers import Memory as Bytes
+from .buffers import on_device, synchronize
+from .checks import Fit, check_apart, check_input, check_parameter, check_target
+
+if TYPE_CHECKING:
+    from ...rules import Rule
+
+__all__ = [
+    "Fit",
+    "allocate",
+    "blank",
+    "check_apart",
+    "check_input",
+    "check_options",
+    "check_parameter",
+    "check_rule",
+    "check_state",
+    "check_target",
+    "same",
+]
+
+LINE = 256
+"""Bytes: new arrays begin on a multiple of it."""
+
+
+def check_options(options: Options, state_path: Any) -> None:
+    """ValueError, with the name, for what there is on the host alone."""
+    asked = {
+        "stats": options.stats,
+        "exact": options.exact,
+        "verify": options.verify,
+        "state_path": state_path is not None,
+        "threads": options.threads is not None,
+        "rounding": options.rounding != "nearest",
+        "master='split16'": options.master == "split16",
+    }
+    for name, given in asked.items():
+        if given:
+            raise ValueError(f"{name}: is not supported by the backend 'cuda'; leave it out")
+    if options.skip_nonfinite and not options.wait:
+        raise ValueError(
+            "skip_nonfinite, wait: a step needs to know whether the one before was skipped, and"
+            " wait=False does not wait for that; leave one of them out"
+        )
+
+
+def check_rule(rule: Rule, p: DeviceArray) -> None:
+    """ValueError for a rule that there is on the host alone."""
+    if rule.program.phases > 2 or rule.sides(p.shape):
+        raise ValueError(
+            f"{type(rule).__name__}: is not supported by the backend 'cuda'; take fo.Muon"
+        )
+
+
+def check_state(label: str, state: Any) -> Stored:
+    """An array that will be updated in place, or a quantised state of the device; errors as
+    `check_target`."""
+    return state if isinstance(state, DeviceQuantized) else stored(check_target(label, state))
+
+
+def allocate(
+    storage: Storage,
+    rules: Sequence[Rule],
+    parameters: Sequence[DeviceArray],
+    copies: Sequence[DeviceArray | None],
+    around: Around = NOTHING,
+) -> list[Memory]:
+    """The memory of each leaf: see `Storage.allocate`. All that is new lies in one block."""
+    wanted: list[Wanted] = []
+    for rule, p in zip(rules, parameters, strict=True):
+        check_rule(rule, p)
+        like: Any = p
+        own = storage.parameter(p.dtype)
+        if own.dtype != p.dtype:
+            wanted.append(Wanted(own, like))
+        for name in around.states(rule):
+            format = storage.state(rule, name, p.dtype, p.size)
+            wanted.append(Wanted(format, like, rule.initial(name)))
+    fresh = iter(new_arrays(wanted))
+    memories = []
+    for rule, p, copied in zip(rules, parameters, copies, strict=True):
+        own = storage.parameter(p.dtype)
+        mirrors = () if copied is None else (copied,)
+        master = next(fresh) if own.dtype != p.dtype else None
+        states = {name: next(fresh) for name in around.states(rule)}
+        if master is not None:
+            master.data[...] = p
+            memory = Memory(master, states, (p, *mirrors), ("master", master.data))  # type: ignore[arg-type]
+        else:
+            memory = Memory(stored(p), states, mirrors)  # type: ignore[arg-type]
+        if AVERAGE in states:
+            states[AVERAGE].data[...] = memory.parameter.data
+        memories.append(memory)
+    with on_device(parameters[0].device):
+        synchronize()  # whatever stream has the first step
+    return memories
+
+
+def new_arrays(wanted: Sequence[Wanted]) -> list[Stored]:
+    """New arrays like others, in formats of their own; each on a line of its own in one block."""
+    if not wanted:
+        return []
+    sizes = [-(-size // LINE) * LINE for w in wanted for size in w.sizes()]
+    first: Any = wanted[0].like
+    with on_device(first.device):
+        block = Bytes.new(sum(sizes))
+        block.written_on = first.current_stream
+        block.fill(0, block.written_on)
+        starts = accumulate(sizes, initial=block.address)
+        return [_made(w, block, [next(starts) for _ in w.sizes()]) for w in wanted]
+
+
+def _made(w: Wanted, block: Bytes, addresses: Sequence[int]) -> Stored:
+    """An array at the addresses of its data and of what stands beside it."""
+    like: Any = w.like
+    format, size = w.format, like.size
+    aux = None
+    if format.aux_dtype is not None:
+        shape = (format.aux_size(size),)
+        aux = like.like(addresses[-1], format.aux_dtype, block, shape)
+    if format.quantized:
+        data = like.like(addresses[0], format.dtype, block, (format.data_size(size),))
+        data.memory.fill(format.zero, block.written_on)
+    else:
+        data = like.like(addresses[0], format.dtype, block)
+    cls = DeviceQuantized if format.quantized else DeviceStored
+    made = cls(format, data, aux, like.shape, like.order)
+    if w.initial:
+        made.fill(w.initial)
+    return made
+
+
+def blank(parameters: Sequence[DeviceArray]) -> list[Stored]:
+    """New arrays like these, in the types that they are computed in."""
+    likes: Any = parameters
+    return new_arrays([Wanted(PLAIN[compute_dtype(p.dtype).name], p) for p in likes])
+
+
+def same(a: DeviceArray, b: DeviceArray) -> bool:
+    """Whether two arrays have the same elements, any NaN being like any other."""
+    return np.array_equal(a.copy(), b.copy(), equal_nan=True)
