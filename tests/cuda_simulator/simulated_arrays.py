@@ -352,8 +352,6 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
             "stats": {"stats": True},
             "verify": {"verify": True},
             "threads": {"threads": 2},
-            "rounding": {"rounding": "stochastic"},
-            "master": {"master": "split16"},
             "state_path": {"state_path": "/nowhere"},
         }.items()
     },

@@ -20,12 +20,6 @@ from fusedopt.backends.cuda.matmul import Library
 SIZES = {"a": 700, "b": 517, "c": 40}
 """Elements: of several blocks and chunks with a rest, odd, and too few to be quantised."""
 
-SUPPORTED = {
-    name: way
-    for name, way in WAYS.items()
-    if "rounding" not in way.options and way.options.get("master") != "split16"
-}
-
 
 @pytest.fixture(autouse=True)
 def quantized_early(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +93,7 @@ def compared(rule: fo.Rule, way: Way, where: str, **options: Any) -> None:
     assert optimizer.fingerprint() == native.fingerprint()
 
 
-@pytest.mark.parametrize("way", SUPPORTED)
+@pytest.mark.parametrize("way", WAYS)
 def test_every_way_to_store(way: str) -> None:
     compared(RULES["adamw"], WAYS[way], way)
 
@@ -168,3 +162,79 @@ def test_updates_of_one_tensor_with_quantized_states() -> None:
     for a, b in zip(there, here, strict=True):
         assert_same({"codes": a.codes.copy(), "scales": a.scales.copy()},
                     {"codes": b.codes, "scales": b.scales})  # fmt: skip
+
+
+RANDOM: dict[str, Way] = {
+    "bfloat16": Way(np.dtype(ml_dtypes.bfloat16), options={"state_dtype": "bfloat16"}),
+    "float16": Way(np.dtype(np.float16), options={"state_dtype": "float16"}, copies=np.float16),
+    "wide": Way(np.dtype(np.float64), options={"state_dtype": "bfloat16"}),
+    **{
+        format: Way(np.dtype(ml_dtypes.bfloat16), options={"state_dtype": format})
+        for format in BLOCKED
+    },
+}
+
+
+@pytest.mark.parametrize("way", RANDOM)
+@pytest.mark.parametrize("rule", ["adamw", "sophia", "muon"])
+def test_stochastic_rounding(rule: str, way: str) -> None:
+    compared(RULES[rule], RANDOM[way], way, rounding="stochastic", seed=7, clip_value=0.5)
+
+
+@pytest.mark.parametrize("options", [{"rounding": "kahan"}, {"master": "split16"}], ids=str)
+@pytest.mark.parametrize("rule", ["adamw", "sophia", "muon"])
+def test_parameters_of_two_parts(rule: str, options: dict[str, Any]) -> None:
+    way = Way(np.dtype(ml_dtypes.bfloat16), copies=np.float16)
+    compared(RULES[rule], way, rule, special=True, ema=0.9, clip_value=0.5, **options)
+    options = {**options, "state_dtype": "dynamic8"}
+    compared(RULES[rule], way, rule, ema=0.9, clip_norm=0.5, **options)
+
+
+def test_random_bits_follow_each_leafs_own_steps() -> None:
+    """Also where a step was not taken, and is taken again."""
+    found = []
+    for wrap in (OnDevice, lambda a: a):
+        params = {k: draw(k, 600, ml_dtypes.bfloat16) for k in (0, 1)}
+        tree = {str(k): wrap(p) for k, p in params.items()}
+        options: dict[str, Any] = {"wait": False} if wrap is OnDevice else {}
+        optimizer = fo.Optimizer(
+            tree, fo.AdamW(), rounding="stochastic", state_dtype="float8", clip_norm=1.0, **options
+        )
+        for t, active in enumerate(((0, 1), (1,), (0,), (0, 1))):
+            given = {str(k): wrap(draw(9 + t, 600, np.float32)) if k in active else None
+                     for k in (0, 1)}  # fmt: skip
+            if t == 2:
+                spoilt = {"0": wrap(np.full(600, np.nan, np.float32)), "1": None}
+
+                def act(optimizer: Any = optimizer, spoilt: Any = spoilt) -> None:
+                    optimizer.step(spoilt)
+                    optimizer.synchronize()
+
+                with pytest.raises(FloatingPointError):
+                    act()
+            optimizer.step(given)
+        found.append((params, optimizer.fingerprint()))
+    assert_same({str(k): p for k, p in found[0][0].items()},
+                {str(k): p for k, p in found[1][0].items()})  # fmt: skip
+    assert found[0][1] == found[1][1]
+
+
+@pytest.mark.parametrize("options", [{"rounding": "kahan"}, {"master": "split16"}], ids=str)
+def test_what_stands_beside_a_parameter_is_kept(options: dict[str, Any]) -> None:
+    found = []
+    for wrap in (OnDevice, lambda a: a):
+        p = draw(0, (20, 30), ml_dtypes.bfloat16)
+        optimizer = fo.Optimizer({"w": wrap(p)}, fo.Lion(lr=1e-3), ema=0.5, **options)
+        optimizer.step({"w": wrap(draw(1, (20, 30), np.float32))})
+        saved, before = optimizer.state_dict(), p.copy()
+        with optimizer.averaged():
+            average = p.copy()
+        optimizer.step({"w": wrap(draw(2, (20, 30), np.float32))})
+        p[...] = before
+        optimizer.load_state_dict(saved)
+        restored = optimizer.fingerprint()
+        p[...] = 1
+        optimizer.sync()
+        optimizer.step({"w": wrap(draw(3, (20, 30), np.float32))})
+        found.append((average.tobytes(), restored, optimizer.fingerprint()))
+    assert found[0] == found[1]

@@ -123,7 +123,7 @@ def every_kernel() -> dict[str, Variant]:
     for name, variant in kernels_of_formats().items():
         found.setdefault(variant, name)
     for variant, name in list(found.items()):
-        if re.match("adamw-0|lion-0|muon-.-float32", name):
+        if re.match("(adamw|lion|muon)-.-(float32|float64|bfloat16|dynamic8)", name):
             found[replace(variant, clipped=True)] = f"{name}-clipped"
     return {name: variant for variant, name in found.items()}
 
@@ -133,15 +133,27 @@ AROUND: dict[str, Any] = {"clip_value": 1.0, "ema": 0.5}
 
 
 def kernels_of_formats() -> dict[str, Variant]:
-    """AdamW's of every format and parameter, and some other rules' of those with scales."""
+    """Some rules' kernels of every format, and of parameters of every dtype."""
     found = {}
-    for state, p in product(("float8", "dynamic8", "dynamic4"), ("float32", "bfloat16", "float64")):
-        rules: dict[str, Rule] = {"adamw": fo.AdamW(weight_decay=0.1)}
-        if p == "float32":
-            rules |= {"lion": fo.Lion(), "muon": fo.Muon(), "amsgrad": fo.Adam(amsgrad="raw")}
+    rules: dict[str, Rule] = {"adamw": fo.AdamW(weight_decay=0.1), "lion": fo.Lion()}
+    more: dict[str, Rule] = {"muon": fo.Muon(), "amsgrad": fo.Adam(amsgrad="raw")}
+    for state in ("float8", "dynamic8", "dynamic4"):
+        for name, rule in (rules | more if state == "dynamic8" else rules).items():
+            for k, variant in enumerate(variants_of(rule, "float32", "float32", Storage(state))):
+                found[f"{name}-{k}-{state}"] = variant
+    for p in ("bfloat16", "float64"):
+        (found[f"adamw-{p}-dynamic8"],) = variants_of(rules["adamw"], p, p, Storage("dynamic8"))
+    storages = {
+        "stochastic": Storage("bfloat16", rounding="stochastic"),
+        "kahan": Storage(rounding="kahan"),
+        "split16": Storage(master="split16"),
+        "split16-float8": Storage("float8", "split16", "stochastic"),
+        "dynamic8-stochastic": Storage("dynamic8", rounding="stochastic"),
+        "dynamic4-stochastic": Storage("dynamic4", rounding="stochastic"),
+    }
+    for where, storage in storages.items():
         for name, rule in rules.items():
-            for k, variant in enumerate(variants_of(rule, p, p, Storage(state))):
-                found[f"{name}-{k}-{p}-{state}"] = variant
+            (found[f"{name}-{where}"],) = variants_of(rule, "bfloat16", "bfloat16", storage)
     return found
 
 

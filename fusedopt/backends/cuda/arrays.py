@@ -142,6 +142,9 @@ class DeviceArray:
             if isinstance(value, DeviceArray):
                 convert(self, stored(value))
                 return
+            if np.ndim(value) == 0 and value == 0:
+                self.memory.fill(0, self.stream)
+                return
             host = np.broadcast_to(np.asarray(value), self.shape).astype(self.dtype)
             flat = np.ascontiguousarray(host.reshape(-1, order=self.order))
             self.memory.write(flat, self.stream)
@@ -157,7 +160,7 @@ class DeviceStored(Stored):
     def values(self) -> Any:
         """The array itself where its elements are plain, otherwise a new one of float32."""
         data: Any = self.data
-        if self.format is PLAIN.get(self.format.name):
+        if self.aux is None:
             return data
         from .launching import convert
 

@@ -22,10 +22,11 @@ from .kernels import (
     indented,
     kernel_names,
     one_values,
+    place,
     planes,
     step_kernel,
 )
-from .toolkit import Kernel
+from .toolkit import MORE_REGISTERS, Kernel
 from .vectors import group_largest, loader, storer
 
 WIDTH = 8
@@ -37,9 +38,6 @@ WARPS = 4
 
 CHUNK = 1 << 12
 """Elements of a thread block."""
-
-REGISTERS = {"float32": 96, "float64": 160}
-"""Of a thread, by the type of the arithmetic: eight elements wait there for their scales."""
 
 _NORMAL = float(np.finfo(np.float32).smallest_normal)
 _STEP = """
@@ -84,7 +82,7 @@ def block_kernel(variant: Variant) -> Kernel:
         body=textwrap.indent(indented(_body(variant)), "    "),
     )
     words, scalars = len(variant.words), len(all_scalars(variant))
-    return Kernel(source, words, scalars, variant.dtype, namespace, REGISTERS)
+    return Kernel(source, words, scalars, variant.dtype, namespace, MORE_REGISTERS)
 
 
 def _body(variant: Variant) -> list[str]:
@@ -99,7 +97,8 @@ def _body(variant: Variant) -> list[str]:
             lines += [f"v_{n} = load_{n}(a_{n}, i, stop, whole)" for n, _ in planes(name, format)]
     lines += [f"tile_{n} = subkey(fresh_{n}, i // TILE)" for n in variant.drawn]
     for k in range(WIDTH):
-        lines.append(f"r{k} = one({', '.join([*one_values(variant, k), *all_scalars(variant)])})")
+        values = [*one_values(variant, k, WIDTH), *all_scalars(variant)]
+        lines.append(f"r{k} = one({', '.join(values)})")
     j, blocks = 0, []
     for name, format in variant.written:
         for n, _ in planes(name, format):
@@ -121,9 +120,9 @@ def _encoding(name: str, format: Format, j: int) -> list[str]:
     largest = f"magnitude_{name}(y0)"
     for value in values[1:]:
         largest = f"max({largest}, magnitude_{name}({value}))"
-    random = f"tile_{name}, u32(i % TILE + {{k}})" if format.random else "0, u32(0)"
     codes = "".join(
-        f"code_{name}({value}, good, factor, {random.format(k=k)}), "
+        f"code_{name}({value}, good, factor, "
+        + (f"tile_{name}, {place(k, WIDTH)}), " if format.random else "0, u32(0)), ")
         for k, value in enumerate(values)
     )
     return [

@@ -10,6 +10,7 @@ import numpy as np
 
 from ...arrays.formats import PLAIN, compute_dtype
 from ...arrays.storage import Storage
+from ...arrays.storage import synchronize as take_parameter
 from ...arrays.stored import Memory, Stored, Wanted
 from ...plan.extras import AVERAGE, NOTHING, Around
 from ...plan.options import Options
@@ -47,8 +48,6 @@ def check_options(options: Options, state_path: Any) -> None:
         "verify": options.verify,
         "state_path": state_path is not None,
         "threads": options.threads is not None,
-        "rounding": options.rounding != "nearest",
-        "master='split16'": options.master == "split16",
     }
     for name, given in asked.items():
         if given:
@@ -83,29 +82,23 @@ def allocate(
 ) -> list[Memory]:
     """The memory of each leaf: see `Storage.allocate`. All that is new lies in one block."""
     wanted: list[Wanted] = []
-    for rule, p in zip(rules, parameters, strict=True):
+    likes: Any = parameters
+    for rule, p in zip(rules, likes, strict=True):
         check_rule(rule, p)
-        like: Any = p
-        own = storage.parameter(p.dtype)
-        if own.dtype != p.dtype:
-            wanted.append(Wanted(own, like))
+        if storage.keeps_more(p):
+            format = storage.parameter(p.dtype)
+            wanted.append(Wanted(format, p, beside=format.aux_dtype is not None))
         for name in around.states(rule):
-            format = storage.state(rule, name, p.dtype, p.size)
-            wanted.append(Wanted(format, like, rule.initial(name)))
+            wanted.append(Wanted(storage.state(rule, name, p.dtype, p.size), p, rule.initial(name)))
     fresh = iter(new_arrays(wanted))
     memories = []
-    for rule, p, copied in zip(rules, parameters, copies, strict=True):
-        own = storage.parameter(p.dtype)
-        mirrors = () if copied is None else (copied,)
-        master = next(fresh) if own.dtype != p.dtype else None
+    for rule, p, copied in zip(rules, likes, copies, strict=True):
+        own = next(fresh) if storage.keeps_more(p) else None
         states = {name: next(fresh) for name in around.states(rule)}
-        if master is not None:
-            master.data[...] = p
-            memory = Memory(master, states, (p, *mirrors), ("master", master.data))  # type: ignore[arg-type]
-        else:
-            memory = Memory(stored(p), states, mirrors)  # type: ignore[arg-type]
+        memory = storage.memory(stored(p), own, states, copied)  # type: ignore[arg-type]
+        take_parameter(memory)
         if AVERAGE in states:
-            states[AVERAGE].data[...] = memory.parameter.data
+            states[AVERAGE].data[...] = memory.parameter.data  # there is nothing beside it yet
         memories.append(memory)
     with on_device(parameters[0].device):
         synchronize()  # whatever stream has the first step
@@ -138,7 +131,7 @@ def _made(w: Wanted, block: Bytes, addresses: Sequence[int]) -> Stored:
         data = like.like(addresses[0], format.dtype, block, (format.data_size(size),))
         data.memory.fill(format.zero, block.written_on)
     else:
-        data = like.like(addresses[0], format.dtype, block)
+        data = like if w.beside else like.like(addresses[0], format.dtype, block)
     cls = DeviceQuantized if format.quantized else DeviceStored
     made = cls(format, data, aux, like.shape, like.order)
     if w.initial:

@@ -24,7 +24,7 @@ from ...jit.tiles import MODES, normal_or_zero_of
 from ...plan.interface import HEAD
 from ...programs.elements import ELEMENTS, OF_STATES, Element
 from ...rules.base import Operation, Program
-from .toolkit import Kernel
+from .toolkit import MAX_REGISTERS, MORE_REGISTERS, Kernel
 from .vectors import VECTOR_BYTES, loader, storer, word_loader
 
 THREADS = 128
@@ -334,7 +334,8 @@ def step_kernel(variant: Variant) -> Kernel:
         rest=textwrap.indent(indented(_body(variant, 1)), "    "),
     )
     words, scalars = len(variant.words), len(all_scalars(variant))
-    return Kernel(source, words, scalars, variant.dtype, namespace)
+    registers = MORE_REGISTERS if variant.drawn else MAX_REGISTERS
+    return Kernel(source, words, scalars, variant.dtype, namespace, registers)
 
 
 def kernel_names(variant: Variant, width: int) -> dict[str, Any]:
@@ -388,16 +389,29 @@ def _body(variant: Variant, count: int) -> list[str]:
     lines = [f"v_{n} = load{count}_{n}(a_{n} + {size // 8} * i)" for n, size in loaded]
     lines += [f"tile_{n} = subkey(fresh_{n}, i // TILE)" for n in variant.drawn]
     for k in range(count):
-        lines.append(f"r{k} = one({', '.join([*one_values(variant, k), *all_scalars(variant)])})")
+        values = [*one_values(variant, k, count), *all_scalars(variant)]
+        lines.append(f"r{k} = one({', '.join(values)})")
     for j, (n, size) in enumerate(written):
         new = "".join(f"r{k}[{j}], " for k in range(count))
         lines.append(f"store{count}_{n}(a_{n} + {size // 8} * i, ({new}))")
     return lines
 
 
-def one_values(variant: Variant, k: int) -> list[str]:
-    """What `one` is given of the k-th element behind the i-th, without the scalars."""
-    return [
-        f"v_{name.removeprefix('code_')}[{k}]" if name.startswith("code_") else name
-        for name in (f"u32(i % TILE + {k})" if n == "place" else n for n in one_arguments(variant))
-    ]
+def place(k: int, count: int) -> str:
+    """The place in its tile of the k-th of `count` elements, of which the i-th is the first.
+
+    So written that the compiler sees which elements share a draw of random bits.
+    """
+    return f"u32(i // {count} % {TILE // count} * {count} + {k})"
+
+
+def one_values(variant: Variant, k: int, count: int) -> list[str]:
+    """What `one` is given of the k-th of `count` elements, without the scalars."""
+    values = []
+    for name in one_arguments(variant):
+        if name == "place":
+            values.append(place(k, count))
+        else:
+            code = name.startswith("code_")
+            values.append(f"v_{name.removeprefix('code_')}[{k}]" if code else name)
+    return values

@@ -114,7 +114,7 @@ def convert(target: DeviceArray, source: Stored) -> None:
     leaves = [(target.size, [Place.of(source), Place.of(target)])]
     launch = Launch(Variant((step,), (), wide, formats), leaves, target.device, stream)
     wait_for(stream, other)
-    launch.run((), stream)
+    launch.run((), stream, *[0] * launch.random)
     wait_for(other, stream)
 
 
