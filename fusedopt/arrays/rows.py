@@ -74,6 +74,10 @@ def touched(label: str, rows: Rows, p: np.ndarray) -> Touched:
     Raises TypeError for other kinds and dtypes, ValueError for other shapes and for indices out of
     range.
     """
+    of_device = getattr(p, "touched", None)
+    if of_device is not None:
+        taken: Touched = of_device(label, rows)
+        return taken
     indices = check_indices(f"{label}.indices", rows.indices, p.shape)
     values = np.ascontiguousarray(check_input(f"{label}.values", rows.values))
     if values.shape != (indices.size, *p.shape[1:]):

@@ -96,6 +96,8 @@ class Stepper:
                 f"{self._labels('hessian')[k]}: expected Rows of the gradient's indices, or both as"
                 " whole arrays"
             )
+        if not isinstance(e.values, np.ndarray):  # a device has the places of each
+            return e
         values = np.zeros(g.values.shape, e.values.dtype)
         values[g.places] = e.gathered
         return Touched(g.rows, g.places, values)

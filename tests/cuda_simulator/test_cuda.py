@@ -31,7 +31,7 @@ from fusedopt.rules import Rule
 pytest.importorskip("numba")
 pytest.importorskip("numba_cuda")
 
-from fusedopt.backends.cuda import blocks, kernels, reductions, toolkit
+from fusedopt.backends.cuda import blocks, kernels, reductions, rows, toolkit
 from fusedopt.backends.cuda.kernels import Step, Variant
 
 CAPABILITIES = ((8, 0), (9, 0))
@@ -45,6 +45,7 @@ LOW = ("bfloat16", "float16")
         "simulated_arrays.py",
         "simulated_clipping.py",
         "simulated_formats.py",
+        "simulated_rows.py",
         "simulated_streams.py",
     ],
 )
@@ -242,11 +243,23 @@ def test_registers(assembly: Assembly, tmp_path: Path) -> None:
         assert int(used[1]) <= limit, (name, told)
 
 
+SQUARES = (reductions.squares_kernel, reductions.row_squares_kernel)
+
+
 def test_sums_of_squares_and_norms() -> None:
     found = [reductions.totals_kernel(), reductions.guard_kernel()]
     for name in ("float32", "bfloat16", "float64"):
-        found.append(reductions.squares_kernel(PLAIN[name], compute_dtype(PLAIN[name].dtype)))
+        dtype = compute_dtype(PLAIN[name].dtype)
+        found += [f(PLAIN[name], dtype) for f in SQUARES]
     for kernel, capability in product(found, CAPABILITIES):
         ptx = kernel.ptx(capability)
         assert not re.search(r"\bfma\b|approx|\.local|\bcall\b", ptx)
         assert "add.rn.f64" in ptx
+
+
+def test_sums_of_rows() -> None:
+    for name, capability in product(PLAIN, CAPABILITIES):
+        dtype = compute_dtype(PLAIN[name].dtype)
+        ptx = rows.added_kernel(PLAIN[name], dtype).ptx(capability)
+        assert not re.search(r"\bfma\b|approx|\.local|\bcall\b", ptx)
+        assert f"add.rn.f{8 * dtype.itemsize}" in ptx

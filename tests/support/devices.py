@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from exactness import Array
-from fusedopt.backends.cuda import blocks, clipping, kernels, launching, reductions, toolkit
+from fusedopt.backends.cuda import blocks, clipping, kernels, launching, reductions, rows, toolkit
 
 
 class OnDevice:
@@ -112,6 +112,8 @@ CACHED = (
     reductions.squares_kernel,
     reductions.totals_kernel,
     reductions.guard_kernel,
+    reductions.row_squares_kernel,
+    rows.added_kernel,
 )
 
 
@@ -122,7 +124,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert toolkit.SIMULATED
     for cached in CACHED:
         cached.cache_clear()
-    for module in (kernels, reductions, launching, clipping):
+    for module in (kernels, reductions, launching, clipping, rows):
         monkeypatch.setattr(module, "THREADS", 2)
         monkeypatch.setattr(module, "GROUPS", 2, raising=False)
     monkeypatch.setattr(blocks, "WARPS", 1)

@@ -123,6 +123,12 @@ class DeviceArray:
             "version": 3,
         }
 
+    def touched(self, label: str, rows: Any) -> Any:
+        """`Rows` as plans take them: see `arrays.rows.touched`."""
+        from .rows import touched
+
+        return touched(label, rows, self)
+
     def copy(self, order: str = "A") -> np.ndarray:
         """The elements on the host, in the same order in memory."""
         with on_device(self.device):

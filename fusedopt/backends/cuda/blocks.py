@@ -43,11 +43,10 @@ _NORMAL = float(np.finfo(np.float32).smallest_normal)
 _STEP = """
 def kernel({arguments}):
 {beginning}
-    aligned = word(row + 8)
     tile = start + TILE * (cuda.threadIdx.x // LANES)
     while tile < stop:
         i = tile + WIDTH * (cuda.threadIdx.x % LANES)
-        whole = aligned != 0 and i + WIDTH <= stop
+        whole = flags & 1 != 0 and i + WIDTH <= stop
 {body}
         tile += TILE * WARPS
 """
@@ -95,7 +94,7 @@ def _body(variant: Variant) -> list[str]:
             lines.append(f"scale_{name} = load_scale({at})[0]")
         else:
             lines += [f"v_{n} = load_{n}(a_{n}, i, stop, whole)" for n, _ in planes(name, format)]
-    lines += [f"tile_{n} = subkey(fresh_{n}, i // TILE)" for n in variant.drawn]
+    lines += [f"tile_{n} = subkey(fresh_{n}, before + i // TILE)" for n in variant.drawn]
     for k in range(WIDTH):
         values = [*one_values(variant, k, WIDTH), *all_scalars(variant)]
         lines.append(f"r{k} = one({', '.join(values)})")

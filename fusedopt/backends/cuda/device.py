@@ -13,7 +13,7 @@ from ...arrays.storage import Storage
 from ...arrays.storage import synchronize as take_parameter
 from ...arrays.stored import Memory, Stored, Wanted
 from ...plan.extras import AVERAGE, NOTHING, Around
-from ...plan.options import Options
+from ...plan.options import Options, unsupported
 from .arrays import DeviceArray, DeviceQuantized, DeviceStored, stored
 from .buffers import Memory as Bytes
 from .buffers import on_device, synchronize
@@ -51,7 +51,7 @@ def check_options(options: Options, state_path: Any) -> None:
     }
     for name, given in asked.items():
         if given:
-            raise ValueError(f"{name}: is not supported by the backend 'cuda'; leave it out")
+            raise ValueError(unsupported(name, "leave it out"))
     if options.skip_nonfinite and not options.wait:
         raise ValueError(
             "skip_nonfinite, wait: a step needs to know whether the one before was skipped, and"
@@ -62,9 +62,7 @@ def check_options(options: Options, state_path: Any) -> None:
 def check_rule(rule: Rule, p: DeviceArray) -> None:
     """ValueError for a rule that there is on the host alone."""
     if rule.program.phases > 2 or rule.sides(p.shape):
-        raise ValueError(
-            f"{type(rule).__name__}: is not supported by the backend 'cuda'; take fo.Muon"
-        )
+        raise ValueError(unsupported(type(rule).__name__, "take fo.Muon"))
 
 
 def check_state(label: str, state: Any) -> Stored:

@@ -1,7 +1,8 @@
 """Kernels from programs: every operation of a phase on each element, in registers.
 
-A kernel takes the address of a table with a row of int64 for each leaf (elements, whether all
-arrays lie on 16-byte boundaries, `columns` of its arrays), that of a list with an int64 for each
+A kernel takes the address of a table with a row of int64 for each leaf (elements, flags, `columns`
+of its arrays), where flags are 1 if all arrays lie on 16-byte boundaries, plus twice the tiles that
+come before, where this is but one row of a parameter; that of a list with an int64 for each
 block (leaf << 32 | chunk), where gradients are clipped on the device that of their factor, where
 rounding is random the steps that the leaves have behind them, and the scalars of its operations one
 after the other. `blocks` has the kernels of arrays whose blocks share a scale.
@@ -309,7 +310,7 @@ _STEP = """
 def kernel({arguments}):
 {beginning}
     whole = start
-    if word(row + 8):
+    if flags & 1:
         whole = stop - (stop - start) % WIDTH
     i = start + WIDTH * cuda.threadIdx.x
     while i < whole:
@@ -377,6 +378,8 @@ def beginning(variant: Variant) -> list[str]:
         "row = table + (where >> 32) * ROW",
         "start = (where & 0xFFFFFFFF) * CHUNK",
         "stop = min(start + CHUNK, word(row))",
+        "flags = word(row + 8)",
+        "before = flags >> 1",
         *(f"{name} = word(row + {8 * k})" for k, name in enumerate(variant.columns, 2)),
     ]
     return lines + [f"fresh_{n} = subkey(unsigned(key_{n}), behind)" for n in variant.drawn]
@@ -387,7 +390,7 @@ def _body(variant: Variant, count: int) -> list[str]:
     loaded = [plane for name, format in variant.loaded for plane in planes(name, format)]
     written = [plane for name, format in variant.written for plane in planes(name, format)]
     lines = [f"v_{n} = load{count}_{n}(a_{n} + {size // 8} * i)" for n, size in loaded]
-    lines += [f"tile_{n} = subkey(fresh_{n}, i // TILE)" for n in variant.drawn]
+    lines += [f"tile_{n} = subkey(fresh_{n}, before + i // TILE)" for n in variant.drawn]
     for k in range(count):
         values = [*one_values(variant, k, count), *all_scalars(variant)]
         lines.append(f"r{k} = one({', '.join(values)})")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...arrays.formats import FLOAT64, PLAIN, compute_dtype
+from ...arrays.rows import Touched, values_of
 from ...arrays.stored import Stored
 from ...jit.tiles import LANES, SEGMENT
 from ...programs.elements import keep
@@ -70,24 +71,27 @@ class Place(NamedTuple):
         return cls(addresses + (signed,) * array.format.random, aligned)
 
 
+def table_row(size: int, places: Sequence[Place]) -> list[int]:
+    """The row of a leaf of so many elements, with the places of the arrays that `Variant.arrays`
+    names."""
+    words = [word for place in places for word in place.words]
+    return [size, int(all(place.aligned for place in places)), *words]
+
+
 class Launch:
     """One kernel over all leaves of a variant.
 
-    leaves: the number of elements of each, and the places of the arrays that `Variant.arrays`
-    names. random: whether `run` takes the steps that the leaves have behind them.
+    rows: those of the table, see `table_row` and `rows.table_rows`. random: whether `run` takes
+    the steps that the leaves have behind them.
     """
 
     def __init__(
         self,
         variant: Variant,
-        leaves: Sequence[tuple[int, Sequence[Place]]],
+        rows: Sequence[Sequence[int]],
         device: int,
         stream: int,
     ) -> None:
-        rows = []
-        for size, places in leaves:
-            words = [word for place in places for word in place.words]
-            rows.append([size, int(all(place.aligned for place in places)), *words])
         blocked = variant.blocked
         self._table = Table.of(rows, blocks.CHUNK if blocked else variant.chunk, stream)
         self._threads = TILE_LANES * blocks.WARPS if blocked else THREADS
@@ -111,8 +115,8 @@ def convert(target: DeviceArray, source: Stored) -> None:
     step = Step(keep, "other", ("p", "g"), ("p",), 0, "", False)
     there: Any = source.data
     stream, other = target.stream, there.stream
-    leaves = [(target.size, [Place.of(source), Place.of(target)])]
-    launch = Launch(Variant((step,), (), wide, formats), leaves, target.device, stream)
+    row = table_row(target.size, [Place.of(source), Place.of(target)])
+    launch = Launch(Variant((step,), (), wide, formats), [row], target.device, stream)
     wait_for(stream, other)
     launch.run((), stream, *[0] * launch.random)
     wait_for(other, stream)
@@ -143,19 +147,20 @@ class Squares:
 class Sums:
     """Sums of squares of gradients, one for each.
 
-    grads: by place among all leaves.
-    dtypes: of the arithmetic, by place. After `queue`, `memory` has the sums of `leaves`, float64.
+    grads: by place among all leaves, arrays or `Touched`. dtypes: of the arithmetic, by place.
+    After `queue`, `memory` has the sums of `leaves`, float64.
     """
 
-    def __init__(
-        self, grads: Mapping[int, DeviceArray], dtypes: Sequence[np.dtype], stream: int
-    ) -> None:
-        alike: dict[tuple[np.dtype, np.dtype], list[int]] = {}
+    def __init__(self, grads: Mapping[int, Any], dtypes: Sequence[np.dtype], stream: int) -> None:
+        from .rows import RowSquares  # which knows launches
+
+        alike: dict[tuple[np.dtype, np.dtype, bool], list[int]] = {}
         for k, g in grads.items():
-            alike.setdefault((g.dtype, dtypes[k]), []).append(k)
+            key = values_of(g).dtype, dtypes[k], isinstance(g, Touched)
+            alike.setdefault(key, []).append(k)
         self._parts = [
-            Squares(dtype, [grads[k] for k in members], stream)
-            for (_, dtype), members in alike.items()
+            (RowSquares if some else Squares)(dtype, [grads[k] for k in members], stream)
+            for (_, dtype, some), members in alike.items()
         ]
         self.leaves = np.array([k for members in alike.values() for k in members], np.int64)
         self.wide = np.array([dtypes[k] == FLOAT64 for k in self.leaves], bool)
@@ -163,7 +168,7 @@ class Sums:
         rows = [row for part in self._parts for row in part.rows]
         self._rows = uploaded(np.array(rows, np.int64), stream)
         self.memory = Memory.reused(8 * self.leaves.size, stream)
-        self._device = next((g.device for g in grads.values()), 0)
+        self._device = next((values_of(g).device for g in grads.values()), 0)
 
     def queue(self, stream: int, scale: float = 1.0) -> None:
         """Puts the kernels on a stream. scale: of the elements; 1 in float32 arithmetic."""
