@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import hessian
+from ._version import __version__ as __version__
 from .arrays.rows import Rows
 from .arrays.trees import Fixed
 from .estimate import Estimate, estimate
-from .functional import update
+from .functional import global_norm, update
 from .loss_scale import LossScaler
 from .optimizer import Optimizer
 from .orthogonalize import orthogonalize
@@ -30,15 +31,15 @@ from .rules import (
     Rule,
     Sophia,
 )
-from .runtime import get_isa, get_threads, info, set_isa, set_threads, warmup
-from .step.clipping import global_norm
-from .step.gradients import StepInfo
-from .verify import VerificationError, verify
+from .runtime import info, warmup
+from .step.info import StepInfo
+from .system.isa import get_isa, get_threads, set_isa, set_threads
+from .verification.plan import VerificationError
+from .verify import verify
 
 if TYPE_CHECKING:
     from . import examples, interop, schedules
 
-__version__ = "0.1.0"
 
 __all__ = [
     "RULES",

@@ -12,12 +12,11 @@ import numpy as np
 
 from .arrays.checks import memory_order
 from .arrays.storage import Master, Rounding, StateDtype, synchronize
-from .arrays.stored import Memory
+from .arrays.stored import AVERAGE, Memory
 from .arrays.trees import Tree
 from .backends import get_backend
-from .plan.extras import AVERAGE
-from .plan.interface import Layout, results_for
 from .plan.options import ClipNorm, Options, check_grad_scale, check_seed
+from .plan.spec import Layout, results_for
 from .rules import Nesterov, Rule
 from .rules.groups import (
     RateChoice,
@@ -32,10 +31,12 @@ from .step.assembly import checked_arrays
 from .step.checkpoint import Snapshot
 from .step.clipping import Guard
 from .step.exchange import Averaged
-from .step.gradients import Report, StepInfo, Stepper
+from .step.gradients import Stepper
+from .step.info import Report, StepInfo
 from .step.lazy_rows import Ledger
 from .step.summary import digest, table
 from .system.interrupts import deferred
+from .verification.plan import VerifiedPlan
 
 if TYPE_CHECKING:
     from .arrays.state_file import Scratch
@@ -196,7 +197,7 @@ class Optimizer:
         with scratch as self._scratch:
             block = (self._scratch.reserve,) if self._scratch else ()
             self._leaves = self._space.allocate(
-                self._storage, self._rules, parameters, copies, self._around, *block
+                self._storage, self._rules, parameters, copies, self._around.states, *block
             )
             self._prepare(parameters)
             if self._scratch:
@@ -242,8 +243,6 @@ class Optimizer:
             scratch=self._scratch,
         )
         if self._options.verify:
-            from .verify import VerifiedPlan  # an optimizer may run without the module
-
             plan: Any = VerifiedPlan(self._backend, layout, self._tree.leaves)
         else:
             plan = self._backend.plan(layout)
@@ -253,7 +252,9 @@ class Optimizer:
             self._ledger.moved(layout, self._plan)
         elif self._options.exact:
             self._ledger = Ledger(self._tree, layout, self._plan)
-        self._stepper = Stepper(self._tree, fit, layout, self._plan, self._ledger)
+        self._stepper = Stepper(
+            self._tree, fit, self._space.touched, layout, self._plan, self._ledger
+        )
         self._report = Report(self._tree, layout, self._guard)
         self._settle_rates()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -12,10 +12,14 @@ from .device_interface import on_device
 from .formats import DTYPES
 from .trees import Fixed
 
-if TYPE_CHECKING:
-    from ..rules import Rule
-
 EXPECTED = "float32, float64, bfloat16 (of ml_dtypes) or float16"
+
+
+class Refusing(Protocol):
+    """What may refuse a parameter: see `fusedopt.rules.base.Rule`."""
+
+    def refuses(self, p: np.ndarray) -> str | None:
+        """Why this parameter cannot be updated, with the remedy; None where it can."""
 
 
 def memory_order(dense: np.ndarray) -> Literal["C", "F"]:
@@ -89,7 +93,7 @@ def check_input(label: str, array: Any) -> np.ndarray:
     return _plain(np.array(a, subok=False))
 
 
-def check_parameter(label: str, array: Any, rule: Rule) -> np.ndarray:
+def check_parameter(label: str, array: Any, rule: Refusing) -> np.ndarray:
     """A parameter that this rule can update; raises as `check_target`, and where it cannot."""
     a = check_target(label, array)
     reason = rule.refuses(a)

@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from ..plan.options import Options
 from .checks import Fit, check_apart, check_parameter, check_target
 from .formats import PLAIN, compute_dtype
+from .rows import touched
 from .storage import Storage
 from .stored import Quantized, Stored, Wanted
 from .stored import allocate as new
 
 __all__ = [
     "Fit", "allocate", "blank", "check_apart", "check_options", "check_parameter", "check_state",
-    "check_target", "same",
+    "check_target", "same", "touched",
 ]  # fmt: skip
 
 allocate = Storage.allocate
 same = functools.partial(np.array_equal, equal_nan=True)
 
 
-def check_options(options: Options, state_path: Any) -> None:
+class Waiting(Protocol):
+    """What is looked at of an optimizer's options."""
+
+    @property
+    def wait(self) -> bool:
+        """Whether a step may wait for its norm."""
+
+
+def check_options(options: Waiting, state_path: Any) -> None:
     """ValueError, with the name, for what there is on a device alone."""
     if not options.wait:
         raise ValueError(

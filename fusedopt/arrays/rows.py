@@ -8,10 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..rules import Rule
 from .checks import check_input
-from .formats import TILE, compute_dtype
-from .stored import Memory
+from .formats import compute_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,10 +72,6 @@ def touched(label: str, rows: Rows, p: np.ndarray) -> Touched:
     Raises TypeError for other kinds and dtypes, ValueError for other shapes and for indices out of
     range.
     """
-    of_device = getattr(p, "touched", None)
-    if of_device is not None:
-        taken: Touched = of_device(label, rows)
-        return taken
     indices = check_indices(f"{label}.indices", rows.indices, p.shape)
     values = np.ascontiguousarray(check_input(f"{label}.values", rows.values))
     if values.shape != (indices.size, *p.shape[1:]):
@@ -160,22 +154,3 @@ def whole(gradient: Any, shape: Sequence[int]) -> Any:
 def selected(gradient: Any) -> Any:
     """What there is of it."""
     return gradient.gathered if isinstance(gradient, Touched) else gradient
-
-
-def refuses_rows(rule: Rule, memory: Memory) -> str | None:
-    """Why a leaf takes no gradient of some rows; None where it does."""
-    p = memory.caller
-    if rule.program.phases > 1:
-        return f"{type(rule).__name__} updates matrices as a whole, not some of their rows"
-    if not p.flags.c_contiguous:
-        return "rows of a parameter in Fortran order are not dense"
-    length = p.size // max(p.shape[0], 1)
-    for name, stored in (("parameter", memory.parameter), *memory.states.items()):
-        unit = TILE if stored.format.random else stored.format.block
-        if length % unit:
-            why = "random bits" if stored.format.random else "blocks"
-            return (
-                f"the {name} is stored as {stored.format.name}, whose {why} need rows of a multiple"
-                f" of {unit} elements, and these have {length}"
-            )
-    return None

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
-from ..plan.extras import AVERAGE, NOTHING, Around
 from .formats import (
     BFLOAT16,
     FLOAT16,
@@ -21,10 +20,7 @@ from .formats import (
     Format,
     compute_dtype,
 )
-from .stored import Block, Memory, Stored, Wanted, allocate, in_memory
-
-if TYPE_CHECKING:
-    from ..rules import Rule
+from .stored import AVERAGE, Block, Memory, Stored, Wanted, allocate, in_memory
 
 StateDtype = str | Mapping[str, str] | None
 Master = Literal["float32", "split16"]
@@ -35,6 +31,29 @@ QUANTIZED_FROM = 4096
 """Elements; smaller leaves keep their states in float32, as bitsandbytes has it."""
 
 LOW = (BFLOAT16, FLOAT16)
+
+
+class StateSpec(Protocol):
+    """What says which states a parameter has: see `fusedopt.rules.base.Rule`."""
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """The names of the states of the parameter's shape."""
+
+    @property
+    def nonnegative(self) -> frozenset[str]:
+        """The states that are never negative."""
+
+    def initial(self, state: str) -> float:
+        """The value with which a state begins."""
+
+    def sides(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """The states of another shape, and that shape."""
+
+
+def own_states(rule: StateSpec) -> tuple[str, ...]:
+    """Return the names of a rule's states, with none beside them."""
+    return rule.states
 
 
 @dataclass(frozen=True)
@@ -69,7 +88,7 @@ class Storage:
             )
 
     def check(
-        self, labels: Sequence[str], dtypes: Sequence[np.dtype], rules: Sequence[Rule]
+        self, labels: Sequence[str], dtypes: Sequence[np.dtype], rules: Sequence[StateSpec]
     ) -> None:
         """ValueError or TypeError where an argument has nothing to apply to, or does not fit."""
         states = [name for rule in rules for name in rule.states]
@@ -102,7 +121,7 @@ class Storage:
                     " quantised, of which there are none"
                 )
 
-    def _formats(self, rule: Rule, dtype: np.dtype) -> Iterator[Format]:
+    def _formats(self, rule: StateSpec, dtype: np.dtype) -> Iterator[Format]:
         yield self.parameter(dtype)
         yield from (self.state(rule, name, dtype, QUANTIZED_FROM) for name in rule.states)
 
@@ -116,7 +135,7 @@ class Storage:
             return KAHAN
         return self._rounded(dtype.name)
 
-    def state(self, rule: Rule, name: str, dtype: np.dtype, size: int) -> Format:
+    def state(self, rule: StateSpec, name: str, dtype: np.dtype, size: int) -> Format:
         """Of a state, for a parameter of this dtype and size."""
         if name == AVERAGE:
             return PLAIN[compute_dtype(dtype).name]
@@ -132,7 +151,7 @@ class Storage:
         formats = QUANTIZED_STOCHASTIC if self.rounding == "stochastic" else QUANTIZED
         return formats[chosen][name in rule.nonnegative]
 
-    def describe(self, rule: Rule, name: str, p: np.ndarray) -> str:
+    def describe(self, rule: StateSpec, name: str, p: np.ndarray) -> str:
         """A state's name and format, with the reason where it is not the one asked for."""
         chosen = self.state_dtype
         if isinstance(chosen, Mapping):
@@ -162,16 +181,16 @@ class Storage:
 
     def allocate(
         self,
-        rules: Sequence[Rule],
+        rules: Sequence[StateSpec],
         parameters: Sequence[np.ndarray],
         copies: Sequence[np.ndarray | None],
-        around: Around = NOTHING,
+        states_of: Callable[[Any], tuple[str, ...]] = own_states,
         block: Block = in_memory,
     ) -> list[Memory]:
         """The memory of each leaf; masters begin as their parameters, and so do averages.
 
-        copies: of each leaf the array that gets a copy of the new parameter, or None. around: may
-        add states to the rules'. block: where what is new lies.
+        copies: of each leaf the array that gets a copy of the new parameter, or None. states_of:
+        the names of a rule's states, and of those kept beside them. block: where what is new lies.
         """
         wanted: list[Wanted] = []
         for rule, p in zip(rules, parameters, strict=True):
@@ -180,7 +199,7 @@ class Storage:
                 wanted.append(Wanted(format, p, beside=format.aux_dtype is not None))
             wanted += [
                 Wanted(self.state(rule, s, p.dtype, p.size), p, rule.initial(s))
-                for s in around.states(rule)
+                for s in states_of(rule)
             ]
             plain = PLAIN[compute_dtype(p.dtype).name]
             wanted += [Wanted(plain, p, shape=shape) for shape in rule.sides(p.shape).values()]
@@ -188,7 +207,7 @@ class Storage:
         memories = []
         for rule, p, copied in zip(rules, parameters, copies, strict=True):
             own = next(fresh) if self.keeps_more(p) else None
-            states = {name: next(fresh) for name in around.states(rule)}
+            states = {name: next(fresh) for name in states_of(rule)}
             sides = {name: next(fresh) for name in rule.sides(p.shape)}
             memory = replace(self.memory(Stored.plain(p), own, states, copied), sides=sides)
             synchronize(memory)

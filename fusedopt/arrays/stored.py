@@ -16,6 +16,9 @@ LINE = 64  # bytes: of a cache line, and of the widest vector
 WINDOW = 32 << 20
 """Bytes of states in a file that a step has in memory at a time."""
 
+AVERAGE = "average"
+"""The state that holds a parameter's average."""
+
 
 @dataclass(frozen=True, eq=False)
 class Stored:

@@ -7,8 +7,9 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
+from ..arrays import spaces
 from ..arrays.device_interface import on_device
-from ..plan.interface import Backend, Group, Layout, Plan
+from ..plan.interface import Backend
 from ..system.environment import choice
 from .cuda.backend import CudaBackend
 from .native import NativeBackend, check_registry
@@ -54,6 +55,9 @@ def get_backend(name: str = "auto", arrays: Iterable[Any] = ()) -> Backend:
     return backend
 
 
+spaces.register(lambda array: get_backend("auto", [array]).space)
+
+
 @functools.cache
 def default_backend() -> Backend:
     """What "auto" stands for: asked at every `update`, decided once."""
@@ -63,10 +67,6 @@ def default_backend() -> Backend:
 __all__ = [
     "BACKENDS",
     "ON_HOST",
-    "Backend",
-    "Group",
-    "Layout",
-    "Plan",
     "check_registry",
     "default_backend",
     "get_backend",

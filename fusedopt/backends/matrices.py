@@ -9,7 +9,7 @@ import numpy as np
 from ..arrays.formats import compute_dtype
 from ..arrays.stored import Stored
 from ..linalg.newton_schulz import Workspace, batches
-from ..plan.interface import Layout
+from ..plan.spec import Layout
 from ..rules import Rule
 from ..rules.base import Member
 

@@ -11,9 +11,10 @@ from ..arrays import host
 from ..arrays.formats import FLOAT32, FLOAT64, FORMATS
 from ..arrays.stored import Stored
 from ..plan.extras import EVERYTHING
-from ..plan.interface import HEAD, INPUTS, Layout, Plan, single
+from ..plan.interface import Plan
+from ..plan.spec import INPUTS, Layout, single
+from ..programs.program import HEAD, Operation, Program
 from ..rules import RULES, Nesterov, Rule
-from ..rules.base import Operation, Program
 from ..system.extension import core, reason
 from .matrices import Matrices
 
@@ -46,7 +47,7 @@ def _compile(program: Program) -> Any:
 
 def _foreign(program: Program, op: Operation) -> tuple[int, list[int]]:
     """The scalars and addresses of an operation that Numba compiles."""
-    from .numba.backend import tile_function  # 0.5 s, for those with rules of their own
+    from ..jit.operations import tile_function  # 0.5 s, for those with rules of their own
 
     addresses = [tile_function(program, op, dtype).address for dtype in (FLOAT32, FLOAT64)]
     return HEAD[op.loop] + len(op.scalars(1, 0.1)), addresses

@@ -12,7 +12,8 @@ from ..arrays.formats import DTYPES, compute_dtype, least_state, subkey
 from ..arrays.rows import Touched, selected, values_of, whole
 from ..arrays.stored import Memory, Stored
 from ..plan.extras import NOTHING, Around
-from ..plan.interface import Layout, Plan, Turn, single
+from ..plan.interface import Plan, Turn
+from ..plan.spec import Layout, single
 from ..rules import Rule
 from ..system.interrupts import deferred
 

@@ -11,8 +11,7 @@ import numpy as np
 
 from ..arrays.formats import compute_dtype, least_state
 from ..arrays.storage import synchronize
-from ..arrays.stored import Memory, Stored
-from ..plan.extras import AVERAGE
+from ..arrays.stored import AVERAGE, Memory, Stored
 from ..rules import Muon, Rule
 
 if TYPE_CHECKING:

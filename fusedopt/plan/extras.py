@@ -7,11 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..rules import Rule
-from ..rules.base import Array, Operation, Program
-
-AVERAGE = "average"
-"""The state that holds a parameter's average."""
+from ..arrays.stored import AVERAGE
+from ..programs.arithmetic import Array
+from ..programs.program import Operation, Program
+from ..rules.base import Rule
 
 
 class Around(NamedTuple):

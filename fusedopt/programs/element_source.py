@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ..rules.base import ratio
 from . import elements
+from .arithmetic import ratio
 
 _EXACT = {
     *(math.sqrt, math.fabs, math.copysign, math.floor, math.ceil, math.trunc),

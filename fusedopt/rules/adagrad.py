@@ -7,8 +7,9 @@ from math import sqrt
 
 import numpy as np
 
+from ..programs.arithmetic import Array, ratio
 from ..programs.elements import quotient
-from .base import REQUIRED, Array, Convention, Rule, ratio
+from .base import REQUIRED, Convention, Rule
 from .hyperparameters import LearningRate, NonNegative
 
 

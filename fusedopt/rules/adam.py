@@ -9,17 +9,9 @@ from typing import Literal
 
 import numpy as np
 
+from ..programs.arithmetic import Array, correction, ratio, textbook_correction
 from ..programs.elements import Element, maximum, quotient
-from .base import (
-    REQUIRED,
-    Array,
-    Convention,
-    DecayForm,
-    Rule,
-    correction,
-    ratio,
-    textbook_correction,
-)
+from .base import REQUIRED, Convention, DecayForm, Rule
 from .hyperparameters import Betas, LearningRate, NonNegative
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .base import REQUIRED, Array, Convention, DecayForm, Rule
+from ..programs.arithmetic import Array
+from .base import REQUIRED, Convention, DecayForm, Rule
 from .hyperparameters import Betas, LearningRate, NonNegative
 
 

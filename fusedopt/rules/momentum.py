@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .base import REQUIRED, Array, Convention, Rule
+from ..programs.arithmetic import Array
+from .base import REQUIRED, Convention, Rule
 from .hyperparameters import Fraction, LearningRate
 
 

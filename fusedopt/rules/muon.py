@@ -12,19 +12,11 @@ import numpy as np
 
 from ..linalg.coefficients import KELLER, coefficient_set
 from ..linalg.newton_schulz import Gram, Iteration, Norm, Stack, Workspace, as_matrix
+from ..programs.arithmetic import Array, correction, ratio, textbook_correction
+from ..programs.program import Operation
 from .adam import AdamW
-from .base import (
-    REQUIRED,
-    Array,
-    Convention,
-    DecayForm,
-    Member,
-    Operation,
-    Rule,
-    correction,
-    ratio,
-    textbook_correction,
-)
+from .base import REQUIRED, Convention, DecayForm, Member, Rule
+from .groups import by_kind
 from .hyperparameters import Count, Fraction, LearningRate, NonNegative, QuinticSet, check_field
 from .momentum import Momentum
 from .nesterov import nesterov
@@ -181,8 +173,6 @@ class Muon(Rule):
         blocks.*.w Muon(lr=0.01)
         * AdamW(lr=0.001)
         """
-        from .partition import by_kind  # which imports the rules
-
         if adamw is None:
             adamw = AdamW(lr=3e-4, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0)
         if filters is not None:

@@ -6,8 +6,10 @@ import functools
 from dataclasses import dataclass
 from typing import Literal
 
+from ..programs.arithmetic import Array
 from ..programs.elements import Element
-from .base import REQUIRED, Array, Convention, Operation, Program, Rule
+from ..programs.program import Operation, Program
+from .base import REQUIRED, Convention, Rule
 from .hyperparameters import Fraction, LearningRate
 from .momentum import Momentum
 

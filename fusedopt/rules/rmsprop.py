@@ -7,8 +7,9 @@ from math import sqrt
 
 import numpy as np
 
+from ..programs.arithmetic import Array, correction, ratio, textbook_correction
 from ..programs.elements import Element, quotient
-from .base import REQUIRED, Array, Convention, Rule, correction, ratio, textbook_correction
+from .base import REQUIRED, Convention, Rule
 from .hyperparameters import Fraction, LearningRate, NonNegative
 
 

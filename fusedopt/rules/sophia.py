@@ -8,17 +8,10 @@ from typing import Literal
 
 import numpy as np
 
+from ..programs.arithmetic import Array, correction, textbook_correction
 from ..programs.elements import Element, clamp, maximum
-from .base import (
-    REQUIRED,
-    Array,
-    Convention,
-    DecayForm,
-    Operation,
-    Rule,
-    correction,
-    textbook_correction,
-)
+from ..programs.program import Operation
+from .base import REQUIRED, Convention, DecayForm, Rule
 from .hyperparameters import Betas, Count, LearningRate, NonNegative
 
 

@@ -11,10 +11,13 @@ import numpy as np
 from ..arrays.rows import Rows, as_rows, joined, values_of
 from ..arrays.stored import Memory
 from ..arrays.trees import Tree
-from ..plan.interface import Backend, Group, Layout, results_for
+from ..plan.interface import Backend
 from ..plan.options import unsupported
+from ..plan.spec import Layout, results_for
+from ..programs.arithmetic import Array
+from ..programs.program import Operation
 from ..rules import Rule
-from ..rules.base import Array, Operation
+from ..rules.groups import Group
 from .gradients import Stepper
 
 
@@ -87,7 +90,7 @@ class Accumulator:
         """Takes note of where the parameters are."""
         written = [[p, *s.arrays] for p, s in zip(parameters, self._sums, strict=True)]
         fit = self._space.Fit([leaf.label for leaf in self._tree.leaves], parameters, written)
-        self._stepper = Stepper(self._tree, fit, self._layout, self._plan)
+        self._stepper = Stepper(self._tree, fit, self._space.touched, self._layout, self._plan)
 
     @property
     def nbytes(self) -> int:

@@ -84,10 +84,9 @@ class Snapshot:
 
         arrays = {}
         for k, path in enumerate(self.paths):
-            turned = memory_order(self.parameters[k]) == "F"
             for name, held in self._held(k, parameters).items():
                 a = held if isinstance(held, np.ndarray) else held.copy()  # of a device
-                arrays[f"{name}:{path}"] = a.T if turned else a
+                arrays[f"{name}:{path}"] = _in_c_order(a, held)
         write(file, arrays, {**self._described(), "metadata": metadata})
 
     def load(
@@ -99,13 +98,14 @@ class Snapshot:
 
         name = os.fspath(file)
         arrays, saved = read(file)
+        known = {path: self._held(k, True) for k, path in enumerate(self.paths)}
         try:
             leaves = saved["leaves"]
             for entry in leaves.values():
                 entry["state"] = {}
             for tensor, a in arrays.items():
                 kind, _, path = tensor.partition(":")
-                leaves[path]["state"][kind] = a.T if leaves[path]["order"] == "F" else a
+                leaves[path]["state"][kind] = _in_c_order(a, known.get(path, {}).get(kind, a))
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{name}: its table of leaves is spoilt: {error!r}") from error
         if not parameters:
@@ -199,14 +199,6 @@ class Snapshot:
                 yield f"{name}: {own.dtype} of shape {own.shape} here, {there} there"
 
 
-def read_metadata(file: str | os.PathLike[str]) -> Any:
-    """What the caller of `Optimizer.save` gave it to keep, without loading anything."""
-    from ..arrays.safetensors_file import read
-
-    table = read(file)[1]
-    return table.get("metadata") if isinstance(table, dict) else None
-
-
 CALLERS = ("p", "copy")
 """The caller's arrays in a file: the parameter, and what `copy_out` has for it."""
 
@@ -237,6 +229,12 @@ def _formats(memory: Memory) -> dict[str, str]:
     """What the parameter is computed with and each state is stored in, where dtypes do not tell."""
     stored = {"p": memory.parameter, **memory.states}
     return {name: s.format.name for name, s in stored.items()}
+
+
+def _in_c_order(a: np.ndarray, held: Any) -> np.ndarray:
+    """Return an array as a file has it, and the file's as it was: turned where the optimizer holds
+    it in Fortran order. A state need not have the order of its parameter, nor its shape."""
+    return a.T if memory_order(held) == "F" else a
 
 
 def _is_integer(value: Any) -> bool:

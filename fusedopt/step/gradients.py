@@ -2,53 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from ..arrays.checks import Fit
-from ..arrays.rows import Rows, Touched, as_rows, refuses_rows, touched, values_of
+from ..arrays.formats import TILE
+from ..arrays.rows import Rows, Touched, as_rows, values_of
+from ..arrays.stored import Memory
 from ..arrays.trees import Tree
-from ..plan.interface import Layout, Plan
+from ..plan.interface import Plan
+from ..plan.spec import Layout
+from ..rules.base import Rule
 from ..system.interrupts import deferred
-from .clipping import Guard
 from .lazy_rows import Ledger
-
-
-class StepInfo(NamedTuple):
-    """What a step did.
-
-    step: its number, 1 for the first; of a skipped one that of the step before. lr: the learning
-    rate that it used; with several rules a dict of them, by pattern (or by rule name where a
-    callable chose). grad_norm: of the unscaled gradients, before any clipping; None where nothing
-    asked for it (`clip_norm`, `skip_nonfinite`, `stats`). clip_scale: by what `clip_norm`
-    multiplied them; where groups clip each on its own, these two are dicts; with `wait=False` their
-    numbers are arrays of the device, see `Optimizer`. skipped: whether nothing was done, for a NaN
-    or infinity in the gradients of `bad_leaves`, a tuple of paths. stats: with `stats=True`, by
-    path of the leaves that took part, a dict of "grad_norm", "update_ratio" (the norm of the
-    parameter's change over its own), and what the rule adds ("win_rate" of Sophia: the share of
-    elements that were not clipped), of `Rows` those that were touched; else None.
-    """
-
-    step: int
-    lr: float | dict[str, float]
-    grad_norm: float | dict[str, float] | None = None
-    clip_scale: float | dict[str, float] = 1.0
-    skipped: bool = False
-    bad_leaves: tuple[str, ...] = ()
-    stats: dict[str, dict[str, float]] | None = None
 
 
 class Stepper:
     """Runs an optimizer's plan, and finds the reason where it takes something only after a look.
 
-    fit: of the tree's leaves. ledger: of rows that miss steps, where these are to be replayed.
+    fit: of the tree's leaves. touched: checks `Rows`, see `arrays.rows.touched`. ledger: of rows
+    that miss steps, where these are to be replayed.
     """
 
     def __init__(
-        self, tree: Tree, fit: Fit, layout: Layout, plan: Plan, ledger: Ledger | None = None
+        self,
+        tree: Tree,
+        fit: Fit,
+        touched: Callable[..., Touched],
+        layout: Layout,
+        plan: Plan,
+        ledger: Ledger | None = None,
     ) -> None:
+        self._touched = touched
         self._tree, self._fit, self._layout, self._plan = tree, fit, layout, plan
         self._rules = [layout.groups[k].rule for k in layout.group_of]
         self._ledger = ledger
@@ -164,7 +151,7 @@ class Stepper:
         if rows is None:
             return self._fit.gradient(k, label, value)
         memory, rule = self._layout.leaves[k], self._rules[k]
-        taken = touched(label, rows, memory.caller)
+        taken = self._touched(label, rows, memory.caller)
         refusal = refuses_rows(rule, memory)
         if refusal:
             raise ValueError(f"{label}: {refusal}; give the whole gradient")
@@ -176,45 +163,20 @@ class Stepper:
         return [what + leaf.label.removeprefix("params") for leaf in self._tree.leaves]
 
 
-class Report:
-    """Makes the `StepInfo` of a step from what the plan and the guard found."""
-
-    def __init__(self, tree: Tree, layout: Layout, guard: Guard) -> None:
-        self._paths = [leaf.path for leaf in tree.leaves]
-        self._layout, self._guard = layout, guard
-        programs = [layout.around.program(group.rule) for group in layout.groups]
-        # By their sums' names the leaves that have these.
-        self._alike: dict[tuple[str, ...], list[int]] = {}
-        for k, group in enumerate(layout.group_of):
-            self._alike.setdefault(programs[group].sums, []).append(k)
-
-    def info(self, number: int, lr: float | dict[str, float]) -> StepInfo:
-        """Of the step that was taken last."""
-        guard, stats = self._guard, None
-        if self._layout.around.stats and not guard.skipped:
-            stats = self._stats()
-            if self._layout.decide is None:
-                guard.take_norm()
-        return StepInfo(
-            number, lr, guard.grad_norm, guard.clip_scale, guard.skipped, guard.bad_leaves, stats
-        )
-
-    def _stats(self) -> dict[str, dict[str, float]]:
-        results = self._layout.results
-        found: dict[str, dict[str, float]] = {}
-        for names, leaves in self._alike.items():
-            rows = results[leaves]
-            sums = dict(zip(names, rows[:, 3:].T, strict=False))
-            if "gradient" in sums:
-                results[leaves, 0] = rows[:, 0] = sums.pop("gradient")
-            with np.errstate(all="ignore"):
-                norms = np.sqrt(rows[:, 0]) / rows[:, 1] * self._guard.factor
-                update, weight = np.sqrt(sums.pop("update")), np.sqrt(sums.pop("weight"))
-                ratios = np.where(update == 0, 0.0, update / weight)
-                columns = {"grad_norm": norms, "update_ratio": ratios}
-                columns |= {n: total / np.maximum(rows[:, 2], 1.0) for n, total in sums.items()}
-            values = zip(*(column.tolist() for column in columns.values()), strict=True)
-            for k, took_part, row in zip(leaves, rows[:, 1].tolist(), values, strict=True):
-                if took_part:
-                    found[self._paths[k]] = dict(zip(columns, row, strict=True))
-        return found
+def refuses_rows(rule: Rule, memory: Memory) -> str | None:
+    """Why a leaf takes no gradient of some rows; None where it does."""
+    p = memory.caller
+    if rule.program.phases > 1:
+        return f"{type(rule).__name__} updates matrices as a whole, not some of their rows"
+    if not p.flags.c_contiguous:
+        return "rows of a parameter in Fortran order are not dense"
+    length = p.size // max(p.shape[0], 1)
+    for name, stored in (("parameter", memory.parameter), *memory.states.items()):
+        unit = TILE if stored.format.random else stored.format.block
+        if length % unit:
+            why = "random bits" if stored.format.random else "blocks"
+            return (
+                f"the {name} is stored as {stored.format.name}, whose {why} need rows of a multiple"
+                f" of {unit} elements, and these have {length}"
+            )
+    return None

@@ -11,7 +11,8 @@ import numpy as np
 from ..arrays.formats import compute_dtype
 from ..arrays.rows import Touched, check_indices
 from ..arrays.trees import Tree
-from ..plan.interface import Layout, Plan
+from ..plan.interface import Plan
+from ..plan.spec import Layout
 
 
 @dataclass

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..arrays.storage import Storage
-from ..arrays.stored import Memory
-from ..plan.extras import AVERAGE
+from ..arrays.stored import AVERAGE, Memory
 from ..rules import Rule
 
 

@@ -187,7 +187,7 @@ def test_optimizers_of_several_threads(crowded: None) -> None:
 
 FORK = """
 import os, numpy as np, fusedopt as fo
-from fusedopt import threads
+from fusedopt.system import threads
 threads.use(4)
 p = np.zeros(1_000_000, np.float32)
 optimizer = fo.Optimizer(p, fo.Momentum(), backend="numba")
@@ -279,8 +279,8 @@ arguments = ["-q", "-p", "no:cacheprovider", "-W", "error", "-k", but]
 sys.exit(pytest.main([*arguments, *FILES]))
 """
 FILES = [
-    f"test_{name}.py"
-    for name in ("golden", "optimizer", "bad_input", "hessian", "muon", "accumulate")
+    *(f"rules/test_{name}.py" for name in ("golden", "muon")),
+    *(f"unit/test_{name}.py" for name in ("optimizer", "bad_input", "hessian", "accumulate")),
 ]
 
 

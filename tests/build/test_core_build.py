@@ -19,8 +19,8 @@ import pytest
 
 import fusedopt as fo
 from exactness import ROOT, run_python
-from fusedopt import runtime
 from fusedopt.backends import check_registry
+from fusedopt.system.isa import isas
 
 LIGHT = ("numba", "torch", "matplotlib", "mpi4py", "rich", "typer")
 
@@ -58,7 +58,7 @@ def objects() -> dict[str, Path]:
 
 
 def test_every_instruction_set_has_an_object(objects: dict[str, Path]) -> None:
-    assert set(runtime.isas()) <= set(objects)
+    assert set(isas()) <= set(objects)
 
 
 def test_symbols_of_the_kernels(objects: dict[str, Path]) -> None:
@@ -100,7 +100,7 @@ def test_instructions_of_the_kernels(objects: dict[str, Path]) -> None:
 def test_every_instruction_set_can_be_forced() -> None:
     before = fo.get_isa()
     try:
-        for isa in runtime.isas():
+        for isa in isas():
             fo.set_isa(isa)
             assert fo.get_isa() == isa
             assert fo.info()["isa"] == isa
@@ -111,7 +111,7 @@ def test_every_instruction_set_can_be_forced() -> None:
 @pytest.mark.parametrize("name", ["x86_v9", "", "BASELINE"])
 def test_unknown_instruction_sets_are_refused(name: str) -> None:
     before = fo.get_isa()
-    with pytest.raises(ValueError, match=re.escape(", ".join(runtime.isas()))):
+    with pytest.raises(ValueError, match=re.escape(", ".join(isas()))):
         fo.set_isa(name)
     assert fo.get_isa() == before
 
@@ -122,7 +122,7 @@ INFO = "import json, fusedopt as fo; print(json.dumps(fo.info()))"
 @pytest.mark.parametrize(
     ("variable", "value", "key"),
     [
-        *(("FUSEDOPT_ISA", isa, "isa") for isa in runtime.isas()),
+        *(("FUSEDOPT_ISA", isa, "isa") for isa in isas()),
         ("FUSEDOPT_THREADS", "1", "threads"),
         ("FUSEDOPT_BACKEND", "reference", "backend"),
         ("FUSEDOPT_BACKEND", "native", "backend"),
@@ -138,7 +138,7 @@ def test_environment(variable: str, value: str, key: str) -> None:
 @pytest.mark.parametrize(
     ("variable", "value", "valid"),
     [
-        ("FUSEDOPT_ISA", "x86_v9", runtime.isas()),
+        ("FUSEDOPT_ISA", "x86_v9", isas()),
         ("FUSEDOPT_THREADS", "0", [">= 1"]),
         ("FUSEDOPT_THREADS", "two", [">= 1"]),
         ("FUSEDOPT_BACKEND", "fortran", ["auto", "native", "numba", "reference"]),

@@ -14,7 +14,7 @@ from devices import Exported, OnDevice
 from exactness import DEFAULTS, Array
 from formatted import BLOCKED, arrays_of, assert_same, draw
 from fusedopt.arrays import storage
-from fusedopt.backends.cuda import rows as cuda_rows
+from fusedopt.backends.cuda import launching
 
 COUNT = 23
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
@@ -122,8 +122,8 @@ def test_segments() -> None:
 
 def segments(rows: Sequence[int], length: int, unit: int) -> dict[int, tuple[int, int]]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda_rows, "SEGMENT", unit)
-        parts = cuda_rows._segments(np.array(rows, np.int64), length)
+        patch.setattr(launching, "SEGMENT", unit)
+        parts = launching._segments(np.array(rows, np.int64), length)
     return {int(s): (int(a), int(b)) for s, a, b in zip(*parts, strict=True)}
 
 

@@ -32,7 +32,7 @@ from exactness import (
     stepped_on_each_isa,
     updated,
 )
-from fusedopt import runtime
+from fusedopt.system.isa import isas
 
 SIZES = (0, 1, 2, 255, 256, 257, PART - 1, PART + 1, 100_003, SERIAL + 4321)
 
@@ -40,7 +40,7 @@ every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 default_rules = pytest.mark.parametrize("rule", DEFAULTS.values(), ids=DEFAULTS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
 several_isas = pytest.mark.skipif(
-    len(runtime.isas()) < 2, reason="this machine and build have one instruction set in common"
+    len(isas()) < 2, reason="this machine and build have one instruction set in common"
 )
 
 

@@ -20,12 +20,12 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import fusedopt as fo
+from fusedopt.arrays.safetensors_file import read_metadata
 from fusedopt.cli import app
 from fusedopt.lab.train import Result, TrainOptions, resume, steptime, text, train, trainer
 from fusedopt.lab.train.descent import _win_rate, descend
 from fusedopt.lab.train.history import History
 from fusedopt.lab.train.setup import Setup
-from fusedopt.step.checkpoint import read_metadata
 
 RUNS: dict[str, dict[str, Any]] = {
     "adamw": {"rule": "adamw", "accumulate": 3, "ema": 0.9, "clip": 0.5},

@@ -14,7 +14,7 @@ import pytest
 import fusedopt as fo
 from exactness import assert_same_bits, case, stepped
 from formatted import WAYS, assert_same, held, on_each_isa, run
-from fusedopt.backends.numba import backend
+from fusedopt.jit import operations
 from fusedopt.programs.elements import clamp, quotient
 from fusedopt.rules.adam import adam
 from fusedopt.rules.hyperparameters import Betas
@@ -216,7 +216,7 @@ def test_what_is_beyond_the_contract_is_said() -> None:
 
 
 def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend.NumbaBackend, "unavailable", lambda self: "it is not there")
+    monkeypatch.setattr(operations, "unavailable", lambda: "it is not there")
     with pytest.raises(RuntimeError, match="compiled by Numba: it is not there"):
         fo.Optimizer(np.ones(3), make(lambda p, g, lr: g))
     fo.Optimizer(np.ones(3), Clipped(), backend="reference").step(np.ones(3))

@@ -11,11 +11,11 @@ import pytest
 
 import fusedopt as fo
 from exactness import Guards
-from fusedopt import runtime
 from fusedopt.linalg import newton_schulz
 from fusedopt.linalg.coefficients import NAMES, coefficient_set
 from fusedopt.linalg.newton_schulz import SMALL, Iteration, Workspace, flops
 from fusedopt.system.extension import core
+from fusedopt.system.isa import isas
 
 Array = npt.NDArray[Any]
 
@@ -300,7 +300,7 @@ def test_the_bits_are_the_same_everywhere(shape: tuple[int, int], dtype: Any, by
     guards, results = Guards(1), []
     before = fo.get_isa()
     try:
-        for isa in runtime.isas():
+        for isa in isas():
             fo.set_isa(isa)
             for threads, slots, offset in ((1, 1, 0), (2, 2, 1), (7, 7, 3), (7, 2, 5)):
                 room = guards.place(np.full(space_for(u, slots) + offset, np.nan, dtype))

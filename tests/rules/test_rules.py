@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import fusedopt as fo
-from fusedopt.rules.base import correction, textbook_correction
+from fusedopt.programs.arithmetic import correction, textbook_correction
 from hyperparameters import others
 
 ALL = list(fo.RULES.values())

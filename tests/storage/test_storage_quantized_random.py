@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import fusedopt as fo
-from fusedopt import runtime
 from fusedopt.arrays.formats import QUANTIZED, QUANTIZED_STOCHASTIC, subkey
+from fusedopt.system.isa import isas
 
 N = 5003
 each = pytest.mark.parametrize("name", QUANTIZED)
@@ -21,7 +21,7 @@ def test_the_core_draws_as_numpy_does(name: str, squares: bool) -> None:
     rule: fo.Rule = fo.RMSProp(rho=0.0) if squares else fo.Momentum(momentum=0.0)
     before = fo.get_isa()
     try:
-        for isa in runtime.isas():
+        for isa in isas():
             fo.set_isa(isa)
             opt = fo.Optimizer(
                 np.zeros(N, np.float32), rule, state_dtype=name, rounding="stochastic", seed=3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from formatted import (
     held,
     made,
 )
+from fusedopt.verification.judge import judge
 from fusedopt.verify import variants
 
 
@@ -41,15 +41,14 @@ def test_a_failed_verification_changes_nothing(
     given = grads(way, 10)
     opt.step(grads(way, 5))
     before = held(opt, copy)
-    module = importlib.import_module("fusedopt.verify")  # the package has a function of that name
-    judge, calls = module.judge, []
+    calls: list[fo.Rule] = []
 
     def wrong(rule: fo.Rule, *args: Any, lr: float, **others: Any) -> Any:
         calls.append(rule)
         return judge(rule, *args, lr=2 * lr if len(calls) == 2 else lr, **others)
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, "judge", wrong)
+        patched.setattr("fusedopt.verification.plan.judge", wrong)
         with pytest.raises(fo.VerificationError, match=r"params\['b'\]\[0\]: p\["):
             opt.step(given)
     assert_same(held(opt, copy), before)

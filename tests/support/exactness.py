@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 import fusedopt as fo
-from fusedopt import runtime
+from fusedopt.system.isa import isas
 from fusedopt.verify import variants
 
 Array = npt.NDArray[Any]
@@ -234,7 +234,7 @@ def stepped_on_each_isa(rule: fo.Rule, c: Case) -> dict[str, Result]:
     before = fo.get_isa()
     try:
         results = {}
-        for isa in runtime.isas():
+        for isa in isas():
             fo.set_isa(isa)
             results[isa] = stepped(rule, [c])[0]
         return results

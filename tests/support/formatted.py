@@ -14,10 +14,10 @@ import pytest
 
 import fusedopt as fo
 from exactness import Array, elementwise, ordinary
-from fusedopt import runtime
 from fusedopt.arrays.formats import Format
 from fusedopt.arrays.stored import Quantized
 from fusedopt.arrays.trees import Tree
+from fusedopt.system.isa import isas
 from fusedopt.verify import STORAGES
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
@@ -33,7 +33,7 @@ def on_each_isa() -> Iterator[str]:
     """Sets one instruction set after the other, and in the end the first again."""
     before = fo.get_isa()
     try:
-        for isa in runtime.isas():
+        for isa in isas():
             fo.set_isa(isa)
             yield isa
     finally:

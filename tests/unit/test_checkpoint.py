@@ -29,7 +29,7 @@ from formatted import (
     made,
 )
 from fusedopt.arrays import safetensors_file
-from fusedopt.step.checkpoint import read_metadata
+from fusedopt.arrays.safetensors_file import read_metadata
 
 ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 
@@ -266,9 +266,13 @@ def test_links_and_permissions_stay(tmp_path: Path) -> None:
     real = tmp_path / "there" / "run"
     assert real.stat().st_mode == (tmp_path / "plain").stat().st_mode
     real.chmod(0o600)
-    others = tmp_path / "there" / ".run.more.12345678.saving"  # of the file run.more
+    dead = 1 << 22  # beyond the numbers of processes
+    others = real.with_name(
+        f"{safetensors_file._beginning(real.with_name('more'))}{dead}-12345678.saving"
+    )
     others.mkdir()
-    (tmp_path / "there" / ".run.12345678.saving").mkdir()
+    mine = real.with_name(f"{safetensors_file._beginning(real)}{dead}-12345678.saving")
+    mine.mkdir()
     opt.save(tmp_path / "link")
     assert real.stat().st_mode & 0o777 == 0o600
     assert {p.name for p in real.parent.iterdir()} == {"run", others.name}

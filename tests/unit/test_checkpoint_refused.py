@@ -120,7 +120,7 @@ SPOILT: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no leaves": (lambda d: d.pop("leaves"), "table of leaves"),
     "list": (lambda d: d.update(leaves=[]), "table of leaves"),
     "no leaf": (lambda d: d["leaves"].update(w=3), "table of leaves"),
-    "no order": (lambda d: d["leaves"]["w"].pop("order"), "table of leaves"),
+    "no order": (lambda d: d["leaves"]["w"].pop("order"), "w: expected a dict with"),
     "step": (lambda d: d.update(step=True), "expected a step"),
     "late": (lambda d: d.update(step=1 << 64), "expected a step"),
     "seed": (lambda d: d.update(seed=-1), "a seed >= 0"),

@@ -12,7 +12,7 @@ import pytest
 
 import fusedopt as fo
 from exactness import DTYPES, Array, run_python
-from fusedopt.rules.base import correction
+from fusedopt.programs.arithmetic import correction
 
 BETAS = (0.9, 0.999, 0.99999)
 

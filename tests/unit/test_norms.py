@@ -11,7 +11,7 @@ import pytest
 
 import fusedopt as fo
 from exactness import PART, SERIAL, Array, constant
-from fusedopt import runtime
+from fusedopt.system.isa import isas
 
 SEGMENT = constant("table.h", "SEGMENT")
 DTYPES = (np.float32, np.float64, ml_dtypes.bfloat16, np.float16)
@@ -36,7 +36,7 @@ def in_lanes(x: Array) -> float:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
-@pytest.mark.parametrize("isa", runtime.isas())
+@pytest.mark.parametrize("isa", isas())
 def test_bits_are_those_of_the_promised_order(isa: str, dtype: Any) -> None:
     before = fo.get_isa()
     fo.set_isa(isa)

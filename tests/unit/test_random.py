@@ -11,7 +11,8 @@ from hypothesis.extra import numpy as hnp
 
 import fusedopt as fo
 from fusedopt.arrays.stored import Stored
-from fusedopt.verify import judge, variants
+from fusedopt.verification.judge import judge
+from fusedopt.verify import variants
 
 RULES = [rule for cls in fo.RULES.values() for rule in variants(cls)]
 SHAPES = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=9)

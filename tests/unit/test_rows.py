@@ -13,7 +13,7 @@ import scipy.sparse
 
 import fusedopt as fo
 from exactness import DEFAULTS, Array
-from fusedopt import runtime
+from fusedopt.system.isa import isas
 from fusedopt.verify import STORAGES, variants
 
 ROWS, LENGTH = 301, 256
@@ -189,7 +189,7 @@ def test_threads_and_instruction_sets_change_no_bit() -> None:
     found = set()
     isa, threads = fo.get_isa(), fo.get_threads()
     try:
-        for level in runtime.isas():
+        for level in isas():
             for count in (1, 2, 3):
                 fo.set_isa(level)
                 fo.set_threads(count)

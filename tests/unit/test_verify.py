@@ -11,8 +11,9 @@ import fusedopt as fo
 from fusedopt.arrays.stored import Stored
 from fusedopt.plan.extras import EVERYTHING
 from fusedopt.step.accumulate import Accumulation
+from fusedopt.verification.judge import compare, judge
 from fusedopt.verification.running_error import Bounded
-from fusedopt.verify import STORAGES, compare, judge, variants
+from fusedopt.verify import STORAGES, variants
 
 F32 = np.dtype(np.float32)
 

@@ -13,6 +13,7 @@ from ...arrays import device_interface
 from ...arrays.formats import BFLOAT16, FLOAT32, PLAIN
 from ...arrays.stored import Quantized, Stored
 from .buffers import Memory, on_device
+from .launching import convert
 
 
 class Library(NamedTuple):
@@ -123,12 +124,6 @@ class DeviceArray:
             "version": 3,
         }
 
-    def touched(self, label: str, rows: Any) -> Any:
-        """`Rows` as plans take them: see `arrays.rows.touched`."""
-        from .rows import touched
-
-        return touched(label, rows, self)
-
     def copy(self, order: str = "A") -> np.ndarray:
         """The elements on the host, in the same order in memory."""
         with on_device(self.device):
@@ -142,8 +137,6 @@ class DeviceArray:
     def __setitem__(self, key: Any, value: Any) -> None:
         if key is not Ellipsis:
             raise TypeError(f"only whole arrays can be assigned to, with a[...], got a[{key!r}]")
-        from .launching import convert
-
         with on_device(self.device):
             if isinstance(value, DeviceArray):
                 convert(self, stored(value))
@@ -168,8 +161,6 @@ class DeviceStored(Stored):
         data: Any = self.data
         if self.aux is None:
             return data
-        from .launching import convert
-
         with on_device(data.device):
             memory = Memory.new(4 * self.size)
             memory.written_on = data.current_stream

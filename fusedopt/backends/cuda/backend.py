@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from ...arrays.formats import compute_dtype
-from ...plan.interface import Layout, Plan, single
+from ...plan.interface import Plan
+from ...plan.spec import Layout, single
 from ...rules import Nesterov, Rule
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...arrays.formats import FLOAT64
-from ...plan.interface import Layout
+from ...plan.spec import Layout
 from .arrays import DeviceArray
 from .buffers import Echo, Memory, synchronize
 from .kernels import THREADS
@@ -20,7 +20,7 @@ from .launching import Sums, uploaded
 from .reductions import FACTORS, guard_kernel
 
 if TYPE_CHECKING:
-    from ...step.clipping import Guard
+    from ...plan.interface import Decision
 
 
 class DeviceGuard:
@@ -29,7 +29,7 @@ class DeviceGuard:
     guard: is told, instead of being asked. first: an array that tells where the steps' arrays are.
     """
 
-    def __init__(self, layout: Layout, guard: Guard, first: DeviceArray, stream: int) -> None:
+    def __init__(self, layout: Layout, guard: Decision, first: DeviceArray, stream: int) -> None:
         self._layout, self._guard, self._first = layout, guard, first
         limits = np.array(guard.limits)
         self._limits, self._norms = Memory.new(limits.nbytes), limits.size

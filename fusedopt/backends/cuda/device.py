@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...arrays.formats import PLAIN, compute_dtype
-from ...arrays.storage import Storage
+from ...arrays.storage import Storage, own_states
 from ...arrays.storage import synchronize as take_parameter
-from ...arrays.stored import Memory, Stored, Wanted
-from ...plan.extras import AVERAGE, NOTHING, Around
+from ...arrays.stored import AVERAGE, Memory, Stored, Wanted
 from ...plan.options import Options, unsupported
 from .arrays import DeviceArray, DeviceQuantized, DeviceStored, stored
 from .buffers import Memory as Bytes
 from .buffers import on_device, synchronize
 from .checks import Fit, check_apart, check_input, check_parameter, check_target
+from .rows import touched
 
 if TYPE_CHECKING:
     from ...rules import Rule
@@ -34,6 +34,7 @@ __all__ = [
     "check_state",
     "check_target",
     "same",
+    "touched",
 ]
 
 LINE = 256
@@ -76,7 +77,7 @@ def allocate(
     rules: Sequence[Rule],
     parameters: Sequence[DeviceArray],
     copies: Sequence[DeviceArray | None],
-    around: Around = NOTHING,
+    states_of: Callable[[Any], tuple[str, ...]] = own_states,
 ) -> list[Memory]:
     """The memory of each leaf: see `Storage.allocate`. All that is new lies in one block."""
     wanted: list[Wanted] = []
@@ -86,13 +87,13 @@ def allocate(
         if storage.keeps_more(p):
             format = storage.parameter(p.dtype)
             wanted.append(Wanted(format, p, beside=format.aux_dtype is not None))
-        for name in around.states(rule):
+        for name in states_of(rule):
             wanted.append(Wanted(storage.state(rule, name, p.dtype, p.size), p, rule.initial(name)))
     fresh = iter(new_arrays(wanted))
     memories = []
     for rule, p, copied in zip(rules, likes, copies, strict=True):
         own = next(fresh) if storage.keeps_more(p) else None
-        states = {name: next(fresh) for name in around.states(rule)}
+        states = {name: next(fresh) for name in states_of(rule)}
         memory = storage.memory(stored(p), own, states, copied)  # type: ignore[arg-type]
         take_parameter(memory)
         if AVERAGE in states:

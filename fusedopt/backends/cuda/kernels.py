@@ -22,9 +22,8 @@ from ...arrays.formats import FLOAT64, TILE, Format
 from ...jit import scalar_codecs as bits
 from ...jit.block_codecs import BLOCKS, element_functions
 from ...jit.tiles import MODES, normal_or_zero_of
-from ...plan.interface import HEAD
 from ...programs.elements import ELEMENTS, OF_STATES, Element
-from ...rules.base import Operation, Program
+from ...programs.program import HEAD, Operation, Program
 from .toolkit import MAX_REGISTERS, MORE_REGISTERS, Kernel
 from .vectors import VECTOR_BYTES, loader, storer, word_loader
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -14,13 +15,25 @@ from ...arrays.stored import Stored
 from ...jit.tiles import LANES, SEGMENT
 from ...programs.elements import keep
 from . import blocks
-from .arrays import DeviceArray
 from .blocks import LANES as TILE_LANES
 from .blocks import kernel_of
 from .buffers import Memory, on_device, wait_for
 from .kernels import THREADS, Step, Variant
-from .reductions import GROUPS, squares_kernel, totals_kernel
+from .reductions import GROUPS, row_squares_kernel, squares_kernel, totals_kernel
 from .vectors import VECTOR_BYTES
+
+
+class Placed(Protocol):
+    """What a launch needs to know of an array: see `arrays.DeviceArray`."""
+
+    address: int
+    size: int
+    dtype: np.dtype
+    device: int
+
+    @property
+    def stream(self) -> int:
+        """The handle of the stream on which the array is to be read."""
 
 
 def _listed(sizes: Sequence[int], unit: int) -> np.ndarray:
@@ -62,10 +75,11 @@ class Place(NamedTuple):
 
     @classmethod
     def of(cls, array: Any, key: int = 0) -> Place:
-        """The place of a `DeviceArray`, or of a `Stored` with the key of its random bits."""
-        if isinstance(array, DeviceArray):
+        """The place of an array, or of a `Stored` with the key of its random bits."""
+        if not isinstance(array, Stored):
             return cls((array.address,), not array.address % VECTOR_BYTES)
-        addresses = tuple(a.address for a in array.arrays)
+        held: list[Any] = array.arrays
+        addresses = tuple(a.address for a in held)
         signed = (key + 2**63) % 2**64 - 2**63
         aligned = not any(address % VECTOR_BYTES for address in addresses)
         return cls(addresses + (signed,) * array.format.random, aligned)
@@ -107,7 +121,7 @@ class Launch:
             self._kernel.launch(self._table.count, self._threads, queue, words, scalars)
 
 
-def convert(target: DeviceArray, source: Stored) -> None:
+def convert(target: Placed, source: Stored) -> None:
     """Writes the elements of an array of the same shape and order, rounded to the nearest."""
     types = [compute_dtype(target.dtype), compute_dtype(source.format.dtype)]
     wide = FLOAT64 if FLOAT64 in types else types[0]
@@ -125,7 +139,7 @@ def convert(target: DeviceArray, source: Stored) -> None:
 class Squares:
     """Sums of squares of gradients of one dtype, computed in one type, by segments."""
 
-    def __init__(self, dtype: np.dtype, arrays: Sequence[DeviceArray], stream: int) -> None:
+    def __init__(self, dtype: np.dtype, arrays: Sequence[Placed], stream: int) -> None:
         self.dtype, self._device = dtype, arrays[0].device
         self._kernel = squares_kernel(PLAIN[arrays[0].dtype.name], dtype)
         self._table = Table.of([(a.size, a.address) for a in arrays], SEGMENT, stream)
@@ -144,6 +158,54 @@ class Squares:
             self._kernel.launch(blocks, threads, (self._device, stream), words, [scale])
 
 
+class RowSquares:
+    """`Squares` of gradients of some rows: the sums that the whole gradients have."""
+
+    def __init__(self, dtype: np.dtype, grads: Sequence[Touched], stream: int) -> None:
+        first: Any = grads[0].values
+        self.dtype, self._device = dtype, first.device
+        self._kernel = row_squares_kernel(PLAIN[first.dtype.name], dtype)
+        parts, pairs, counts, before = [], [], [], 0
+        for g in grads:
+            values: Any = g.values
+            length = math.prod(values.shape[1:])
+            segments, low, high = _segments(g.rows, length)
+            parts += [
+                (values.address, length, segment * SEGMENT, before + a, before + b)
+                for segment, a, b in np.stack([segments, low, high], axis=1).tolist()
+            ]
+            pairs.append(np.stack([g.rows, g.places], axis=1))
+            counts.append(segments.size)
+            before += len(g.rows)
+        self._count = len(parts)
+        self._parts = uploaded(np.array(parts, np.int64), stream)
+        self._pairs = uploaded(np.concatenate(pairs), stream)
+        self._partials = Memory.reused(8 * self._count, stream)
+        starts = self._partials.address + 8 * (np.cumsum(counts) - counts)
+        self.rows = list(zip(starts.tolist(), counts, strict=True))
+
+    def queue(self, scale: float, stream: int) -> None:
+        """Puts the kernel on a stream."""
+        if self._count:
+            memories = self._parts, self._pairs, self._partials
+            words = (*(memory.address for memory in memories), self._count)
+            blocks, threads = -(-self._count // GROUPS), GROUPS * LANES
+            self._kernel.launch(blocks, threads, (self._device, stream), words, [scale])
+
+
+def _segments(rows: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The segments of a parameter that rows touch, and of each the first of these rows and the one
+    behind the last."""
+    if not length:
+        rows = rows[:0]
+    first = rows * length // SEGMENT
+    last = ((rows + 1) * length - 1) // SEGMENT
+    counts = last - first + 1
+    starts = np.repeat(first - (np.cumsum(counts) - counts), counts)
+    segments = np.unique(starts + np.arange(starts.size))
+    return segments, np.searchsorted(last, segments), np.searchsorted(first, segments, "right")
+
+
 class Sums:
     """Sums of squares of gradients, one for each.
 
@@ -152,8 +214,6 @@ class Sums:
     """
 
     def __init__(self, grads: Mapping[int, Any], dtypes: Sequence[np.dtype], stream: int) -> None:
-        from .rows import RowSquares  # which knows launches
-
         alike: dict[tuple[np.dtype, np.dtype, bool], list[int]] = {}
         for k, g in grads.items():
             key = values_of(g).dtype, dtypes[k], isinstance(g, Touched)
@@ -197,7 +257,7 @@ class Sums:
         return rows
 
 
-def sums_of_squares(arrays: Sequence[DeviceArray]) -> list[tuple[float, float]]:
+def sums_of_squares(arrays: Sequence[Placed]) -> list[tuple[float, float]]:
     """See `Backend.sums_of_squares`; the arrays are checked. ValueError where they are on several
     devices."""
     first = arrays[0]

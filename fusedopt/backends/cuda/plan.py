@@ -17,8 +17,9 @@ from ...arrays.formats import PLAIN, compute_dtype
 from ...arrays.rows import Touched, values_of
 from ...arrays.stored import Wanted
 from ...arrays.trees import Fixed, opened
-from ...plan.interface import HEAD, Layout, Turn
-from ...rules.base import Program
+from ...plan.interface import Turn
+from ...plan.spec import Layout
+from ...programs.program import HEAD, Program
 from ...system.interrupts import deferred
 from .arrays import DeviceArray, Producer
 from .buffers import Memory, on_device, synchronize, wait_for

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,11 @@ import numpy as np
 from ...arrays import device_interface
 from ...arrays.formats import PLAIN, TILE, Format, compute_dtype
 from ...arrays.rows import Rows, Touched, check_indices
-from ...jit.tiles import LANES, SEGMENT
 from .arrays import DeviceArray
 from .buffers import Memory, on_device, wait_for
 from .checks import check_input
 from .kernels import CODECS, THREADS, Variant
 from .launching import Place, uploaded
-from .reductions import GROUPS, row_squares_kernel
 from .toolkit import Kernel
 from .vectors import VECTOR_BYTES, loader, storer, word_loader
 
@@ -141,51 +139,3 @@ def table_rows(
     table = np.stack([np.full(rows.size, length), flags, *words], axis=1)
     found: list[list[int]] = table.tolist()
     return found
-
-
-class RowSquares:
-    """`launching.Squares` of gradients of some rows: the sums that the whole gradients have."""
-
-    def __init__(self, dtype: np.dtype, grads: Sequence[Touched], stream: int) -> None:
-        first: Any = grads[0].values
-        self.dtype, self._device = dtype, first.device
-        self._kernel = row_squares_kernel(PLAIN[first.dtype.name], dtype)
-        parts, pairs, counts, before = [], [], [], 0
-        for g in grads:
-            values: Any = g.values
-            length = math.prod(values.shape[1:])
-            segments, low, high = _segments(g.rows, length)
-            parts += [
-                (values.address, length, segment * SEGMENT, before + a, before + b)
-                for segment, a, b in np.stack([segments, low, high], axis=1).tolist()
-            ]
-            pairs.append(np.stack([g.rows, g.places], axis=1))
-            counts.append(segments.size)
-            before += len(g.rows)
-        self._count = len(parts)
-        self._parts = uploaded(np.array(parts, np.int64), stream)
-        self._pairs = uploaded(np.concatenate(pairs), stream)
-        self._partials = Memory.reused(8 * self._count, stream)
-        starts = self._partials.address + 8 * (np.cumsum(counts) - counts)
-        self.rows = list(zip(starts.tolist(), counts, strict=True))
-
-    def queue(self, scale: float, stream: int) -> None:
-        """Puts the kernel on a stream."""
-        if self._count:
-            memories = self._parts, self._pairs, self._partials
-            words = (*(memory.address for memory in memories), self._count)
-            blocks, threads = -(-self._count // GROUPS), GROUPS * LANES
-            self._kernel.launch(blocks, threads, (self._device, stream), words, [scale])
-
-
-def _segments(rows: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The segments of a parameter that rows touch, and of each the first of these rows and the one
-    behind the last."""
-    if not length:
-        rows = rows[:0]
-    first = rows * length // SEGMENT
-    last = ((rows + 1) * length - 1) // SEGMENT
-    counts = last - first + 1
-    starts = np.repeat(first - (np.cumsum(counts) - counts), counts)
-    segments = np.unique(starts + np.arange(starts.size))
-    return segments, np.searchsorted(last, segments), np.searchsorted(first, segments, "right")

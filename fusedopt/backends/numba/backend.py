@@ -12,10 +12,12 @@ from ...arrays import host
 from ...arrays.formats import DTYPES, PLAIN, TILE, compute_dtype, subkey
 from ...arrays.rows import Touched, values_of
 from ...arrays.stored import Stored
-from ...plan.interface import HEAD, INPUTS, Layout, Plan, Turn, single
-from ...programs.elements import ELEMENTS, OF_STATES
+from ...jit import unavailable
+from ...jit.operations import tile_function
+from ...plan.interface import Plan, Turn
+from ...plan.spec import INPUTS, Layout, single
+from ...programs.program import HEAD, Program
 from ...rules import Nesterov, Rule
-from ...rules.base import Operation, Program
 from ...system.interrupts import deferred
 from ..matrices import Matrices
 
@@ -29,11 +31,7 @@ class NumbaBackend:
     space = host
 
     def unavailable(self) -> str | None:
-        try:
-            from . import tables  # noqa: F401  # 0.5 s, for those who ask
-        except ImportError as error:
-            return f"Numba could not be imported ({error}); pip install 'fusedopt[numba]' adds it"
-        return None
+        return unavailable()
 
     def describe(self) -> str:
         import llvmlite.binding
@@ -74,31 +72,6 @@ class NumbaBackend:
     def shift(self, rule: Nesterov, p: np.ndarray, v: np.ndarray) -> None:
         layout = single(rule, rule.shift, 1, 0.0, [Stored.plain(p)])
         NumbaPlan(layout, [rule.shift]).step([v], None, True)
-
-
-def tile_function(program: Program, op: Operation, dtype: np.dtype) -> Any:
-    """An operation of a program, compiled for elements of one type; it lives as long as Numba.
-
-    Raises RuntimeError where there is no Numba, TypeError for a user's element that does not fit.
-    """
-    element = op.element or ELEMENTS[str(op.kernel)]
-    reason = NumbaBackend().unavailable()
-    if reason is not None:
-        raise RuntimeError(f"{element.__qualname__} is compiled by Numba: {reason}")
-    from ...jit import tiles
-    from ...jit.diagnostics import check_element
-
-    operands, own = len(op.operands), len(op.scalars(1, 0.1))
-    if op.kernel is None:
-        check_element(element, dtype, operands - 2, own)
-    scalars = own + (op.loop == "filter")
-    if op.loop == "sum":
-        return tiles.sum_tile(element, operands, scalars, dtype)
-    if op.loop in ("filter", "other"):
-        return tiles.other_tile(element, operands, scalars, op.kernel in OF_STATES, dtype)
-    states = operands - 2 - (op.loop == "peek")
-    written = states if op.written is None else op.written
-    return tiles.rule_tile(element, states, written, scalars, program.mode(op), dtype)
 
 
 def selected_size(gradient: Any) -> int:

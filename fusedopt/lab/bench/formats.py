@@ -11,7 +11,7 @@ import numpy as np
 import fusedopt as fo
 
 from ...arrays.formats import BFLOAT16
-from ...verify import judge
+from ...verification.judge import judge
 from .problems import Array, Shapes, moved
 
 LARGEST_CHECKED = 1 << 20

@@ -12,8 +12,7 @@ from threadpoolctl import threadpool_info
 
 import fusedopt as fo
 
-from ...backends import get_backend
-from ...step.checkpoint import read_metadata
+from ...arrays.safetensors_file import read_metadata
 from ...system.interrupts import deferred
 from .history import History
 from .recipes import LEARNING_RATES
@@ -90,7 +89,7 @@ def surroundings(backend: str) -> dict[str, Any]:
         "fusedopt": fo.__version__,
         "numpy": np.__version__,
         "processor": fo.info()["processor"],
-        "backend": get_backend(backend).name,
+        "backend": fo.info()["backend"] if backend == "auto" else backend,
         **found,
     }
 
