@@ -258,7 +258,9 @@ class Optimizer:
             self._ledger.moved(layout, self._plan)
         elif self._options.exact:
             self._ledger = Ledger(self._tree, layout, self._plan)
-        self._stepper = Stepper(self._tree, fit, layout, self._plan, self._ledger)
+        self._stepper = Stepper(
+            self._tree, fit, self._space.touched, layout, self._plan, self._ledger
+        )
         self._report = Report(self._tree, layout, self._guard)
         self._settle_rates()
 

@@ -10,13 +10,14 @@ import numpy as np
 
 from .checks import Fit, check_apart, check_parameter, check_target
 from .formats import PLAIN, compute_dtype
+from .rows import touched
 from .storage import Storage
 from .stored import Quantized, Stored, Wanted
 from .stored import allocate as new
 
 __all__ = [
     "Fit", "allocate", "blank", "check_apart", "check_options", "check_parameter", "check_state",
-    "check_target", "same",
+    "check_target", "same", "touched",
 ]  # fmt: skip
 
 allocate = Storage.allocate

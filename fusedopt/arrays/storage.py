@@ -207,7 +207,7 @@ class Storage:
         """
         wanted: list[Wanted] = []
         for rule, p in zip(rules, parameters, strict=True):
-            if self._own(p):
+            if self.keeps_more(p):
                 format = self.parameter(p.dtype)
                 wanted.append(Wanted(format, p, beside=format.aux_dtype is not None))
             wanted += [
@@ -219,34 +219,36 @@ class Storage:
         fresh = iter(allocate(wanted, block))
         memories = []
         for rule, p, copied in zip(rules, parameters, copies, strict=True):
-            own = next(fresh) if self._own(p) else None
+            own = next(fresh) if self.keeps_more(p) else None
             states = {name: next(fresh) for name in states_of(rule)}
             sides = {name: next(fresh) for name in rule.sides(p.shape)}
-            memory = replace(self._memory(p, own, states, copied), sides=sides)
+            memory = replace(self.memory(Stored.plain(p), own, states, copied), sides=sides)
             synchronize(memory)
             if AVERAGE in states:
                 states[AVERAGE].data[...] = memory.parameter.values
             memories.append(memory)
         return memories
 
-    def _own(self, p: np.ndarray) -> bool:
+    def keeps_more(self, p: np.ndarray) -> bool:
         """Whether there is a master of a parameter, or anything beside its elements."""
         format = self.parameter(p.dtype)
         return format.dtype != p.dtype or format.aux_dtype is not None
 
-    def _memory(
+    def memory(
         self,
-        p: np.ndarray,
+        p: Stored,
         own: Stored | None,
         states: Mapping[str, Stored],
         copied: np.ndarray | None,
     ) -> Memory:
+        """The memory of a parameter, without side states. own: what it keeps besides its elements,
+        or instead of them."""
         mirrors = () if copied is None else (copied,)
         if own is None:
-            stored = replace(Stored.plain(p), format=self.parameter(p.dtype))
+            stored = replace(p, format=self.parameter(p.data.dtype))
             return Memory(stored, states, mirrors)
         if own.aux is None:
-            return Memory(own, states, (p, *mirrors), ("master", own.data))
+            return Memory(own, states, (p.data, *mirrors), ("master", own.data))
         name = "low" if own.format is SPLIT16 else "compensation"
         return Memory(own, states, mirrors, (name, own.aux))
 

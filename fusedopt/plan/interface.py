@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..arrays.rows import Touched
 from ..arrays.stored import Memory, Stored
 from ..rules.base import Rule
 from .spec import Layout
@@ -41,7 +42,7 @@ class Space(Protocol):
     check_parameter, check_apart, Fit: see `fusedopt.arrays.checks`. check_state: what `update` is
     given, as it is stored. allocate: see `Storage.allocate`.
     blank: new arrays like others, in the types that they are computed in. same: whether two arrays
-    have the same elements.
+    have the same elements. touched: see `fusedopt.arrays.rows`.
     """
 
     check_options: Callable[..., None]
@@ -53,6 +54,7 @@ class Space(Protocol):
     allocate: Callable[..., list[Memory]]
     blank: Callable[..., list[Stored]]
     same: Callable[..., bool]
+    touched: Callable[..., Touched]
 
 
 class Plan(Protocol):

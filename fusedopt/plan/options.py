@@ -83,6 +83,14 @@ class Options(NamedTuple):
         return Around(clip_value, ema, self.stats, self.stats and not self.decides(wide))
 
 
+def unsupported(what: str, remedy: str) -> str:
+    """The message where arrays on a CUDA device are refused something that there is on the host.
+
+    All that is refused so is in the table of docs/user-guide/gpu.md.
+    """
+    return f"{what}: is not supported by the backend 'cuda'; {remedy}"
+
+
 def number(where: str, value: Any) -> float:
     """A real number; TypeError otherwise."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):

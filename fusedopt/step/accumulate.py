@@ -13,6 +13,7 @@ from ..arrays.rows import Rows, as_rows, joined, values_of
 from ..arrays.stored import Memory
 from ..arrays.trees import Tree
 from ..plan.interface import Backend
+from ..plan.options import unsupported
 from ..plan.spec import Layout, results_for
 from ..programs.arithmetic import Array
 from ..programs.program import Operation
@@ -90,7 +91,7 @@ class Accumulator:
         """Takes note of where the parameters are."""
         written = [[p, *s.arrays] for p, s in zip(parameters, self._sums, strict=True)]
         fit = self._space.Fit([leaf.label for leaf in self._tree.leaves], parameters, written)
-        self._stepper = Stepper(self._tree, fit, self._layout, self._plan)
+        self._stepper = Stepper(self._tree, fit, self._space.touched, self._layout, self._plan)
 
     @property
     def nbytes(self) -> int:
@@ -118,11 +119,14 @@ class Accumulator:
         taken = {k: self._stepper.fit_leaf(k, "grads", given) for k, given in rows.items()}
         if self._layout.zero_grads:
             self._stepper.check_exclusive(leaves, None)
+        if not all(isinstance(t.values, np.ndarray) for t in taken.values()):
+            raise ValueError(unsupported("accumulate(Rows)", "give them to step()"))
+        kept = {k: Rows(t.rows, t.gathered) for k, t in taken.items()}
         dense = [None if k in rows else g for k, g in enumerate(leaves)]
         self._refuse_mixed([k for k, g in enumerate(dense) if g is not None], self._rows)
         count = self._add(self._tree.build(dense))
-        for k, t in taken.items():
-            self._rows.setdefault(k, []).append(Rows(t.rows, t.gathered))
+        for k, some_rows in kept.items():
+            self._rows.setdefault(k, []).append(some_rows)
             if self._layout.zero_grads:
                 values_of(leaves[k])[...] = 0
         return count

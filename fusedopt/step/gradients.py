@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from ..arrays.checks import Fit
 from ..arrays.foreign import host_array
 from ..arrays.formats import TILE
-from ..arrays.rows import Rows, Touched, as_rows, touched, values_of
+from ..arrays.rows import Rows, Touched, as_rows, values_of
 from ..arrays.stored import Memory
 from ..arrays.trees import Tree
 from ..plan.interface import Plan
@@ -23,12 +23,20 @@ from .lazy_rows import Ledger
 class Stepper:
     """Runs an optimizer's plan, and finds the reason where it takes something only after a look.
 
-    fit: of the tree's leaves. ledger: of rows that miss steps, where these are to be replayed.
+    fit: of the tree's leaves. touched: checks `Rows`, see `arrays.rows.touched`. ledger: of rows
+    that miss steps, where these are to be replayed.
     """
 
     def __init__(
-        self, tree: Tree, fit: Fit, layout: Layout, plan: Plan, ledger: Ledger | None = None
+        self,
+        tree: Tree,
+        fit: Fit,
+        touched: Callable[..., Touched],
+        layout: Layout,
+        plan: Plan,
+        ledger: Ledger | None = None,
     ) -> None:
+        self._touched = touched
         self._tree, self._fit, self._layout, self._plan = tree, fit, layout, plan
         self._rules = [layout.groups[k].rule for k in layout.group_of]
         self._ledger = ledger
@@ -76,6 +84,8 @@ class Stepper:
                 f"{self._labels('hessian')[k]}: expected Rows of the gradient's indices, or both as"
                 " whole arrays"
             )
+        if not isinstance(e.values, np.ndarray):  # a device has the places of each
+            return e
         values = np.zeros(g.values.shape, e.values.dtype)
         values[g.places] = e.gathered
         return Touched(g.rows, g.places, values)
@@ -142,7 +152,7 @@ class Stepper:
         if rows is None:
             return self._fit.gradient(k, label, value)
         memory, rule = self._layout.leaves[k], self._rules[k]
-        taken = touched(label, rows, memory.caller)
+        taken = self._touched(label, rows, memory.caller)
         refusal = refuses_rows(rule, memory)
         if refusal:
             raise ValueError(f"{label}: {refusal}; give the whole gradient")

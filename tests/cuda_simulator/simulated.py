@@ -14,7 +14,7 @@ import fusedopt as fo
 from devices import OnDevice
 from exactness import STEPS, Array, Case, Result, assert_same_bits, case, operands, stepped
 from formatted import assert_same, draw
-from fusedopt.backends.cuda import kernels, launching
+from fusedopt.backends.cuda import kernels
 from fusedopt.backends.cuda.arrays import DeviceArray
 from fusedopt.backends.cuda.matmul import Library
 
@@ -149,8 +149,7 @@ def test_norms() -> None:
 
 @pytest.mark.parametrize("size", [1.0, 1e-200, 1e200])
 def test_norms_of_several_segments(size: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (kernels, launching):
-        monkeypatch.setattr(module, "CHUNK", 1 << 15)
+    monkeypatch.setattr(kernels, "VECTORS", 1 << 13)
     p, g = np.zeros(2 * 16384 + 77), draw(0, 2 * 16384 + 77, np.float64) * size
     infos = []
     for wrap in (OnDevice, lambda a: a):

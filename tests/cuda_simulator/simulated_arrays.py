@@ -307,12 +307,6 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         lambda: fo.Optimizer(OnDevice(p := host()), fo.SGD()).step(OnDevice(p)),
         ValueError, "shares memory with params",
     ),
-    "rows": (
-        lambda: fo.Optimizer(OnDevice(np.ones((4, 2), np.float32)), fo.SGD()).step(
-            fo.Rows(np.array([1]), np.ones((1, 2), np.float32))
-        ),
-        TypeError, "Rows are not supported",
-    ),
     "update on the host": (
         lambda: fo.update(fo.SGD(), 1, OnDevice(host()), host()),  # type: ignore[arg-type]
         TypeError, "g: expected an array on a CUDA device",
@@ -352,9 +346,6 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
             "stats": {"stats": True},
             "verify": {"verify": True},
             "threads": {"threads": 2},
-            "rounding": {"rounding": "stochastic"},
-            "master": {"master": "split16"},
-            "state_dtype": {"state_dtype": "float8"},
             "state_path": {"state_path": "/nowhere"},
         }.items()
     },

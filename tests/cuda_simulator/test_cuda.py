@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -22,7 +22,8 @@ import pytest
 
 import fusedopt as fo
 from exactness import SUPPORT, TESTS, run_python
-from fusedopt.arrays.formats import PLAIN, compute_dtype
+from fusedopt.arrays.formats import PLAIN, Format, compute_dtype
+from fusedopt.arrays.storage import Storage
 from fusedopt.backends import BACKENDS
 from fusedopt.plan.extras import Around
 from fusedopt.rules import Rule
@@ -30,7 +31,7 @@ from fusedopt.rules import Rule
 pytest.importorskip("numba")
 pytest.importorskip("numba_cuda")
 
-from fusedopt.backends.cuda import kernels, reductions, toolkit
+from fusedopt.backends.cuda import blocks, kernels, reductions, rows, toolkit
 from fusedopt.backends.cuda.kernels import Step, Variant
 
 CAPABILITIES = ((8, 0), (9, 0))
@@ -43,6 +44,8 @@ LOW = ("bfloat16", "float16")
         "simulated.py",
         "simulated_arrays.py",
         "simulated_clipping.py",
+        "simulated_formats.py",
+        "simulated_rows.py",
         "simulated_streams.py",
     ],
 )
@@ -82,19 +85,24 @@ def test_importing_fusedopt_imports_nothing_of_it() -> None:
 # ---------------------------------------------------------------- assembly
 
 
-def variants_of(rule: Rule, p: str, g: str, s: str, **more: Any) -> Iterator[Variant]:
-    """The kernels of a rule's phases."""
+def variants_of(
+    rule: Rule, p: str, g: str, storage: Storage, copies: Sequence[str] = ("bfloat16",), **more: Any
+) -> Iterator[Variant]:
+    """The kernels of a rule's phases, for large leaves of a dtype."""
     program = Around(**more).program(rule)
-    dtype = compute_dtype(PLAIN[p].dtype)
-    names = program.arrays[1:]
-    formats = [("g", p if g == "own" else g), ("p", p), *((name, s) for name in names)]
+    held = PLAIN[p].dtype
+    dtype = compute_dtype(held)
+    formats: list[tuple[str, Format]] = [("g", PLAIN[g]), ("p", storage.parameter(held))]
+    states = Around(**more).states(rule)
+    formats += [(name, storage.state(rule, name, held, 1 << 20)) for name in states]
+    formats += [(name, PLAIN[dtype.name]) for name in program.works]
     if rule.takes_hessian:
-        formats.append(("hessian", g))
+        formats.append(("hessian", PLAIN[g]))
     for phase in range(program.phases):
         operations = kernels.operations_of(program, phase, rule.takes_hessian)
         steps = tuple(Step.of(program, op) for op in operations)
-        stored = tuple((name, PLAIN[format]) for name, format in formats)
-        yield Variant(steps, program.scratch, dtype, stored, (PLAIN["bfloat16"],))
+        mirrors = tuple(PLAIN[name] for name in copies)
+        yield Variant(steps, program.scratch, dtype, tuple(formats), mirrors)
 
 
 def every_kernel() -> dict[str, Variant]:
@@ -105,19 +113,49 @@ def every_kernel() -> dict[str, Variant]:
     for (name, cls), (p, g, s) in product(fo.RULES.items(), formats):
         rule = cls(weight_decay=0.1, **cls.examples[0])
         if (p, s) in (("float32",) * 2, ("bfloat16", "float32")) or name in ("adamw", "lion"):
-            for k, variant in enumerate(variants_of(rule, p, g, s)):
+            for k, variant in enumerate(variants_of(rule, p, g, Storage(s))):
                 found.setdefault(variant, f"{name}-{k}-{p}-{s}")
     for name, cls in fo.RULES.items():
         for j, example in enumerate(cls.examples):
-            for k, variant in enumerate(variants_of(cls(**example), *formats[0])):
+            for k, variant in enumerate(variants_of(cls(**example), "float32", "float32", NATURAL)):
                 found.setdefault(variant, f"{name}-{k}-example{j}")
-    around = {"clip_value": 1.0, "ema": 0.5}
-    for variant in variants_of(fo.AdamW(), "bfloat16", "bfloat16", "float32", **around):
+    for variant in variants_of(fo.AdamW(), "bfloat16", "bfloat16", Storage("float32"), **AROUND):
         found.setdefault(variant, "adamw-around")
+    for name, variant in kernels_of_formats().items():
+        found.setdefault(variant, name)
     for variant, name in list(found.items()):
-        if re.match("adamw-0|lion-0|muon-.-float32", name):
+        if re.match("(adamw|lion|muon)-.-(float32|float64|bfloat16|dynamic8)", name):
             found[replace(variant, clipped=True)] = f"{name}-clipped"
     return {name: variant for variant, name in found.items()}
+
+
+NATURAL = Storage()
+AROUND: dict[str, Any] = {"clip_value": 1.0, "ema": 0.5}
+
+
+def kernels_of_formats() -> dict[str, Variant]:
+    """Some rules' kernels of every format, and of parameters of every dtype."""
+    found = {}
+    rules: dict[str, Rule] = {"adamw": fo.AdamW(weight_decay=0.1), "lion": fo.Lion()}
+    more: dict[str, Rule] = {"muon": fo.Muon(), "amsgrad": fo.Adam(amsgrad="raw")}
+    for state in ("float8", "dynamic8", "dynamic4"):
+        for name, rule in (rules | more if state == "dynamic8" else rules).items():
+            for k, variant in enumerate(variants_of(rule, "float32", "float32", Storage(state))):
+                found[f"{name}-{k}-{state}"] = variant
+    for p in ("bfloat16", "float64"):
+        (found[f"adamw-{p}-dynamic8"],) = variants_of(rules["adamw"], p, p, Storage("dynamic8"))
+    storages = {
+        "stochastic": Storage("bfloat16", rounding="stochastic"),
+        "kahan": Storage(rounding="kahan"),
+        "split16": Storage(master="split16"),
+        "split16-float8": Storage("float8", "split16", "stochastic"),
+        "dynamic8-stochastic": Storage("dynamic8", rounding="stochastic"),
+        "dynamic4-stochastic": Storage("dynamic4", rounding="stochastic"),
+    }
+    for where, storage in storages.items():
+        for name, rule in rules.items():
+            (found[f"{name}-{where}"],) = variants_of(rule, "bfloat16", "bfloat16", storage)
+    return found
 
 
 KERNELS = every_kernel()
@@ -127,7 +165,7 @@ KERNELS = every_kernel()
 def assembly() -> dict[tuple[str, tuple[int, int]], str]:
     """Of each kernel for each compute capability."""
     return {
-        (name, capability): kernels.step_kernel(variant).ptx(capability)
+        (name, capability): blocks.kernel_of(variant).ptx(capability)
         for name, variant in KERNELS.items()
         for capability in CAPABILITIES
     }
@@ -169,7 +207,8 @@ def test_whole_vectors_are_loaded_before_any_is_stored(assembly: Assembly) -> No
                 r"(?P<way>ld|st)\.global\.v(?P<n>[24])\.[a-z](?P<bits>\d+)", ptx
             )
         ]
-        wide = sum(f.bits * variant.width == 128 for _, f in variant.arrays)
+        width = blocks.WIDTH if variant.blocked else variant.width
+        wide = sum(f.bits * width >= 128 for _, f in variant.arrays)
         assert wide, where
         assert sum(way == "ld" and size == 128 for way, size in vectors) > 0, where
         body = ["ld" if way == "ld" else "st" for way, _ in vectors]
@@ -189,7 +228,7 @@ def ptxas() -> str | None:
 def test_registers(assembly: Assembly, tmp_path: Path) -> None:
     file = tmp_path / "kernel.ptx"
     for (name, (major, minor)), ptx in assembly.items():
-        limit = toolkit.MAX_REGISTERS[KERNELS[name].dtype.name]
+        limit = blocks.kernel_of(KERNELS[name]).registers
         file.write_text(ptx)
         options = ["-v", f"-arch=sm_{major}{minor}", f"-maxrregcount={limit}"]
         told = subprocess.run(
@@ -204,11 +243,23 @@ def test_registers(assembly: Assembly, tmp_path: Path) -> None:
         assert int(used[1]) <= limit, (name, told)
 
 
+SQUARES = (reductions.squares_kernel, reductions.row_squares_kernel)
+
+
 def test_sums_of_squares_and_norms() -> None:
     found = [reductions.totals_kernel(), reductions.guard_kernel()]
     for name in ("float32", "bfloat16", "float64"):
-        found.append(reductions.squares_kernel(PLAIN[name], compute_dtype(PLAIN[name].dtype)))
+        dtype = compute_dtype(PLAIN[name].dtype)
+        found += [f(PLAIN[name], dtype) for f in SQUARES]
     for kernel, capability in product(found, CAPABILITIES):
         ptx = kernel.ptx(capability)
         assert not re.search(r"\bfma\b|approx|\.local|\bcall\b", ptx)
         assert "add.rn.f64" in ptx
+
+
+def test_sums_of_rows() -> None:
+    for name, capability in product(PLAIN, CAPABILITIES):
+        dtype = compute_dtype(PLAIN[name].dtype)
+        ptx = rows.added_kernel(PLAIN[name], dtype).ptx(capability)
+        assert not re.search(r"\bfma\b|approx|\.local|\bcall\b", ptx)
+        assert f"add.rn.f{8 * dtype.itemsize}" in ptx

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from exactness import Array
-from fusedopt.backends.cuda import clipping, kernels, launching, reductions, toolkit
+from fusedopt.backends.cuda import blocks, clipping, kernels, launching, reductions, rows, toolkit
 
 
 class OnDevice:
@@ -108,21 +108,27 @@ def torch(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 CACHED = (
     kernels.step_kernel,
+    blocks.block_kernel,
     reductions.squares_kernel,
     reductions.totals_kernel,
     reductions.guard_kernel,
+    reductions.row_squares_kernel,
+    rows.added_kernel,
 )
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Two threads to a block, so that a chunk has 32 elements of float32; of sums two segments."""
+    """Two threads to a block, so that a chunk has 32 elements of float32; of sums two segments.
+    Blocks that share a scale need a warp for a tile; their chunks have two tiles."""
     assert toolkit.SIMULATED
     for cached in CACHED:
         cached.cache_clear()
-    for module in (kernels, reductions, launching, clipping):
+    for module in (kernels, reductions, launching, clipping, rows):
         monkeypatch.setattr(module, "THREADS", 2)
         monkeypatch.setattr(module, "GROUPS", 2, raising=False)
+    monkeypatch.setattr(blocks, "WARPS", 1)
+    monkeypatch.setattr(blocks, "CHUNK", 512)
     yield
     for cached in CACHED:
         cached.cache_clear()

@@ -10,8 +10,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from ...arrays import device_interface
-from ...arrays.formats import PLAIN
-from ...arrays.stored import Stored
+from ...arrays.formats import BFLOAT16, FLOAT32, PLAIN
+from ...arrays.stored import Quantized, Stored
 from .buffers import Memory, on_device
 from .launching import convert
 
@@ -58,13 +58,16 @@ class DeviceArray:
         self.itemsize = dtype.itemsize
         self.nbytes = self.size * self.itemsize
 
-    def like(self, address: int, dtype: np.dtype, owner: Any) -> DeviceArray:
-        """An array of the same shape and order elsewhere, which works on the same stream."""
+    def like(
+        self, address: int, dtype: np.dtype, owner: Any, shape: tuple[int, ...] | None = None
+    ) -> DeviceArray:
+        """Return an array elsewhere that works on the same stream, of the same shape and order, or
+        of another shape in C order."""
         return DeviceArray(
             address,
-            self.shape,
+            self.shape if shape is None else shape,
             dtype,
-            self.order,
+            self.order if shape is None else "C",
             self.device,
             owner,
             self.library,
@@ -114,7 +117,7 @@ class DeviceArray:
         strides = tuple(accumulate(steps, lambda x, y: x * y))[: self.ndim]
         return {
             "shape": self.shape,
-            "typestr": "<u2" if self.dtype not in _TYPED else self.dtype.str,
+            "typestr": "<u2" if self.dtype == BFLOAT16 else self.dtype.str,
             "data": (self.address, False),
             "strides": strides if self.order == "F" else strides[::-1],
             "stream": self.stream or 1,
@@ -136,7 +139,10 @@ class DeviceArray:
             raise TypeError(f"only whole arrays can be assigned to, with a[...], got a[{key!r}]")
         with on_device(self.device):
             if isinstance(value, DeviceArray):
-                convert(self, value)
+                convert(self, stored(value))
+                return
+            if np.ndim(value) == 0 and value == 0:
+                self.memory.fill(0, self.stream)
                 return
             host = np.broadcast_to(np.asarray(value), self.shape).astype(self.dtype)
             flat = np.ascontiguousarray(host.reshape(-1, order=self.order))
@@ -146,16 +152,26 @@ class DeviceArray:
         return f"DeviceArray(shape={self.shape}, dtype={self.dtype.name}, device={self.device})"
 
 
-_TYPED = tuple(map(np.dtype, (np.float32, np.float64, np.float16)))
-
-
 class DeviceStored(Stored):
     """The elements of an array on a device."""
 
     @property
     def values(self) -> Any:
-        """The array itself: kernels decode it."""
-        return self.data
+        """The array itself where its elements are plain, otherwise a new one of float32."""
+        data: Any = self.data
+        if self.aux is None:
+            return data
+        with on_device(data.device):
+            memory = Memory.new(4 * self.size)
+            memory.written_on = data.current_stream
+            made = data.like(memory.address, FLOAT32, memory, self.shape)
+            made.order = self.order
+            convert(made, self)
+        return made
+
+
+class DeviceQuantized(DeviceStored, Quantized):
+    """A quantised state on a device: codes, scales, and `dequantize` are arrays there."""
 
 
 def stored(a: DeviceArray) -> Stored:

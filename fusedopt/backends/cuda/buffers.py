@@ -56,14 +56,14 @@ class Memory:
     def _simulated(self) -> np.ndarray:
         return simulated_view(self.address, np.dtype(np.uint8), self.size)
 
-    def clear(self, stream: int) -> None:
-        """Sets all bytes to zero."""
+    def fill(self, byte: int, stream: int) -> None:
+        """Set all bytes to one value, behind all that was queued on the stream."""
         if not self.size:
             return
         if SIMULATED:
-            self._simulated()[:] = 0
+            self._simulated()[:] = byte
         else:
-            call("cuMemsetD8Async", self.address, 0, self.size, stream)
+            call("cuMemsetD8Async", self.address, byte, self.size, stream)
 
     def read(self, stream: int) -> np.ndarray:
         """The bytes, after all that was queued on the stream: a copy on the host."""

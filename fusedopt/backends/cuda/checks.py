@@ -13,6 +13,7 @@ import numpy as np
 from ...arrays import device_interface
 from ...arrays.checks import EXPECTED
 from ...arrays.formats import DTYPES
+from ...arrays.rows import values_of
 from ...arrays.trees import opened
 from .arrays import DeviceArray
 
@@ -175,7 +176,11 @@ class Fit:
     def copied(self, given: Sequence[Any], fitted: Sequence[DeviceArray | None]) -> list[int]:
         """Of which gradients the step has been given a copy."""
         pairs = enumerate(zip(given, fitted, strict=True))
-        return [k for k, (g, taken) in pairs if taken is not None and taken.owner is not g]
+        return [
+            k
+            for k, (g, taken) in pairs
+            if taken is not None and values_of(taken).owner is not values_of(g)
+        ]
 
     def gradient(self, k: int, label: str, g: Any) -> DeviceArray | None:
         """The k-th leaf's gradient in its parameter's layout: itself, or a copy by its library.
@@ -210,10 +215,9 @@ class Fit:
         return taken
 
     def check_apart(self, label: str, g: Any) -> None:
-        """TypeError: what is asked for is the values of `Rows`."""
-        raise TypeError(
-            f"{label}: Rows are not supported by the backend 'cuda'; give whole gradients"
-        )
+        """ValueError where an input shares memory with what the step writes."""
+        d, dtype = _read(label, g)
+        self._check_range(label, d, dtype.itemsize)
 
     def _check_range(self, label: str, d: device_interface.Description, size: int) -> None:
         if 0 in d.shape:

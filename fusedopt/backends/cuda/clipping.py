@@ -35,7 +35,7 @@ class DeviceGuard:
         self._limits, self._norms = Memory.new(limits.nbytes), limits.size
         self._limits.write(limits, stream)
         self._control = Memory.new(FACTORS + 16 * self._norms)
-        self._control.clear(stream)
+        self._control.fill(0, stream)
         self._kept = Memory.new(8 * len(layout.leaves))
         synchronize()  # whatever stream has the first step
         self._echo = Echo(self._control.address)
@@ -115,5 +115,5 @@ class DeviceGuard:
             counters[1:][active] -= 1
             counters[0] -= 1
         self._unsure.clear()
-        self._control.clear(stream)
+        self._control.fill(0, stream)
         return self._guard.stopped(stopped, took_part[~np.isfinite(sums[took_part])])

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...arrays.formats import PLAIN, SPLIT16, Format, compute_dtype
-from ...arrays.storage import QUANTIZED_FROM, Storage, own_states
-from ...arrays.stored import AVERAGE, Memory, Stored
-from ...plan.options import Options
-from .arrays import DeviceArray, stored
+from ...arrays.formats import PLAIN, compute_dtype
+from ...arrays.storage import Storage, own_states
+from ...arrays.storage import synchronize as take_parameter
+from ...arrays.stored import AVERAGE, Memory, Stored, Wanted
+from ...plan.options import Options, unsupported
+from .arrays import DeviceArray, DeviceQuantized, DeviceStored, stored
 from .buffers import Memory as Bytes
 from .buffers import on_device, synchronize
 from .checks import Fit, check_apart, check_input, check_parameter, check_target
+from .rows import touched
 
 if TYPE_CHECKING:
     from ...rules import Rule
@@ -32,6 +34,7 @@ __all__ = [
     "check_state",
     "check_target",
     "same",
+    "touched",
 ]
 
 LINE = 256
@@ -46,12 +49,10 @@ def check_options(options: Options, state_path: Any) -> None:
         "verify": options.verify,
         "state_path": state_path is not None,
         "threads": options.threads is not None,
-        "rounding": options.rounding != "nearest",
-        "master='split16'": options.master == "split16",
     }
     for name, given in asked.items():
         if given:
-            raise ValueError(f"{name}: is not supported by the backend 'cuda'; leave it out")
+            raise ValueError(unsupported(name, "leave it out"))
     if options.skip_nonfinite and not options.wait:
         raise ValueError(
             "skip_nonfinite, wait: a step needs to know whether the one before was skipped, and"
@@ -62,23 +63,13 @@ def check_options(options: Options, state_path: Any) -> None:
 def check_rule(rule: Rule, p: DeviceArray) -> None:
     """ValueError for a rule that there is on the host alone."""
     if rule.program.phases > 2 or rule.sides(p.shape):
-        raise ValueError(
-            f"{type(rule).__name__}: is not supported by the backend 'cuda'; take fo.Muon"
-        )
+        raise ValueError(unsupported(type(rule).__name__, "take fo.Muon"))
 
 
 def check_state(label: str, state: Any) -> Stored:
-    """An array that will be updated in place; errors as `check_target`."""
-    return stored(check_target(label, state))
-
-
-def _supported(format: Format, name: str) -> Format:
-    if format.quantized or format is SPLIT16:
-        raise ValueError(
-            f"state_dtype: {name!r} in {format.name} is not supported by the backend 'cuda'; take"
-            " 'float32', 'bfloat16' or 'float16'"
-        )
-    return format
+    """An array that will be updated in place, or a quantised state of the device; errors as
+    `check_target`."""
+    return state if isinstance(state, DeviceQuantized) else stored(check_target(label, state))
 
 
 def allocate(
@@ -89,58 +80,68 @@ def allocate(
     states_of: Callable[[Any], tuple[str, ...]] = own_states,
 ) -> list[Memory]:
     """The memory of each leaf: see `Storage.allocate`. All that is new lies in one block."""
-    wanted: list[tuple[DeviceArray, Format, float]] = []
-    for rule, p in zip(rules, parameters, strict=True):
+    wanted: list[Wanted] = []
+    likes: Any = parameters
+    for rule, p in zip(rules, likes, strict=True):
         check_rule(rule, p)
-        own = storage.parameter(p.dtype)
-        if own.dtype != p.dtype:
-            wanted.append((p, own, 0.0))
+        if storage.keeps_more(p):
+            format = storage.parameter(p.dtype)
+            wanted.append(Wanted(format, p, beside=format.aux_dtype is not None))
         for name in states_of(rule):
-            format = storage.state(rule, name, p.dtype, max(p.size, QUANTIZED_FROM))
-            wanted.append((p, _supported(format, name), rule.initial(name)))
+            wanted.append(Wanted(storage.state(rule, name, p.dtype, p.size), p, rule.initial(name)))
     fresh = iter(new_arrays(wanted))
     memories = []
-    for rule, p, copied in zip(rules, parameters, copies, strict=True):
-        own = storage.parameter(p.dtype)
-        mirrors = () if copied is None else (copied,)
-        master = next(fresh) if own.dtype != p.dtype else None
+    for rule, p, copied in zip(rules, likes, copies, strict=True):
+        own = next(fresh) if storage.keeps_more(p) else None
         states = {name: next(fresh) for name in states_of(rule)}
-        if master is not None:
-            master.data[...] = p
-            memory = Memory(master, states, (p, *mirrors), ("master", master.data))  # type: ignore[arg-type]
-        else:
-            memory = Memory(stored(p), states, mirrors)  # type: ignore[arg-type]
+        memory = storage.memory(stored(p), own, states, copied)  # type: ignore[arg-type]
+        take_parameter(memory)
         if AVERAGE in states:
-            states[AVERAGE].data[...] = memory.parameter.data
+            states[AVERAGE].data[...] = memory.parameter.data  # there is nothing beside it yet
         memories.append(memory)
     with on_device(parameters[0].device):
         synchronize()  # whatever stream has the first step
     return memories
 
 
-def new_arrays(wanted: Sequence[tuple[DeviceArray, Format, float]]) -> list[Stored]:
-    """New arrays like others, in formats of their own, with these values."""
+def new_arrays(wanted: Sequence[Wanted]) -> list[Stored]:
+    """New arrays like others, in formats of their own; each on a line of its own in one block."""
     if not wanted:
         return []
-    sizes = [-(-p.size * f.dtype.itemsize // LINE) * LINE for p, f, _ in wanted]
-    first = wanted[0][0]
+    sizes = [-(-size // LINE) * LINE for w in wanted for size in w.sizes()]
+    first: Any = wanted[0].like
     with on_device(first.device):
         block = Bytes.new(sum(sizes))
         block.written_on = first.current_stream
-        block.clear(block.written_on)
-    made = []
-    for (p, format, initial), start in zip(wanted, accumulate(sizes, initial=0), strict=False):
-        address = block.address + start
-        a = p.like(address, format.dtype, block)
-        if initial:
-            a[...] = initial
-        made.append(stored(a))
+        block.fill(0, block.written_on)
+        starts = accumulate(sizes, initial=block.address)
+        return [_made(w, block, [next(starts) for _ in w.sizes()]) for w in wanted]
+
+
+def _made(w: Wanted, block: Bytes, addresses: Sequence[int]) -> Stored:
+    """An array at the addresses of its data and of what stands beside it."""
+    like: Any = w.like
+    format, size = w.format, like.size
+    aux = None
+    if format.aux_dtype is not None:
+        shape = (format.aux_size(size),)
+        aux = like.like(addresses[-1], format.aux_dtype, block, shape)
+    if format.quantized:
+        data = like.like(addresses[0], format.dtype, block, (format.data_size(size),))
+        data.memory.fill(format.zero, block.written_on)
+    else:
+        data = like if w.beside else like.like(addresses[0], format.dtype, block)
+    cls = DeviceQuantized if format.quantized else DeviceStored
+    made = cls(format, data, aux, like.shape, like.order)
+    if w.initial:
+        made.fill(w.initial)
     return made
 
 
 def blank(parameters: Sequence[DeviceArray]) -> list[Stored]:
     """New arrays like these, in the types that they are computed in."""
-    return new_arrays([(p, PLAIN[compute_dtype(p.dtype).name], 0.0) for p in parameters])
+    likes: Any = parameters
+    return new_arrays([Wanted(PLAIN[compute_dtype(p.dtype).name], p) for p in likes])
 
 
 def same(a: DeviceArray, b: DeviceArray) -> bool:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from ...arrays.formats import FLOAT64, PLAIN, SEGMENT, compute_dtype
+from ...arrays.rows import Touched, values_of
+from ...arrays.stored import Stored
 from ...jit.tiles import LANES
 from ...programs.elements import keep
+from . import blocks
+from .blocks import LANES as TILE_LANES
+from .blocks import kernel_of
 from .buffers import Memory, on_device, wait_for
-from .kernels import THREADS, Step, Variant, step_kernel
-from .reductions import GROUPS, squares_kernel, totals_kernel
+from .kernels import THREADS, Step, Variant
+from .reductions import GROUPS, row_squares_kernel, squares_kernel, totals_kernel
 from .vectors import VECTOR_BYTES
 
 
@@ -60,21 +66,51 @@ class Table:
         return cls(uploaded(np.array(rows, np.int64), stream), uploaded(parts, stream), parts.size)
 
 
+class Place(NamedTuple):
+    """What a row of a table has of an array. words: see `kernels.columns`. aligned: whether the
+    addresses among them are on the boundaries of vectors."""
+
+    words: tuple[int, ...]
+    aligned: bool
+
+    @classmethod
+    def of(cls, array: Any, key: int = 0) -> Place:
+        """The place of an array, or of a `Stored` with the key of its random bits."""
+        if not isinstance(array, Stored):
+            return cls((array.address,), not array.address % VECTOR_BYTES)
+        held: list[Any] = array.arrays
+        addresses = tuple(a.address for a in held)
+        signed = (key + 2**63) % 2**64 - 2**63
+        aligned = not any(address % VECTOR_BYTES for address in addresses)
+        return cls(addresses + (signed,) * array.format.random, aligned)
+
+
+def table_row(size: int, places: Sequence[Place]) -> list[int]:
+    """The row of a leaf of so many elements, with the places of the arrays that `Variant.arrays`
+    names."""
+    words = [word for place in places for word in place.words]
+    return [size, int(all(place.aligned for place in places)), *words]
+
+
 class Launch:
     """One kernel over all leaves of a variant.
 
-    arrays: of each leaf those that `Variant.arrays` names.
+    rows: those of the table, see `table_row` and `rows.table_rows`. random: whether `run` takes
+    the steps that the leaves have behind them.
     """
 
-    def __init__(self, variant: Variant, arrays: Sequence[Sequence[Placed]], stream: int) -> None:
-        rows = []
-        for own in arrays:
-            addresses = [a.address for a in own]
-            aligned = not any(address % VECTOR_BYTES for address in addresses)
-            rows.append([own[0].size, int(aligned), *addresses])
-        self._table = Table.of(rows, variant.chunk, stream)
-        self._kernel, self.dtype = step_kernel(variant), variant.dtype
-        self._device = arrays[0][0].device
+    def __init__(
+        self,
+        variant: Variant,
+        rows: Sequence[Sequence[int]],
+        device: int,
+        stream: int,
+    ) -> None:
+        blocked = variant.blocked
+        self._table = Table.of(rows, blocks.CHUNK if blocked else variant.chunk, stream)
+        self._threads = TILE_LANES * blocks.WARPS if blocked else THREADS
+        self._kernel = kernel_of(variant)
+        self.dtype, self.random, self._device = variant.dtype, variant.random, device
 
     def run(self, scalars: Sequence[float], stream: int, *more: int) -> None:
         """scalars: of all the operations. more: words that the kernel takes behind the addresses of
@@ -82,19 +118,21 @@ class Launch:
         if self._table.count:
             words = (self._table.rows.address, self._table.parts.address, *more)
             queue = self._device, stream
-            self._kernel.launch(self._table.count, THREADS, queue, words, scalars)
+            self._kernel.launch(self._table.count, self._threads, queue, words, scalars)
 
 
-def convert(target: Placed, source: Placed) -> None:
+def convert(target: Placed, source: Stored) -> None:
     """Writes the elements of an array of the same shape and order, rounded to the nearest."""
-    types = [compute_dtype(a.dtype) for a in (target, source)]
+    types = [compute_dtype(target.dtype), compute_dtype(source.format.dtype)]
     wide = FLOAT64 if FLOAT64 in types else types[0]
-    formats = tuple((n, PLAIN[a.dtype.name]) for n, a in (("g", source), ("p", target)))
+    formats = (("g", source.format), ("p", PLAIN[target.dtype.name]))
     step = Step(keep, "other", ("p", "g"), ("p",), 0, "", False)
-    stream, other = target.stream, source.stream
-    launch = Launch(Variant((step,), (), wide, formats), [(source, target)], stream)
+    there: Any = source.data
+    stream, other = target.stream, there.stream
+    row = table_row(target.size, [Place.of(source), Place.of(target)])
+    launch = Launch(Variant((step,), (), wide, formats), [row], target.device, stream)
     wait_for(stream, other)
-    launch.run((), stream)
+    launch.run((), stream, *[0] * launch.random)
     wait_for(other, stream)
 
 
@@ -120,22 +158,69 @@ class Squares:
             self._kernel.launch(blocks, threads, (self._device, stream), words, [scale])
 
 
+class RowSquares:
+    """`Squares` of gradients of some rows: the sums that the whole gradients have."""
+
+    def __init__(self, dtype: np.dtype, grads: Sequence[Touched], stream: int) -> None:
+        first: Any = grads[0].values
+        self.dtype, self._device = dtype, first.device
+        self._kernel = row_squares_kernel(PLAIN[first.dtype.name], dtype)
+        parts, pairs, counts, before = [], [], [], 0
+        for g in grads:
+            values: Any = g.values
+            length = math.prod(values.shape[1:])
+            segments, low, high = _segments(g.rows, length)
+            parts += [
+                (values.address, length, segment * SEGMENT, before + a, before + b)
+                for segment, a, b in np.stack([segments, low, high], axis=1).tolist()
+            ]
+            pairs.append(np.stack([g.rows, g.places], axis=1))
+            counts.append(segments.size)
+            before += len(g.rows)
+        self._count = len(parts)
+        self._parts = uploaded(np.array(parts, np.int64), stream)
+        self._pairs = uploaded(np.concatenate(pairs), stream)
+        self._partials = Memory.reused(8 * self._count, stream)
+        starts = self._partials.address + 8 * (np.cumsum(counts) - counts)
+        self.rows = list(zip(starts.tolist(), counts, strict=True))
+
+    def queue(self, scale: float, stream: int) -> None:
+        """Puts the kernel on a stream."""
+        if self._count:
+            memories = self._parts, self._pairs, self._partials
+            words = (*(memory.address for memory in memories), self._count)
+            blocks, threads = -(-self._count // GROUPS), GROUPS * LANES
+            self._kernel.launch(blocks, threads, (self._device, stream), words, [scale])
+
+
+def _segments(rows: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The segments of a parameter that rows touch, and of each the first of these rows and the one
+    behind the last."""
+    if not length:
+        rows = rows[:0]
+    first = rows * length // SEGMENT
+    last = ((rows + 1) * length - 1) // SEGMENT
+    counts = last - first + 1
+    starts = np.repeat(first - (np.cumsum(counts) - counts), counts)
+    segments = np.unique(starts + np.arange(starts.size))
+    return segments, np.searchsorted(last, segments), np.searchsorted(first, segments, "right")
+
+
 class Sums:
     """Sums of squares of gradients, one for each.
 
-    grads: by place among all leaves.
-    dtypes: of the arithmetic, by place. After `queue`, `memory` has the sums of `leaves`, float64.
+    grads: by place among all leaves, arrays or `Touched`. dtypes: of the arithmetic, by place.
+    After `queue`, `memory` has the sums of `leaves`, float64.
     """
 
-    def __init__(
-        self, grads: Mapping[int, Placed], dtypes: Sequence[np.dtype], stream: int
-    ) -> None:
-        alike: dict[tuple[np.dtype, np.dtype], list[int]] = {}
+    def __init__(self, grads: Mapping[int, Any], dtypes: Sequence[np.dtype], stream: int) -> None:
+        alike: dict[tuple[np.dtype, np.dtype, bool], list[int]] = {}
         for k, g in grads.items():
-            alike.setdefault((g.dtype, dtypes[k]), []).append(k)
+            key = values_of(g).dtype, dtypes[k], isinstance(g, Touched)
+            alike.setdefault(key, []).append(k)
         self._parts = [
-            Squares(dtype, [grads[k] for k in members], stream)
-            for (_, dtype), members in alike.items()
+            (RowSquares if some else Squares)(dtype, [grads[k] for k in members], stream)
+            for (_, dtype, some), members in alike.items()
         ]
         self.leaves = np.array([k for members in alike.values() for k in members], np.int64)
         self.wide = np.array([dtypes[k] == FLOAT64 for k in self.leaves], bool)
@@ -143,7 +228,7 @@ class Sums:
         rows = [row for part in self._parts for row in part.rows]
         self._rows = uploaded(np.array(rows, np.int64), stream)
         self.memory = Memory.reused(8 * self.leaves.size, stream)
-        self._device = next((g.device for g in grads.values()), 0)
+        self._device = next((values_of(g).device for g in grads.values()), 0)
 
     def queue(self, stream: int, scale: float = 1.0) -> None:
         """Puts the kernels on a stream. scale: of the elements; 1 in float32 arithmetic."""

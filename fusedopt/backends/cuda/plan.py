@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from math import prod
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ import numpy as np
 
 from ...arrays import device_interface
 from ...arrays.formats import PLAIN, compute_dtype
+from ...arrays.rows import Touched, values_of
+from ...arrays.stored import Wanted
 from ...arrays.trees import Fixed, opened
 from ...plan.interface import Turn
 from ...plan.spec import Layout
@@ -23,8 +26,9 @@ from .buffers import Memory, on_device, synchronize, wait_for
 from .clipping import DeviceGuard
 from .device import new_arrays
 from .kernels import Step, Variant, operations_of
-from .launching import Launch, Sums
+from .launching import Launch, Place, Sums, table_row
 from .matmul import Library
+from .rows import table_rows
 
 
 @dataclass
@@ -150,6 +154,7 @@ class CudaPlan(Turn):
         self._fixed: weakref.ref[Fixed] | None = None
         self._seen: Seen | None = None
         self._make_work_space()
+        self._places = [self._places_of(k) for k in range(len(layout.leaves))]
         self._guard: DeviceGuard | None = None
         if layout.decide is not None and not layout.wait:
             guard: Any = layout.decide
@@ -160,7 +165,7 @@ class CudaPlan(Turn):
         """Directions of the leaves whose rule has two phases."""
         phased = [k for k, g in enumerate(self._layout.group_of) if self._programs[g].phases > 1]
         library = Library(self._first.library) if phased else None
-        wanted = [(self._parameters[k], PLAIN[self._dtypes[k].name], 0.0) for k in phased]
+        wanted = [Wanted(PLAIN[self._dtypes[k].name], self._parameters[k]) for k in phased]
         with on_device(self._first.device):
             arrays: list[Any] = [stored.data for stored in new_arrays(wanted)]
             self._work = dict(zip(phased, arrays, strict=True))
@@ -224,18 +229,22 @@ class CudaPlan(Turn):
     def _bind(self, grads: Sequence[Any], hessian: Sequence[Any] | None) -> None:
         estimates = [None] * len(grads) if hessian is None else hessian
         self._seen = self._fixed = None
-        inputs = [g for g in (*grads, *estimates) if g is not None]
+        inputs = [values_of(g) for g in (*grads, *estimates) if g is not None]
+        some = any(isinstance(g, Touched) for g in grads)
         offsets = self._layout.counters[1:] - self._layout.counters[0]
         stream = self._first.current_stream
         key = (
             stream,
-            [None if g is None else (g.address, g.dtype) for g in (*grads, *estimates)],
+            [g if g is None else (g.address, g.dtype) for g in map(values_of, grads)],
+            [g if g is None else (g.address, g.dtype) for g in map(values_of, estimates)],
             offsets.tobytes(),
         )
-        if key != self._key:
+        if some or key != self._key:
             self._bound, self._key = None, None
             self._bound = self._bound_to(grads, estimates, inputs, stream)
-            self._key = key
+            self._key = None if some else key  # other rows of the same address are another step
+        if some:
+            return
         with suppress(TypeError):  # what no weak reference can be made to is looked at every time
             self._seen = Seen([*grads, *(hessian or ())])
 
@@ -270,16 +279,19 @@ class CudaPlan(Turn):
         for (variant, group, _), members in alike.items():
             refreshed = estimates[members[0]] is not None
             operations = operations_of(self._programs[group], phase, refreshed)
-            arrays = [self._arrays(k, variant, grads[k], estimates[k]) for k in members]
+            rows: list[list[int]] = []
+            for k in members:
+                rows += self._rows(k, variant, grads[k], estimates[k])
+            launch = Launch(variant, rows, self._first.device, stream)
             scalars = [(HEAD[op.loop], op.scalars) for op in operations]
-            made.append(Queued(Launch(variant, arrays, stream), scalars, group, members[0]))
+            made.append(Queued(launch, scalars, group, members[0]))
         return made
 
     def _variant(self, k: int, phase: int, g: Any, estimate: Any) -> Variant:
         program, memory = self._programs[self._layout.group_of[k]], self._layout.leaves[k]
-        formats = [("g", PLAIN[g.dtype.name]), ("p", memory.parameter.format)]
+        formats = [("g", PLAIN[values_of(g).dtype.name]), ("p", memory.parameter.format)]
         if estimate is not None:
-            formats.append(("hessian", PLAIN[estimate.dtype.name]))
+            formats.append(("hessian", PLAIN[values_of(estimate).dtype.name]))
         formats += [(name, state.format) for name, state in memory.states.items()]
         if program.phases > 1:
             formats.append(("work", PLAIN[self._dtypes[k].name]))
@@ -294,13 +306,26 @@ class CudaPlan(Turn):
             self._guard is not None,
         )
 
-    def _arrays(self, k: int, variant: Variant, g: Any, estimate: Any) -> list[Any]:
-        memory = self._layout.leaves[k]
-        named = {"g": g, "hessian": estimate, "p": memory.parameter.data}
-        named |= {name: state.data for name, state in memory.states.items()}
-        named |= {"work": self._work.get(k)}
-        named |= {f"copy{j}": a for j, a in enumerate(memory.mirrors)}
-        return [named[name] for name, _ in variant.arrays]
+    def _places_of(self, k: int) -> dict[str, Place]:
+        """The places of all arrays of a leaf but its inputs."""
+        memory, keys = self._layout.leaves[k], self._layout.keys[k]
+        own = {"p": memory.parameter, **memory.states}
+        found = {name: Place.of(a, key) for (name, a), key in zip(own.items(), keys, strict=True)}
+        if k in self._work:
+            found["work"] = Place.of(self._work[k])
+        return found | {f"copy{j}": Place.of(a) for j, a in enumerate(memory.mirrors)}
+
+    def _rows(self, k: int, variant: Variant, g: Any, estimate: Any) -> list[list[int]]:
+        """What a launch's table has of a leaf."""
+        places = self._places[k] | {"g": Place.of(values_of(g))}
+        if estimate is not None:
+            places["hessian"] = Place.of(values_of(estimate))
+        if isinstance(g, Touched):
+            numbers = {"p": g.rows, "g": g.places}
+            if estimate is not None:
+                numbers["hessian"] = estimate.places
+            return table_rows(variant, places, numbers, prod(g.values.shape[1:]))
+        return [table_row(g.size, [places[name] for name, _ in variant.arrays])]
 
     # ---------------------------------------------------------------- the step
 
@@ -352,10 +377,8 @@ class CudaPlan(Turn):
             for head, own in scalars:
                 values += heads[head]
                 values += own(t, lr)
-            if guard:
-                launch.run(values, stream, guard.factor(group, launch.dtype))
-            else:
-                launch.run(values, stream)
+            more = [guard.factor(group, launch.dtype)] if guard else []
+            launch.run(values, stream, *more, *[t - 1] * launch.random)
 
     def _orthogonalize(self, leaves: Sequence[int], stream: int) -> None:
         assert self._library is not None

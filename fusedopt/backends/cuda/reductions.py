@@ -19,6 +19,19 @@ from .vectors import loader, storer, word_loader, word_storer
 GROUPS = 8
 """So many segments are a block's; each has a thread for each lane."""
 
+_REDUCED = """
+    lanes[thread] = total
+    cuda.syncthreads()
+    half = LANES // 2
+    while half:
+        if lane < half:
+            lanes[thread] += lanes[thread + half]
+        cuda.syncthreads()
+        half //= 2
+    if lane == 0 and index < count:
+        store(partials + 8 * index, (lanes[thread],))
+"""
+
 _SQUARES = """
 def kernel(table, blocks, partials, count, scale):
     lanes = cuda.shared.array(THREADS, SUM)
@@ -40,16 +53,32 @@ def kernel(table, blocks, partials, count, scale):
         while i < stop:
             total += squares(T(decode(load(x + SIZE * i)[0])), scale)
             i += LANES
-    lanes[thread] = total
-    cuda.syncthreads()
-    half = LANES // 2
-    while half:
-        if lane < half:
-            lanes[thread] += lanes[thread + half]
-        cuda.syncthreads()
-        half //= 2
-    if lane == 0 and index < count:
-        store(partials + 8 * index, (lanes[thread],))
+{reduced}
+"""
+
+_ROW_SQUARES = """
+def kernel(parts, pairs, partials, count, scale):
+    lanes = cuda.shared.array(THREADS, SUM)
+    thread = cuda.threadIdx.x
+    lane = thread % LANES
+    index = cuda.blockIdx.x * GROUPS + thread // LANES
+    total = SUM(0)
+    if index < count:
+        part = parts + 40 * index
+        x = word(part)
+        length = word(part + 8)
+        start = word(part + 16)
+        for k in range(word(part + 24), word(part + 32)):
+            row = word(pairs + 16 * k)
+            ahead = (word(pairs + 16 * k + 8) - row) * length
+            begin = max(row * length, start)
+            stop = min((row + 1) * length, start + SEGMENT)
+            # Every element goes to the lane that it has in the whole gradient.
+            i = begin + (lane + LANES - begin % LANES) % LANES
+            while i < stop:
+                total += squares(T(decode(load(x + SIZE * (i + ahead))[0])), scale)
+                i += LANES
+{reduced}
 """
 UNROLLED = 8
 
@@ -58,7 +87,31 @@ UNROLLED = 8
 def squares_kernel(format: Format, dtype: np.dtype) -> Kernel:
     """Sums of squares of arrays, one for each segment: (table, blocks, partial sums, so many
     segments, scale). A row of the table: elements, address."""
-    namespace = {
+    wide = textwrap.indent
+    source = _SQUARES.format(
+        reduced=_REDUCED,
+        ahead=(UNROLLED - 1) * LANES,
+        step=UNROLLED * LANES,
+        loads=wide(indented(f"v{k} = load(x + SIZE * (i + {k * LANES}))[0]" for k in
+                             range(UNROLLED)), " " * 8),
+        additions=wide(indented(f"total += squares(T(decode(v{k})), scale)" for k in
+                                 range(UNROLLED)), " " * 8),
+    )  # fmt: skip
+    return Kernel(source, 4, 1, dtype, _squares_names(format, dtype))
+
+
+@functools.cache
+def row_squares_kernel(format: Format, dtype: np.dtype) -> Kernel:
+    """Sums of squares of rows, one for each segment of their parameter: (parts, pairs, partial
+    sums, so many parts, scale). A part: the address of the values, elements of a row, where the
+    segment begins, the first of its pairs and the one behind the last. A pair: a row of the
+    parameter, and that of the values."""
+    names = _squares_names(format, dtype)
+    return Kernel(_ROW_SQUARES.format(reduced=_REDUCED), 4, 1, dtype, names)
+
+
+def _squares_names(format: Format, dtype: np.dtype) -> dict[str, Any]:
+    return {
         "__name__": __name__,
         "word": word_loader(),
         "load": loader(format.bits, 1),
@@ -73,16 +126,6 @@ def squares_kernel(format: Format, dtype: np.dtype) -> Kernel:
         "GROUPS": GROUPS,
         "THREADS": GROUPS * LANES,
     }
-    wide = textwrap.indent
-    source = _SQUARES.format(
-        ahead=(UNROLLED - 1) * LANES,
-        step=UNROLLED * LANES,
-        loads=wide(indented(f"v{k} = load(x + SIZE * (i + {k * LANES}))[0]" for k in
-                             range(UNROLLED)), " " * 8),
-        additions=wide(indented(f"total += squares(T(decode(v{k})), scale)" for k in
-                                 range(UNROLLED)), " " * 8),
-    )  # fmt: skip
-    return Kernel(source, 4, 1, dtype, namespace)
 
 
 _TOTALS = """

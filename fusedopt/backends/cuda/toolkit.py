@@ -33,6 +33,10 @@ MAX_REGISTERS = {"float32": 64, "float64": 128}
 """Of a thread, by the type of a kernel's arithmetic: with more, too few threads fit for the memory
 to be kept busy. A float64 takes two."""
 
+MORE_REGISTERS = {"float32": 96, "float64": 160}
+"""The same where all elements of a thread wait for the scales of their blocks, or are rounded at
+random: the numbers are then those without spilling to memory."""
+
 Capability = tuple[int, int]
 
 
@@ -69,11 +73,18 @@ class Kernel:
     """The function `kernel` that `source` defines.
 
     words: so many int64 are its leading arguments. scalars: so many of dtype are the rest.
-    namespace: constants, and plain functions, which are compiled too. Compiled at the first launch.
+    namespace: constants, and plain functions, which are compiled too. registers: of a thread at
+    most, by the type of the arithmetic. Compiled at the first launch.
     """
 
     def __init__(
-        self, source: str, words: int, scalars: int, dtype: np.dtype, namespace: Mapping[str, Any]
+        self,
+        source: str,
+        words: int,
+        scalars: int,
+        dtype: np.dtype,
+        namespace: Mapping[str, Any],
+        registers: Mapping[str, int] = MAX_REGISTERS,
     ) -> None:
         globals_: dict[str, Any] = {
             "__name__": __name__,
@@ -83,7 +94,7 @@ class Kernel:
         exec(compile(source, "<fusedopt.backends.cuda>", "exec"), globals_)
         self._function = globals_["kernel"]
         self._arguments = ", ".join(["int64"] * words + [dtype.name] * scalars)
-        self._registers = MAX_REGISTERS[dtype.name]
+        self.registers = registers[dtype.name]
         self._count = scalars
         self._words, self._scalars = words, dtype
         self._bound: dict[int, int] = {}
@@ -111,7 +122,7 @@ class Kernel:
                     arguments,
                     nvvm_options=dict(OPTIONS),
                     cc=capability,
-                    max_registers=self._registers,
+                    max_registers=self.registers,
                 )
             name = result.fndesc.llvm_func_name
             result.library._entry_name = name
