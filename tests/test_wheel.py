@@ -26,15 +26,15 @@ WAYS: dict[str, tuple[Any, dict[str, Any]]] = {
 """How parameters and states are stored."""
 
 DIGESTS: dict[str, str] = {
-    "sgd": "0b0187de88b780b9",
-    "momentum": "4fcedc4a8fd3d4e0",
-    "nesterov": "589e11a6bf9675b5",
-    "adagrad": "6803772cc348b2d8",
-    "rmsprop": "300dd50ee19f8260",
-    "adam": "ddd9e832965d49a4",
-    "adamw": "679d33329650be31",
-    "lion": "167edd89adcbef0f",
-    "sophia": "97aa81d11460355a",
+    "sgd": "049a2ac761b000db",
+    "momentum": "74a5018a9b443172",
+    "nesterov": "446381755c07f619",
+    "adagrad": "440c9c38490d268d",
+    "rmsprop": "1e95be2d6eeed43b",
+    "adam": "b4f85fc89f1851e6",
+    "adamw": "4c5a5b0ac0d03046",
+    "lion": "5d2591201be3c28f",
+    "sophia": "eb3f1b249a93f444",
 }
 """Of each rule, over all ways; Muon's matrix products alone may differ between machines."""
 
