@@ -16,7 +16,7 @@ from ..arrays.foreign import host_array
 from ..arrays.stored import Memory
 from ..optimizer import Optimizer
 from ..rules import Rule
-from ..step.gradients import StepInfo
+from ..step.info import StepInfo
 from .leaf import Leaf, tensor_of
 
 address_of = torch.Tensor.data_ptr

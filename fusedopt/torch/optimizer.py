@@ -12,7 +12,7 @@ import torch
 from ..interop.common import number
 from ..optimizer import Optimizer as Fused
 from ..rules import Rule
-from ..step.gradients import StepInfo
+from ..step.info import StepInfo
 from .engine import Engine
 
 Number = float | torch.Tensor

@@ -85,11 +85,11 @@ class Place(NamedTuple):
         return cls(addresses + (signed,) * array.format.random, aligned)
 
 
-def table_row(size: int, places: Sequence[Place]) -> list[int]:
-    """The row of a leaf of so many elements, with the places of the arrays that `Variant.arrays`
-    names."""
+def table_row(size: int, places: Sequence[Place], first_tile: int = 0) -> list[int]:
+    """Return the row of a leaf with a number of elements, and with the places of the arrays that
+    `Variant.arrays` names; first_tile: where the leaf begins in the array that it is a part of."""
     words = [word for place in places for word in place.words]
-    return [size, int(all(place.aligned for place in places)), *words]
+    return [size, first_tile << 1 | all(place.aligned for place in places), *words]
 
 
 class Launch:

@@ -310,7 +310,9 @@ class CudaPlan(Turn):
         """The places of all arrays of a leaf but its inputs."""
         memory, keys = self._layout.leaves[k], self._layout.keys[k]
         own = {"p": memory.parameter, **memory.states}
-        found = {name: Place.of(a, key) for (name, a), key in zip(own.items(), keys, strict=True)}
+        found = {
+            name: Place.of(a, key.key) for (name, a), key in zip(own.items(), keys, strict=True)
+        }
         if k in self._work:
             found["work"] = Place.of(self._work[k])
         return found | {f"copy{j}": Place.of(a) for j, a in enumerate(memory.mirrors)}
@@ -325,7 +327,8 @@ class CudaPlan(Turn):
             if estimate is not None:
                 numbers["hessian"] = estimate.places
             return table_rows(variant, places, numbers, prod(g.values.shape[1:]))
-        return [table_row(g.size, [places[name] for name, _ in variant.arrays])]
+        first = self._layout.keys[k][0].first_tile
+        return [table_row(g.size, [places[name] for name, _ in variant.arrays], first)]
 
     # ---------------------------------------------------------------- the step
 
