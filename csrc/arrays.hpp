@@ -6,39 +6,12 @@
 #include <string>
 
 #include "driver.hpp"
+#include "foreign.hpp"
+#include "numpy_names.hpp"
 #include "table.h"
 
 namespace fusedopt {
 namespace {
-
-namespace py = pybind11;
-
-using Proxy = py::detail::PyArray_Proxy;
-
-struct Numpy {
-  PyTypeObject* ndarray;
-  PyObject* dtypes[FORMATS];
-};
-
-// Never destroyed: module teardown and interpreter exit race otherwise.
-const Numpy& numpy() {
-  static const Numpy* names = [] {
-    const py::module_ np = py::module_::import("numpy");
-    const auto dtype = [&](const char* name) {
-      return py::object(np.attr("dtype")(name)).release().ptr();
-    };
-    return new Numpy{
-        reinterpret_cast<PyTypeObject*>(py::object(np.attr("ndarray")).release().ptr()),
-        {dtype("float32"), dtype("float64"),
-         np.attr("dtype")(py::module_::import("ml_dtypes").attr("bfloat16")).release().ptr(),
-         dtype("float16")}};
-  }();
-  return *names;
-}
-
-constexpr std::size_t SIZES[FORMATS] = {4, 8, 2, 2};
-constexpr int C_ORDER = 0x1, DENSE = C_ORDER | 0x2, ALIGNED = 0x100,
-              WRITEABLE = 0x400;  // NumPy's C and F order
 
 // The array behind a Python object, or null: subclasses and unusual dtype objects take the slow
 // way, through Python.
@@ -109,6 +82,8 @@ void use_copy(const Codec& codec, int compute, int source, Operand& out) {
 bool read_input(PyObject* o, const Proxy* parameter, int compute, const Table& table, bool zero,
                 Operand& out) {
   const Proxy* a = as_array(o);
+  Foreign foreign;
+  if (!a) a = foreign.read(o);
   if (!a || !(a->flags & ALIGNED) || (zero && !(a->flags & WRITEABLE))) return false;
   const int format = format_of(a);
   if (format < 0 || !same_layout(a, SIZES[format], parameter, SIZES[format_of(parameter)]))

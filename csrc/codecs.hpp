@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "table.h"
+#include "vectors.hpp"
 
 namespace {
 
@@ -68,11 +69,12 @@ struct BFloat16 {
     // One NaN for all: a sign for it would cost as much as the rounding.
     return static_cast<Stored>((narrow != narrow ? NOT_A_NUMBER : rounded) >> 16);
   }
-  // Away from zero with the probability that makes it unbiased; never from finite to infinite.
+  // Away from zero with the probability that makes it unbiased, by 16 random bits; never from
+  // finite to infinite.
   template <class T>
   static Stored stochastic(T x, std::uint32_t random) {
     const std::uint32_t bits = bits_of(static_cast<float>(x));
-    const std::uint32_t rounded = bits + (random >> 16);
+    const std::uint32_t rounded = bits + random;
     const bool stays = (bits & INFINITE) == INFINITE || (rounded & INFINITE) == INFINITE;
     const std::uint32_t nan = (bits & SIGN) | NOT_A_NUMBER;
     return static_cast<Stored>(((bits & ~SIGN) > INFINITE ? nan : stays ? bits : rounded) >> 16);
@@ -113,12 +115,12 @@ struct Float16 {
   template <class T>
   static Stored stochastic(T x, std::uint32_t random) {
     const std::uint32_t bits = bits_of(static_cast<float>(x)), magnitude = bits & ~SIGN;
-    std::uint32_t normal = (magnitude - REBIAS + (random >> 19)) >> 13;
+    std::uint32_t normal = (magnitude - REBIAS + (random >> 3)) >> 13;
     normal = normal > 0x7bffu ? 0x7bffu : normal;
-    // In units of 2^-20 of the denormals' spacing, 2^-24.
-    const float units = select(magnitude < NORMAL, float_of(magnitude), 0.0f) * 17592186044416.0f;
+    // In units of 2^-16 of the denormals' spacing, 2^-24.
+    const float units = select(magnitude < NORMAL, float_of(magnitude), 0.0f) * 1099511627776.0f;
     const std::uint32_t fixed = truncated(units);
-    const std::uint32_t denormal = (fixed + (random >> 12)) >> 20;
+    const std::uint32_t denormal = (fixed + random) >> 16;
     return assemble(bits, normal, denormal);
   }
 };
@@ -127,14 +129,33 @@ template <class E, class T>
 void decode_each(const void* data, const void*, void* out, std::size_t n) {
   const typename E::Stored* __restrict from = static_cast<const typename E::Stored*>(data);
   T* __restrict to = static_cast<T*>(out);
-  for (std::size_t i = 0; i < n; ++i) to[i] = E::template decode<T>(from[i]);
+  std::size_t i = 0;
+  if constexpr (sizeof(T) == sizeof(float) && Vectors<E>::decoded > 0)
+    for (; i + Vectors<E>::decoded <= n; i += Vectors<E>::decoded)
+      Vectors<E>::decode(from + i, to + i);
+  for (; i < n; ++i) to[i] = E::template decode<T>(from[i]);
+}
+
+// Encodes what is whole vectors, and answers how many elements that were; `one` takes each element
+// of a vector that the instruction does not treat as it does.
+template <class E, class One, class... Stored>
+std::size_t encode_vectors(const float* from, std::size_t n, const One& one, Stored*... to) {
+  constexpr std::size_t width = Vectors<E>::encoded;
+  std::size_t i = 0;
+  for (; i + width <= n; i += width)
+    if (!Vectors<E>::nearest(from + i, to + i...))
+      for (std::size_t k = i; k < i + width; ++k) one(k);
+  return i;
 }
 
 template <class E, class T>
 void copy_each(const void* tile, void* data, void*, std::size_t n, std::uint64_t) {
   const T* __restrict from = static_cast<const T*>(tile);
   typename E::Stored* __restrict to = static_cast<typename E::Stored*>(data);
-  for (std::size_t i = 0; i < n; ++i) to[i] = E::nearest(from[i]);
+  std::size_t i = 0;
+  if constexpr (sizeof(T) == sizeof(float) && Vectors<E>::encoded > 0)
+    i = encode_vectors<E>(from, n, [=](std::size_t k) { to[k] = E::nearest(from[k]); }, to);
+  for (; i < n; ++i) to[i] = E::nearest(from[i]);
 }
 
 // What the loop round a rule keeps out of states in the compute type, the codecs keep out of
@@ -146,27 +167,45 @@ inline T normal_float(T x) {
 }
 
 template <class E, class T>
-void encode_each(const void* tile, void* data, void*, std::size_t n, std::uint64_t) {
+void encode_each(const void* tile, void* data, void* aux, std::size_t n, std::uint64_t key) {
+  if constexpr (sizeof(T) == sizeof(float)) return copy_each<E, T>(tile, data, aux, n, key);
   const T* __restrict from = static_cast<const T*>(tile);
   typename E::Stored* __restrict to = static_cast<typename E::Stored*>(data);
   for (std::size_t i = 0; i < n; ++i) to[i] = E::nearest(normal_float(from[i]));
 }
 
-// Random bits of the i-th element of a tile: a hash of its place and of the tile's 64-bit key.
-inline std::uint32_t random_bits(std::uint64_t key, std::uint32_t i) {
-  std::uint32_t x = i * 0x9e3779b9u + static_cast<std::uint32_t>(key);
-  x = (x ^ x >> 16) * 0x7feb352du;
-  x += static_cast<std::uint32_t>(key >> 32);
-  x = (x ^ x >> 15) * 0x846ca68bu;
-  return x ^ x >> 16;
+// The finaliser of splitmix64, and the key of one of many: as in driver.hpp, which must not be
+// included here.
+inline std::uint64_t mixed(std::uint64_t x) {
+  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+  return x ^ x >> 31;
 }
+
+// Sixteen random bits for each element of a tile: a number of the sequence that the tile's key
+// begins has those of four elements, the lowest ones first. (All processors that there are wheels
+// for store numbers so.)
+struct Random {
+  alignas(64) std::uint16_t bits[TILE];
+  Random(std::uint64_t key, std::size_t n) {
+    for (std::size_t k = 0; k < n; k += 4) {
+      const std::uint64_t drawn = mixed(key += 0x9e3779b97f4a7c15u);
+      std::memcpy(bits + k, &drawn, sizeof drawn);
+    }
+  }
+};
 
 template <class E, class T>
 void encode_stochastic(const void* tile, void* data, void*, std::size_t n, std::uint64_t key) {
   const T* __restrict from = static_cast<const T*>(tile);
   typename E::Stored* __restrict to = static_cast<typename E::Stored*>(data);
-  for (std::size_t i = 0; i < n; ++i)
-    to[i] = E::stochastic(normal_float(from[i]), random_bits(key, static_cast<std::uint32_t>(i)));
+  const Random random(key, n);
+  const std::uint16_t* const bits = random.bits;
+  std::size_t i = 0;
+  if constexpr (sizeof(T) == sizeof(float) && Vectors<Stochastic<E>>::encoded > 0)
+    i = encode_vectors<Stochastic<E>>(
+        from, n, [=](std::size_t k) { to[k] = E::stochastic(from[k], bits[k]); }, to, bits);
+  for (; i < n; ++i) to[i] = E::stochastic(normal_float(from[i]), bits[i]);
 }
 
 // ---------------------------------------------------------------- a bfloat16 and 16 bits more
@@ -213,7 +252,11 @@ void encode_pairs(const void* tile, void* data, void* aux, std::size_t n, std::u
   const T* __restrict from = static_cast<const T*>(tile);
   std::uint16_t* __restrict high = static_cast<std::uint16_t*>(data);
   std::uint16_t* __restrict low = static_cast<std::uint16_t*>(aux);
-  for (std::size_t i = 0; i < n; ++i) E::encode(static_cast<float>(from[i]), high[i], low[i]);
+  std::size_t i = 0;
+  if constexpr (sizeof(T) == sizeof(float) && Vectors<E>::encoded > 0)
+    i = encode_vectors<E>(
+        from, n, [=](std::size_t k) { E::encode(from[k], high[k], low[k]); }, high, low);
+  for (; i < n; ++i) E::encode(static_cast<float>(from[i]), high[i], low[i]);
 }
 
 // ---------------------------------------------------------------- blocks that share a scale
@@ -374,6 +417,12 @@ struct UnsignedDynamic4 : Unsigned {
   static float value(std::uint32_t number) { return whole(number + 1) * 0.0625f; }
 };
 
+}  // namespace
+
+#include "block_vectors.hpp"
+
+namespace {
+
 // The number of an element of a block that holds finite numbers, at least one of them not zero.
 template <class B>
 inline std::uint32_t nearest_number(float x, float factor) {
@@ -393,7 +442,7 @@ inline std::uint32_t stochastic_number(float x, float factor, std::uint32_t rand
   const std::uint32_t lower = number - above, upper = lower + (mask(lower < B::most) & 1u);
   const float least = B::value(lower);
   const float share = (y - least) / (B::value(upper) - least);
-  const float drawn = whole(random >> 8) * 5.9604644775390625e-8f;
+  const float drawn = (whole(random) + 0.5f) * 1.52587890625e-5f;  // 2^-16
   const std::uint32_t up = mask(drawn < share);
   return (lower & ~up) | (upper & up);
 }
@@ -418,10 +467,15 @@ void decode_blocks(const void* data, const void* aux, void* out, std::size_t n) 
     const std::uint8_t* __restrict codes = static_cast<const std::uint8_t*>(data) + bytes_of<B>(at);
     T* __restrict to = static_cast<T*>(out) + at;
     const float scale = scales[k];
+    std::size_t first = 0;
+#if defined(FUSEDOPT_AVX512)
+    if constexpr (sizeof(T) == sizeof(float)) first = decode_vectors<B>(codes, scale, to, count);
+#endif
     if constexpr (B::bits == 8) {
-      for (std::size_t i = 0; i < count; ++i) to[i] = static_cast<T>(decoded<B>(codes[i], scale));
+      for (std::size_t i = first; i < count; ++i)
+        to[i] = static_cast<T>(decoded<B>(codes[i], scale));
     } else {
-      for (std::size_t i = 0; i < count / 2; ++i) {  // the first in the high nibble
+      for (std::size_t i = first / 2; i < count / 2; ++i) {  // the first in the high nibble
         to[2 * i] = static_cast<T>(decoded<B>(codes[i] >> 4, scale));
         to[2 * i + 1] = static_cast<T>(decoded<B>(codes[i] & 15u, scale));
       }
@@ -432,6 +486,7 @@ void decode_blocks(const void* data, const void* aux, void* out, std::size_t n) 
 
 template <class B, class T, bool STOCHASTIC>
 void encode_blocks(const void* tile, void* data, void* aux, std::size_t n, std::uint64_t key) {
+  const Random random(key, STOCHASTIC ? n : 0);
   for (std::size_t at = 0, k = 0; at < n; at += B::block, ++k) {
     const std::size_t count = n - at < B::block ? n - at : B::block;
     const T* __restrict from = static_cast<const T*>(tile) + at;
@@ -452,24 +507,30 @@ void encode_blocks(const void* tile, void* data, void* aux, std::size_t n, std::
     }
     scale = float_of(largest) / static_cast<float>(B::LARGEST);
     const float factor = 1.0f / scale;
+    std::size_t first = 0;
+#if defined(FUSEDOPT_AVX512)
+    if constexpr (sizeof(T) == sizeof(float) && VECTORS_ENCODE<B, STOCHASTIC>)
+      for (; first + 16 <= count; first += 16)
+        encode_sixteen<B, STOCHASTIC>(from + first, all_of(factor), random.bits + at + first,
+                                      codes + bytes_of<B>(first));
+#endif
     // In 32 bits first: with eight, GCC works on so many elements at once that it runs out of
     // registers, and takes 1.5 times as long.
     alignas(64) std::uint32_t wide[B::block + 1];
-    for (std::size_t i = 0; i < count; ++i) {
+    for (std::size_t i = first; i < count; ++i) {
       const float x = static_cast<float>(from[i]);
       std::uint32_t number;
       if constexpr (STOCHASTIC)
-        number =
-            stochastic_number<B>(x, factor, random_bits(key, static_cast<std::uint32_t>(at + i)));
+        number = stochastic_number<B>(x, factor, random.bits[at + i]);
       else
         number = nearest_number<B>(x, factor);
       wide[i] = B::code(number, 0u - (bits_of(x) >> 31));
     }
     if constexpr (B::bits == 8) {
-      for (std::size_t i = 0; i < count; ++i) codes[i] = static_cast<std::uint8_t>(wide[i]);
+      for (std::size_t i = first; i < count; ++i) codes[i] = static_cast<std::uint8_t>(wide[i]);
     } else {
       if (count % 2) wide[count] = B::zero & 15;
-      for (std::size_t i = 0; i < bytes_of<B>(count); ++i)
+      for (std::size_t i = bytes_of<B>(first); i < bytes_of<B>(count); ++i)
         codes[i] = static_cast<std::uint8_t>(wide[2 * i] << 4 | wide[2 * i + 1]);
     }
   }

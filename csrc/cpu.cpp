@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstdint>
 
+// How many of the levels of x86-64 this build has, the baseline included; undefined: not for it.
 #if defined(FUSEDOPT_X86_LEVELS)
 #if defined(_MSC_VER)
 #include <immintrin.h>
@@ -26,16 +27,16 @@ struct Registers {
   std::uint32_t a = 0, b = 0, c = 0, d = 0;
 };
 
-Registers cpuid(std::uint32_t leaf) {
+Registers cpuid(std::uint32_t leaf, std::uint32_t part = 0) {
   Registers r;
 #if defined(_MSC_VER)
   int v[4];
   __cpuid(v, 0);
   if (static_cast<std::uint32_t>(v[0]) < leaf && leaf < 0x80000000u) return r;
-  __cpuidex(v, static_cast<int>(leaf), 0);
+  __cpuidex(v, static_cast<int>(leaf), static_cast<int>(part));
   r.a = v[0], r.b = v[1], r.c = v[2], r.d = v[3];
 #else
-  if (!__get_cpuid_count(leaf, 0, &r.a, &r.b, &r.c, &r.d)) return Registers();
+  if (!__get_cpuid_count(leaf, part, &r.a, &r.b, &r.c, &r.d)) return Registers();
 #endif
   return r;
 }
@@ -70,6 +71,13 @@ bool has_v4() {
          all(saved_registers(), 0xe6);
 }
 
+#if FUSEDOPT_X86_LEVELS > 3
+// And what its successors brought: VBMI, BF16. (Leaf 7 says in `a` how many parts it has.)
+bool has_v4_bf16() {
+  return has_v4() && all(cpuid(7).c, bit(1)) && cpuid(7).a >= 1 && all(cpuid(7, 1).a, bit(5));
+}
+#endif
+
 #endif
 
 }  // namespace
@@ -77,6 +85,9 @@ bool has_v4() {
 #if defined(FUSEDOPT_X86_LEVELS)
 extern const Table table_x86_v3;
 extern const Table table_x86_v4;
+#if FUSEDOPT_X86_LEVELS > 3
+extern const Table table_x86_v4_bf16;
+#endif
 #endif
 
 const std::vector<Level>& levels() {
@@ -86,6 +97,9 @@ const std::vector<Level>& levels() {
 #if defined(FUSEDOPT_X86_LEVELS)
         {"x86_v3", &table_x86_v3, has_v3},
         {"x86_v4", &table_x86_v4, has_v4},
+#if FUSEDOPT_X86_LEVELS > 3
+        {"x86_v4_bf16", &table_x86_v4_bf16, has_v4_bf16},
+#endif
 #endif
     };
     std::vector<Level> here;

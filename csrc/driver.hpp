@@ -63,9 +63,11 @@ inline std::uint64_t mixed(std::uint64_t x) {
   x = (x ^ x >> 27) * 0x94d049bb133111ebu;
   return x ^ x >> 31;
 }
+constexpr std::uint64_t GOLDEN = 0x9e3779b97f4a7c15u;
+
 // The key of one of many, from the key of all.
 inline std::uint64_t subkey(std::uint64_t key, std::uint64_t index) {
-  return mixed(key + (index + 1) * 0x9e3779b97f4a7c15u);
+  return mixed(key + (index + 1) * GOLDEN);
 }
 
 struct Mapped;  // windows.hpp

@@ -73,6 +73,9 @@ bool update(const Program& program, const py::tuple& folds, std::int64_t t, doub
   return true;
 }
 
+// Of an array's random bits: the key, and the array's first tile in the one that it is a part of.
+using RandomKey = std::pair<std::uint64_t, std::uint64_t>;
+
 // Everything about an optimizer that does not change from step to step.
 class Plan {
  public:
@@ -90,7 +93,7 @@ class Plan {
   // are set to zero; threads 0 means no limit of its own. scratch: None, or an object with the
   // block, file and window of `Mapped`.
   Plan(const py::object& tree, const py::list& arrays, const py::list& mirrors,
-       const std::vector<std::vector<std::uint64_t>>& keys, std::vector<int> groups,
+       const std::vector<std::vector<RandomKey>>& keys, std::vector<int> groups,
        std::vector<int> batches, const py::list& programs, std::vector<py::tuple> folds,
        py::object rates, py::object counters, const py::list& beside, py::object before,
        py::object between, py::object results, py::object decide, bool zero_grads, int threads,
@@ -115,10 +118,8 @@ class Plan {
                  scratch.attr("window").cast<std::size_t>()};
       held_.push_back(scratch);
     }
-    for (const py::handle program : programs) {
-      held_.push_back(py::reinterpret_borrow<py::object>(program));
-      programs_.push_back(&program.cast<const Program&>());
-    }
+    program_objects_ = programs;
+    for (const py::handle program : programs) programs_.push_back(&program.cast<const Program&>());
     const std::size_t leaves = arrays.size();
     if (groups_.size() != leaves || batches_.size() != leaves || mirrors.size() != leaves ||
         keys.size() != leaves || folds_.size() != programs_.size())
@@ -153,6 +154,28 @@ class Plan {
           "this optimizer is in use in another thread: give each thread its own optimizer");
   }
   void give() { busy_.store(false); }
+
+  // Other scalars, weight decay and operations on the same arrays, by a caller who has taken the
+  // plan. False where the programs would need other arrays; nothing has changed then.
+  bool reprogram(const py::list& programs, std::vector<py::tuple> folds) {
+    if (programs.size() != programs_.size() || folds.size() != folds_.size()) return false;
+    std::vector<const Program*> fresh;
+    for (const py::handle each : programs) {
+      const auto& program = each.cast<const Program&>();
+      const Program& old = *programs_[fresh.size()];
+      if (program.arrays != old.arrays || program.works != old.works ||
+          program.phases != old.phases || program.scratch != old.scratch ||
+          program.sums != old.sums)
+        return false;
+      fresh.push_back(&program);
+    }
+    programs_ = std::move(fresh);
+    folds_ = std::move(folds);
+    program_objects_ = programs;
+    most_ = 0;
+    for (const Program* program : programs_) most_ = std::max(most_, program->ops.size());
+    return true;
+  }
 
   // One step, by a caller who has taken the plan. None where something does not fit; nothing was
   // written then. `flat`: the trees are lists of leaves already.
@@ -219,7 +242,7 @@ class Plan {
   };
   struct Random {
     std::size_t operand, leaf;
-    std::uint64_t key;
+    RandomKey key;
   };
 
   // What Python and a plan share.
@@ -237,7 +260,7 @@ class Plan {
   static bool by_address(const Range& a, const Range& b) { return a.begin < b.begin; }
 
   void add_leaf(const std::vector<py::object>& arrays, const std::vector<py::object>& mirrors,
-                const std::vector<std::uint64_t>& keys, std::size_t k) {
+                const std::vector<RandomKey>& keys, std::size_t k) {
     const Program& program = *programs_.at(static_cast<std::size_t>(groups_[k]));
     const std::size_t first_mirror =
         INPUTS + arrays.size() + static_cast<std::size_t>(program.scratch + program.sums);
@@ -442,7 +465,9 @@ class Plan {
       last = k;
     }
     for (const Random& r : random_)
-      operands_[r.operand].key = subkey(r.key, static_cast<std::uint64_t>(counts_[r.leaf + 1]));
+      operands_[r.operand].key =
+          subkey(r.key.first, static_cast<std::uint64_t>(counts_[r.leaf + 1])) +
+          r.key.second * GOLDEN;
   }
 
   const Scalars& scalars_of(std::size_t k) {
@@ -536,7 +561,8 @@ class Plan {
   const double* rate_ = nullptr;
   double* result_ = nullptr;
   const Table* table_ = nullptr;
-  std::vector<py::object> held_;  // programs and arrays
+  std::vector<py::object> held_;  // arrays
+  py::object program_objects_;    // keeps `programs_` alive
   Mapped mapped_;
   std::vector<const Program*> programs_;
   std::vector<Own> own_;
@@ -585,18 +611,19 @@ void bind_leaves(py::module_& module) {
   py::class_<Program>(module, "Program")
       .def(py::init<const py::list&, double, double, double, int, int, int, int>());
   py::class_<Plan>(module, "Plan")
-      .def(py::init<const py::object&, const py::list&, const py::list&,
-                    const std::vector<std::vector<std::uint64_t>>&, std::vector<int>,
-                    std::vector<int>, const py::list&, std::vector<py::tuple>, py::object,
-                    py::object, const py::list&, py::object, py::object, py::object, py::object,
-                    bool, int, const py::object&>(),
-           py::kw_only(), py::arg("tree"), py::arg("arrays"), py::arg("mirrors"), py::arg("keys"),
-           py::arg("groups"), py::arg("batches"), py::arg("programs"), py::arg("folds"),
-           py::arg("rates"), py::arg("counters"), py::arg("beside"), py::arg("before"),
-           py::arg("between"), py::arg("results"), py::arg("decide"), py::arg("zero_grads"),
-           py::arg("threads"), py::arg("scratch"))
+      .def(
+          py::init<const py::object&, const py::list&, const py::list&,
+                   const std::vector<std::vector<RandomKey>>&, std::vector<int>, std::vector<int>,
+                   const py::list&, std::vector<py::tuple>, py::object, py::object, const py::list&,
+                   py::object, py::object, py::object, py::object, bool, int, const py::object&>(),
+          py::kw_only(), py::arg("tree"), py::arg("arrays"), py::arg("mirrors"), py::arg("keys"),
+          py::arg("groups"), py::arg("batches"), py::arg("programs"), py::arg("folds"),
+          py::arg("rates"), py::arg("counters"), py::arg("beside"), py::arg("before"),
+          py::arg("between"), py::arg("results"), py::arg("decide"), py::arg("zero_grads"),
+          py::arg("threads"), py::arg("scratch"))
       .def("take", &Plan::take)
       .def("give", &Plan::give)
+      .def("reprogram", &Plan::reprogram)
       .def("step", &Plan::step)
       .def("step_alone", &Plan::step_alone);
   module.def("update", &update);

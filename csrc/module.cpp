@@ -4,6 +4,7 @@
 #include "cpu.hpp"
 #include "leaves.hpp"
 #include "parallel.hpp"
+#include "rows.hpp"
 #include "stacks.hpp"
 
 namespace py = pybind11;
@@ -49,6 +50,7 @@ py::list codecs() {
 PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   fusedopt::guard_forks();
   fusedopt::bind_leaves(module);
+  fusedopt::bind_rows(module);
   fusedopt::bind_stacks(module);
   module.def("operations", &operations);
   module.def("codecs", &codecs);

@@ -245,13 +245,23 @@ struct SquareRefresh {
   void operator()(T& h, T e) const { h = b2 * h + k * (e * e); }
 };
 
-// ... and from a product with the Hessian (Hutchinson); also an average of weights.
+// ... and from a product with the Hessian (Hutchinson).
 template <class T>
 struct Average {
   static constexpr const char* name = "average";
   static constexpr bool state = true, filter = false;
   T keep, gain;
   void operator()(T& average, T x) const { average = keep * average + gain * x; }
+};
+
+// An average of weights. In this form the average of what does not move stays exactly as it is:
+// rounded to float32, keep and gain do not add up to 1.
+template <class T>
+struct Lerp {
+  static constexpr const char* name = "lerp";
+  static constexpr bool state = true, filter = false;
+  T gain;
+  void operator()(T& average, T x) const { average = average + gain * (x - average); }
 };
 
 // Nesterov's look-ahead: the point at which the gradient is wanted.
@@ -298,7 +308,8 @@ struct Normalize {
   void operator()(T& o, T v) const { o = ratio(o, root(k * v) + eps); }
 };
 
-using Others = List<SquareRefresh, Average, LookAhead, Accumulate, Keep, ClipValue, Normalize>;
+using Others =
+    List<SquareRefresh, Average, Lerp, LookAhead, Accumulate, Keep, ClipValue, Normalize>;
 
 // Sums over a leaf: what one element adds, in float64.
 

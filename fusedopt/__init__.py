@@ -84,7 +84,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("examples", "interop", "schedules"):  # 8 ms of dataclasses, for who uses them
+    if name in ("examples", "interop", "schedules", "torch"):  # slow to import, and not always used
         import importlib
 
         return importlib.import_module(f".{name}", __name__)

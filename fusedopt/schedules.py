@@ -5,25 +5,66 @@ A schedule is called with the optimizer's step number, 1 for the first step, and
 >>> import fusedopt as fo
 >>> lr = fo.schedules.Cosine(1e-3, steps=1000, warmup=100, final=0.1)
 >>> rule = fo.AdamW(lr=lr)
->>> [round(lr(step), 6) for step in (1, 50, 100, 550, 1000, 2000)]
-[1e-05, 0.0005, 0.001, 0.00055, 0.0001, 0.0001]
+>>> [round(lr(step), 6) for step in (1, 50, 100, 1000, 1001)]
+[1e-05, 0.0005, 0.001, 0.0001, 0.0001]
 
 Its attribute `base` is the learning rate that the shape scales: the peak, and what weight decay of
-the form "independent" divides by. A warm-up rises from 0 at step 0, where there is none, to `base`
-at step `warmup`; what falls is at its end in step `steps`, and stays there. torch counts from 0:
-its schedulers give step t what these give step t - 1, so that its first step has the peak and its
-last is not at the end. `OneCycle` and `Step` are counted as in torch.
+the form "independent" divides by.
+
+Every schedule counts alike. Its value in step t is what optax's closed form has at count t - 1, and
+what PyTorch's scheduler has after t - 1 calls of its `step`: the first step has the peak, or the
+first rung of the warm-up, which is never 0. A warm-up reaches `base` in step `warmup`. What falls
+over `steps` steps is at its end in step `steps` + 1, so that the last step is not lost at zero.
 
 Schedules can be multiplied with each other and with numbers, and `Sequential` runs one after
 another.
+
+Notes
+-----
+The same values elsewhere, in step t, with b = base, n = steps, w = max(warmup, 1), f = final.
+PyTorch: after t - 1 calls of `step` of a scheduler of an optimizer whose lr is b. optax and Keras:
+at count t - 1. A warm-up before any schedule S is the library's own in front of it:
+`SequentialLR([LinearLR(1 / w, total_iters=w - 1), S], milestones=[w - 1])` and
+`join_schedules([linear_schedule(b / w, b, w - 1), S], [w - 1])`.
+
+====================  ===========================================================================
+`Constant`            torch `ConstantLR(factor=1)`, optax `constant_schedule(b)`
+`Linear`              torch `LinearLR(1, f, total_iters=n - w + 1)`,
+                      optax `linear_schedule(b, f b, n - w + 1)`,
+                      Keras `PolynomialDecay(b, n - w + 1, f b)`
+`Polynomial`          the same with `power`: torch `PolynomialLR(n - w + 1, power)` (f = 0),
+                      optax `polynomial_schedule(b, f b, power, n - w + 1)`,
+                      Keras `PolynomialDecay(b, n - w + 1, f b, power)`
+`Cosine`              torch `CosineAnnealingLR(n - w + 1, eta_min=f b)`,
+                      optax `cosine_decay_schedule(b, n - w + 1, f)`; with its warm-up
+                      `warmup_cosine_decay_schedule(b / w, b, w - 1, n, f b)`,
+                      Keras `CosineDecay(b / w, n - w + 1, f, warmup_target=b, warmup_steps=w - 1)`
+`CosineRestarts`      torch `CosineAnnealingWarmRestarts(period, growth, eta_min=f b)`,
+                      optax `sgdr_schedule`, with one entry for each period,
+                      Keras `CosineDecayRestarts(b, period, t_mul=growth, alpha=f)`
+`WarmupStableDecay`   optax `join_schedules([constant_schedule(b), linear_schedule(b, f b, decay)],
+                      [n - decay])`; torch `SequentialLR` in the same way
+`OneCycle`            optax `cosine_onecycle_schedule(n, b, rise, 1 / start, start / f)`,
+                      torch `OneCycleLR(b, total_steps=n + 1, pct_start=(rise n + 1) / (n + 1),
+                      div_factor=1 / start, final_div_factor=start / f)`
+`Step`                torch `StepLR(every, factor)`,
+                      optax `exponential_decay(b, every, factor, staircase=True)`,
+                      Keras `ExponentialDecay(b, every, factor, staircase=True)`
+`Exponential`         torch `ExponentialLR(factor)` (every = 1),
+                      optax `exponential_decay(b, every, factor)`,
+                      Keras `ExponentialDecay(b, every, factor)`
+`InverseSqrt`         torch `LambdaLR(lambda c: min((c + 1) / w, (w / (c + 1)) ** 0.5))`
+`ReduceOnPlateau`     torch `ReduceLROnPlateau`, whose `step(loss)` is `tell(loss)`; Keras's
+                      callback with patience + 1, whose `min_delta` is a difference, not a share
+====================  ===========================================================================
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from itertools import pairwise
-from math import cos, pi, sqrt
+from math import cos, inf, pi, sqrt
 from typing import Annotated, Any, Literal
 
 from .rules.hyperparameters import Count, Fraction, NonNegative, Number, check_fields
@@ -31,10 +72,14 @@ from .rules.hyperparameters import Count, Fraction, NonNegative, Number, check_f
 __all__ = [
     "Constant",
     "Cosine",
+    "CosineRestarts",
+    "Exponential",
+    "InverseSqrt",
     "Linear",
     "OneCycle",
     "Polynomial",
     "Product",
+    "ReduceOnPlateau",
     "Schedule",
     "Sequential",
     "Step",
@@ -67,7 +112,7 @@ class Schedule(ABC):
 
 @dataclass(frozen=True)
 class Constant(Schedule):
-    """base min(1, t / warmup).
+    """A learning rate that stays, after a warm-up: base min(1, t / warmup).
 
     warmup: steps, not necessarily whole. Source of the warm-up: Goyal et al. 2017, section 2.2.
 
@@ -103,12 +148,12 @@ class _Falling(Schedule):
     def __call__(self, step: int) -> float:
         if step < self.warmup:
             return self.base * (step / self.warmup)
-        return self.base * self._fallen(_share(step, self._start, self.steps))
+        return self.base * self._fallen(_share(step, self._start, self.steps + 1.0))
 
     @property
     def _start(self) -> float:
-        """The step from which it falls."""
-        return self.warmup
+        """The last step at the peak."""
+        return max(self.warmup, 1.0)
 
     @abstractmethod
     def _fallen(self, x: float) -> float:
@@ -121,14 +166,14 @@ class Linear(_Falling):
 
         t < warmup    base t / warmup
         else          base (final + (1 - final) (1 - x)),
-                      x = min(1, (t - warmup) / (steps - warmup))
+                      x = min(1, (t - w) / (steps + 1 - w)),  w = max(warmup, 1)
 
-    steps: the step at which it ends. warmup: fewer steps than that, not necessarily whole. final:
-    share of `base` in [0, 1).
+    steps: number of steps of the run; it ends in the one after. warmup: fewer steps than that,
+    not necessarily whole. final: share of `base` in [0, 1).
 
     >>> lr = Linear(0.1, steps=10, warmup=2)
-    >>> [round(lr(step), 6) for step in (1, 2, 6, 10, 11)]
-    [0.05, 0.1, 0.05, 0.0, 0.0]
+    >>> [round(lr(step), 6) for step in (1, 2, 5, 10, 11)]
+    [0.05, 0.1, 0.066667, 0.011111, 0.0]
     """
 
     def _fallen(self, x: float) -> float:
@@ -141,16 +186,16 @@ class Polynomial(_Falling):
 
         t < warmup    base t / warmup
         else          base (final + (1 - final) (1 - x)^power),
-                      x = min(1, (t - warmup) / (steps - warmup))
+                      x = min(1, (t - w) / (steps + 1 - w)),  w = max(warmup, 1)
 
-    steps: the step at which it ends. warmup: fewer steps than that, not necessarily whole. final:
-    share of `base` in [0, 1). power: at least 0.
+    steps: number of steps of the run; it ends in the one after. warmup: fewer steps than that,
+    not necessarily whole. final: share of `base` in [0, 1). power: at least 0.
 
     Source: the "poly" policy of Chen et al. 2017 (DeepLab).
 
     >>> lr = Polynomial(0.1, steps=10, power=2.0)
-    >>> [round(lr(step), 6) for step in (1, 5, 10)]
-    [0.081, 0.025, 0.0]
+    >>> [round(lr(step), 6) for step in (1, 6, 10, 11)]
+    [0.1, 0.025, 0.001, 0.0]
     """
 
     _: KW_ONLY
@@ -167,16 +212,16 @@ class Cosine(_Falling):
 
         t < warmup    base t / warmup
         else          base ((1 + final) / 2 + (1 - final) / 2 cos(pi x)),
-                      x = min(1, (t - warmup) / (steps - warmup))
+                      x = min(1, (t - w) / (steps + 1 - w)),  w = max(warmup, 1)
 
-    steps: the step at which it ends. warmup: fewer steps than that, not necessarily whole. final:
-    share of `base` in [0, 1).
+    steps: number of steps of the run; it ends in the one after. warmup: fewer steps than that,
+    not necessarily whole. final: share of `base` in [0, 1).
 
     Source: Loshchilov & Hutter 2017 (SGDR), eq. (5), without restarts.
 
-    >>> lr = Cosine(0.1, steps=10, warmup=2, final=0.2)
-    >>> [round(lr(step), 6) for step in (1, 2, 6, 10)]
-    [0.05, 0.1, 0.06, 0.02]
+    >>> lr = Cosine(0.1, steps=11, warmup=2, final=0.2)
+    >>> [round(lr(step), 6) for step in (1, 2, 7, 11, 12)]
+    [0.05, 0.1, 0.06, 0.021958, 0.02]
     """
 
     def _fallen(self, x: float) -> float:
@@ -189,17 +234,17 @@ class WarmupStableDecay(_Falling):
 
         t < warmup    base t / warmup
         else          base (final + (1 - final) d(x)),
-                      x = (t - (steps - decay)) / decay, from 0 to 1
+                      x = (t - 1 - (steps - decay)) / decay, from 0 to 1
 
-    d by `form`: "linear" 1 - x, "cosine" (1 + cos(pi x)) / 2, "sqrt" 1 - sqrt(x). steps: the step
-    at which it ends. warmup, decay: steps, together at most so many, not necessarily whole. final:
-    share of `base` in [0, 1).
+    d by `form`: "linear" 1 - x, "cosine" (1 + cos(pi x)) / 2, "sqrt" 1 - sqrt(x). steps: number of
+    steps of the run; it ends in the one after. warmup, decay: numbers of steps, together at most
+    `steps`, not necessarily whole. final: share of `base` in [0, 1).
 
     Sources: Hu et al. 2024 (MiniCPM); the forms: Hagele et al. 2024.
 
     >>> lr = WarmupStableDecay(0.1, steps=10, warmup=2, decay=4)
     >>> [round(lr(step), 6) for step in (1, 2, 6, 8, 10)]
-    [0.05, 0.1, 0.1, 0.05, 0.0]
+    [0.05, 0.1, 0.1, 0.075, 0.025]
     """
 
     _: KW_ONLY
@@ -208,7 +253,7 @@ class WarmupStableDecay(_Falling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.warmup > self._start:
+        if self.warmup > self.steps - self.decay:
             raise ValueError(
                 f"WarmupStableDecay(decay): expected at most {self.steps - self.warmup:g}, the"
                 f" steps={self.steps} less those of the warm-up, got {self.decay!r}"
@@ -216,7 +261,7 @@ class WarmupStableDecay(_Falling):
 
     @property
     def _start(self) -> float:
-        return self.steps - self.decay
+        return self.steps - self.decay + 1.0
 
     def _fallen(self, x: float) -> float:
         left = {"linear": 1.0 - x, "cosine": (1.0 + cos(pi * x)) / 2.0, "sqrt": 1.0 - sqrt(x)}
@@ -227,17 +272,17 @@ class WarmupStableDecay(_Falling):
 class OneCycle(Schedule):
     """Up along a cosine from `start` to the peak, and down to `final`.
 
-        t < peak      base (start + (1 - start) (1 - cos(pi (t - 1) / (peak - 1))) / 2)
+        t <= 1 + r    base (start + (1 - start) (1 - cos(pi (t - 1) / r)) / 2),  r = rise steps
         else          base (final + (1 - final) (1 + cos(pi x)) / 2),
-                      x = min(1, (t - peak) / (steps - peak))
+                      x = min(1, (t - 1 - r) / (steps - r))
 
-    peak = max(1, rise steps), a step that need not be whole. rise: share of the steps. start,
-    final: shares of `base`; the defaults are those of torch's OneCycleLR, whose values these are,
-    step for step. Source: Smith & Topin 2018.
+    steps: number of steps of the run; it ends in the one after. rise: share of the steps. start,
+    final: shares of `base`; the defaults are those of torch's OneCycleLR. Source: Smith & Topin
+    2018.
 
     >>> lr = OneCycle(0.1, steps=10)
-    >>> [round(lr(step), 6) for step in (1, 2, 3, 10)]
-    [0.004, 0.052, 0.1, 0.0]
+    >>> [round(lr(step), 6) for step in (1, 2, 4, 10, 11)]
+    [0.004, 0.028, 0.1, 0.004952, 0.0]
     """
 
     steps: Count
@@ -247,19 +292,50 @@ class OneCycle(Schedule):
     final: Fraction = 4e-6
 
     def __call__(self, step: int) -> float:
-        peak = max(1.0, self.rise * self.steps)
+        peak, end = 1.0 + self.rise * self.steps, self.steps + 1.0
         if step < peak:
             low, x = self.start, 1.0 - _share(step, 1.0, peak)
         else:
-            low, x = self.final, _share(step, peak, self.steps)
+            low, x = self.final, _share(step, peak, end)
         return self.base * (low + (1.0 - low) * (1.0 + cos(pi * x)) / 2.0)
 
 
 @dataclass(frozen=True)
-class Step(Schedule):
-    """base factor^floor((t - 1) / every): the first `every` steps have `base`.
+class CosineRestarts(Schedule):
+    """Half waves of the cosine, each `growth` times as long as the one before.
 
-    factor: in [0, 1). As torch's StepLR, step for step. Source: He et al. 2016, section 3.4.
+        base ((1 + final) / 2 + (1 - final) / 2 cos(pi x)),
+        x = share of the present wave that is over, 0 in its first step
+
+    period: number of steps of the first wave. growth: at least 1. final: share of `base` in [0, 1).
+    Source: Loshchilov & Hutter 2017 (SGDR), eq. (5).
+
+    >>> lr = CosineRestarts(0.1, period=2, growth=2)
+    >>> [round(lr(step), 6) for step in (1, 2, 3, 5, 7)]
+    [0.1, 0.05, 0.1, 0.05, 0.1]
+    """
+
+    period: Count
+    _: KW_ONLY
+    growth: Annotated[float, Number(low=1.0)] = 1.0
+    final: Fraction = 0.0
+
+    def __call__(self, step: int) -> float:
+        since, length = float(step - 1), float(self.period)
+        if self.growth == 1.0:
+            since %= length
+        while since >= length:
+            since -= length
+            length *= self.growth
+        half = (1.0 - self.final) / 2.0
+        return self.base * (self.final + half * (1.0 + cos(pi * since / length)))
+
+
+@dataclass(frozen=True)
+class Step(Schedule):
+    """A stair: base factor^floor((t - 1) / every), so that the first `every` steps have `base`.
+
+    factor: in [0, 1). Source: He et al. 2016, section 3.4.
 
     >>> lr = Step(0.1, every=3, factor=0.5)
     >>> [lr(step) for step in (1, 3, 4, 7)]
@@ -272,6 +348,126 @@ class Step(Schedule):
 
     def __call__(self, step: int) -> float:
         return self.base * self.factor ** ((step - 1) // self.every)
+
+
+@dataclass(frozen=True)
+class Exponential(Schedule):
+    """An exponential: base factor^((t - 1) / every).
+
+    factor: in [0, 1), what is left after each `every` steps.
+
+    >>> lr = Exponential(0.1, factor=0.25, every=2)
+    >>> [lr(step) for step in (1, 2, 3)]
+    [0.1, 0.05, 0.025]
+    """
+
+    _: KW_ONLY
+    factor: Fraction
+    every: Count = 1
+
+    def __call__(self, step: int) -> float:
+        left: float = self.factor ** ((step - 1) / self.every)
+        return self.base * left
+
+
+@dataclass(frozen=True)
+class InverseSqrt(Schedule):
+    """A warm-up, and the inverse square root: base min(t / warmup, sqrt(warmup / t)).
+
+    warmup: number of steps. With base = (width warmup)^-1/2 it is the schedule of the source,
+    Vaswani et al. 2017, section 5.3 (known as Noam).
+
+    >>> lr = InverseSqrt(0.1, warmup=4)
+    >>> [lr(step) for step in (1, 4, 16)]
+    [0.025, 0.1, 0.05]
+    """
+
+    _: KW_ONLY
+    warmup: Count
+
+    def __call__(self, step: int) -> float:
+        return self.base * min(step / self.warmup, sqrt(self.warmup / step))
+
+
+@dataclass
+class _Told:
+    """What a `ReduceOnPlateau` has made of the losses that it was told."""
+
+    rate: float
+    best: float = inf
+    bad: int = 0
+    rest: int = 0
+
+
+@dataclass(frozen=True)
+class ReduceOnPlateau(Schedule):
+    """A learning rate that falls by `factor` when the loss, of which it is told, stops falling.
+
+    Parameters
+    ----------
+    factor : float in [0, 1)
+        By what a reduction multiplies the learning rate.
+    patience : int
+        How many losses in a row may be no better than the best before the rate is reduced.
+    threshold : float in [0, 1)
+        A loss is better if it is below the best by this share of the best.
+    cooldown : int
+        How many losses after a reduction are not counted against `patience`.
+    minimum : float
+        The rate never falls below this number.
+
+    Notes
+    -----
+    The object changes with what it is told, and the value of a step is that of now, whatever the
+    step's number. What it was told is no part of an optimizer's checkpoint: save its `state_dict()`
+    beside one. Losses count as in torch's ReduceLROnPlateau; NaN is not better than anything.
+
+    Examples
+    --------
+    >>> lr = ReduceOnPlateau(0.1, factor=0.5, patience=1)
+    >>> for loss in (3.0, 2.0, 2.0, 2.0):
+    ...     lr.tell(loss)
+    >>> lr(5)
+    0.05
+    """
+
+    _: KW_ONLY
+    factor: Fraction = 0.1
+    patience: Annotated[int, Number(integer=True)] = 10
+    threshold: Fraction = 1e-4
+    cooldown: Annotated[int, Number(integer=True)] = 0
+    minimum: NonNegative = 0.0
+    _told: _Told = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "_told", _Told(self.base))
+
+    def tell(self, loss: float) -> None:
+        """Take note of a loss, after an epoch or whenever one is known."""
+        told = self._told
+        better = loss < told.best - self.threshold * abs(told.best)
+        if told.best == inf:
+            better = loss < inf
+        if better:
+            told.best = float(loss)
+        told.bad = 0 if better else told.bad + 1
+        if told.rest > 0:
+            told.rest, told.bad = told.rest - 1, 0
+        if told.bad > self.patience:
+            told.rate = max(told.rate * self.factor, min(self.minimum, self.base))
+            told.rest, told.bad = self.cooldown, 0
+
+    def state_dict(self) -> dict[str, float]:
+        """The learning rate, the best loss, and what is counted for patience and cooldown."""
+        return asdict(self._told)
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on from what `state_dict` gave."""
+        object.__setattr__(self, "_told", _Told(**state))  # type: ignore[arg-type]
+
+    def __call__(self, step: int) -> float:
+        return self._told.rate
 
 
 @dataclass(frozen=True)
@@ -302,7 +498,7 @@ class Product(Schedule):
 
     >>> lr = Constant(0.1, warmup=2) * Cosine(1.0, steps=4)
     >>> [round(lr(step), 6) for step in (1, 2, 3, 4)]
-    [0.042678, 0.05, 0.014645, 0.0]
+    [0.05, 0.085355, 0.05, 0.014645]
     >>> 0.5 * Constant(0.5)
     Product(left=Constant(base=0.5, warmup=0.0), right=Constant(base=0.5, warmup=0.0))
     """
@@ -330,7 +526,7 @@ class Sequential(Schedule):
 
     >>> lr = Sequential((Constant(0.1), Linear(0.1, steps=4)), at=(2,))
     >>> [round(lr(step), 6) for step in (1, 2, 3, 4, 6)]
-    [0.1, 0.1, 0.075, 0.05, 0.0]
+    [0.1, 0.1, 0.1, 0.075, 0.025]
     """
 
     base: NonNegative = field(init=False, repr=False, compare=False)

@@ -26,15 +26,15 @@ WAYS: dict[str, tuple[Any, dict[str, Any]]] = {
 """How parameters and states are stored."""
 
 DIGESTS: dict[str, str] = {
-    "sgd": "e780ee40876bb158",
-    "momentum": "aebbaa66fcc8d667",
-    "nesterov": "cfd46df21dfdb42c",
-    "adagrad": "d0fade3ee8cd6261",
-    "rmsprop": "10b51199e61d1642",
-    "adam": "4fb17195ee97aa8e",
-    "adamw": "80ee871967d9e5a5",
-    "lion": "df7f18f17a6038ba",
-    "sophia": "1feeea5530198098",
+    "sgd": "049a2ac761b000db",
+    "momentum": "74a5018a9b443172",
+    "nesterov": "446381755c07f619",
+    "adagrad": "440c9c38490d268d",
+    "rmsprop": "1e95be2d6eeed43b",
+    "adam": "b4f85fc89f1851e6",
+    "adamw": "4c5a5b0ac0d03046",
+    "lion": "5d2591201be3c28f",
+    "sophia": "eb3f1b249a93f444",
 }
 """Of each rule, over all ways; Muon's matrix products alone may differ between machines."""
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from .device_interface import on_device
+from .foreign import host_array, read_only
 from .formats import DTYPES
 from .trees import Fixed
 
@@ -28,6 +29,7 @@ def memory_order(dense: np.ndarray) -> Literal["C", "F"]:
 
 
 def _check_array(label: str, array: Any) -> np.ndarray:
+    given, array = array, host_array(array)
     if not isinstance(array, np.ndarray):
         if on_device(array):
             raise TypeError(
@@ -35,7 +37,7 @@ def _check_array(label: str, array: Any) -> np.ndarray:
                 " array of the host beside it, or copy it there"
             )
         raise TypeError(
-            f"{label}: expected an ndarray, got a {type(array).__name__}; convert it"
+            f"{label}: expected an ndarray, got a {type(given).__name__}; convert it"
             " with np.asarray"
         )
     a: np.ndarray = array
@@ -73,7 +75,7 @@ def check_target(label: str, array: Any) -> np.ndarray:
     """
     a = _check_array(label, array)
     if not a.flags.writeable:
-        raise ValueError(f"{label}: is read-only, and is to be updated in place; pass a copy")
+        raise ValueError(f"{label}: {read_only(array)}")
     if not a.flags.aligned:
         raise ValueError(f"{label}: is not aligned in memory; pass a copy")
     if not (a.flags.c_contiguous or a.flags.f_contiguous):

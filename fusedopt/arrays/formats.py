@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -19,6 +19,8 @@ DTYPES = (FLOAT32, FLOAT64, BFLOAT16, FLOAT16)
 """Of parameters and gradients."""
 
 TILE = 256
+SEGMENT = 1 << 14
+"""Elements of an array whose sum is a number of its own: see csrc/table.h."""
 INFINITE = np.uint32(0x7F800000)
 Values = Any
 """An ndarray; NumPy's annotations do not follow its arithmetic."""
@@ -111,21 +113,38 @@ def mixed(x: Values) -> Values:
     return x ^ x >> np.uint64(31)
 
 
-def subkey(key: int, index: Any) -> Values:
+GOLDEN = 0x9E3779B97F4A7C15
+
+
+def subkey(key: Any, index: Any) -> Values:
     """The keys of some of many (index: integers), from the key of all."""
     indices = np.atleast_1d(np.asarray(index, np.uint64)) + np.uint64(1)
-    return mixed(np.uint64(key) + indices * np.uint64(0x9E3779B97F4A7C15))
+    return mixed(np.uint64(key) + indices * np.uint64(GOLDEN))
+
+
+class RandomKey(NamedTuple):
+    """The key of an array's random bits.
+
+    first_tile: where the array begins in the one that it is a part of, whose bits it takes.
+    """
+
+    key: int = 0
+    first_tile: int = 0
+
+    def after(self, steps: int) -> int:
+        """The key of the step that follows these many of the leaf."""
+        return (int(subkey(self.key, steps)[0]) + self.first_tile * GOLDEN) % 2**64
 
 
 def random_bits(key: int, n: int) -> Values:
-    """32 random bits for each of n elements of an array, from the array's key in this step."""
-    tiles = np.repeat(subkey(key, np.arange(-(-n // TILE))), TILE)[:n]
-    place = (np.arange(n) % TILE).astype(np.uint32)
-    x = place * np.uint32(0x9E3779B9) + tiles.astype(np.uint32)
-    x = (x ^ x >> np.uint32(16)) * np.uint32(0x7FEB352D)
-    x = x + (tiles >> np.uint64(32)).astype(np.uint32)
-    x = (x ^ x >> np.uint32(15)) * np.uint32(0x846CA68B)
-    return x ^ x >> np.uint32(16)
+    """Sixteen random bits for each of n elements of an array, from the array's key in this step.
+
+    Each tile has a key of its own, and each 64-bit number of a tile the bits of four elements.
+    """
+    tiles = subkey(key, np.arange(-(-n // TILE)))
+    drawn = subkey(tiles[:, None], np.arange(TILE // 4))[..., None]
+    sixteens = drawn >> np.array([0, 16, 32, 48], np.uint64) & np.uint64(0xFFFF)
+    return sixteens.reshape(-1)[:n].astype(np.uint32)
 
 
 class Stochastic(Plain):
@@ -145,7 +164,7 @@ class Stochastic(Plain):
             # The neighbour towards zero, and the share of the way to the next one.
             if self.dtype == BFLOAT16:
                 bits = x.view(np.uint32)
-                rounded = (bits + (random >> np.uint32(16))) >> np.uint32(16)
+                rounded = (bits + random) >> np.uint32(16)
                 rounded = np.where(rounded & 0x7F80 == 0x7F80, bits >> np.uint32(16), rounded)
                 codes = rounded.astype(np.uint16)
             else:
@@ -155,10 +174,10 @@ class Stochastic(Plain):
     @staticmethod
     def _half(x: Values, random: Values) -> Values:
         magnitude = x.view(np.uint32) & np.uint32(0x7FFFFFFF)
-        normal = (magnitude - np.uint32(112 << 23) + (random >> np.uint32(19))) >> np.uint32(13)
+        normal = (magnitude - np.uint32(112 << 23) + (random >> np.uint32(3))) >> np.uint32(13)
         small = np.where(magnitude < 0x38800000, np.abs(x), 0).astype(np.float32)
-        fixed = (small * np.float32(2**44)).astype(np.uint32)
-        denormal = (fixed + (random >> np.uint32(12))) >> np.uint32(20)
+        fixed = (small * np.float32(2**40)).astype(np.uint32)
+        denormal = (fixed + random) >> np.uint32(16)
         # 2^16 and above is infinite; below that nothing finite becomes so.
         finite = np.where(magnitude < 0x38800000, denormal, np.minimum(normal, 0x7BFF))
         code = np.where(magnitude >= 0x47800000, 0x7C00, finite)
@@ -282,7 +301,7 @@ class Blocks(Format):
         upper = lower + (lower < self.most)
         least = self.values(lower).astype(np.float32)
         share = (y - least) / (self.values(upper).astype(np.float32) - least)
-        drawn = (random_bits(key, y.size) >> np.uint32(8)).astype(np.float32) * np.float32(2**-24)
+        drawn = (random_bits(key, y.size) + np.float32(0.5)).astype(np.float32) * np.float32(2**-16)
         return np.where(drawn < share, upper, lower)
 
     def span(self, low: Values, high: Values, data: np.ndarray, aux: Any, key: int) -> Any:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..system.extension import core, reason
 from .checks import check_input
 from .formats import compute_dtype
 
@@ -18,7 +19,8 @@ class Rows:
 
     indices: integers in [0, number of rows), shape (n,), in any order; rows that come more than
     once are added up, in order of appearance. values: shape (n, *shape of a row), of any dtype that
-    a gradient may have; values[j] is the gradient of row indices[j].
+    a gradient may have; values[j] is the gradient of row indices[j]. padding_index: an index whose
+    rows are left out, as if they were not given; None leaves out none.
 
     A step touches these rows of the parameter and of its states alone, and only their states decay:
     the lazy form of PyTorch's SparseAdam and of LazyAdam. `Optimizer(exact=True)` and `catch_up`
@@ -27,6 +29,7 @@ class Rows:
 
     indices: np.ndarray
     values: np.ndarray
+    padding_index: int | None = None
 
 
 class Touched(NamedTuple):
@@ -79,7 +82,13 @@ def touched(label: str, rows: Rows, p: np.ndarray) -> Touched:
             f"{label}.values: expected the shape {(indices.size, *p.shape[1:])}, for so many"
             f" indices and rows of a parameter of shape {p.shape}; got {values.shape}"
         )
-    return _unique(indices, values, compute_dtype(p.dtype))
+    padding = rows.padding_index
+    accepted = f"{label}.padding_index: expected an integer in [0, {p.shape[0]}) or None"
+    if padding is not None and not isinstance(padding, (int, np.integer)):
+        raise TypeError(f"{accepted}, got {padding!r}")
+    if padding is not None and not 0 <= padding < p.shape[0]:
+        raise ValueError(f"{accepted}, got {padding!r}")
+    return _unique(indices, values, compute_dtype(p.dtype), padding)
 
 
 def added_up(label: str, rows: Rows) -> np.ndarray:
@@ -90,36 +99,52 @@ def added_up(label: str, rows: Rows) -> np.ndarray:
             f"{label}: expected as many indices as values, got the shapes {np.shape(rows.indices)}"
             f" and {values.shape}"
         )
-    return _unique(np.asarray(rows.indices), values, compute_dtype(values.dtype)).gathered
+    indices = _integers(f"{label}.indices", rows.indices)
+    return _unique(indices, values, compute_dtype(values.dtype), rows.padding_index).gathered
 
 
-def _unique(indices: np.ndarray, values: np.ndarray, dtype: np.dtype) -> Touched:
-    """Each row once; those of equal indices are added up in dtype."""
-    found, places, counts = np.unique(indices, return_index=True, return_counts=True)
-    if found.size < indices.size:
-        values, places = _added(indices, values, counts, dtype), np.arange(found.size)
-    return Touched(found, places.astype(np.int64), values)
+def _unique(
+    indices: np.ndarray, values: np.ndarray, dtype: np.dtype, padding: int | None
+) -> Touched:
+    """Each row once, those of `padding` not; the values of equal indices are added up in dtype, in
+    order of appearance."""
+    rows, starts, order = _sorted(np.ascontiguousarray(indices, np.int64), padding)
+    if rows.size == indices.size:
+        return Touched(rows, order, values)
+    sums = np.empty((rows.size, *values.shape[1:]), dtype)
+    if reason is not None or not core.add_rows(values, starts, order, sums):
+        sums[...] = -0.0  # x + -0.0 is x for every x, -0.0 too
+        counts = np.diff(starts, append=order.size)
+        with np.errstate(all="ignore"):
+            places = np.repeat(np.arange(rows.size), counts)
+            np.add.at(sums, places, values[order].astype(dtype))
+    return Touched(rows, np.arange(rows.size), sums)
 
 
-def _added(
-    indices: np.ndarray, values: np.ndarray, counts: np.ndarray, dtype: np.dtype
-) -> np.ndarray:
-    """The sums of the rows of equal indices, in order of appearance."""
+def _sorted(indices: np.ndarray, padding: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(rows, starts, order): the rows, ascending; row r is given at order[starts[r]:starts[r+1]],
+    in order of appearance."""
+    if reason is None:
+        return core.sort_rows(indices, padding)
     order = np.argsort(indices, kind="stable")
-    starts = np.concatenate(([0], np.cumsum(counts)[:-1]))
-    with np.errstate(all="ignore"):
-        total = values[order[starts]].astype(dtype)
-        for k in range(1, int(counts.max())):  # the k-th of those that have so many
-            more = np.flatnonzero(counts > k)
-            total[more] += values[order[starts[more] + k]].astype(dtype)
-    return total
+    if padding is not None:
+        order = order[indices[order] != padding]
+    rows, starts = np.unique(indices[order], return_index=True)
+    return rows, starts, order
+
+
+def _integers(label: str, indices: Any) -> np.ndarray:
+    """An array of integers; TypeError for anything else."""
+    if not isinstance(indices, np.ndarray) or indices.dtype.kind not in "iu":
+        kind = indices.dtype if isinstance(indices, np.ndarray) else f"a {type(indices).__name__}"
+        raise TypeError(f"{label}: expected an ndarray of integers, got {kind}")
+    array: np.ndarray = indices
+    return array
 
 
 def check_indices(label: str, indices: Any, shape: Sequence[int]) -> np.ndarray:
     """Indices of rows, int64; TypeError or ValueError where they are not."""
-    if not isinstance(indices, np.ndarray) or indices.dtype.kind not in "iu":
-        kind = indices.dtype if isinstance(indices, np.ndarray) else f"a {type(indices).__name__}"
-        raise TypeError(f"{label}: expected an ndarray of integers, got {kind}")
+    indices = _integers(label, indices)
     if indices.ndim != 1:
         raise ValueError(f"{label}: expected one dimension, got the shape {indices.shape}")
     if not shape:

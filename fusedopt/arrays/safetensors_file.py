@@ -18,7 +18,7 @@ import shutil
 import stat
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,24 @@ def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], table:
         raise ValueError(
             f"{os.fspath(path)}: {len(text)} bytes of metadata are too many to be read"
         )
+
+    def fill(fresh: Path) -> None:
+        try:
+            save_file(dict(arrays), fresh, {"fusedopt": text})
+        except SafetensorError as error:
+            raise OSError(f"{path}: could not be written: {error}") from error
+
+    replace_file(path, fill)
+
+
+def replace_file(
+    path: str | os.PathLike[str], fill: Callable[[Path], None], kept: str | None = None
+) -> None:
+    """Put a file that `fill` writes in the place of the one there, as a whole.
+
+    kept: of the parts of a set of files (see `file_set`) those that the new file names; others are
+    removed.
+    """
     target = Path(os.path.realpath(path))  # what a link leads to, so that it stays one
     _check_target(target)
     begin = _beginning(target)
@@ -70,16 +88,28 @@ def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], table:
         fresh = scratch / "arrays"
         fresh.touch()
         mode = fresh.stat().st_mode
-        save_file(dict(arrays), fresh, {"fusedopt": text})
+        fill(fresh)
         _sync(fresh)
         _take_permissions(fresh, target, mode)
         fresh.replace(target)
-    except SafetensorError as error:
-        raise OSError(f"{target}: could not be written: {error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     if os.name == "posix":  # elsewhere directories cannot be opened
         _sync(target.parent)
+    _remove_parts(target, kept)
+
+
+def part_name(target: str, token: str, number: int) -> str:
+    """How one file of a set is called."""
+    return f"{target}.{token}.{number}"
+
+
+def _remove_parts(target: Path, kept: str | None) -> None:
+    part = re.compile(re.escape(target.name) + r"\.([0-9a-f]{16})\.\d+")
+    for entry in target.parent.iterdir():
+        match = part.fullmatch(entry.name)
+        if match and match[1] != kept:
+            entry.unlink(missing_ok=True)
 
 
 def _check_target(target: Path) -> None:
@@ -152,7 +182,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], Any]:
     Nothing is allocated by what the file claims. Raises OSError where it cannot be opened and
     ValueError where it is no whole safetensors file, or not one of `write`.
     """
-    with open(path, "rb", opener=_regular) as file:
+    with open(path, "rb", opener=open_regular) as file:
         try:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             header, begin = _header(data)
@@ -168,13 +198,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], Any]:
     return arrays, table
 
 
-def read_metadata(file: str | os.PathLike[str]) -> Any:
-    """What the caller of `Optimizer.save` gave it to keep, without loading anything."""
-    table = read(file)[1]
-    return table.get("metadata") if isinstance(table, dict) else None
-
-
-def _regular(path: str, flags: int) -> int:
+def open_regular(path: str, flags: int) -> int:
     """Open a file; OSError, instead of waiting for ever, where it is a pipe or the like."""
     opened = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
     mode = os.fstat(opened).st_mode

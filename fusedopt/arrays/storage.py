@@ -18,6 +18,7 @@ from .formats import (
     SPLIT16,
     STOCHASTIC,
     Format,
+    RandomKey,
     compute_dtype,
 )
 from .stored import AVERAGE, Block, Memory, Stored, Wanted, allocate, in_memory
@@ -164,19 +165,31 @@ class Storage:
         stochastic = self.rounding == "stochastic" and name in STOCHASTIC
         return STOCHASTIC[name] if stochastic else PLAIN[name]
 
-    def keys(self, seed: int, paths: Sequence[str], memories: Sequence[Memory]) -> list[list[int]]:
-        """Of each leaf, for its parameter and states, the keys of their random bits."""
+    def keys(
+        self,
+        seed: int,
+        paths: Sequence[str],
+        memories: Sequence[Memory],
+        first_tiles: Sequence[int] | None = None,
+    ) -> list[list[RandomKey]]:
+        """The keys of random bits, for each leaf those of its parameter and states.
+
+        first_tiles: where the leaves begin in those that they are parts of; None: each is whole.
+        """
         if self.rounding != "stochastic":
-            return [[0] * len(memory.operands) for memory in memories]
+            return [[RandomKey()] * len(memory.operands) for memory in memories]
         from hashlib import blake2b  # 3 ms, for this and fingerprints
 
-        def key(path: str, operand: str) -> int:
+        def key(path: str, operand: str, first_tile: int) -> RandomKey:
             text = f"{seed} {path} {operand}".encode()
-            return int.from_bytes(blake2b(text, digest_size=8).digest(), "little")
+            bits = blake2b(text, digest_size=8).digest()
+            return RandomKey(int.from_bytes(bits, "little"), first_tile)
 
         return [
-            [key(path, operand) for operand in ("p", *memory.states)]
-            for path, memory in zip(paths, memories, strict=True)
+            [key(path, operand, first) for operand in ("p", *memory.states)]
+            for path, memory, first in zip(
+                paths, memories, first_tiles or [0] * len(memories), strict=True
+            )
         ]
 
     def allocate(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays import host
-from ..arrays.formats import FLOAT32, FLOAT64, FORMATS
+from ..arrays.formats import FLOAT32, FLOAT64, FORMATS, RandomKey
 from ..arrays.stored import Stored
 from ..plan.extras import EVERYTHING
 from ..plan.interface import Plan
@@ -133,6 +133,7 @@ class NativePlan:
     def __init__(self, layout: Layout) -> None:
         matrices = Matrices(layout)
         self.work_bytes = matrices.work_bytes
+        self._around, self._elementwise = layout.around, not matrices.batches
         programs = [layout.around.program(group.rule) for group in layout.groups]
         # The core's objects are unknown to the garbage collector: what it calls must not lead back
         # to this plan.
@@ -145,7 +146,8 @@ class NativePlan:
             mirrors=[list(memory.mirrors) for memory in layout.leaves],
             # Work space is in the compute type, and takes no random bits.
             keys=[
-                [*keys, *[0] * len(matrices.work.get(k, ()))] for k, keys in enumerate(layout.keys)
+                [*keys, *[RandomKey()] * len(matrices.work.get(k, ()))]
+                for k, keys in enumerate(layout.keys)
             ],
             groups=list(layout.group_of),
             batches=[matrices.batches.get(k, -1) for k in range(len(layout.leaves))],
@@ -162,8 +164,17 @@ class NativePlan:
             threads=layout.threads or 0,
             scratch=layout.scratch,
         )
+        self._reprogram = plan.reprogram
         self.take, self.give = plan.take, plan.give
         self.step, self.step_alone = plan.step, plan.step_alone
 
     def synchronize(self) -> None:
         """Steps are done when they return."""
+
+    def adopt(self, rules: Sequence[Rule]) -> bool:
+        """Take other rules for the groups, on the same arrays; False if a new plan is needed."""
+        if not self._elementwise:  # what comes between the phases of a matrix has the old rule
+            return False
+        programs = [self._around.program(rule) for rule in rules]
+        folds = [program.folds for program in programs]
+        return bool(self._reprogram([_compile(program) for program in programs], folds))

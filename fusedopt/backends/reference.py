@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays import host
-from ..arrays.formats import DTYPES, compute_dtype, least_state, subkey
+from ..arrays.formats import DTYPES, RandomKey, compute_dtype, least_state
 from ..arrays.rows import Touched, selected, values_of, whole
 from ..arrays.stored import Memory, Stored
 from ..plan.extras import NOTHING, Around
@@ -23,7 +23,7 @@ def reference_step(
     memory: Memory,
     g: np.ndarray,
     hessian: np.ndarray | None,
-    keys: Sequence[int],
+    keys: Sequence[RandomKey],
     *,
     t: int,
     lr: float,
@@ -45,7 +45,7 @@ def reference_step(
         state[np.abs(state) < least_state(dtype, stored.format.dtype)] = 0
     copies = [Stored.plain(copy) for copy in memory.mirrors]
     plain = len(memory.sides) + len(copies)
-    keyed = [int(subkey(key, t - 1)[0]) for key in keys] + [0] * plain
+    keyed = [key.after(t - 1) for key in keys] + [0] * plain
     targets = zip([*operands, *copies], [*narrow, *[narrow[0]] * len(copies)], keyed, strict=True)
     encoded = [(stored, stored.format.encode(stored.flat(a), key)) for stored, a, key in targets]
     return narrow, encoded

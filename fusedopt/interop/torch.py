@@ -235,7 +235,11 @@ def _layout(group: Mapping[str, Any]) -> Layout:
 
 def _rule(group: Mapping[str, Any], decoupled: bool | None = None) -> Rule:
     """The rule of a torch group; decoupled: that of Adam, where an older torch does not tell."""
-    layout = _layout(group)
+    return rule_of(group, _layout(group), decoupled)
+
+
+def rule_of(group: Mapping[str, Any], layout: Layout, decoupled: bool | None = None) -> Rule:
+    """The rule of a group of a known class, which may hold other things beside."""
     values = {ours: number(group[name]) for name, ours in layout.named.items() if name in group}
     flags = {name: number(group.get(name, default)) for name, default in layout.flags.items()}
     if layout.cls == "SGD":

@@ -12,6 +12,7 @@ from numpy import float32 as f32
 from numpy import uint32 as u32
 
 from .scalar_codecs import (
+    HALF,
     MAGNITUDE,
     N0,
     N1,
@@ -27,7 +28,7 @@ from .scalar_codecs import (
 )
 
 ALL = u32(0xFFFFFFFF)
-ONE, DRAW = f32(1), f32(2.0**-24)
+ONE, DRAW = f32(1), f32(2.0**-16)
 
 
 class Block(NamedTuple):
@@ -105,7 +106,7 @@ def e5m3_value(number: Bits) -> Any:
 # ---------------------------------------------------------------- dynamic maps
 
 MANTISSA, ONE_BITS = u32(0x7FFFFF), ONE.view(u32)
-NINTH, NINE_TENTHS, EIGHT_TENTHS, HALF = f32(1.0 / 9.0), f32(0.9), f32(0.8), f32(0.5)
+NINTH, NINE_TENTHS, EIGHT_TENTHS = f32(1.0 / 9.0), f32(0.9), f32(0.8)
 SIXTEEN, SIXTEENTH, N16 = f32(16), f32(0.0625), u32(16)
 
 
@@ -240,7 +241,7 @@ def element_functions(
         upper = u32(lower + N1) if lower < most else lower
         below = value_of(lower)
         share = (y - below) / (value_of(upper) - below)
-        drawn = whole(random_bits(key, i) >> N8) * DRAW
+        drawn = (whole(random_bits(key, i)) + HALF) * DRAW
         return coded(upper if drawn < share else lower, x)
 
     return decode, nearest, stochastic

@@ -10,10 +10,10 @@ from llvmlite import ir
 from numba import from_dtype, types
 from numba.extending import intrinsic
 
-from ..arrays.formats import TILE
+from ..arrays.formats import SEGMENT, TILE
 from . import scalar_codecs
 from .compiler import device, jit, kept
-from .tiles import LANES, SEGMENT
+from .tiles import LANES
 
 MAX_OPERANDS = 16
 ARRAY, INPUT, SCRATCH, SUMS = range(4)

@@ -21,7 +21,7 @@ Bits = Any
 
 SIGN, INFINITE, NOT_A_NUMBER = u32(0x80000000), u32(0x7F800000), u32(0x7FC00000)
 MAGNITUDE = u32(0x7FFFFFFF)
-N0, N1, N8, N12, N13, N15, N16, N19 = (u32(n) for n in (0, 1, 8, 12, 13, 15, 16, 19))
+N0, N1, N3, N8, N13, N16 = (u32(n) for n in (0, 1, 3, 8, 13, 16))
 LOW, TIES, HALFWAY = u32(0xFFFF), u32(0x7FFF), u32(0x8000)
 HALF = f32(0.5)
 
@@ -54,16 +54,10 @@ def subkey(key: Any, index: Any) -> Any:
     return mixed(np.uint64(key) + (np.uint64(index) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
 
 
-FIRST_FACTOR, SECOND_FACTOR, PLACE = u32(0x7FEB352D), u32(0x846CA68B), u32(0x9E3779B9)
-
-
 def random_bits(key: Any, i: Any) -> Bits:
-    """Of the i-th element of a tile with this 64-bit key."""
-    x = u32(u32(u32(i) * PLACE) + u32(key))
-    x = u32((x ^ (x >> N16)) * FIRST_FACTOR)
-    x = u32(x + u32(np.uint64(key) >> np.uint64(32)))
-    x = u32((x ^ (x >> N15)) * SECOND_FACTOR)
-    return u32(x ^ (x >> N16))
+    """Sixteen random bits of the i-th element of a tile with this 64-bit key."""
+    drawn = subkey(key, np.uint64(i) >> np.uint64(2))
+    return u32((drawn >> ((np.uint64(i) & np.uint64(3)) << np.uint64(4))) & np.uint64(0xFFFF))
 
 
 # ---------------------------------------------------------------- decode(code), encode(x, random)
@@ -98,7 +92,7 @@ def encode_bfloat16(x: Float, random: Bits) -> Bits:
 
 def stochastic_bfloat16(x: Float, random: Bits) -> Bits:
     bits = bits_of(x)
-    rounded = u32(bits + (random >> N16))
+    rounded = u32(bits + random)
     stays = ((bits & INFINITE) == INFINITE) | ((rounded & INFINITE) == INFINITE)
     nan = u32((bits & SIGN) | NOT_A_NUMBER)
     return (nan if (bits & MAGNITUDE) > INFINITE else (bits if stays else rounded)) >> N16
@@ -108,7 +102,7 @@ LEAST_NORMAL16, OVERFLOW16, REBIAS16 = u32(0x38800000), u32(0x47800000), u32(112
 INFINITE16, NAN16, MAGNITUDE16 = u32(0x7C00), u32(0x7E00), u32(0x7FFF)
 SMALLEST16, TIES16, LARGEST16 = u32(0x400), u32(0xFFF), u32(0x7BFF)
 SPACING16, HALF_BITS = f32(2.0**-24), HALF.view(u32)
-FINE16, N20 = f32(2.0**44), u32(20)
+FINE16 = f32(2.0**40)
 ZERO = f32(0)
 
 
@@ -140,10 +134,10 @@ def encode_float16(x: Float, random: Bits) -> Bits:
 def stochastic_float16(x: Float, random: Bits) -> Bits:
     bits = bits_of(x)
     magnitude = u32(bits & MAGNITUDE)
-    normal = u32(u32(magnitude - REBIAS16 + (random >> N19)) >> N13)
+    normal = u32(u32(magnitude - REBIAS16 + (random >> N3)) >> N13)
     normal = min(normal, LARGEST16)
     units = (float_of(magnitude) if magnitude < LEAST_NORMAL16 else ZERO) * FINE16
-    denormal = u32(truncated(units) + (random >> N12)) >> N20
+    denormal = u32(truncated(units) + random) >> N16
     return assembled16(bits, normal, u32(denormal))
 
 

@@ -68,7 +68,7 @@ def other_tile(element: Any, operands: int, scalars: int, state: bool, dtype: np
     return _tile(names, constants, body, element, dtype)
 
 
-LANES, SEGMENT = 16, 1 << 14
+LANES = 16
 """Of sums: see csrc/table.h."""
 
 _SUM = """

@@ -58,8 +58,8 @@ class Around(NamedTuple):
             if self.norms:
                 before.append(Operation("squares", ("gradient", "g"), _one, "sum"))
         if self.ema is not None:
-            line = (self.ema, 1.0 - self.ema)
-            after.append(Operation("average", (AVERAGE, "p"), lambda t, lr: line, "other", last))
+            gain = (1.0 - self.ema,)
+            after.append(Operation("lerp", (AVERAGE, "p"), lambda t, lr: gain, "other", last))
         steps = tuple(op for op in own if op.needs is None)
         refreshes = tuple(op for op in own if op.needs is not None)
         operations = (*before, *steps, *after, *refreshes)

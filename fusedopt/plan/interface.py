@@ -74,6 +74,9 @@ class Plan(Protocol):
     def synchronize(self) -> None:
         """Waits until all steps are done; FloatingPointError where one found no finite norm."""
 
+    def adopt(self, rules: Sequence[Rule]) -> bool:
+        """Take other rules for the groups, on the same arrays; False if a new plan is needed."""
+
     def step(self, grads: Any, hessian: Any, flat: bool) -> int | None:
         """Updates every leaf that has a gradient, and its counter, in place; the step's number.
 
@@ -100,6 +103,10 @@ class Turn:
 
     def synchronize(self) -> None:
         """Steps on the host are done when they return."""
+
+    def adopt(self, rules: Sequence[Rule]) -> bool:
+        """Take other rules for the groups, on the same arrays; False if a new plan is needed."""
+        return False
 
 
 class Backend(Protocol):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays.formats import RandomKey
 from ..arrays.state_file import Scratch
 from ..arrays.stored import Memory, Stored
 from ..programs.program import Program
@@ -43,7 +44,7 @@ class Layout:
     group_of: Sequence[int]
     rates: np.ndarray
     counters: np.ndarray
-    keys: Sequence[Sequence[int]]
+    keys: Sequence[Sequence[RandomKey]]
     results: np.ndarray
     around: Around = NOTHING
     decide: Callable[[], bool] | None = None
@@ -65,5 +66,5 @@ def single(rule: Rule, program: Program, t: int, lr: float, arrays: Sequence[Sto
     sides = dict(zip(rule.sides(arrays[0].shape), arrays[1 + len(names) :], strict=True))
     memory = Memory(arrays[0], states, sides=sides)
     rates, counters = np.array([lr, 1.0]), np.array([0, t - 1])
-    group, keys = Group(rule.name, rule), [[0] * (1 + len(names))]
+    group, keys = Group(rule.name, rule), [[RandomKey()] * (1 + len(names))]
     return Layout(0, [memory], [group], [0], rates, counters, keys, results_for([program], 1))

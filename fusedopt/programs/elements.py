@@ -48,6 +48,10 @@ def average(average: float, x: float, keep: float, gain: float) -> float:
     return keep * average + gain * x
 
 
+def lerp(average: float, x: float, gain: float) -> float:
+    return average + gain * (x - average)
+
+
 def lookahead(p: float, v: float, mu: float) -> float:
     return p - mu * v
 
@@ -94,12 +98,12 @@ def sophia_paper_wins(m: float, h: float, gamma: float, eps: float, clip: float,
 ELEMENTS: dict[str, Element] = {
     f.__name__: f
     for f in (
-        *(sophia_refresh_square, average, lookahead, accumulate, keep, clip_value),
+        *(sophia_refresh_square, average, lerp, lookahead, accumulate, keep, clip_value),
         normalize,
         *(squares, squared_differences, sophia_wins, sophia_paper_wins),
     )
 }
 """By the kernel's name."""
 
-OF_STATES = frozenset(("sophia_refresh_square", "average"))
+OF_STATES = frozenset(("sophia_refresh_square", "average", "lerp"))
 """Those whose first operand is stored as states are, without denormals."""

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from ..arrays.formats import RandomKey
 from ..arrays.rows import Rows, as_rows, joined, values_of
 from ..arrays.stored import Memory
 from ..arrays.trees import Tree
@@ -78,7 +79,7 @@ class Accumulator:
             group_of=[0] * len(self._sums),
             rates=np.array([0.0, 1.0]),
             counters=self._counters,
-            keys=[[0]] * len(self._sums),
+            keys=[[RandomKey()]] * len(self._sums),
             results=results_for([rule.program], len(self._sums)),
             zero_grads=zero_grads,
             threads=threads,

@@ -94,17 +94,19 @@ class Snapshot:
     ) -> tuple[int, Any]:
         """Writes what `save` put into a file; returns the seed and the metadata. Errors as in
         `restore`."""
-        from ..arrays.safetensors_file import read
+        from ..arrays.file_set import open_tensors
 
         name = os.fspath(file)
-        arrays, saved = read(file)
+        tensors = open_tensors(file)
+        saved = tensors.table
         known = {path: self._held(k, True) for k, path in enumerate(self.paths)}
         try:
             leaves = saved["leaves"]
             for entry in leaves.values():
                 entry["state"] = {}
-            for tensor, a in arrays.items():
+            for tensor in tensors.shapes:
                 kind, _, path = tensor.partition(":")
+                a = tensors.whole(tensor)
                 leaves[path]["state"][kind] = _in_c_order(a, known.get(path, {}).get(kind, a))
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{name}: its table of leaves is spoilt: {error!r}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,8 @@ class Guard:
         self._results, self._rates = results, rates
         self._clip_norm, self._skip = clip_norm, skip_nonfinite
         self.factor = 1.0
+        self.agree: Callable[[np.ndarray], None] | None = None
+        """Puts what all ranks found into the results, where each reads a share of gradients."""
 
     def begin(self, grad_scale: float) -> None:
         """Before a step whose gradients are grad_scale times too large."""
@@ -81,6 +83,8 @@ class Guard:
         self.bad_leaves: tuple[str, ...] = ()
 
     def __call__(self) -> bool:
+        if self.agree is not None:
+            self.agree(self._results)
         norms = self.take_norm()
         if not all(map(math.isfinite, norms)):
             bad = np.flatnonzero(~np.isfinite(self._results[:, 0])).tolist()

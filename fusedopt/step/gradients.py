@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays.checks import Fit
+from ..arrays.foreign import host_array
 from ..arrays.formats import TILE
 from ..arrays.rows import Rows, Touched, as_rows, values_of
 from ..arrays.stored import Memory
@@ -136,7 +137,7 @@ class Stepper:
 
     def flatten(self, tree: Any, what: str) -> list[Any]:
         """The leaves of a tree that is like the parameters' own."""
-        return self._tree.flatten(self._fit.opened(what, tree), what)
+        return list(map(host_array, self._tree.flatten(self._fit.opened(what, tree), what)))
 
     def _fitted(self, tree: Any, what: str) -> list[np.ndarray | Touched | None]:
         values = self.flatten(tree, what)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..arrays.formats import Values, least_state, subkey
+from ..arrays.formats import RandomKey, Values, least_state
 from ..arrays.stored import Stored
 from ..plan.extras import NOTHING, Around
 from ..rules.base import Rule
@@ -90,7 +90,7 @@ def judge(
     *,
     t: int,
     lr: float,
-    keys: Sequence[int] | None = None,
+    keys: Sequence[RandomKey] | None = None,
     copies: Sequence[np.ndarray] = (),
     factor: float = 1.0,
     around: Around = NOTHING,
@@ -126,11 +126,11 @@ def judge(
         expected = [e.where(flat, o) for e, o in zip(expected, old, strict=True)]
         copies, new = [copy[rows].reshape(-1) for copy in copies], new.pick(~flat)
     names = ("p", *around.states(rule), *rule.sides(after[0].shape))
-    keyed = [*(keys or ()), *[0] * len(after)][: len(after)]
+    keyed = [*(keys or ()), *[RandomKey()] * len(after)][: len(after)]
     targets = list(zip(names, after, expected, keyed, strict=True))
-    targets += [("copy of p", Stored.plain(copy), new, 0) for copy in copies]
+    targets += [("copy of p", Stored.plain(copy), new, RandomKey()) for copy in copies]
     worst = (
-        compare(name, stored, e.flat(stored.order) if whole else e, int(subkey(key, t - 1)[0]))
+        compare(name, stored, e.flat(stored.order) if whole else e, key.after(t - 1))
         for name, stored, e, key in targets
     )
     return [w for w in worst if w is not None]

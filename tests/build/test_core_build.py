@@ -18,22 +18,12 @@ from typing import Any
 import pytest
 
 import fusedopt as fo
+from built import kernel_objects, output, tool
 from exactness import ROOT, run_python
 from fusedopt.backends import check_registry
 from fusedopt.system.isa import isas
 
 LIGHT = ("numba", "torch", "matplotlib", "mpi4py", "rich", "typer")
-
-
-def tool(name: str) -> str:
-    found = shutil.which(name)
-    if not found:
-        pytest.skip(f"{name} is not installed")
-    return found
-
-
-def output(*command: str | Path) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 # ---------------------------------------------------------------- the kernels' objects
@@ -42,19 +32,7 @@ def output(*command: str | Path) -> str:
 @pytest.fixture(scope="module")
 def objects() -> dict[str, Path]:
     """The kernels' object of each instruction set, of the newest build in this checkout."""
-    if sys.platform != "linux":
-        pytest.skip("reads what GNU's tools print of ELF objects")
-    found = ROOT.glob("build/cp*/CMakeFiles/kernels_*.dir/csrc/kernels.cpp.o")
-    oldest_first = sorted(found, key=lambda path: path.stat().st_mtime)
-    if not oldest_first:
-        assert not os.environ.get("CI"), "no build folder here: CI must check the objects"
-        pytest.skip("this checkout has no build folder")
-    build = oldest_first[-1].parents[3]
-    return {
-        path.parents[1].name.removeprefix("kernels_").removesuffix(".dir"): path
-        for path in oldest_first
-        if path.is_relative_to(build)
-    }
+    return kernel_objects()
 
 
 def test_every_instruction_set_has_an_object(objects: dict[str, Path]) -> None:
@@ -78,7 +56,13 @@ def test_symbols_of_the_kernels(objects: dict[str, Path]) -> None:
 
 # Instructions, and registers wider than an x86 instruction set has, as objdump prints them.
 FUSED = r"\bvfn?m(add|sub)|\bfn?m(add|sub)\b|\bfml[as]\b"
-WIDER = {"baseline": r"%[yz]mm|\tv[a-z]", "x86_v3": r"%zmm|%k[1-7]"}
+WIDER = {
+    "baseline": r"%[yz]mm|\tv[a-z]",
+    "x86_v3": r"%zmm|%k[1-7]",
+    "x86_v4": r"\tvcvtne2?ps2bf16|\tvdpbf16ps|\tvperm(b|[it]2b)|\tvpmultishiftqb",
+}
+# What a level is there for.
+OWN = {"x86_v3": r"\tvcvtps2ph", "x86_v4": r"%zmm", "x86_v4_bf16": r"\tvcvtne2ps2bf16"}
 PACKED_ROOT = r"sqrtp[sd]|fsqrt\s+v\d+\.[24]"
 
 
@@ -92,6 +76,8 @@ def test_instructions_of_the_kernels(objects: dict[str, Path]) -> None:
         if x86 and name in WIDER:
             wider = re.search(WIDER[name], code)
             assert not wider, f"{name}: {wider} is beyond it"
+        if x86 and name in OWN:
+            assert re.search(OWN[name], code), f"{name}: none of its own instructions"
 
 
 # ---------------------------------------------------------------- forcing a variant

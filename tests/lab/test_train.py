@@ -149,9 +149,9 @@ def test_the_default_schedule(steps: int) -> None:
     schedule = SCHEDULES["cosine"](2.0, steps)
     for t in range(1, steps + 1):
         rising = min(1.0, 20 * t / steps)
-        falling = 0.55 + 0.45 * math.cos(math.pi * t / steps)
+        falling = 0.55 + 0.45 * math.cos(math.pi * (t - 1) / steps)
         assert schedule(t) == pytest.approx(2.0 * rising * falling, rel=1e-15)
-    assert schedule(steps) == pytest.approx(0.2)
+    assert schedule(steps + 1) == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -164,7 +164,8 @@ def test_schedules_rise_and_fall(name: str, steps: int) -> None:
     if steps == 400:
         assert max(rates) == pytest.approx(2.0, rel=0.01)
         assert 0 < rates[0] < 0.21
-        assert (rates[-1] == 2.0) if name == "constant" else (rates[-1] <= 0.2 + 1e-12)
+        end = schedule(steps + 1)
+        assert (end == 2.0) if name == "constant" else (end <= 0.2 + 1e-12)
 
 
 def test_recipe_of_rules_with_needs() -> None:
@@ -235,7 +236,7 @@ def test_schedules_are_used(small: dict[str, Any]) -> None:
         name: train(TrainOptions(schedule=name, **small), console()[0]).train_losses
         for name in ("cosine", "linear")
     }
-    assert losses["cosine"][:2] != losses["linear"][:2]
+    assert losses["cosine"][:3] != losses["linear"][:3]
     record = json.loads((small["out"] / "run.json").read_text())
     assert record["options"]["schedule"] == "linear"
     assert "lr=Linear(base=0.002, steps=40, warmup=2.0, final=0.0)" in record["rules"]["*"]

@@ -20,7 +20,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import fusedopt as fo
-from fusedopt.arrays.safetensors_file import read_metadata
+from fusedopt.arrays.file_set import read_metadata
 from fusedopt.cli import app
 from fusedopt.lab.train import Result, TrainOptions, resume, steptime, text, train, trainer
 from fusedopt.lab.train.descent import _win_rate, descend

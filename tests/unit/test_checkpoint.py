@@ -29,7 +29,7 @@ from formatted import (
     made,
 )
 from fusedopt.arrays import safetensors_file
-from fusedopt.arrays.safetensors_file import read_metadata
+from fusedopt.arrays.file_set import read_metadata
 
 ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 

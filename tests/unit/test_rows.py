@@ -13,6 +13,7 @@ import scipy.sparse
 
 import fusedopt as fo
 from exactness import DEFAULTS, Array
+from fusedopt.arrays import rows as rows_module
 from fusedopt.system.isa import isas
 from fusedopt.verify import STORAGES, variants
 
@@ -330,3 +331,77 @@ def test_rows_of_states_on_disk(tmp_path: Path) -> None:
         opt.catch_up()
         opt.step(given)
     assert there.fingerprint() == here.fingerprint()
+
+
+# Rows that come more than once, and padding
+
+
+def added_one_by_one(
+    indices: np.ndarray, values: np.ndarray, dtype: Any, padding: int | None
+) -> dict[int, np.ndarray]:
+    sums: dict[int, np.ndarray] = {}
+    for index, value in zip(indices.tolist(), values.astype(dtype), strict=True):
+        if index != padding:
+            sums[index] = sums[index] + value if index in sums else value
+    return sums
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("padding", [None, 0, 7])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, ml_dtypes.bfloat16, np.float16])
+def test_merged_rows_are_added_in_order(
+    compiled: bool, padding: int | None, dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(rows_module, "reason", "not built")
+    for length, highest in ((1, 9), (300, 40), (64, 200), (3, 1 << 40)):
+        indices = np.minimum(rng.zipf(1.3, 500), highest) * min(highest // 9, 1 << 20)
+        indices[:20] = 0
+        values = (draw(500, length) * 10.0 ** rng.integers(-3, 4, (500, length))).astype(dtype)
+        values[0] = -0.0
+        for compute in (np.dtype(np.float32), np.dtype(np.float64)):
+            merged = rows_module._unique(indices, values, compute, padding)
+            expected = added_one_by_one(indices, values, compute, padding)
+            assert merged.rows.tolist() == sorted(expected)
+            found = merged.gathered
+            assert found.dtype == compute
+            assert found.tobytes() == b"".join(expected[k].tobytes() for k in sorted(expected))
+
+
+@pytest.mark.parametrize("zero_grads", [False, True])
+def test_padding_is_as_if_it_were_not_given(zero_grads: bool) -> None:
+    params = {"e": draw(20, 6)}
+    twin = copy.deepcopy(params)
+    indices, values = np.array([3, 7, 3, 7, 1]), draw(5, 6)
+    kept = indices != 7
+    opt, want = (fo.Optimizer(p, fo.Adam(), zero_grads=zero_grads) for p in (params, twin))
+    for act, wanted in ((opt.accumulate, want.accumulate), (opt.step, want.step)):
+        act({"e": fo.Rows(indices, values.copy(), padding_index=7)})
+        wanted({"e": fo.Rows(indices[kept], values[kept])})
+        if act == opt.accumulate:
+            opt.step()
+            want.step()
+    assert opt.fingerprint() == want.fingerprint()
+    padded = fo.Rows(indices, values, padding_index=7)
+    assert fo.global_norm(padded) == fo.global_norm(fo.Rows(indices[kept], values[kept]))
+    if zero_grads:
+        opt.step({"e": padded})
+        assert not values.any()
+    only = fo.Rows(np.array([7, 7]), draw(2, 6), padding_index=7)
+    before = params["e"].copy()
+    opt.step({"e": only})
+    assert params["e"].tobytes() == before.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("padding", "error"), [(20, ValueError), (-1, ValueError), (1.0, TypeError)]
+)
+def test_padding_out_of_range(padding: Any, error: type[Exception]) -> None:
+    opt = fo.Optimizer(draw(20, 6), fo.SGD())
+    with pytest.raises(error, match=r"padding_index: expected an integer in \[0, 20\)"):
+        opt.step(fo.Rows(np.array([1]), draw(1, 6), padding_index=padding))
+
+
+def test_the_norm_of_rows_wants_integers() -> None:
+    with pytest.raises(TypeError, match="indices: expected an ndarray of integers, got float64"):
+        fo.global_norm(fo.Rows(np.array([1.5]), draw(1, 6)))

@@ -1,10 +1,12 @@
-"""Schedules against closed forms written anew, and against torch's values."""
+"""Schedules against closed forms written anew, and against the values of torch, optax and Keras."""
 
 from __future__ import annotations
 
 import copy
+import json
 import math
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +17,14 @@ from fusedopt import schedules
 from fusedopt.schedules import (
     Constant,
     Cosine,
+    CosineRestarts,
+    Exponential,
+    InverseSqrt,
     Linear,
     OneCycle,
     Polynomial,
     Product,
+    ReduceOnPlateau,
     Schedule,
     Sequential,
     Step,
@@ -34,9 +40,9 @@ def wave(x: float) -> float:
 
 
 def one_cycle(t: int) -> float:
-    if t < 12:  # the peak: .3 of 40
-        return 0.02 + 0.48 * (1 - wave((t - 1) / 11))
-    return 0.005 + 0.495 * wave(min(1, (t - 12) / 28))
+    if t < 13:  # the peak: .3 of 40 steps after the first
+        return 0.02 + 0.48 * (1 - wave((t - 1) / 12))
+    return 0.005 + 0.495 * wave(min(1, (t - 13) / 28))
 
 
 def stepwise(t: int) -> float:
@@ -50,47 +56,64 @@ CASES: dict[str, tuple[Schedule, Any]] = {
     "constant": (Constant(0.5), lambda t: 0.5),
     "warm": (Constant(0.5, warmup=8), lambda t: np.interp(t, [0, 8], [0, 0.5])),
     "fractional": (Constant(0.5, warmup=2.5), lambda t: np.interp(t, [0, 2.5], [0, 0.5])),
-    "linear": (Linear(0.5, 40), lambda t: np.interp(t, [0, 40], [0.5, 0])),
+    "linear": (Linear(0.5, 40), lambda t: np.interp(t, [1, 41], [0.5, 0])),
     "linear-warm": (
         Linear(0.5, steps=40, warmup=10, final=0.1),
-        lambda t: np.interp(t, [0, 10, 40], [0, 0.5, 0.05]),
+        lambda t: np.interp(t, [0, 10, 41], [0, 0.5, 0.05]),
     ),
-    "cosine": (Cosine(0.5, 40), lambda t: 0.5 * wave(min(t, 40) / 40)),
+    "linear-fractional": (
+        Linear(0.5, steps=40, warmup=2.5),
+        lambda t: np.interp(t, [0, 2.5, 41], [0, 0.5, 0]),
+    ),
+    "cosine": (Cosine(0.5, 40), lambda t: 0.5 * wave(min(t - 1, 40) / 40)),
     "cosine-warm": (
         Cosine(0.5, steps=40, warmup=10, final=0.1),
-        lambda t: t / 20 if t < 10 else 0.05 + 0.45 * wave(min(1, (t - 10) / 30)),
+        lambda t: t / 20 if t < 10 else 0.05 + 0.45 * wave(min(1, (t - 10) / 31)),
     ),
-    "polynomial": (Polynomial(0.5, 40), lambda t: np.interp(t, [0, 40], [0.5, 0])),
+    "polynomial": (Polynomial(0.5, 40), lambda t: np.interp(t, [1, 41], [0.5, 0])),
     "polynomial-warm": (
         Polynomial(0.5, steps=40, warmup=4, final=0.2, power=3),
-        lambda t: t / 8 if t < 4 else 0.1 + 0.4 * (max(0, 40 - t) / 36) ** 3,
+        lambda t: t / 8 if t < 4 else 0.1 + 0.4 * (max(0, 41 - t) / 37) ** 3,
     ),
     "stable": (
         WarmupStableDecay(0.5, steps=40, warmup=5, decay=10, final=0.1),
-        lambda t: np.interp(t, [0, 5, 30, 40], [0, 0.5, 0.5, 0.05]),
+        lambda t: np.interp(t, [0, 5, 31, 41], [0, 0.5, 0.5, 0.05]),
     ),
     "stable-cosine": (
         WarmupStableDecay(0.5, steps=40, decay=10, form="cosine"),
-        lambda t: 0.5 if t < 30 else 0.5 * wave(min(1, (t - 30) / 10)),
+        lambda t: 0.5 if t < 31 else 0.5 * wave(min(1, (t - 31) / 10)),
     ),
     "stable-sqrt": (
         WarmupStableDecay(0.5, steps=40, decay=10, form="sqrt"),
-        lambda t: 0.5 if t < 30 else 0.5 - 0.5 * math.sqrt(min(1, (t - 30) / 10)),
+        lambda t: 0.5 if t < 31 else 0.5 - 0.5 * math.sqrt(min(1, (t - 31) / 10)),
     ),
     "stable-cut": (
         WarmupStableDecay(0.5, steps=40, decay=0, final=0.1),
-        lambda t: 0.5 if t < 40 else 0.05,
+        lambda t: 0.5 if t <= 40 else 0.05,
     ),
     "cycle": (OneCycle(0.5, steps=40, start=0.04, final=0.01), one_cycle),
+    "restarts": (
+        CosineRestarts(0.5, period=7),
+        lambda t: 0.5 * wave((t - 1) % 7 / 7),
+    ),
+    "exponential": (
+        Exponential(0.5, factor=0.3, every=7),
+        lambda t: 0.5 * math.exp(math.log(0.3) * (t - 1) / 7),
+    ),
+    "inverse-sqrt": (
+        InverseSqrt(0.5, warmup=10),
+        lambda t: 0.5 * math.sqrt(10) * min(t**-0.5, t * 10**-1.5),
+    ),
+    "plateau": (ReduceOnPlateau(0.5), lambda t: 0.5),
     "step": (Step(0.5, every=7, factor=0.3), stepwise),
     "product": (
         Constant(0.5, warmup=10) * Linear(2.0, 40),
-        lambda t: np.interp(t, [0, 10], [0, 0.5]) * np.interp(t, [0, 40], [2, 0]),
+        lambda t: np.interp(t, [0, 10], [0, 0.5]) * np.interp(t, [1, 41], [2, 0]),
     ),
     "scaled": (3 * Constant(0.5, warmup=10), lambda t: np.interp(t, [0, 10], [0, 1.5])),
     "sequential": (
         Sequential((Constant(0.5), Linear(0.5, 10), Constant(0.2, warmup=4)), at=(20, 30)),
-        lambda t: np.interp(t, [20, 30], [0.5, 0]) + np.interp(t, [30, 34], [0, 0.2]),
+        lambda t: 0.5 - max(0, t - 21) / 20 if t <= 30 else min(0.2, 0.05 * (t - 30)),
     ),
 }
 every_case = pytest.mark.parametrize(("schedule", "closed"), CASES.values(), ids=CASES)
@@ -127,66 +150,125 @@ def test_bases_of_compositions() -> None:
     assert (np.float64(2.0) * Constant(0.5)) == Constant(0.5) * 2 == Constant(0.5) * Constant(2.0)
 
 
-# Values of torch 2.13.0; entry k is what its scheduler has after k calls of `step()`, with which
-# torch takes step k + 1.
-TORCH_COSINE = [
-    0.1,
-    0.0965745789630079,
-    0.08681980515339463,
-    0.07222075445642905,
-    0.055,
-    0.03777924554357096,
-    0.023180194846605363,
-    0.013425421036992097,
-    0.01,
-]
-TORCH_POLYNOMIAL = [0.1, 0.064, 0.036, 0.016, 0.004, 0.0, 0.0]
-TORCH_LINEAR = [0.1, 0.08125, 0.0625, 0.04375, 0.025, 0.025]
-TORCH_STEP = [0.1, 0.1, 0.1, 0.05, 0.05, 0.05, 0.025, 0.025]
-TORCH_SEQUENTIAL = [0.1, 0.1, 0.1, 0.1, 0.1, 0.05, 0.05, 0.025]
-TORCH_ONE_CYCLE = [
-    0.004,
-    0.052,
-    0.1,
-    0.09504846320134738,
-    0.0811745653949763,
-    0.06112620219362893,
-    0.03887419780637107,
-    0.0188258346050237,
-    0.004951936798652629,
-    4e-07,
-]
+# Against the libraries: golden/record_schedules.py names their functions.
+
+RECORDED = json.loads((Path(__file__).parents[1] / "golden/schedules.json").read_text())
 
 
 @pytest.mark.parametrize(
-    ("schedule", "recorded", "first"),
+    ("library", "ours"), [(name, ours) for name in ("torch", "optax") for ours in RECORDED[name]]
+)
+def test_values_of_the_libraries(library: str, ours: str) -> None:
+    schedule = eval(ours, vars(schedules))
+    recorded = RECORDED[library][ours]
+    rates = [schedule(t) for t in range(1, len(recorded) + 1)]
+    # optax's float32 constants, such as its cosines' halves, are seen in the last two digits
+    np.testing.assert_allclose(rates, recorded, rtol=1e-13 if library == "torch" else 1e-7)
+
+
+def keras_cosine(c: int) -> float:
+    """Keras's documented CosineDecay(0.02, 16, alpha=0.1, warmup_target=0.1, warmup_steps=4)."""
+    if c < 4:
+        return 0.02 + c / 4 * (0.1 - 0.02)
+    decayed = 0.5 * (1 + math.cos(math.pi * min(c - 4, 16) / 16))
+    return 0.1 * ((1 - 0.1) * decayed + 0.1)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "keras"),
     [
-        # CosineAnnealingLR(T_max=8, eta_min=0.01), PolynomialLR(total_iters=5, power=2),
-        # LinearLR(1.0, 0.25, total_iters=4): their step is one later than ours
-        (Cosine(0.1, 8, final=0.1), TORCH_COSINE, 0),
-        (Polynomial(0.1, 5, power=2), TORCH_POLYNOMIAL, 0),
-        (Linear(0.1, 4, final=0.25), TORCH_LINEAR, 0),
-        # StepLR(3, gamma=0.5), OneCycleLR(0.1, total_steps=10), SequentialLR of ConstantLR(1.0)
-        # and StepLR(2, 0.5) with milestones=[3]: step for step
-        (Step(0.1, every=3, factor=0.5), TORCH_STEP, 1),
-        (OneCycle(0.1, 10), TORCH_ONE_CYCLE, 1),
+        (Cosine(0.1, 20, warmup=5, final=0.1), keras_cosine),
+        # PolynomialDecay(0.1, 20, 0.02, power=2)
         (
-            Sequential((Constant(0.1), Step(0.1, every=2, factor=0.5)), at=(3,)),
-            TORCH_SEQUENTIAL,
-            1,
+            Polynomial(0.1, 20, power=2, final=0.2),
+            lambda c: (0.1 - 0.02) * (1 - min(c, 20) / 20) ** 2 + 0.02,
+        ),
+        # ExponentialDecay(0.1, 6, 0.5), and with staircase=True
+        (Exponential(0.1, factor=0.5, every=6), lambda c: 0.1 * 0.5 ** (c / 6)),
+        (Step(0.1, factor=0.5, every=6), lambda c: 0.1 * 0.5 ** math.floor(c / 6)),
+        # CosineDecayRestarts(0.1, 4, t_mul=2.0, alpha=0.2)
+        (
+            CosineRestarts(0.1, 4, growth=2, final=0.2),
+            lambda c: (
+                0.1
+                * (
+                    (1 - 0.2)
+                    * 0.5
+                    * (
+                        1
+                        + math.cos(
+                            math.pi
+                            * math.modf(
+                                (c - 4 * (2 ** (i := math.floor(math.log2(c / 4 + 1))) - 1))
+                                / (4 * 2**i)
+                            )[0]
+                        )
+                    )
+                    + 0.2
+                )
+            ),
         ),
     ],
 )
-def test_torch(schedule: Schedule, recorded: list[float], first: int) -> None:
-    rates = [schedule(first + k) for k in range(len(recorded))]
-    np.testing.assert_allclose(rates, recorded, rtol=1e-14, atol=1e-17)
+def test_formulas_of_keras(schedule: Schedule, keras: Any) -> None:
+    counts = range(40)
+    rates = [schedule(c + 1) for c in counts]
+    np.testing.assert_allclose(rates, [keras(c) for c in counts], rtol=1e-13)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_the_shortest_runs(steps: int) -> None:
-    assert Cosine(0.1, steps)(steps) == 0.0
-    assert OneCycle(0.1, steps, final=0.0)(steps) == 0.0
-    assert WarmupStableDecay(0.1, steps, decay=steps)(steps) == 0.0
+def test_no_step_is_lost(steps: int) -> None:
+    for schedule in (
+        Linear(0.1, steps),
+        Cosine(0.1, steps),
+        Polynomial(0.1, steps),
+        OneCycle(0.1, steps, rise=0.0, final=0.0),
+        WarmupStableDecay(0.1, steps, decay=steps),
+    ):
+        assert schedule(1) == 0.1
+        assert all(schedule(t) > 0 for t in range(1, steps + 1))
+        assert schedule(steps + 1) == 0.0
+    for warmed in (Linear(0.1, 9, warmup=steps), InverseSqrt(0.1, warmup=steps)):
+        assert warmed(1) == pytest.approx(0.1 / steps)
+        assert max(range(1, 9), key=warmed) == steps
+
+
+# The loss
+
+
+def reducing(**fields: Any) -> ReduceOnPlateau:
+    return ReduceOnPlateau(0.1, factor=0.5, patience=2, threshold=1e-3, **fields)
+
+
+def test_a_plateau_is_torchs() -> None:
+    schedule = reducing(cooldown=1, minimum=0.03)
+    for loss, rate in zip(RECORDED["losses"], RECORDED["plateau"], strict=True):
+        schedule.tell(loss)
+        assert schedule(7) == rate
+    assert schedule(7) == 0.03
+
+
+def test_a_plateau_goes_on_from_its_state() -> None:
+    one = reducing(cooldown=1)
+    for loss in RECORDED["losses"][:9]:
+        one.tell(loss)
+    two, three = reducing(cooldown=1), pickle.loads(pickle.dumps(one))
+    two.load_state_dict(json.loads(json.dumps(one.state_dict())))
+    for loss in RECORDED["losses"][9:]:
+        for schedule in (one, two, three):
+            schedule.tell(loss)
+        assert one.state_dict() == two.state_dict() == three.state_dict()
+
+
+def test_a_plateau_in_an_optimizer() -> None:
+    plateau = ReduceOnPlateau(0.1, factor=0.5, patience=0)
+    opt = fo.Optimizer(np.ones(3), fo.SGD(lr=Constant(1.0, warmup=2) * plateau))
+    rates = []
+    for loss in (1.0, math.nan, 0.5, 0.5):
+        rates.append(opt.step(np.zeros(3)).lr)
+        plateau.tell(loss)
+    assert rates == [0.05, 0.1, 0.05, 0.05]
+    assert opt.lr == 0.025
 
 
 # In an optimizer
@@ -232,6 +314,9 @@ def test_independent_decay_has_the_shape_alone(schedule: Schedule, closed: Any) 
         (lambda: WarmupStableDecay(0.1, 9, warmup=5, decay=6), r"at most 4, .* got 6"),
         (lambda: WarmupStableDecay(0.1, 9, decay=1, form="root"), r"\(form\): expected one of"),  # type: ignore[arg-type]
         (lambda: OneCycle(0.1, 9, rise=1.0), r"OneCycle\(rise\)"),
+        (lambda: CosineRestarts(0.1, 3, growth=0.5), r"CosineRestarts\(growth\): .* >= 1, got 0.5"),
+        (lambda: InverseSqrt(0.1, warmup=0), r"InverseSqrt\(warmup\): expected an integer >= 1"),
+        (lambda: ReduceOnPlateau(0.1, patience=-1), r"\(patience\): expected an integer >= 0"),
         (lambda: Step(0.1, every=0), r"Step\(every\): expected an integer >= 1"),
         (lambda: Step(0.1, every=2, factor=1.0), r"Step\(factor\)"),
         (lambda: Constant(0.1) * -1, r"Constant\(base\): expected a number >= 0, got -1"),

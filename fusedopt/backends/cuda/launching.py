@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ...arrays.formats import FLOAT64, PLAIN, compute_dtype
+from ...arrays.formats import FLOAT64, PLAIN, SEGMENT, compute_dtype
 from ...arrays.rows import Touched, values_of
 from ...arrays.stored import Stored
-from ...jit.tiles import LANES, SEGMENT
+from ...jit.tiles import LANES
 from ...programs.elements import keep
 from . import blocks
 from .blocks import LANES as TILE_LANES

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ...arrays.formats import FLOAT64, Format
-from ...jit.tiles import LANES, SEGMENT
+from ...arrays.formats import FLOAT64, SEGMENT, Format
+from ...jit.tiles import LANES
 from ...programs.elements import squares
 from .kernels import CODECS, THREADS, indented
 from .toolkit import Kernel

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...arrays import host
-from ...arrays.formats import DTYPES, PLAIN, TILE, compute_dtype, subkey
+from ...arrays.formats import DTYPES, PLAIN, TILE, RandomKey, compute_dtype
 from ...arrays.rows import Touched, values_of
 from ...arrays.stored import Stored
 from ...jit import unavailable
@@ -127,7 +127,7 @@ class NumbaPlan(Turn):
         self._dtypes = [compute_dtype(m.parameter.format.dtype) for m in layout.leaves]
         kinds = dict.fromkeys(zip(layout.group_of, self._dtypes, strict=True))
         self._ops = {(g, dtype): _compiled(programs[g], dtype) for g, dtype in kinds}
-        self._random: list[tuple[int, int, int]] = []  # operand, leaf, key
+        self._random: list[tuple[int, int, RandomKey]] = []  # operand, leaf, key
         self._lay_out()
 
     def _lay_out(self) -> None:
@@ -196,7 +196,7 @@ class NumbaPlan(Turn):
                 return int(layout.counters[0])
         for place, k, key in self._random:
             at = self._starts[k] + place
-            self._operands[at]["key"] = subkey(key, int(layout.counters[k + 1]))[0]
+            self._operands[at]["key"] = key.after(int(layout.counters[k + 1]))
         scalars = self._folded(active)
         if self._matrices.sided:
             self._matrices.before(active)

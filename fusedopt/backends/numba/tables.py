@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ...arrays.formats import FLOAT64, PLAIN, compute_dtype
+from ...arrays.formats import FLOAT64, PLAIN, SEGMENT, compute_dtype
 from ...arrays.rows import Touched, values_of
 from ...jit import tiles
 from ...jit.driver import INPUT, LEAF, MAX_OPERANDS, OPERAND, STEP, SUMS, run_part
@@ -74,7 +74,7 @@ class Table:
         self._elements += elements
         for k in range(count):
             if summed >> k & 1:
-                size = -(-whole // tiles.SEGMENT)
+                size = -(-whole // SEGMENT)
                 self._operands[first + k]["data"] = self._partials
                 self._places[number, k] = self._partials, size
                 self._partials += size

@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_info
 
 import fusedopt as fo
 
-from ...arrays.safetensors_file import read_metadata
+from ...arrays.file_set import read_metadata
 from ...system.interrupts import deferred
 from .history import History
 from .recipes import LEARNING_RATES

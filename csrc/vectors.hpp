@@ -1,0 +1,185 @@
+// Conversions by the instructions that some levels have for them, a vector at a time: the bits are
+// those of the loops over one element in codecs.hpp (tests/build/exhaustive.cpp compares all there
+// are). The intrinsics' headers hold nothing but functions that are always inlined, so they are the
+// ones that kernels.cpp may include beside the plain C headers.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define FUSEDOPT_AVX512
+#endif
+#if defined(__F16C__) || (defined(_MSC_VER) && defined(__AVX2__))
+#define FUSEDOPT_F16C
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 warns of the undefined values that its own header passes on.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+#elif defined(__aarch64__) && defined(__GNUC__)
+#define FUSEDOPT_NEON
+#include <arm_neon.h>
+#endif
+
+namespace {
+
+struct BFloat16;
+struct Float16;
+struct Split16;
+struct Kahan;
+template <class Element>
+struct Stochastic;
+
+// How many elements of a codec are decoded, or encoded, by one call; 0 where the compiler's own
+// loop is as good. `nearest` answers false, and has stored nothing, where a vector holds what the
+// instruction treats in a way of its own: then the loop over single elements takes the vector.
+template <class Element>
+struct Vectors {
+  static constexpr std::size_t decoded = 0, encoded = 0;
+};
+
+#if defined(FUSEDOPT_AVX512)
+
+// What `_mm512_fpclass_ps_mask` tells apart.
+enum : int { NANS = 0x81, ZEROS = 0x06, INFINITIES = 0x18, DENORMALS = 0x20 };
+
+// NaN has one code here, with its sign.
+template <>
+struct Vectors<Float16> {
+  static constexpr std::size_t decoded = 16, encoded = 16;
+  static void decode(const std::uint16_t* from, float* to) {
+    const void* const source = from;
+    _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(source))));
+  }
+  static bool nearest(const float* from, std::uint16_t* to) {
+    const __m512 x = _mm512_loadu_ps(from);
+    if (_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q)) return false;
+    void* const target = to;
+    _mm256_storeu_si256(static_cast<__m256i*>(target),
+                        _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    return true;
+  }
+};
+
+#elif defined(FUSEDOPT_F16C)
+
+template <>
+struct Vectors<Float16> {
+  static constexpr std::size_t decoded = 8, encoded = 8;
+  static void decode(const std::uint16_t* from, float* to) {
+    const void* const source = from;
+    _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(source))));
+  }
+  static bool nearest(const float* from, std::uint16_t* to) {
+    const __m256 x = _mm256_loadu_ps(from);
+    if (_mm256_movemask_ps(_mm256_cmp_ps(x, x, _CMP_UNORD_Q))) return false;
+    void* const target = to;
+    _mm_storeu_si128(static_cast<__m128i*>(target), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+    return true;
+  }
+};
+
+#elif defined(FUSEDOPT_NEON)
+
+template <>
+struct Vectors<Float16> {
+  static constexpr std::size_t decoded = 4, encoded = 4;
+  static void decode(const std::uint16_t* from, float* to) {
+    vst1q_f32(to, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from))));
+  }
+  static bool nearest(const float* from, std::uint16_t* to) {
+    const float32x4_t x = vld1q_f32(from);
+    if (!vminvq_u32(vceqq_f32(x, x))) return false;
+    vst1_u16(to, vreinterpret_u16_f16(vcvt_f16_f32(x)));
+    return true;
+  }
+};
+
+#endif
+
+#if defined(FUSEDOPT_AVX512)
+
+// The lower halves of 32 floats, or the upper ones.
+inline __m512i halves(__m512i first, __m512i second, bool upper) {
+  const __m512i lower_ones =
+      _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26,
+                       24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  const __m512i which = upper ? _mm512_add_epi16(lower_ones, _mm512_set1_epi16(1)) : lower_ones;
+  return _mm512_permutex2var_epi16(first, which, second);
+}
+
+template <>
+struct Vectors<Split16> {
+  static constexpr std::size_t decoded = 0, encoded = 32;
+  static bool nearest(const float* from, std::uint16_t* high, std::uint16_t* low) {
+    const __m512 a = _mm512_loadu_ps(from), b = _mm512_loadu_ps(from + 16);
+    if (_mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q)) return false;
+    const __m512i x = _mm512_castps_si512(a), y = _mm512_castps_si512(b);
+    const __m512i half = _mm512_set1_epi32(0x8000);
+    _mm512_storeu_si512(high, halves(_mm512_add_epi32(x, half), _mm512_add_epi32(y, half), true));
+    _mm512_storeu_si512(low, halves(x, y, false));
+    return true;
+  }
+};
+
+// The upper half is one more where the random bits carry out of the lower one.
+template <>
+struct Vectors<Stochastic<BFloat16>> {
+  static constexpr std::size_t encoded = 32;
+  static bool nearest(const float* from, std::uint16_t* to, const std::uint16_t* random) {
+    const __m512i a = _mm512_loadu_si512(from), b = _mm512_loadu_si512(from + 16);
+    const __m512i upper = halves(a, b, true), all = _mm512_set1_epi16(-1);
+    // Without its sign, what is or might become infinite or NaN.
+    const __m512i last = _mm512_set1_epi16(static_cast<short>(2 * 0x7f7f));
+    if (_mm512_cmpge_epu16_mask(_mm512_add_epi16(upper, upper), last)) return false;
+    const __m512i spare = _mm512_xor_si512(_mm512_loadu_si512(random), all);
+    const __mmask32 carries = _mm512_cmpgt_epu16_mask(halves(a, b, false), spare);
+    _mm512_storeu_si512(to, _mm512_mask_sub_epi16(upper, carries, upper, all));
+    return true;
+  }
+};
+
+#endif
+
+#if defined(FUSEDOPT_AVX512) && defined(__AVX512BF16__)
+
+// The instruction takes denormals for zeros, and keeps some bits of a NaN.
+template <>
+struct Vectors<BFloat16> {
+  static constexpr std::size_t decoded = 0, encoded = 32;
+  static bool nearest(const float* from, std::uint16_t* to) {
+    const __m512 a = _mm512_loadu_ps(from), b = _mm512_loadu_ps(from + 16);
+    const __mmask16 odd =
+        _mm512_fpclass_ps_mask(a, NANS | DENORMALS) | _mm512_fpclass_ps_mask(b, NANS | DENORMALS);
+    if (odd) return false;
+    const __m512bh rounded = _mm512_cvtne2ps_pbh(b, a);
+    std::memcpy(to, &rounded, sizeof rounded);
+    return true;
+  }
+};
+
+template <>
+struct Vectors<Kahan> {
+  static constexpr std::size_t decoded = 0, encoded = 16;
+  static bool nearest(const float* from, std::uint16_t* high, std::uint16_t* low) {
+    const __m512 x = _mm512_loadu_ps(from);
+    const __m256bh near = _mm512_cvtneps_pbh(x);
+    __m256i codes;
+    std::memcpy(&codes, &near, sizeof codes);
+    const __m512i stored = _mm512_slli_epi32(_mm512_cvtepu16_epi32(codes), 16);
+    const __m512 rest = _mm512_sub_ps(x, _mm512_castsi512_ps(stored));
+    // Where the bfloat16 is infinite, so is the rest.
+    const __mmask16 odd = _mm512_fpclass_ps_mask(x, DENORMALS) |
+                          _mm512_fpclass_ps_mask(rest, NANS | INFINITIES | DENORMALS);
+    if (odd) return false;
+    const __m256bh beside = _mm512_cvtneps_pbh(rest);
+    std::memcpy(high, &near, sizeof near);
+    std::memcpy(low, &beside, sizeof beside);
+    return true;
+  }
+};
+
+#endif
+
+}  // namespace

@@ -1,0 +1,332 @@
+"""Gradients of all ranks, averaged or added up, each rank receiving its share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..arrays.formats import SEGMENT, compute_dtype
+from ..arrays.rows import Rows, Touched, touched
+from .ranks import Ranks
+from .shares import Cut, flat
+
+PIECE = 4 * SEGMENT
+"""Elements that are added and divided while they are in the cache."""
+
+
+class Kind(NamedTuple):
+    """What one rank has for one leaf.
+
+    dtype: of the gradient. counts: of `Rows`, the number of rows in each rank's share; None of an
+    array.
+    """
+
+    dtype: np.dtype
+    counts: tuple[int, ...] | None = None
+
+
+class Span(NamedTuple):
+    """Elements [start, stop) of a leaf, in memory order."""
+
+    leaf: int
+    start: int
+    stop: int
+
+
+class Reduction:
+    """Reduces gradients in rounds, of which each brings every rank a bucket of its share.
+
+    Parameters
+    ----------
+    ranks : Ranks
+        The processes.
+    labels, parameters, cuts : sequences
+        Names of the leaves in messages, the whole parameters and their shares.
+    mean : bool
+        Divide the sums by the number of ranks.
+    fast : bool
+        Leave the order of additions to MPI, where all ranks have gradients of the computing type.
+    bucket_bytes : int
+        Memory for what is received, two rounds of it.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        labels: Sequence[str],
+        parameters: Sequence[np.ndarray],
+        cuts: Sequence[Cut],
+        *,
+        mean: bool,
+        fast: bool,
+        bucket_bytes: int,
+    ) -> None:
+        self._ranks, self._labels, self._cuts = ranks, labels, cuts
+        self._parameters, self._mean, self._fast = parameters, mean, fast
+        others = max(ranks.size - 1, 1)
+        self._room = max(bucket_bytes // (2 * others) // 8 // SEGMENT, 1) * SEGMENT  # elements
+        self._staging = np.empty((2, others, 8 * self._room if ranks.size > 1 else 0), np.uint8)
+        self._rounds: dict[tuple[int, ...], list[list[list[Span]]]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buckets."""
+        return self._staging.nbytes
+
+    def rebind(self, parameters: Sequence[np.ndarray]) -> None:
+        """Take other parameters of the same shapes."""
+        self._parameters = parameters
+
+    def kinds(self, values: Sequence[Any]) -> list[Kind | None]:
+        """What this rank has for each leaf, for the others to know."""
+        return [None if g is None else self._kind(k, g) for k, g in enumerate(values)]
+
+    def _kind(self, k: int, g: Any) -> Kind:
+        if not isinstance(g, Touched):
+            return Kind(g.dtype)
+        cut = self._cuts[k]
+        if cut.owner is None and not cut.row:
+            raise ValueError(
+                f"{self._labels[k]}: Rows of {self._parameters[k].shape}, whose rows are cut across"
+                " ranks; give the whole gradient"
+            )
+        ends = np.searchsorted(g.rows, self._row_bounds(k))
+        return Kind(g.values.dtype, tuple(np.diff(ends).tolist()))
+
+    def _row_bounds(self, k: int) -> np.ndarray:
+        p = self._parameters[k]
+        length = max(p.size // max(p.shape[0], 1), 1)
+        return np.array([bound // length for bound in self._cuts[k].bounds])
+
+    def reduce(
+        self, values: Sequence[Any], kinds: Sequence[Sequence[Kind | None]]
+    ) -> list[np.ndarray | Rows | None]:
+        """This rank's share of the reduced gradients; None for leaves of which it has no part.
+
+        values: of each leaf a dense array in the memory order of its parameter, `Touched` or None.
+        kinds: what `kinds` returned on each rank. A rank that has None for a leaf counts as zero.
+        Raises ValueError, on all ranks alike, where some give rows and others whole arrays.
+        """
+        given = [[kinds[rank][k] for rank in range(self._ranks.size)] for k in range(len(values))]
+        sparse = [k for k in range(len(values)) if self._is_sparse(k, given[k])]
+        dense = [k for k, of in enumerate(given) if any(of) and k not in sparse]
+        shares: list[Any] = [None] * len(values)
+        for k in dense:
+            p = self._parameters[k]
+            if self._cuts[k].holds(self._ranks.rank):
+                part = self._cuts[k].part(p, self._ranks.rank)
+                shares[k] = np.empty_like(part, compute_dtype(p.dtype))
+        self._reduce_dense(values, given, dense, [None if s is None else flat(s) for s in shares])
+        for k in sparse:
+            shares[k] = self._reduce_rows(k, values[k], given[k])
+        return shares
+
+    def _is_sparse(self, k: int, kinds: Sequence[Kind | None]) -> bool:
+        found = {kind.counts is not None for kind in kinds if kind is not None}
+        if len(found) > 1:
+            rows = [r for r, kind in enumerate(kinds) if kind is not None and kind.counts]
+            raise ValueError(
+                f"{self._labels[k]}: ranks {rows} give Rows, others the whole gradient; give the"
+                " same on all ranks"
+            )
+        return found == {True}
+
+    # ---------------------------------------------------------------- arrays
+
+    def _reduce_dense(
+        self,
+        values: Sequence[Any],
+        given: Sequence[Sequence[Kind | None]],
+        leaves: Sequence[int],
+        shares: Sequence[np.ndarray | None],
+    ) -> None:
+        rounds = self._rounds.get(tuple(leaves))
+        if rounds is None:
+            rounds = self._rounds[tuple(leaves)] = self._plan(leaves)
+        under_way: list[Any] = []
+        for number in range(len(rounds) + 1):
+            # The next bucket travels while the last one is added up.
+            begun = (
+                self._begin(number, rounds[number], values, given, shares)
+                if number < len(rounds)
+                else []
+            )
+            if number:
+                self._ranks.wait(under_way)
+                for at, span in _places(rounds[number - 1][self._ranks.rank]):
+                    self._add((number - 1) % 2, at, span, values, given[span.leaf], shares)
+            under_way = begun
+
+    def _plan(self, leaves: Sequence[int]) -> list[list[list[Span]]]:
+        """For each round the spans of each rank's share that it brings."""
+        of_ranks = [list(self._buckets(leaves, rank)) for rank in range(self._ranks.size)]
+        count = max(map(len, of_ranks))
+        return [
+            [buckets[j] if j < len(buckets) else [] for buckets in of_ranks] for j in range(count)
+        ]
+
+    def _buckets(self, leaves: Sequence[int], rank: int) -> Iterator[list[Span]]:
+        bucket: list[Span] = []
+        room = self._room
+        for k in leaves:
+            start, end = self._cuts[k].bounds[rank : rank + 2]
+            while start < end:
+                stop = min(end, start + room)
+                bucket.append(Span(k, start, stop))
+                room -= stop - start
+                start = stop
+                if not room:
+                    yield bucket
+                    bucket, room = [], self._room
+        if bucket:
+            yield bucket
+
+    def _begin(
+        self,
+        number: int,
+        spans: Sequence[Sequence[Span]],
+        values: Sequence[Any],
+        given: Sequence[Sequence[Kind | None]],
+        shares: Sequence[np.ndarray | None],
+    ) -> list[Any]:
+        """Begin a round: send each rank its spans, and receive one's own from all."""
+        ranks, comm, requests = self._ranks, self._ranks.comm, []
+        for rank in range(ranks.size):
+            for at, span in _places(spans[rank]):
+                kinds = given[span.leaf]
+                mine = values[span.leaf]
+                sent = None if mine is None else flat(mine)[span.start : span.stop].view(np.uint8)
+                if self._left_to_mpi(span.leaf, kinds):
+                    out = self._out(span, shares) if rank == ranks.rank else None
+                    requests.append(self._reduce_to(rank, sent, out, kinds))
+                elif rank == ranks.rank:
+                    for source, kind in enumerate(kinds):
+                        if kind is not None and source != rank:
+                            slot = self._slot(number % 2, source, at, span, kind)
+                            requests.append(comm.Irecv(slot.view(np.uint8), source=source))
+                elif sent is not None:
+                    requests.append(comm.Isend(sent, dest=rank))
+        return requests
+
+    def _left_to_mpi(self, k: int, kinds: Sequence[Kind | None]) -> bool:
+        wanted = compute_dtype(self._parameters[k].dtype)
+        return self._fast and all(kind is not None and kind.dtype == wanted for kind in kinds)
+
+    def _reduce_to(
+        self, rank: int, sent: Any, out: np.ndarray | None, kinds: Sequence[Kind | None]
+    ) -> Any:
+        mpi = self._ranks.mpi
+        assert kinds[0] is not None
+        dtype = mpi.FLOAT if kinds[0].dtype.itemsize == 4 else mpi.DOUBLE
+        received = None if out is None else [out, dtype]
+        return self._ranks.comm.Ireduce([sent, dtype], received, op=mpi.SUM, root=rank)
+
+    def _slot(self, parity: int, source: int, at: int, span: Span, kind: Kind) -> np.ndarray:
+        """Where a rank's part of a span is received."""
+        place = source - (source > self._ranks.rank)
+        room = self._staging[parity, place, 8 * at :]
+        return room[: (span.stop - span.start) * kind.dtype.itemsize].view(kind.dtype)
+
+    def _out(self, span: Span, shares: Sequence[np.ndarray | None]) -> np.ndarray:
+        share, begin = shares[span.leaf], self._cuts[span.leaf].bounds[self._ranks.rank]
+        assert share is not None
+        return share[span.start - begin : span.stop - begin]
+
+    def _add(
+        self,
+        parity: int,
+        at: int,
+        span: Span,
+        values: Sequence[Any],
+        kinds: Sequence[Kind | None],
+        shares: Sequence[np.ndarray | None],
+    ) -> None:
+        """Add up a span in the order of the ranks."""
+        out = self._out(span, shares)
+        parts = []
+        if not self._left_to_mpi(span.leaf, kinds):
+            for source, kind in enumerate(kinds):
+                if kind is not None and source == self._ranks.rank:
+                    parts.append(flat(values[span.leaf])[span.start : span.stop])
+                elif kind is not None:
+                    parts.append(self._slot(parity, source, at, span, kind))
+        with np.errstate(all="ignore"):
+            for a in range(0, out.size, PIECE):
+                piece = out[a : a + PIECE]
+                _add_up(piece, [part[a : a + PIECE] for part in parts])
+                self._divide(piece)
+
+    def _divide(self, sums: np.ndarray) -> None:
+        size = self._ranks.size
+        if self._mean and size > 1:
+            if size & (size - 1) == 0:  # the same bits, and faster
+                np.multiply(sums, sums.dtype.type(1 / size), out=sums)
+            else:
+                np.divide(sums, sums.dtype.type(size), out=sums)
+
+    # ---------------------------------------------------------------- rows
+
+    def _reduce_rows(
+        self, k: int, mine: Touched | None, kinds: Sequence[Kind | None]
+    ) -> Rows | None:
+        """The rows of this rank's share, those of equal indices added in the order of ranks."""
+        ranks, cut, p = self._ranks, self._cuts[k], self._parameters[k]
+        bounds, requests, received = self._row_bounds(k), [], []
+        for source, kind in enumerate(kinds):
+            count = kind.counts[ranks.rank] if kind and kind.counts else 0
+            if kind is not None and count and source != ranks.rank:
+                rows = np.empty(count, np.int64)
+                values = np.empty((count, *p.shape[1:]), kind.dtype)
+                requests.append(ranks.comm.Irecv(rows, source=source))
+                requests.append(ranks.comm.Irecv(values.view(np.uint8), source=source))
+                received.append((rows, values))
+            elif count and mine is not None:
+                received.append(_between(mine, bounds[ranks.rank], bounds[ranks.rank + 1]))
+        kept = []
+        for rank in range(ranks.size):
+            if mine is not None and rank != ranks.rank:
+                rows, values = _between(mine, bounds[rank], bounds[rank + 1])
+                if rows.size:
+                    requests.append(ranks.comm.Isend(rows, dest=rank))
+                    requests.append(ranks.comm.Isend(values.view(np.uint8), dest=rank))
+                    kept += [rows, values]  # until they are sent
+        ranks.wait(requests)
+        if not cut.holds(ranks.rank):
+            return None
+        dtype = compute_dtype(p.dtype)
+        rows = np.concatenate([np.empty(0, np.int64), *(rows for rows, _ in received)])
+        values = np.concatenate(
+            [np.empty((0, *p.shape[1:]), dtype), *(v.astype(dtype) for _, v in received)]
+        )
+        found = touched(self._labels[k], Rows(rows, values), p)
+        sums = found.gathered
+        with np.errstate(all="ignore"):
+            self._divide(sums)
+        return Rows(found.rows - bounds[ranks.rank], sums)
+
+
+def _places(spans: Sequence[Span]) -> Iterator[tuple[int, Span]]:
+    """Where in a bucket each of its spans begins."""
+    at = 0
+    for span in spans:
+        yield at, span
+        at += span.stop - span.start
+
+
+def _add_up(out: np.ndarray, parts: Sequence[np.ndarray]) -> None:
+    """The sum of arrays of any dtype, from the first to the last, in that of the result."""
+    wide = [part.astype(out.dtype, copy=False) for part in parts]
+    if len(wide) == 1:
+        out[...] = wide[0]
+    elif wide:
+        np.add(wide[0], wide[1], out=out)
+        for part in wide[2:]:
+            np.add(out, part, out=out)
+
+
+def _between(rows: Touched, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows [start, stop) and their values, copied."""
+    a, b = np.searchsorted(rows.rows, (start, stop))
+    return rows.rows[a:b].copy(), rows.values[rows.places[a:b]]

@@ -1,0 +1,26 @@
+"""Optimizers for PyTorch: `torch.optim`'s classes, fused and in place on the CPU.
+
+Each class has the signature, the defaults and the layout of `state_dict` of its namesake in
+`torch.optim`, and loads and saves that one's checkpoints; `Optimizer` takes any rule of fusedopt.
+"""
+
+from __future__ import annotations
+
+from .optimizer import Optimizer
+from .own import SOAP, AdaMuon, Lion, NorMuon, Sophia
+from .rules import SGD, Adagrad, Adam, AdamW, Muon, RMSprop
+
+__all__ = [
+    "SGD",
+    "SOAP",
+    "AdaMuon",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Lion",
+    "Muon",
+    "NorMuon",
+    "Optimizer",
+    "RMSprop",
+    "Sophia",
+]

@@ -1,0 +1,289 @@
+"""The fusedopt optimizer behind a torch optimizer: bound to its tensors, states and groups."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from itertools import repeat
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..arrays.foreign import host_array
+from ..arrays.stored import Memory
+from ..optimizer import Optimizer
+from ..rules import Rule
+from ..step.gradients import StepInfo
+from .leaf import Leaf, tensor_of
+
+address_of = torch.Tensor.data_ptr
+
+
+class Engine:
+    """One fusedopt optimizer over all parameters of a torch optimizer.
+
+    It holds for as long as the groups have the same parameters, in the same memory, and the same
+    states; `serves` says whether, and takes over other hyperparameters. After that a new one takes
+    the states from `optimizer.state`, so that loading, copying and adding parameters need nothing
+    of their own.
+
+    Parameters
+    ----------
+    optimizer : fusedopt.torch.Optimizer
+        Its groups, its options and its `state`, which then shows this engine's states.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        groups = [group for group in optimizer.param_groups if group["params"]]
+        self._optimizer, self._groups = optimizer, groups
+        self._seen = [optimizer._watched(group) for group in groups]
+        self._rules = [optimizer._rule(group) for group in groups]
+        self._params = [list(group["params"]) for group in groups]
+        self.params = [p for params in self._params for p in params]
+        rule_of = [
+            rule for rule, group in zip(self._rules, groups, strict=True) for _ in group["params"]
+        ]
+        self._leaves = [
+            Leaf(p, rule.program.phases > 1) for p, rule in zip(self.params, rule_of, strict=True)
+        ]
+        options = optimizer._options_of_engine()
+        if options.get("clip_norm") is not None and any(leaf.sharded for leaf in self._leaves):
+            raise ValueError(
+                "clip_norm: of sharded parameters each process sees a part of the norm; clip with"
+                " torch.nn.utils.clip_grad_norm_ before the step"
+            )
+        ends = np.cumsum([len(group["params"]) for group in groups]).tolist()
+        self._spans = {
+            str(k): slice(end - len(group["params"]), end)
+            for k, (group, end) in enumerate(zip(groups, ends, strict=True))
+        }
+        self.opt = Optimizer(
+            self._tree([leaf.array for leaf in self._leaves]),
+            {
+                f"{k}.*": replace(rule, lr=float(group.get("initial_lr", group["lr"])))
+                for k, (rule, group) in enumerate(zip(self._rules, groups, strict=True))
+            },
+            **options,
+        )
+        snapshot = self.opt._snapshot
+        self._counters: np.ndarray = snapshot.counters
+        self._memories: Sequence[Memory] = snapshot.memories
+        self._plain = self._direct = all(leaf.plain for leaf in self._leaves)
+        self._single = [k for k, leaf in enumerate(self._leaves) if leaf.array.size == 1]
+        self._staged = [leaf for leaf in self._leaves if leaf.staged]
+        self._masters = [
+            k for k, memory in enumerate(self._memories)
+            if memory.extra is not None and memory.extra[0] == "master"
+        ]  # fmt: skip
+        self._take_states(optimizer.state, rule_of)
+        self._moved()
+        self._rates: list[float] = []
+        self._use_rates()
+
+    def _tree(self, leaves: Sequence[Any]) -> dict[str, Any]:
+        return {name: leaves[span] for name, span in self._spans.items()}
+
+    def _moved(self) -> None:
+        """Note where the parameters are and what masters were made of."""
+        self._addresses = list(map(address_of, self.params)) if self._plain else self._located()
+        self._versions = [self.params[k]._version for k in self._masters]
+
+    def _located(self) -> list[int]:
+        return [address_of(leaf.local) for leaf in self._leaves]
+
+    # Whether it still holds.
+
+    def serves(self) -> bool:
+        """Whether the engine holds for the optimizer as it is now, after other hyperparameters were
+        taken over."""
+        state, groups = self._optimizer.state, self._optimizer.param_groups
+        if state is not self._state or len(state) != self._entries:
+            return False
+        groups = [group for group in groups if group["params"]]
+        if not all(map(operator.is_, groups, self._groups)) or len(groups) != len(self._groups):
+            return False
+        for group, params in zip(groups, self._params, strict=True):
+            found = group["params"]
+            if len(found) != len(params) or not all(map(operator.is_, found, params)):
+                return False
+        addresses = list(map(address_of, self.params)) if self._plain else self._located()
+        if addresses != self._addresses:
+            return False
+        if not all(self._takes(k, group) for k, group in enumerate(groups)):
+            return False
+        self._use_rates()
+        return True
+
+    def _use_rates(self) -> None:
+        """Let the next step have the groups' learning rates."""
+        rates = [self._rate(group["lr"]) for group in self._groups]
+        if rates != self._rates:
+            self.opt._use_rates(rates)
+            self._rates = rates
+
+    def _rate(self, lr: Any) -> float:
+        if callable(lr):
+            lr = lr(self.opt.step_count + 1)
+        rate = lr if type(lr) is float else float(lr)
+        if not rate >= 0.0:
+            raise ValueError(f"lr: expected a number >= 0, got {lr!r}")
+        return rate
+
+    def _takes(self, k: int, group: Mapping[str, Any]) -> bool:
+        """Whether a group's hyperparameters are those of before, or could be taken over."""
+        values = self._optimizer._watched(group)
+        if values == self._seen[k]:
+            return True
+        old, rule = self._rules[k], self._optimizer._rule(group)
+        if type(rule) is not type(old) or rule.states != old.states:
+            return False
+        names = [f.name for f in fields(rule) if f.name != "lr"]
+        changed = {n: getattr(rule, n) for n in names if getattr(rule, n) != getattr(old, n)}
+        if changed.keys() & set(rule.settled):
+            return False
+        if changed:
+            self.opt.replace(f"{k}.*", **changed)
+            self._rates = []
+        self._seen[k], self._rules[k] = values, rule
+        return True
+
+    # A step.
+
+    def step(self, hessian: Sequence[Any] | None, grad_scale: float) -> StepInfo:
+        """Update every parameter that has a gradient."""
+        if self._masters:
+            self._reconcile()
+        for leaf in self._staged:
+            leaf.read()
+        grads = [p.grad for p in self.params]
+        info = self._stepped(grads, hessian, grad_scale)
+        if info.skipped:
+            return info
+        for leaf in self._staged:
+            leaf.write()
+        # As every operation in place does, so that autograd finds a graph that is too old.
+        stepped = self.params
+        if any(map(operator.is_, grads, repeat(None))):
+            stepped = [p for p, g in zip(self.params, grads, strict=True) if g is not None]
+        torch.autograd.graph.increment_version(stepped)
+        if self._masters:
+            self._versions = [self.params[k]._version for k in self._masters]
+        np.copyto(self._count, self._counters[1:], casting="unsafe")
+        if self._unseen.size:
+            self._show_new()
+        return info
+
+    def _stepped(
+        self, grads: Sequence[Any], hessian: Sequence[Any] | None, grad_scale: float
+    ) -> StepInfo:
+        if hessian is not None and len(hessian) != len(self.params):
+            raise ValueError(f"hessian: expected {len(self.params)} tensors, got {len(hessian)}")
+        if self._direct and not any(g is not None and g.is_neg() for g in self._numbers(grads)):
+            try:
+                estimates = None if hessian is None else self._tree(hessian)
+                return self.opt.step(self._tree(grads), grad_scale=grad_scale, hessian=estimates)
+            except TypeError:  # such as a sparse one; nothing has changed
+                self._direct = False
+        estimates = None if hessian is None else self._tree(self._arrays(hessian))
+        return self.opt.step(
+            self._tree(self._arrays(grads)), grad_scale=grad_scale, hessian=estimates
+        )
+
+    def _numbers(self, grads: Sequence[Any]) -> Iterator[Any]:
+        """The gradients of single elements. Autograd may leave the real or imaginary part of a
+        conjugate there, which memory alone does not show; one of more elements has gaps then."""
+        return (grads[k] for k in self._single)
+
+    def _arrays(self, tensors: Sequence[Any]) -> list[Any]:
+        return [leaf.gradient(g) for leaf, g in zip(self._leaves, tensors, strict=True)]
+
+    def _reconcile(self) -> None:
+        """Take masters anew where the user has written a parameter."""
+        for k, version in zip(self._masters, self._versions, strict=True):
+            if self.params[k]._version != version:
+                reconcile(self._memories[k])
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Put the averages of `ema` in the place of the parameters."""
+        with self.opt.averaged():
+            self._written()
+            yield
+        self._written()
+
+    def _written(self) -> None:
+        for leaf in self._staged:
+            leaf.write()
+        torch.autograd.graph.increment_version(self.params)
+        self._versions = [self.params[k]._version for k in self._masters]
+
+    # States, between fusedopt and torch.
+
+    def _take_states(self, state: Any, rule_of: Sequence[Rule]) -> None:
+        """Take over what `state` holds of the parameters, and show the live states there."""
+        self._count = np.zeros(len(self.params), np.float32)
+        for k, p in enumerate(self.params):
+            if state.get(p):
+                self._counters[k + 1] = self._take(k, state[p], rule_of[k])
+                if k in self._masters:
+                    reconcile(self._memories[k])
+        self._counters[0] = self._counters.max(initial=0)
+        np.copyto(self._count, self._counters[1:], casting="unsafe")
+        self._state = state
+        self._unseen = np.arange(len(self.params))
+        self._show_new()
+
+    def _take(self, k: int, entry: Mapping[str, Any], rule: Rule) -> int:
+        """Write what torch has of a parameter into its states; its number of steps."""
+        memory, leaf = self._memories[k], self._leaves[k]
+        begun = True
+        for name, array in memory.saved.items():
+            key, label = self._key(name), name.partition(".")[0]
+            shaped = array.shape == leaf.array.shape and name not in memory.sides
+            if entry.get(key) is not None:
+                value = leaf.array_of(entry[key]) if shaped else host_array(entry[key].detach())
+                if value.shape != array.shape:
+                    raise ValueError(
+                        f"state[{key!r}] of parameter {k}: expected the shape {array.shape}, got"
+                        f" {value.shape}"
+                    )
+                array[...] = value.view(array.dtype) if value.dtype.kind == "i" else value
+            elif entry.get(self._key(label)) is not None:
+                stored = memory.states[label]  # quantised here, and not there
+                value = leaf.array_of(entry[self._key(label)])
+                stored.write(stored.format.encode(stored.flat(value.astype(np.float32))))
+            elif label in rule.states:
+                begun = False
+        step = entry.get("step")
+        return int(step) if step is not None else int(begun)
+
+    def _key(self, name: str) -> str:
+        """What torch calls a state."""
+        base, dot, part = name.partition(".")
+        return str(self._optimizer._state_names.get(base, base)) + dot + part
+
+    def _show_new(self) -> None:
+        """Show the states of parameters that have taken their first step."""
+        begun = self._counters[1 + self._unseen] > 0
+        for k in self._unseen[begun].tolist():
+            memory, leaf = self._memories[k], self._leaves[k]
+            entry: dict[str, Any] = {}
+            if self._optimizer._counted(self.opt):
+                entry["step"] = tensor_of(self._count[k : k + 1]).reshape(())
+            for name, array in memory.saved.items():
+                shaped = array.shape == leaf.array.shape and name not in memory.sides
+                entry[self._key(name)] = leaf.state(array) if shaped else tensor_of(array)
+            if entry:
+                self._state[self.params[k]] = entry
+        self._unseen = self._unseen[~begun]
+        self._entries = len(self._state)
+
+
+def reconcile(memory: Memory) -> None:
+    """Make a float32 master agree with its parameter where that is not the master, rounded."""
+    assert memory.extra is not None
+    master, p = memory.extra[1], memory.caller
+    np.copyto(master, p, where=master.astype(p.dtype) != p, casting="unsafe")

@@ -1,0 +1,245 @@
+"""Rules that torch.optim does not have, as its optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Unpack
+
+from ..interop.common import number
+from ..rules import RULES, Rule
+from .optimizer import Base, Number, Options, Params
+
+_MOMENTS = {"m": "exp_avg", "v": "exp_avg_sq"}
+
+
+class OwnRule(Base):
+    """A rule that torch.optim does not have: its groups hold fusedopt's hyperparameters."""
+
+    _cls: ClassVar[type[Rule]]
+
+    def __init_subclass__(cls, rule: str, states: Mapping[str, str]) -> None:
+        super().__init_subclass__()
+        cls._cls, cls._state_names = RULES[rule], states
+
+    def _rule(self, group: Mapping[str, Any]) -> Rule:
+        return self._cls(**{name: number(group[name]) for name in self.defaults})
+
+    def _watched(self, group: Mapping[str, Any]) -> list[Any]:
+        return [number(group[name]) for name in self.defaults if name != "lr"]
+
+
+class Lion(OwnRule, rule="lion", states={"m": "exp_avg"}):
+    """Evolved sign momentum; see `fusedopt.Lion`.
+
+    Parameters
+    ----------
+    params : iterable
+        Tensors, named tensors or parameter groups.
+    lr, betas, weight_decay, maximize
+        The hyperparameters of `fusedopt.Lion`.
+    **options
+        fusedopt's own: state_dtype, master, rounding, clip_norm, clip_value, skip_nonfinite, ema,
+        zero_grads, stats, verify, seed, threads, backend. See `fusedopt.Optimizer`.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Number = 1e-4,
+        betas: tuple[Number, Number] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults, options)
+
+
+class Sophia(OwnRule, rule="sophia", states={"m": "exp_avg", "h": "hessian"}):
+    """Second-order clipped steps; `step(hessian=...)` takes the estimates. See `fusedopt.Sophia`.
+
+    Parameters
+    ----------
+    params : iterable
+        Tensors, named tensors or parameter groups.
+    lr, betas, rho, weight_decay, bs, eps, clip, form, estimator, bias_correction, maximize
+        The hyperparameters of `fusedopt.Sophia`.
+    **options
+        fusedopt's own: state_dtype, master, rounding, clip_norm, clip_value, skip_nonfinite, ema,
+        zero_grads, stats, verify, seed, threads, backend. See `fusedopt.Optimizer`.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Number = 1e-4,
+        betas: tuple[Number, Number] = (0.965, 0.99),
+        rho: float = 0.04,
+        weight_decay: float = 0.1,
+        *,
+        bs: int = 5120,
+        eps: float = 1e-15,
+        clip: float = 1.0,
+        form: str = "official",
+        estimator: str = "gnb",
+        bias_correction: bool = False,
+        maximize: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "rho": rho,
+            "weight_decay": weight_decay,
+            "bs": bs,
+            "eps": eps,
+            "clip": clip,
+            "form": form,
+            "estimator": estimator,
+            "bias_correction": bias_correction,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults, options)
+
+
+class NorMuon(OwnRule, rule="normuon", states={"m": "momentum_buffer"}):
+    """Muon whose rows are of like size, for matrices; see `fusedopt.NorMuon`.
+
+    Parameters
+    ----------
+    params : iterable
+        Tensors, named tensors or parameter groups.
+    lr, momentum, nesterov, ns_steps, ns_coefficients, scale, eps, weight_decay, beta2, eps_v,
+    maximize
+        The hyperparameters of `fusedopt.NorMuon`.
+    **options
+        fusedopt's own: state_dtype, master, rounding, clip_norm, clip_value, skip_nonfinite, ema,
+        zero_grads, stats, verify, seed, threads, backend. See `fusedopt.Optimizer`.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Number = 2e-2,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_steps: int = 5,
+        ns_coefficients: Any = "keller",
+        scale: str = "original",
+        eps: float = 1e-30,
+        weight_decay: float = 0.0,
+        *,
+        beta2: float = 0.95,
+        eps_v: float = 1e-10,
+        maximize: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_steps": ns_steps,
+            "ns_coefficients": ns_coefficients,
+            "scale": scale,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "beta2": beta2,
+            "eps_v": eps_v,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults, options)
+
+
+class AdaMuon(OwnRule, rule="adamuon", states={"m": "momentum_buffer"}):
+    """Muon with Adam's second moment, for matrices; see `fusedopt.AdaMuon`.
+
+    Parameters
+    ----------
+    params : iterable
+        Tensors, named tensors or parameter groups.
+    lr, momentum, nesterov, ns_steps, ns_coefficients, scale, eps, weight_decay, beta2, eps_v,
+    maximize
+        The hyperparameters of `fusedopt.AdaMuon`.
+    **options
+        fusedopt's own: state_dtype, master, rounding, clip_norm, clip_value, skip_nonfinite, ema,
+        zero_grads, stats, verify, seed, threads, backend. See `fusedopt.Optimizer`.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Number = 2e-2,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_steps: int = 5,
+        ns_coefficients: Any = "keller",
+        scale: str = "match_rms_adamw",
+        eps: float = 1e-30,
+        weight_decay: float = 0.0,
+        *,
+        beta2: float = 0.999,
+        eps_v: float = 1e-8,
+        maximize: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_steps": ns_steps,
+            "ns_coefficients": ns_coefficients,
+            "scale": scale,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "beta2": beta2,
+            "eps_v": eps_v,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults, options)
+
+
+class SOAP(OwnRule, rule="soap", states=_MOMENTS):
+    """Adam in the eigenbasis of Shampoo's preconditioner, for matrices; see `fusedopt.SOAP`.
+
+    Parameters
+    ----------
+    params : iterable
+        Tensors, named tensors or parameter groups.
+    lr, betas, shampoo_beta, eps, weight_decay, precondition_frequency, max_precond_dim, maximize
+        The hyperparameters of `fusedopt.SOAP`.
+    **options
+        fusedopt's own: state_dtype, master, rounding, clip_norm, clip_value, skip_nonfinite, ema,
+        zero_grads, stats, verify, seed, threads, backend. See `fusedopt.Optimizer`.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Number = 3e-3,
+        betas: tuple[Number, Number] = (0.95, 0.95),
+        shampoo_beta: float = 0.95,
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        *,
+        precondition_frequency: int = 10,
+        max_precond_dim: int = 10000,
+        maximize: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "shampoo_beta": shampoo_beta,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "precondition_frequency": precondition_frequency,
+            "max_precond_dim": max_precond_dim,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults, options)

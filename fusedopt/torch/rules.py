@@ -1,0 +1,331 @@
+"""The classes of torch.optim."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Unpack
+
+from ..interop.common import number
+from ..interop.torch import HOW, LAYOUTS, Layout, rule_of
+from ..optimizer import Optimizer as Fused
+from ..rules import Rule
+from .optimizer import Base, Number, Options, Params
+
+_LAYOUTS = {layout.cls: layout for layout in LAYOUTS}
+
+
+class TorchRule(Base):
+    """A class of torch.optim: its groups and states are laid out as a table says."""
+
+    _layout: ClassVar[Layout]
+    _watched_names: ClassVar[list[str]]
+
+    def __init_subclass__(cls, layout: str) -> None:
+        super().__init_subclass__()
+        cls._layout = found = _LAYOUTS[layout]
+        cls._state_names = {ours: theirs for theirs, ours in found.states.items()}
+        names = (*found.named, *found.flags)
+        cls._watched_names = [name for name in names if name != "lr" and name not in HOW]
+
+    def _rule(self, group: Mapping[str, Any]) -> Rule:
+        return rule_of(group, self._layout)
+
+    def _watched(self, group: Mapping[str, Any]) -> list[Any]:
+        return [number(group[name]) for name in self._watched_names]
+
+    def _counted(self, opt: Fused) -> bool:
+        # The bits of stochastic rounding depend on it.
+        return self._layout.counted or self._options.get("rounding") == "stochastic"
+
+
+class SGD(TorchRule, layout="SGD"):
+    """Stochastic gradient descent, with momentum if asked, as `torch.optim.SGD`.
+
+    A sparse gradient updates the rows that it has, and the momentum of these alone decays.
+
+    Parameters
+    ----------
+    params : iterable
+        Tensors, named tensors or parameter groups.
+    lr, momentum, dampening, weight_decay, nesterov, maximize
+        As in `torch.optim.SGD`.
+    foreach, fused
+        Without effect.
+    differentiable
+        Refused if True.
+    **options
+        fusedopt's own: state_dtype, master, rounding, clip_norm, clip_value, skip_nonfinite, ema,
+        zero_grads, stats, verify, seed, threads, backend. See `fusedopt.Optimizer`.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Number = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: Number = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults, options)
+
+    def _rule(self, group: Mapping[str, Any]) -> Rule:
+        if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+        return super()._rule(group)
+
+
+class Adam(TorchRule, layout="Adam"):
+    """Adam as `torch.optim.Adam`, or AdamW with `decoupled_weight_decay`.
+
+    A sparse gradient updates the rows that it has, as `torch.optim.SparseAdam` does.
+
+    Parameters
+    ----------
+    params : iterable
+        Tensors, named tensors or parameter groups.
+    lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay
+        As in `torch.optim.Adam`.
+    foreach, fused
+        Without effect.
+    capturable, differentiable
+        Refused if True.
+    **options
+        fusedopt's own: state_dtype, master, rounding, clip_norm, clip_value, skip_nonfinite, ema,
+        zero_grads, stats, verify, seed, threads, backend. See `fusedopt.Optimizer`.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Number = 1e-3,
+        betas: tuple[Number, Number] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "foreach": foreach,
+            "maximize": maximize,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": decoupled_weight_decay,
+        }
+        super().__init__(params, defaults, options)
+
+
+class AdamW(Adam, layout="Adam"):
+    """Adam with decoupled weight decay, as `torch.optim.AdamW`.
+
+    Parameters
+    ----------
+    params : iterable
+        Tensors, named tensors or parameter groups.
+    lr, betas, eps, weight_decay, amsgrad, maximize
+        As in `torch.optim.AdamW`.
+    foreach, fused
+        Without effect.
+    capturable, differentiable
+        Refused if True.
+    **options
+        fusedopt's own: state_dtype, master, rounding, clip_norm, clip_value, skip_nonfinite, ema,
+        zero_grads, stats, verify, seed, threads, backend. See `fusedopt.Optimizer`.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Number = 1e-3,
+        betas: tuple[Number, Number] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=True,
+            **options,
+        )
+
+
+class Adagrad(TorchRule, layout="Adagrad"):
+    """AdaGrad as `torch.optim.Adagrad`.
+
+    Parameters
+    ----------
+    params : iterable
+        Tensors, named tensors or parameter groups.
+    lr, lr_decay, weight_decay, initial_accumulator_value, eps, maximize
+        As in `torch.optim.Adagrad`.
+    foreach, fused
+        Without effect.
+    differentiable
+        Refused if True.
+    **options
+        fusedopt's own: state_dtype, master, rounding, clip_norm, clip_value, skip_nonfinite, ema,
+        zero_grads, stats, verify, seed, threads, backend. See `fusedopt.Optimizer`.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Number = 1e-2,
+        lr_decay: float = 0,
+        weight_decay: float = 0,
+        initial_accumulator_value: float = 0,
+        eps: float = 1e-10,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "lr_decay": lr_decay,
+            "weight_decay": weight_decay,
+            "initial_accumulator_value": initial_accumulator_value,
+            "eps": eps,
+            "foreach": foreach,
+            "maximize": maximize,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults, options)
+
+
+class RMSprop(TorchRule, layout="RMSprop"):
+    """RMSProp as `torch.optim.RMSprop`.
+
+    Parameters
+    ----------
+    params : iterable
+        Tensors, named tensors or parameter groups.
+    lr, alpha, eps, weight_decay, momentum, centered, maximize
+        As in `torch.optim.RMSprop`.
+    foreach
+        Without effect.
+    capturable, differentiable
+        Refused if True.
+    **options
+        fusedopt's own: state_dtype, master, rounding, clip_norm, clip_value, skip_nonfinite, ema,
+        zero_grads, stats, verify, seed, threads, backend. See `fusedopt.Optimizer`.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Number = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum: float = 0,
+        centered: bool = False,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "alpha": alpha,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "centered": centered,
+            "capturable": capturable,
+            "foreach": foreach,
+            "maximize": maximize,
+            "differentiable": differentiable,
+        }
+        super().__init__(params, defaults, options)
+
+
+class Muon(TorchRule, layout="Muon"):
+    """Muon as `torch.optim.Muon`, for matrices; see `fusedopt.Muon`.
+
+    Parameters
+    ----------
+    params : iterable
+        Tensors, named tensors or parameter groups.
+    lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn
+        As in `torch.optim.Muon`.
+    **options
+        fusedopt's own: state_dtype, master, rounding, clip_norm, clip_value, skip_nonfinite, ema,
+        zero_grads, stats, verify, seed, threads, backend. See `fusedopt.Optimizer`.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Number = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
+        eps: float = 1e-7,
+        ns_steps: int = 5,
+        adjust_lr_fn: str | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_coefficients": ns_coefficients,
+            "eps": eps,
+            "ns_steps": ns_steps,
+            "adjust_lr_fn": adjust_lr_fn,
+        }
+        super().__init__(params, defaults, options)

@@ -1,0 +1,42 @@
+"""ShardedOptimizer on 1 to 4 ranks: the cases are in cases.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mpi_ranks import run_ranks
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_cases(ranks: int, tmp_path: Path) -> None:
+    done = run_ranks(ranks, [str(HERE / "cases.py")], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr + done.stdout
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == ranks
+    assert len(found[0]) > 20
+    failed = [
+        f"{name} on rank {rank}:\n{trace}"
+        for rank, of in enumerate(found)
+        for name, trace in of.items()
+        if trace
+    ]
+    assert not failed, "\n".join(failed)
+
+
+def test_a_rank_that_dies_is_an_error_on_the_others(tmp_path: Path) -> None:
+    script = str(HERE / "dying.py")
+    done = run_ranks(3, [script], launcher=["-disable-auto-cleanup"], cwd=tmp_path)
+    assert done.returncode != 0
+    told = {path.name: path.read_text().splitlines() for path in tmp_path.iterdir()}
+    expected = ["TimeoutError True", "RuntimeError True"]
+    assert told == {"rank0": expected, "rank2": expected}
+
+
+def test_mpi_is_not_imported_unasked() -> None:
+    done = run_ranks(1, ["-c", "import fusedopt, sys; print('mpi4py' in sys.modules)"])
+    assert done.stdout.strip() == "False"
