@@ -343,7 +343,7 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
             ValueError, f"{name}.*not supported by the backend 'cuda'",
         )
         for name, options in {
-            "stats": {"stats": True},
+            "stats with wait": {"stats": True, "wait": False},
             "verify": {"verify": True},
             "threads": {"threads": 2},
             "state_path": {"state_path": "/nowhere"},

@@ -123,8 +123,8 @@ def test_segments() -> None:
 def segments(rows: Sequence[int], length: int, unit: int) -> dict[int, tuple[int, int]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launching, "SEGMENT", unit)
-        parts = launching._segments(np.array(rows, np.int64), length)
-    return {int(s): (int(a), int(b)) for s, a, b in zip(*parts, strict=True)}
+        parts = launching.segments_of(np.array(rows, np.int64), length, 5)
+    return {start // unit: (first - 5, last - 5) for start, first, last in parts}
 
 
 class Tensor:

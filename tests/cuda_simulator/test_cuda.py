@@ -31,7 +31,7 @@ from fusedopt.rules import Rule
 pytest.importorskip("numba")
 pytest.importorskip("numba_cuda")
 
-from fusedopt.backends.cuda import blocks, kernels, reductions, rows, toolkit
+from fusedopt.backends.cuda import blocks, kernels, reductions, rows, stats, toolkit
 from fusedopt.backends.cuda.kernels import Step, Variant
 
 CAPABILITIES = ((8, 0), (9, 0))
@@ -46,6 +46,7 @@ LOW = ("bfloat16", "float16")
         "simulated_clipping.py",
         "simulated_formats.py",
         "simulated_rows.py",
+        "simulated_stats.py",
         "simulated_streams.py",
     ],
 )
@@ -86,9 +87,15 @@ def test_importing_fusedopt_imports_nothing_of_it() -> None:
 
 
 def variants_of(
-    rule: Rule, p: str, g: str, storage: Storage, copies: Sequence[str] = ("bfloat16",), **more: Any
+    rule: Rule,
+    p: str,
+    g: str,
+    storage: Storage,
+    copies: Sequence[str] = ("bfloat16",),
+    sums: bool = False,
+    **more: Any,
 ) -> Iterator[Variant]:
-    """The kernels of a rule's phases, for large leaves of a dtype."""
+    """The kernels of a rule's phases, for large leaves of a dtype; sums: those of sums."""
     program = Around(**more).program(rule)
     held = PLAIN[p].dtype
     dtype = compute_dtype(held)
@@ -99,7 +106,7 @@ def variants_of(
     if rule.takes_hessian:
         formats.append(("hessian", PLAIN[g]))
     for phase in range(program.phases):
-        operations = kernels.operations_of(program, phase, rule.takes_hessian)
+        operations = kernels.operations_of(program, phase, rule.takes_hessian, sums)
         steps = tuple(Step.of(program, op) for op in operations)
         mirrors = tuple(PLAIN[name] for name in copies)
         yield Variant(steps, program.scratch, dtype, tuple(formats), mirrors)
@@ -224,23 +231,60 @@ def ptxas() -> str | None:
     return str(found[0]) if found else shutil.which("ptxas")
 
 
-@pytest.mark.skipif(ptxas() is None, reason="needs the wheel nvidia-cuda-nvcc")
+def check_registers(
+    kernel: toolkit.Kernel, ptx: str, capability: tuple[int, int], file: Path
+) -> None:
+    """No more than the kernel's limit, and nothing spilt to memory."""
+    file.write_text(ptx)
+    arch = "sm_{}{}".format(*capability)
+    options = ["-v", f"-arch={arch}", f"-maxrregcount={kernel.registers}"]
+    told = subprocess.run(
+        [str(ptxas()), *options, str(file), "-o", str(file.with_suffix(".cubin"))],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stderr
+    assert "0 bytes spill stores, 0 bytes spill loads" in told, told
+    used = re.search(r"Used (\d+) registers", told)
+    assert used is not None
+    assert int(used[1]) <= kernel.registers, told
+
+
+with_assembler = pytest.mark.skipif(ptxas() is None, reason="needs the wheel nvidia-cuda-nvcc")
+
+
+@with_assembler
 def test_registers(assembly: Assembly, tmp_path: Path) -> None:
-    file = tmp_path / "kernel.ptx"
-    for (name, (major, minor)), ptx in assembly.items():
-        limit = blocks.kernel_of(KERNELS[name]).registers
-        file.write_text(ptx)
-        options = ["-v", f"-arch=sm_{major}{minor}", f"-maxrregcount={limit}"]
-        told = subprocess.run(
-            [str(ptxas()), *options, str(file), "-o", str(tmp_path / "kernel.cubin")],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stderr
-        assert "0 bytes spill stores, 0 bytes spill loads" in told, (name, told)
-        used = re.search(r"Used (\d+) registers", told)
-        assert used is not None
-        assert int(used[1]) <= limit, (name, told)
+    for (name, capability), ptx in assembly.items():
+        kernel = blocks.kernel_of(KERNELS[name])
+        check_registers(kernel, ptx, capability, tmp_path / f"{name}.ptx")
+
+
+STATS: dict[str, tuple[Rule, str, Storage]] = {
+    "sophia": (fo.Sophia(), "float32", NATURAL),
+    "adamw": (fo.AdamW(weight_decay=0.1), "float64", NATURAL),
+    "muon": (fo.Muon(), "bfloat16", Storage(master="split16")),
+    "float8": (fo.AdamW(), "bfloat16", Storage("float8", rounding="stochastic")),
+    "dynamic8": (fo.AdamW(), "float32", Storage("dynamic8")),
+    "dynamic4": (fo.Lion(), "bfloat16", Storage("dynamic4", rounding="kahan")),
+}
+
+
+@with_assembler
+@pytest.mark.parametrize("name", STATS)
+def test_sums_of_a_step(name: str, tmp_path: Path) -> None:
+    rule, dtype, storage = STATS[name]
+    found = 0
+    for variant in variants_of(rule, dtype, dtype, storage, sums=True, stats=True, norms=True):
+        if any(step.loop == "sum" for step in variant.steps):
+            kernel = stats.sums_kernel(variant)
+            for capability in CAPABILITIES:
+                ptx = kernel.ptx(capability)
+                assert not re.search(r"\bfma\b|approx|\.local|\bcall\b", ptx)
+                assert "add.rn.f64" in ptx
+                check_registers(kernel, ptx, capability, tmp_path / "sums.ptx")
+                found += 1
+    assert found
 
 
 SQUARES = (reductions.squares_kernel, reductions.row_squares_kernel)

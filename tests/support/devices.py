@@ -15,7 +15,16 @@ import numpy as np
 import pytest
 
 from exactness import Array
-from fusedopt.backends.cuda import blocks, clipping, kernels, launching, reductions, rows, toolkit
+from fusedopt.backends.cuda import (
+    blocks,
+    clipping,
+    kernels,
+    launching,
+    reductions,
+    rows,
+    stats,
+    toolkit,
+)
 
 
 class OnDevice:
@@ -114,6 +123,7 @@ CACHED = (
     reductions.guard_kernel,
     reductions.row_squares_kernel,
     rows.added_kernel,
+    stats.sums_kernel,
 )
 
 
@@ -124,7 +134,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert toolkit.SIMULATED
     for cached in CACHED:
         cached.cache_clear()
-    for module in (kernels, reductions, launching, clipping, rows):
+    for module in (kernels, reductions, launching, clipping, rows, stats):
         monkeypatch.setattr(module, "THREADS", 2)
         monkeypatch.setattr(module, "GROUPS", 2, raising=False)
     monkeypatch.setattr(blocks, "WARPS", 1)

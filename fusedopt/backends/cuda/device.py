@@ -44,7 +44,7 @@ LINE = 256
 def check_options(options: Options, state_path: Any) -> None:
     """ValueError, with the name, for what there is on the host alone."""
     asked = {
-        "stats": options.stats,
+        "stats with wait=False": options.stats and not options.wait,
         "exact": options.exact,
         "verify": options.verify,
         "state_path": state_path is not None,

@@ -67,6 +67,8 @@ class Step(NamedTuple):
             written += states if op.written is None else states[: op.written]
         elif op.loop == "peek":
             written = op.operands[-1:]
+        elif op.loop == "sum":
+            written = ()
         element = op.element or ELEMENTS[str(op.kernel)]
         count = HEAD[op.loop] + len(op.scalars(1, 0.1))
         state = op.kernel in OF_STATES
@@ -175,9 +177,16 @@ class Variant:
         return ["table", "blocks", *["factor"] * self.clipped, *["behind"] * self.random]
 
 
-def operations_of(program: Program, phase: int, refreshed: bool) -> list[Operation]:
-    """Those that are carried out in a phase; refreshed: there is a Hessian estimate."""
-    return [op for op in program.operations if op.phase == phase and (refreshed or not op.needs)]
+def operations_of(
+    program: Program, phase: int, refreshed: bool, sums: bool = False
+) -> list[Operation]:
+    """Those that are carried out in a phase; refreshed: there is a Hessian estimate. sums: those
+    that add up as well."""
+    return [
+        op
+        for op in program.operations
+        if op.phase == phase and (refreshed or not op.needs) and (sums or op.loop != "sum")
+    ]
 
 
 # ---------------------------------------------------------------- one element
@@ -187,6 +196,8 @@ def _element_lines(step: Step, k: int) -> list[str]:
     """What the k-th step does to variables that are named after its operands."""
     scalars, head = _scalars(step, k), HEAD[step.loop]
     operands = [f"x_{name}" for name in step.operands]
+    if step.loop == "sum":
+        return [f"{operands[0]} = element{k}({', '.join([*operands[1:], *scalars])})"]
     if step.loop in ("filter", "other"):
         value = f"element{k}({', '.join([*operands, *scalars])})"
         return [f"{operands[0]} = " + (f"normal({value})" if step.state else value)]
@@ -222,9 +233,14 @@ def _codes(name: str, format: Format) -> list[str]:
     return codes + [f"scale_{name}"] * format.quantized
 
 
+def code_arguments(variant: Variant) -> list[str]:
+    """The arguments of `one` that an element is decoded from."""
+    return [code for name, format in variant.loaded for code in _codes(name, format)]
+
+
 def one_arguments(variant: Variant) -> list[str]:
     """The arguments of `one`, without the scalars."""
-    codes = [code for name, format in variant.loaded for code in _codes(name, format)]
+    codes = code_arguments(variant)
     random = [name for name in variant.drawn if not dict(variant.arrays)[name].quantized]
     return codes + ["place"] * bool(random) + [f"tile_{name}" for name in random]
 
@@ -242,14 +258,18 @@ def _encoded(variant: Variant, name: str, format: Format) -> str:
     return f"encode_{name}({value}, {random})"
 
 
-def _one(variant: Variant) -> str:
-    """The function of one element: from codes and scalars to the codes that are stored."""
-    lines = [
+def _computed(variant: Variant) -> list[str]:
+    """What is done to one element between its loads and its stores."""
+    return [
         *(f"x_{n} = T(decode_{n}({', '.join(_codes(n, f))}))" for n, f in variant.loaded),
         *(f"x_{name} = zero" for name in variant.scratch),
         *(line for k, step in enumerate(variant.steps) for line in _element_lines(step, k)),
     ]
-    results = []
+
+
+def _one(variant: Variant) -> str:
+    """The function of one element: from codes and scalars to the codes that are stored."""
+    lines, results = _computed(variant), []
     for name, format in variant.written:
         value = _encoded(variant, name, format)
         if value.startswith("*"):
@@ -272,6 +292,17 @@ def one_element(variant: Variant) -> Any:
     surroundings = _surroundings(variant)
     exec(_one(variant), surroundings)
     return surroundings["one"]
+
+
+def sums_of_element(variant: Variant) -> tuple[Any, int]:
+    """The function of one element: from codes and scalars to what it adds to each sum; and how many
+    sums there are."""
+    names = [f"x_{step.operands[0]}" for step in variant.steps if step.loop == "sum"]
+    arguments = ", ".join([*code_arguments(variant), *all_scalars(variant)])
+    lines = [*_computed(variant), f"return {', '.join(names)},"]
+    surroundings = _surroundings(variant)
+    exec(f"def sums_of({arguments}):\n" + indented(lines), surroundings)
+    return surroundings["sums_of"], len(names)
 
 
 def _surroundings(variant: Variant) -> dict[str, Any]:

@@ -169,13 +169,10 @@ class RowSquares:
         for g in grads:
             values: Any = g.values
             length = math.prod(values.shape[1:])
-            segments, low, high = _segments(g.rows, length)
-            parts += [
-                (values.address, length, segment * SEGMENT, before + a, before + b)
-                for segment, a, b in np.stack([segments, low, high], axis=1).tolist()
-            ]
+            own = segments_of(g.rows, length, before)
+            parts += [(values.address, length, *segment) for segment in own]
             pairs.append(np.stack([g.rows, g.places], axis=1))
-            counts.append(segments.size)
+            counts.append(len(own))
             before += len(g.rows)
         self._count = len(parts)
         self._parts = uploaded(np.array(parts, np.int64), stream)
@@ -193,17 +190,20 @@ class RowSquares:
             self._kernel.launch(blocks, threads, (self._device, stream), words, [scale])
 
 
-def _segments(rows: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The segments of a parameter that rows touch, and of each the first of these rows and the one
-    behind the last."""
+def segments_of(rows: np.ndarray, length: int, before: int) -> list[list[int]]:
+    """The segments of a parameter that rows of so many elements touch: where each begins, the
+    first of these rows and the one behind the last, counted from `before` on."""
     if not length:
-        rows = rows[:0]
+        return []
     first = rows * length // SEGMENT
     last = ((rows + 1) * length - 1) // SEGMENT
     counts = last - first + 1
     starts = np.repeat(first - (np.cumsum(counts) - counts), counts)
     segments = np.unique(starts + np.arange(starts.size))
-    return segments, np.searchsorted(last, segments), np.searchsorted(first, segments, "right")
+    low, high = np.searchsorted(last, segments), np.searchsorted(first, segments, "right")
+    table = np.stack([segments * SEGMENT, before + low, before + high], axis=1)
+    found: list[list[int]] = table.tolist()
+    return found
 
 
 class Sums:

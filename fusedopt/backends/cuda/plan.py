@@ -29,20 +29,22 @@ from .kernels import Step, Variant, operations_of
 from .launching import Launch, Place, Sums, table_row
 from .matmul import Library
 from .rows import table_rows
+from .stats import SumLaunch
 
 
 @dataclass
 class Bound:
     """What a step launches for the same inputs.
 
-    active: the leaves that take part. before, after: launches, in whose midst are the products of
-    `matrices`. sums: of squares, where a norm is wanted; table: what the `DeviceGuard` wants to
-    know of them. stream: which alone may use their memory. others: the producers of all arrays that
-    the step reads or writes, whose streams wait for the step, and the step for them; the arrays
-    themselves are not kept alive.
+    active: the leaves that take part; touched: elements of each. before, after: launches, in whose
+    midst are the products of `matrices`. sums: of squares, where a norm is wanted; table: what the
+    `DeviceGuard` wants to know of them. stream: which alone may use their memory. others: the
+    producers of all arrays that the step reads or writes, whose streams wait for the step, and the
+    step for them; the arrays themselves are not kept alive.
     """
 
     active: np.ndarray
+    touched: list[int]
     before: list[Queued]
     matrices: list[int]
     after: list[Queued]
@@ -56,7 +58,7 @@ class Queued(NamedTuple):
     """A launch, the scalars of its operations (how many come before an operation's own, and what
     computes these), the group of its leaves, and one of them, whose step count all have."""
 
-    launch: Launch
+    launch: Launch | SumLaunch
     scalars: Sequence[tuple[int, Callable[[int, float], Sequence[float]]]]
     group: int
     leaf: int
@@ -131,6 +133,13 @@ class Seen:
                 return [x.data_ptr() for x in given] == self._addresses
         pairs = zip(self._known, given, strict=True)
         return all(x is None if known is None else known.again(x) for known, x in pairs)
+
+
+def selected_size(g: Any) -> int:
+    """The number of elements that a gradient touches."""
+    if isinstance(g, Touched):
+        return len(g.rows) * prod(g.values.shape[1:])
+    return int(g.size)
 
 
 class CudaPlan(Turn):
@@ -263,7 +272,8 @@ class CudaPlan(Turn):
             table = self._guard.table(sums, stream) if self._guard else None
         others = self._producers | {g.producer for g in inputs}
         took_part = np.array(active, np.int64)
-        return Bound(took_part, before, matrices, after, sums, table, stream, others)
+        touched = [selected_size(grads[k]) for k in active]
+        return Bound(took_part, touched, before, matrices, after, sums, table, stream, others)
 
     def _launches(
         self, phase: int, active: Sequence[int], grads: Any, estimates: Any, stream: int
@@ -278,6 +288,7 @@ class CudaPlan(Turn):
         made = []
         for (variant, group, _), members in alike.items():
             refreshed = estimates[members[0]] is not None
+            made += self._sums(variant, phase, members, grads, estimates, stream)
             operations = operations_of(self._programs[group], phase, refreshed)
             rows: list[list[int]] = []
             for k in members:
@@ -286,6 +297,33 @@ class CudaPlan(Turn):
             scalars = [(HEAD[op.loop], op.scalars) for op in operations]
             made.append(Queued(launch, scalars, group, members[0]))
         return made
+
+    def _sums(
+        self,
+        variant: Variant,
+        phase: int,
+        members: Sequence[int],
+        grads: Any,
+        estimates: Any,
+        stream: int,
+    ) -> list[Queued]:
+        """The sums of a phase over the leaves of one launch, which come before it."""
+        group, refreshed = self._layout.group_of[members[0]], estimates[members[0]] is not None
+        program = self._programs[group]
+        operations = operations_of(program, phase, refreshed, sums=True)
+        names = [op.operands[0] for op in operations if op.loop == "sum"]
+        if not names:
+            return []
+        steps = tuple(Step.of(program, op) for op in operations)
+        variant = Variant(steps, program.scratch, variant.dtype, variant.formats)
+        leaves = {}
+        for k in members:
+            places = self._places_with(k, grads[k], estimates[k])
+            leaves[k] = grads[k], [places[name] for name, _ in variant.arrays]
+        columns = [3 + program.sums.index(name) for name in names]
+        launch = SumLaunch(variant, leaves, columns, self._first.device, stream)
+        scalars = [(HEAD[op.loop], op.scalars) for op in operations]
+        return [Queued(launch, scalars, group, members[0])]
 
     def _variant(self, k: int, phase: int, g: Any, estimate: Any) -> Variant:
         program, memory = self._programs[self._layout.group_of[k]], self._layout.leaves[k]
@@ -317,11 +355,16 @@ class CudaPlan(Turn):
             found["work"] = Place.of(self._work[k])
         return found | {f"copy{j}": Place.of(a) for j, a in enumerate(memory.mirrors)}
 
+    def _places_with(self, k: int, g: Any, estimate: Any) -> dict[str, Place]:
+        """The places of all arrays of a leaf."""
+        inputs = {"g": Place.of(values_of(g))}
+        if estimate is not None:
+            inputs["hessian"] = Place.of(values_of(estimate))
+        return self._places[k] | inputs
+
     def _rows(self, k: int, variant: Variant, g: Any, estimate: Any) -> list[list[int]]:
         """What a launch's table has of a leaf."""
-        places = self._places[k] | {"g": Place.of(values_of(g))}
-        if estimate is not None:
-            places["hessian"] = Place.of(values_of(estimate))
+        places = self._places_with(k, g, estimate)
         if isinstance(g, Touched):
             numbers = {"p": g.rows, "g": g.places}
             if estimate is not None:
@@ -354,6 +397,8 @@ class CudaPlan(Turn):
         self._launch(bound.after, stream)
         for other in others:
             wait_for(other, stream)
+        if layout.around.stats:
+            self._read_sums(bound, stream)
         if bound.active.size == len(self._parameters):
             layout.counters[...] += 1
         else:
@@ -362,6 +407,17 @@ class CudaPlan(Turn):
         if self._guard is not None:
             self._guard.note(number, bound.active, stream)
         return number
+
+    def _read_sums(self, bound: Bound, stream: int) -> None:
+        """Fills in the results of a step, when they are there."""
+        results = self._layout.results
+        if bound.sums is None:
+            results[...] = 0
+            results[bound.active, 1] = 1
+        results[bound.active, 2] = bound.touched
+        for launch, *_ in (*bound.before, *bound.after):
+            if isinstance(launch, SumLaunch):
+                launch.read(results, stream)
 
     def _launch(self, launches: Sequence[Queued], stream: int) -> None:
         layout, guard = self._layout, self._guard

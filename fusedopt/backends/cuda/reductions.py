@@ -19,7 +19,7 @@ from .vectors import loader, storer, word_loader, word_storer
 GROUPS = 8
 """So many segments are a block's; each has a thread for each lane."""
 
-_REDUCED = """
+REDUCED = """
     lanes[thread] = total
     cuda.syncthreads()
     half = LANES // 2
@@ -89,7 +89,7 @@ def squares_kernel(format: Format, dtype: np.dtype) -> Kernel:
     segments, scale). A row of the table: elements, address."""
     wide = textwrap.indent
     source = _SQUARES.format(
-        reduced=_REDUCED,
+        reduced=REDUCED,
         ahead=(UNROLLED - 1) * LANES,
         step=UNROLLED * LANES,
         loads=wide(indented(f"v{k} = load(x + SIZE * (i + {k * LANES}))[0]" for k in
@@ -107,7 +107,7 @@ def row_squares_kernel(format: Format, dtype: np.dtype) -> Kernel:
     segment begins, the first of its pairs and the one behind the last. A pair: a row of the
     parameter, and that of the values."""
     names = _squares_names(format, dtype)
-    return Kernel(_ROW_SQUARES.format(reduced=_REDUCED), 4, 1, dtype, names)
+    return Kernel(_ROW_SQUARES.format(reduced=REDUCED), 4, 1, dtype, names)
 
 
 def _squares_names(format: Format, dtype: np.dtype) -> dict[str, Any]:
