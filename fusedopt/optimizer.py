@@ -191,6 +191,8 @@ class Optimizer:
             skip_nonfinite,
         )
         self._guard.begin(1.0)
+        self._parted: list[int] = []  # the leaves that have had their part of the step under way
+        self._numbers: dict[str, int] = {}
         self._exchanged = ""  # the context, if parameters are not themselves
         self._sums: Accumulator | None = None
         self._ledger: Ledger | None = None
@@ -280,7 +282,8 @@ class Optimizer:
         one_phase = all(group.rule.program.phases == 1 for group in self._groups)
         options = self._options
         asked = options.decides(self._wide) or options.stats or options.exact or self._scratch
-        simple = one_phase and not self._scheduled and not asked and not self._accumulated
+        simple = one_phase and not self._scheduled and not asked
+        simple = simple and not self._accumulated and not self._parted
         self._step_alone: Any = alone if simple else None
 
     def step(
@@ -328,7 +331,80 @@ class Optimizer:
                 self._rates[len(self._groups) :] = 1.0  # the simple way leaves them alone
             return self._report.info(number, self._rates_by_label())
 
+    def step_part(
+        self,
+        paths: Sequence[str],
+        grads: Sequence[Any],
+        *,
+        grad_scale: float = 1.0,
+        last: bool = False,
+    ) -> StepInfo:
+        """Take a step of some leaves alone, such as those whose gradients have just been found.
+
+        All parts have the number, and so the learning rate, of one step, and each leaf its bits of
+        a whole step; the part that is `last` ends it. A leaf without a part is left alone.
+
+        Parameters
+        ----------
+        paths : sequence of str
+            The leaves' dotted paths; none of them twice in a step.
+        grads : sequence of arrays
+            Their gradients, as `step` takes them.
+        grad_scale : float, default 1.0
+            As in `step`.
+        last : bool, default False
+            Whether this part ends the step. It may be empty.
+
+        Returns
+        -------
+        StepInfo
+            Its `step` is the number of the whole step.
+
+        Raises
+        ------
+        ValueError
+            If a path is unknown or comes twice, or if the optimizer was made with `clip_norm`,
+            `skip_nonfinite` or `exact`, which need all gradients. Nothing has changed then.
+        """
+        options = self._options
+        if options.clip_norm is not None or options.skip_nonfinite or options.exact:
+            raise ValueError(
+                "step_part: clip_norm, skip_nonfinite and exact need all gradients of a step at"
+                " once; call step() with them"
+            )
+        if self._watch is not None:
+            self._watch.check()
+        with self._exclusively("step_part", settled=False):
+            if self._accumulated:
+                raise RuntimeError("step_part: accumulated gradients are waiting; call step()")
+            numbers = [self._number_of(path) for path in paths]
+            if len({*numbers, *self._parted}) < len(numbers) + len(self._parted):
+                raise ValueError(f"step_part: a path comes twice in one step: {list(paths)}")
+            if self._scheduled:
+                self._set_rates(self.step_count + 1)
+            self._guard.begin(check_grad_scale(grad_scale))
+            try:
+                number = self._stepper.part(numbers, grads)
+            finally:
+                self._rates[len(self._groups) :] = 1.0
+            if last:
+                self._parted = []
+            else:
+                self._counters[0] -= 1
+                self._parted += numbers
+            self._settle_simple()
+            return self._report.info(number, self._rates_by_label())
+
+    def _number_of(self, path: str) -> int:
+        if not self._numbers:
+            self._numbers = {path: k for k, path in enumerate(self._paths)}
+        if path not in self._numbers:
+            raise ValueError(f"step_part: expected one of the paths {self._paths}, got {path!r}")
+        return self._numbers[path]
+
     def _number_of_step(self, grads: Any, hessian: Any) -> int:
+        if self._parted:
+            raise RuntimeError("step: a step in parts is under way; end it with last=True")
         if grads is not ACCUMULATED:
             if self._accumulated:
                 raise RuntimeError(
@@ -736,7 +812,7 @@ class Optimizer:
 
     def _go_on(self, seed: int) -> None:
         """After another state was loaded: what rows had missed, and sums of gradients, are gone."""
-        self._seed, self._ledger = seed, None
+        self._seed, self._ledger, self._parted = seed, None, []
         if self._sums is not None:
             self._sums.clear()
         self._prepare(self._parameters)
@@ -751,6 +827,8 @@ class Optimizer:
         """There is nothing but parameters, states and counters."""
         if self._accumulated:
             raise RuntimeError(f"{what}: accumulated gradients would be lost; call step() first")
+        if self._parted:
+            raise RuntimeError(f"{what}: a step in parts is under way; end it with last=True")
         self._check_caught_up(what)
 
     @property

@@ -97,6 +97,18 @@ class Stepper:
         ]
         return self.flat(fitted, None if hessian is None else self.estimates(hessian, fitted))
 
+    def part(self, numbers: Sequence[int], grads: Sequence[Any]) -> int:
+        """Take a step with the gradients of some leaves, by their numbers; return its number."""
+        labels = self._labels("grads")
+        given: list[Any] = [None] * len(labels)
+        fitted = list(given)
+        for k, g in zip(numbers, grads, strict=True):
+            given[k] = host_array(g)
+            fitted[k] = self.fit_leaf(k, labels[k], given[k])
+        if self._layout.zero_grads:
+            return self._zeroing(fitted, None, given)
+        return self.flat(fitted, None)
+
     def flat(self, grads: Sequence[Any], hessian: Sequence[Any] | None) -> int:
         """A step with leaves that passed all checks."""
         if self._ledger is not None:

@@ -6,6 +6,7 @@ Each class has the signature, the defaults and the layout of `state_dict` of its
 
 from __future__ import annotations
 
+from .offload import CPUOffload
 from .optimizer import Optimizer
 from .own import SOAP, AdaMuon, Lion, NorMuon, Sophia
 from .rules import SGD, Adagrad, Adam, AdamW, Muon, RMSprop
@@ -17,6 +18,7 @@ __all__ = [
     "Adagrad",
     "Adam",
     "AdamW",
+    "CPUOffload",
     "Lion",
     "Muon",
     "NorMuon",

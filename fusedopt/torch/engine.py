@@ -50,6 +50,7 @@ class Engine:
             Leaf(p, rule.program.phases > 1) for p, rule in zip(self.params, rule_of, strict=True)
         ]
         options = optimizer._options_of_engine()
+        copies = optimizer._copies
         if options.get("clip_norm") is not None and any(leaf.sharded for leaf in self._leaves):
             raise ValueError(
                 "clip_norm: of sharded parameters each process sees a part of the norm; clip with"
@@ -66,9 +67,11 @@ class Engine:
                 f"{k}.*": replace(rule, lr=float(group.get("initial_lr", group["lr"])))
                 for k, (rule, group) in enumerate(zip(self._rules, groups, strict=True))
             },
+            copy_out=self._tree([copies[p] for p in self.params]) if copies else None,
             **options,
         )
         snapshot = self.opt._snapshot
+        self._paths: Sequence[str] = snapshot.paths
         self._counters: np.ndarray = snapshot.counters
         self._memories: Sequence[Memory] = snapshot.memories
         self._plain = self._direct = all(leaf.plain for leaf in self._leaves)
@@ -152,16 +155,39 @@ class Engine:
 
     # A step.
 
-    def step(self, hessian: Sequence[Any] | None, grad_scale: float) -> StepInfo:
-        """Update every parameter that has a gradient."""
+    def step(
+        self,
+        hessian: Sequence[Any] | None,
+        grad_scale: float,
+        grads: Sequence[Any] | None = None,
+    ) -> StepInfo:
+        """Update every parameter that has a gradient: its own, without `grads`."""
         if self._masters:
             self._reconcile()
         for leaf in self._staged:
             leaf.read()
-        grads = [p.grad for p in self.params]
+        if grads is None:
+            grads = [p.grad for p in self.params]
         info = self._stepped(grads, hessian, grad_scale)
-        if info.skipped:
-            return info
+        if not info.skipped:
+            self._done(grads)
+        return info
+
+    def part(
+        self, numbers: Sequence[int], grads: Sequence[Any], grad_scale: float, last: bool
+    ) -> StepInfo:
+        """Update some parameters, by their numbers, none of which is staged; see `step_part`."""
+        arrays = [self._leaves[k].gradient(g) for k, g in zip(numbers, grads, strict=True)]
+        found = [(self._paths[k], a) for k, a in zip(numbers, arrays, strict=True) if a is not None]
+        info = self.opt.step_part(
+            [path for path, _ in found], [a for _, a in found], grad_scale=grad_scale, last=last
+        )
+        if last:
+            self._done([True] * len(self.params))
+        return info
+
+    def _done(self, grads: Sequence[Any]) -> None:
+        """Let torch know of a step; grads: None for the parameters that took no part."""
         for leaf in self._staged:
             leaf.write()
         # As every operation in place does, so that autograd finds a graph that is too old.
@@ -174,7 +200,6 @@ class Engine:
         np.copyto(self._count, self._counters[1:], casting="unsafe")
         if self._unseen.size:
             self._show_new()
-        return info
 
     def _stepped(
         self, grads: Sequence[Any], hessian: Sequence[Any] | None, grad_scale: float

@@ -74,6 +74,7 @@ class Base(torch.optim.Optimizer):
             )
         _refuse(type(self).__name__, defaults)
         self._options = dict(options)
+        self._copies: dict[torch.Tensor, torch.Tensor | None] = {}
         self._engine: Engine | None = None
         self.info: StepInfo | None = None
         super().__init__(params, defaults)
@@ -182,6 +183,7 @@ class Base(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("_copies", {})
         self._engine = None
         self.info = None
         for p, entry in self.state.items():
@@ -189,8 +191,10 @@ class Base(torch.optim.Optimizer):
                 self.state[p] = dict(entry.states)
         for group in self.param_groups:
             for name, value in self.defaults.items():
-                group.setdefault(name, value)
-            group.update({n: self.defaults[n] for n in (*REFUSED, *IGNORED) if n in self.defaults})
+                if name not in REFUSED:
+                    group.setdefault(name, value)
+            # What a checkpoint says of how torch computed.
+            group.update({n: self.defaults[n] for n in (*REFUSED, *IGNORED) if n in group})
 
     def _options_of_engine(self) -> dict[str, Any]:
         """The options, with states under fusedopt's names."""

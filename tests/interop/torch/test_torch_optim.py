@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch")
 
 import fusedopt as fo  # noqa: E402
 import fusedopt.torch as ft  # noqa: E402
+from fusedopt.arrays.foreign import host_array  # noqa: E402
 from tensors import (  # noqa: E402
     MATRICES,
     SHAPES,
@@ -528,3 +529,30 @@ def test_no_warning_of_schedulers() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run(opt, params, 2, after=lambda step: schedule.step())
+
+
+def test_tensors_are_taken_where_arrays_are() -> None:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        ours, theirs = parameters(dtype=dtype), parameters(dtype=dtype)
+        arrays = [host_array(p) for p in theirs]
+        a, b = fo.Optimizer(ours, fo.AdamW()), fo.Optimizer(arrays, fo.AdamW())
+        for step in range(5):
+            give(ours, step)
+            grads = [p.grad for p in ours]
+            same = [host_array(g) for g in grads]
+            assert fo.global_norm(grads) == fo.global_norm(same)
+            assert a.step(grads).step == b.step(same).step
+        assert a.fingerprint() == b.fingerprint()
+
+
+def test_a_tensor_with_other_memory_is_refused_until_rebind() -> None:
+    params = parameters()
+    opt = fo.Optimizer(params, fo.AdamW())
+    give(params, 0)
+    grads = [p.grad for p in params]
+    opt.step(grads)
+    params[0].data = params[0].detach().clone()
+    with pytest.raises(ValueError, match="rebind"):
+        opt.step(grads)
+    opt.rebind(params)
+    assert opt.step(grads).step == 2

@@ -91,7 +91,9 @@ def test_the_right_direction_and_that_of_torch(
 ) -> None:
     ours, theirs, exact, losses = runs(name, kwargs, torch.float32, contiguous)
     if name == "Muon":  # in bfloat16 there
-        assert all(torch.allclose(p, q, atol=0.02) for p, q in zip(ours, theirs, strict=True))
+        moved = 20 * float(kwargs.get("lr", 1e-3))
+        for p, q in zip(ours, theirs, strict=True):
+            assert ((p - q).abs() <= 0.05 * moved).all()
     else:
         assert_near(ours, theirs, exact)
     rising = kwargs.get("maximize", False)
@@ -131,7 +133,7 @@ def test_wrong_arguments_raise(name: str) -> None:
         given = error.optimizer_error_input
         if "Tensor" in error.error_regex and "foreach" in given.kwargs:
             continue  # a learning rate in a tensor goes with everything here
-        with pytest.raises((ValueError, TypeError, KeyError)):
+        with pytest.raises((ValueError, TypeError, KeyError, UserWarning)):
             getattr(ft, name)(given.params, **given.kwargs)
 
 
