@@ -2,44 +2,46 @@
 
 from __future__ import annotations
 
+import sys
+from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from . import hessian
 from ._version import __version__ as __version__
-from .arrays.rows import Rows
-from .arrays.trees import Fixed
-from .estimate import Estimate, estimate
-from .functional import global_norm, update
-from .loss_scale import LossScaler
-from .optimizer import Optimizer
-from .orthogonalize import orthogonalize
-from .rules import (
-    RULES,
-    SGD,
-    SOAP,
-    AdaGrad,
-    Adam,
-    AdaMuon,
-    AdamW,
-    CustomRule,
-    Lion,
-    Momentum,
-    Muon,
-    Nesterov,
-    NorMuon,
-    RMSProp,
-    Rule,
-    Sophia,
-)
-from .runtime import info, warmup
-from .step.info import StepInfo
-from .system.isa import get_isa, get_threads, set_isa, set_threads
-from .verification.plan import VerificationError
-from .verify import verify
+from .system.isa import start
 
 if TYPE_CHECKING:
-    from . import examples, interop, schedules
-
+    from . import examples, hessian, interop, schedules
+    from .arrays.rows import Rows
+    from .arrays.trees import Fixed
+    from .estimate import Estimate, estimate
+    from .functional import global_norm, update
+    from .loss_scale import LossScaler
+    from .optimizer import Optimizer
+    from .orthogonalize import orthogonalize
+    from .rules import (
+        RULES,
+        SGD,
+        SOAP,
+        AdaGrad,
+        Adam,
+        AdaMuon,
+        AdamW,
+        CustomRule,
+        Lion,
+        Momentum,
+        Muon,
+        Nesterov,
+        NorMuon,
+        RMSProp,
+        Rule,
+        Sophia,
+    )
+    from .runtime import info, warmup
+    from .step.info import StepInfo
+    from .system.isa import get_isa, get_threads, set_isa, set_threads
+    from .verification.plan import VerificationError
+    from .verify import verify
 
 __all__ = [
     "RULES",
@@ -82,10 +84,49 @@ __all__ = [
     "warmup",
 ]
 
+_SUBMODULES = ("examples", "hessian", "interop", "schedules", "torch")
+_HOMES = (
+    "arrays.rows",
+    "arrays.trees",
+    "estimate",
+    "functional",
+    "loss_scale",
+    "optimizer",
+    "orthogonalize",
+    "rules",
+    "runtime",
+    "step.info",
+    "system.isa",
+    "verification.plan",
+    "verify",
+)
+
 
 def __getattr__(name: str) -> Any:
-    if name in ("examples", "interop", "schedules", "torch"):  # slow to import, and not always used
-        import importlib
+    """Import everything at the first use of a public name: most of it is the making of classes,
+    which would double the time that NumPy's own import takes."""
+    if name in _SUBMODULES:
+        return import_module(f".{name}", __name__)
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    for home in _HOMES:
+        found = vars(import_module(f".{home}", __name__))
+        globals().update({n: found[n] for n in set(__all__) & found.keys() - {*_SUBMODULES}})
+    return globals()[name]
 
-        return importlib.import_module(f".{name}", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """The package's type: `verify`, `estimate` and `orthogonalize` are functions, and stay so when
+    the modules of these names are imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in __all__ or name in _SUBMODULES or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+start()  # a bad value of an environment variable raises here

@@ -10,11 +10,11 @@ import ml_dtypes
 import numpy as np
 
 from ._version import __version__
-from .backends import BACKENDS, FORCED, check_registry
+from .backends import BACKENDS, FORCED
 from .optimizer import Optimizer
 from .rules import RULES, Rule
 from .system.extension import core
-from .system.isa import get_isa, get_threads, isas, start
+from .system.isa import get_isa, get_threads, isas
 from .system.threads import available
 
 
@@ -64,8 +64,3 @@ def _processor() -> str:
             return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
     except (OSError, StopIteration):
         return platform.processor() or "unknown"
-
-
-start()
-if core:
-    check_registry()

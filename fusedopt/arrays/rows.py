@@ -138,8 +138,7 @@ def _integers(label: str, indices: Any) -> np.ndarray:
     if not isinstance(indices, np.ndarray) or indices.dtype.kind not in "iu":
         kind = indices.dtype if isinstance(indices, np.ndarray) else f"a {type(indices).__name__}"
         raise TypeError(f"{label}: expected an ndarray of integers, got {kind}")
-    array: np.ndarray = indices
-    return array
+    return indices
 
 
 def check_indices(label: str, indices: Any, shape: Sequence[int]) -> np.ndarray:
@@ -155,7 +154,8 @@ def check_indices(label: str, indices: Any, shape: Sequence[int]) -> np.ndarray:
         raise ValueError(
             f"{label}: expected integers in [0, {shape[0]}), got {int(indices[first])} at {first}"
         )
-    return indices.astype(np.int64)
+    wide: np.ndarray = indices.astype(np.int64)
+    return wide
 
 
 def joined(parts: Sequence[Rows]) -> Rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from . import host
@@ -18,4 +19,8 @@ def register(space_of_device_array: Callable[[Any], Any]) -> None:
 
 def space_of(array: Any) -> Any:
     """Return the space of an array; RuntimeError where no backend can use its device."""
-    return _DEVICES[0](array) if on_device(array) else host
+    if not on_device(array):
+        return host
+    if not _DEVICES:  # in a process that has unpickled a rule and done nothing else
+        import_module("fusedopt.backends")
+    return _DEVICES[0](array)

@@ -10,7 +10,8 @@ from typing import Any
 from ..arrays import spaces
 from ..arrays.device_interface import on_device
 from ..plan.interface import Backend
-from ..system.environment import choice
+from ..system.environment import BACKEND as FORCED
+from ..system.extension import core
 from .cuda.backend import CudaBackend
 from .native import NativeBackend, check_registry
 from .numba.backend import NumbaBackend
@@ -24,7 +25,8 @@ BACKENDS: dict[str, Backend] = {
 ON_HOST = ("native", "numba", "reference")
 """Those of NumPy's arrays; the last can always be used."""
 
-FORCED = choice("FUSEDOPT_BACKEND", ("auto", *BACKENDS))
+if core:
+    check_registry()
 
 
 def get_backend(name: str = "auto", arrays: Iterable[Any] = ()) -> Backend:
@@ -66,6 +68,7 @@ def default_backend() -> Backend:
 
 __all__ = [
     "BACKENDS",
+    "FORCED",
     "ON_HOST",
     "check_registry",
     "default_backend",

@@ -44,3 +44,7 @@ def positive_integer(name: str) -> int | None:
     if not value.isascii() or not value.isdigit() or int(value) < 1:
         raise ValueError(f"{name}={value!r}: expected an integer >= 1")
     return int(value)
+
+
+BACKEND = choice("FUSEDOPT_BACKEND", ("auto", "native", "numba", "reference", "cuda"))
+"""The backend that "auto" stands for; None where nothing was said."""

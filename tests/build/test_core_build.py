@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import importlib.util
 import json
 import os
@@ -20,7 +22,7 @@ import pytest
 import fusedopt as fo
 from built import kernel_objects, output, tool
 from exactness import ROOT, run_python
-from fusedopt.backends import check_registry
+from fusedopt.backends import BACKENDS, check_registry
 from fusedopt.system.isa import isas
 
 LIGHT = ("numba", "torch", "matplotlib", "mpi4py", "rich", "typer")
@@ -142,6 +144,45 @@ def test_import_is_light() -> None:
     done = run_python(f"import sys, fusedopt; print(*(m for m in {LIGHT} if m in sys.modules))")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
+    # Classes take most of the time of an import: none of ours is made before one is asked for.
+    code = "import sys, fusedopt; print(*(m for m in sys.modules if m.startswith('fusedopt.')))"
+    loaded = set(run_python(code).stdout.split())
+    extension = {"fusedopt._core", "fusedopt._version", "fusedopt.system"}
+    assert {m for m in loaded if not m.startswith("fusedopt.system.")} == extension
+
+
+def test_public_names_are_what_type_checkers_see() -> None:
+    source = Path(fo.__file__).read_text()
+    seen = {"fusedopt." + name: name for name in ("examples", "hessian", "interop", "schedules")}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module and node.level:
+            home = importlib.import_module(f"fusedopt.{node.module}")
+            for name in [alias.name for alias in node.names if alias.name in fo.__all__]:
+                seen[f"{node.module}.{name}"] = name
+                assert getattr(fo, name) is getattr(home, name)
+    assert sorted(seen.values()) == sorted(fo.__all__)
+    assert set(dir(fo)) >= set(fo.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'AdamX'"):
+        fo.AdamX  # noqa: B018  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("first", ["verify", "estimate", "orthogonalize", "runtime"])
+def test_a_module_hides_no_function_of_its_name(first: str) -> None:
+    code = (
+        f"import fusedopt.{first}, fusedopt as fo\n"
+        "assert all(map(callable, (fo.verify, fo.estimate, fo.orthogonalize)))\n"
+        "import fusedopt.verify, fusedopt.estimate, fusedopt.orthogonalize\n"
+        "from fusedopt.verify import variants\n"
+        "from fusedopt import verify\n"
+        "assert all(map(callable, (verify, fo.verify, fo.estimate, fo.orthogonalize)))\n"
+    )
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_backends_that_the_environment_may_name() -> None:
+    done = run_python("import fusedopt", {"FUSEDOPT_BACKEND": "x"})
+    assert done.stderr.strip().endswith(f"expected one of auto, {', '.join(BACKENDS)}")
 
 
 # ---------------------------------------------------------------- without the compiled core
