@@ -742,7 +742,9 @@ class Optimizer:
         """
         if not self._options.wait and not self._exchanged:
             self.synchronize()
-        return digest(self._paths, self._parameters, self._leaves, self._counters)
+        return digest(
+            self._paths, self._parameters, (m.saved for m in self._leaves), self._counters
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and copies of the states; the parameters are the caller's to keep.

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..arrays import host
 from ..arrays.checks import Fit, memory_order
+from ..arrays.file_set import open_tensors
 from ..arrays.formats import TILE, compute_dtype
 from ..arrays.rows import Rows, Touched, as_rows, check_indices, touched, values_of
 from ..arrays.stored import AVERAGE
@@ -26,8 +27,10 @@ from ..step.assembly import checked_arrays
 from ..step.exchange import Averaged
 from ..step.gradients import refuses_rows
 from ..step.info import StepInfo
+from ..step.summary import digest
 from ..system import threads as limits
 from ..system.interrupts import deferred
+from .checkpoint import SharedState, tensors_of
 from .norms import Norms
 from .ranks import Ranks
 from .reduction import Kind, Reduction
@@ -490,6 +493,99 @@ class ShardedOptimizer:
             finally:
                 for p, original in zip(self._whole, backup, strict=True):
                     p[...] = original
+
+    # ---------------------------------------------------------------- checkpoints
+
+    @property
+    def _state(self) -> SharedState:
+        return SharedState(self._ranks, self._local, self._whole, self._shares)
+
+    def save(
+        self, path: str | os.PathLike[str], *, parameters: bool = True, metadata: Any = None
+    ) -> None:
+        """Write states, counters and parameters to one set of files, all ranks in parallel.
+
+        `path` becomes an index of the files `path.TOKEN.RANK` beside it, in a directory that all
+        ranks share. `load` takes it at any number of ranks, and so does `Optimizer.load`. A process
+        that is killed at any moment leaves the old set or the new one. As `Optimizer.save`
+        otherwise; rank 0's metadata is kept.
+        """
+        with self._ranks.together():
+            self._check_settled("save")
+            if self._shard is None and self._ranks.rank == 0:
+                self._local.save(path, parameters=parameters, metadata=metadata)
+        if self._shard is not None:
+            self._state.save(path, parameters, metadata)
+
+    def load(
+        self, path: str | os.PathLike[str], *, parameters: bool = True, strict: bool = True
+    ) -> Any:
+        """Go on from a file or a set of files, of any number of ranks, as `Optimizer.load`."""
+        name = os.fspath(path)
+        if self._shard is None:
+            with self._ranks.together(changing=True):
+                return self._local.load(path, parameters=parameters, strict=strict)
+        with self._ranks.together():
+            self._local._check_at_home("load")
+            tensors = open_tensors(path)
+            try:
+                saved = self._state.part_of(tensors, parameters, name)
+            except (TypeError, KeyError, AttributeError) as error:
+                raise ValueError(f"{name}: its table of leaves is spoilt: {error!r}") from error
+            if parameters and not any(t.startswith("p:") for t in tensors.shapes):
+                raise ValueError(
+                    f"{name}: holds no parameters; put them back yourself, and pass"
+                    " parameters=False"
+                )
+        self._state.restore(saved, strict=strict, what=name, parameters=parameters)
+        self._accumulated = []
+        if parameters:
+            self._gather_parameters()
+        return saved.get("metadata")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and copies of the states of all ranks, on every rank: see `Optimizer`."""
+        if self._shard is None:
+            return self._local.state_dict()
+        with self._ranks.together() as reports:
+            self._check_settled("state_dict")
+            reports.mine = self._state.held(False)
+        saved = self._state.described(reports.all)
+        for k, leaf in enumerate(self._tree.leaves):
+            saved["leaves"][leaf.path]["state"] = self._state.whole_arrays(k, reports.all)
+        return saved
+
+    def load_state_dict(self, state: dict[str, Any], *, strict: bool = True) -> None:
+        """Go on from a `state_dict` of this or of an `Optimizer`, which all ranks have."""
+        if self._shard is None:
+            with self._ranks.together(changing=True):
+                self._local.load_state_dict(state, strict=strict)
+            return
+        with self._ranks.together():
+            self._local._check_at_home("load_state_dict")
+            try:
+                saved = self._state.part_of(tensors_of(state), False, "state_dict")
+            except (TypeError, KeyError, AttributeError) as error:
+                raise ValueError(f"state_dict: expected one of an optimizer: {error!r}") from error
+        self._state.restore(saved, strict=strict, what="state_dict", parameters=False)
+        self._accumulated = []
+
+    def fingerprint(self) -> str:
+        """The digest that an `Optimizer` with the same parameters, states and counters has."""
+        if self._shard is None:
+            return self._local.fingerprint()
+        with self._ranks.together() as reports:
+            reports.mine = self._state.held(False)
+        paths = [leaf.path for leaf in self._tree.leaves]
+        holders = (next(of[k] for of in reports.all if k in of) for k in range(len(paths)))
+        counters = np.array([self.step_count, *(holder.t for holder in holders)])
+        state = self._state
+        states = (state.whole_arrays(k, reports.all) for k in range(len(paths)))
+        return digest(paths, self._whole, states, counters)
+
+    def _check_settled(self, what: str) -> None:
+        self._local._check_at_home(what)
+        self._local._check_settled(what)
 
     def describe(self) -> str:
         """A table of this rank's share, and the memory that it takes."""

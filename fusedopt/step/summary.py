@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -37,16 +37,16 @@ def table(
 def digest(
     paths: Sequence[str],
     parameters: Sequence[np.ndarray],
-    memories: Sequence[Memory],
+    states: Iterable[Mapping[str, np.ndarray]],
     counters: np.ndarray,
 ) -> str:
-    """`Optimizer.fingerprint`."""
+    """`Optimizer.fingerprint`; states: of each leaf the arrays that are saved."""
     import hashlib  # 3 ms, for this alone
 
     digest = hashlib.sha256()
-    for path, p, memory, t in zip(paths, parameters, memories, counters[1:], strict=True):
+    for path, p, saved, t in zip(paths, parameters, states, counters[1:], strict=True):
         digest.update(f"{path} {p.shape} {t}".encode())
-        for a in (p, *memory.saved.values()):
+        for a in (p, *saved.values()):
             canonical = a.copy()
             if a.dtype.kind not in "iu":
                 canonical[np.isnan(canonical)] = np.nan

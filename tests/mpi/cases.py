@@ -11,6 +11,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -19,7 +20,7 @@ import pytest
 from mpi4py import MPI
 
 import fusedopt as fo
-from fusedopt.mpi import ShardedOptimizer
+from fusedopt.mpi import ShardedOptimizer, checkpoint
 
 Case = Callable[[MPI.Comm], None]
 CASES: dict[str, Case] = {}
@@ -445,6 +446,119 @@ def states_are_shared_out(comm: MPI.Comm) -> None:
     muon = ShardedOptimizer(matrices, fo.Muon(), comm)
     counts = comm.allgather(len(muon.state))
     assert sum(counts) == len(matrices)
+
+
+KEPT: tuple[tuple[Any, dict[str, Any]], ...] = (
+    (MIXED, {"ema": 0.9}),
+    ({"head": fo.SOAP(), "block.*.w": fo.Muon(), "*": fo.Adam()}, {}),
+    (fo.AdamW(), {"state_dtype": "dynamic4", "rounding": "stochastic", "seed": 5}),
+    (fo.AdamW(), {"dtype": ml_dtypes.bfloat16, "master": "float32", "state_dtype": "float8"}),
+    (fo.AdamW(), {"dtype": ml_dtypes.bfloat16, "master": "split16"}),
+    (fo.AdamW(), {"sharding": {"shard": None}}),
+)
+
+
+@case
+def checkpoints_at_any_number_of_ranks(comm: MPI.Comm) -> None:
+    for number, (rule, options) in enumerate(KEPT):
+        opt, whole = check(comm, rule, steps=2, **options)
+        assert opt.fingerprint() == whole.fingerprint()
+        sharded, alone = f"{number}.sharded", f"{number}.alone"
+        opt.save(sharded, metadata=[number])
+        if comm.rank == 0:
+            whole.save(alone, metadata=[number])
+        comm.Barrier()
+        options = dict(options)
+        dtype, sharding = options.pop("dtype", np.float32), options.pop("sharding", {})
+        other = fo.Optimizer(parameters(dtype, seed=1), rule, **options)
+        assert other.load(sharded) == [number]
+        assert other.fingerprint() == whole.fingerprint()
+        fewer = comm.Split(int(comm.rank > 0))
+        for ranks in (comm, fewer):
+            for file in (sharded, alone):
+                params = parameters(dtype, seed=1)
+                again = ShardedOptimizer(params, rule, ranks, **sharding, **options)
+                assert again.load(file) == [number]
+                equal(params, whole.params)
+                assert again.fingerprint() == whole.fingerprint()
+            again.step(gradients(params, 0, 9))
+        grads = gradients(params, 0, 9)
+        other.step(grads)
+        if fewer.size == 1:  # otherwise the average is taken of equal gradients, and rounded
+            equal(params, other.params)
+
+
+@case
+def whole_states_in_memory(comm: MPI.Comm) -> None:
+    for rule, given in KEPT:
+        opt, whole = check(comm, rule, steps=1, **given)
+        state, expected = opt.state_dict(), whole.state_dict()
+        options = dict(given)
+        dtype, sharding = options.pop("dtype", np.float32), options.pop("sharding", {})
+        for kept in (state, expected):
+            params = mapped(lambda p: p.copy(order="K"), opt.params)
+            again = ShardedOptimizer(params, rule, comm, **sharding, **options)
+            again.load_state_dict(kept)
+            assert again.fingerprint() == whole.fingerprint()
+        fresh = fo.Optimizer(params, rule, **options)
+        fresh.load_state_dict(state)
+        assert fresh.fingerprint() == whole.fingerprint()
+        assert dtype == params["head"].dtype
+
+
+@case
+def checkpoints_that_do_not_fit(comm: MPI.Comm) -> None:
+    opt, whole = check(comm, fo.AdamW(), steps=1)
+    opt.save("fits")
+    before = opt.fingerprint()
+    other = ShardedOptimizer(parameters(), fo.AdamW(betas=(0.5, 0.9)), comm)
+    untouched = other.fingerprint()
+    raises(ValueError, "betas", lambda: other.load("fits"))
+    assert other.fingerprint() == untouched
+    other.load("fits", strict=False)
+    assert other.fingerprint() == before == whole.fingerprint()
+    small = ShardedOptimizer({"head": np.zeros((3, 4), np.float32)}, fo.AdamW(), comm)
+    raises(ValueError, "order ((3, 4), 'C') here, ((64, 128), 'C')", lambda: small.load("fits"))
+    small = ShardedOptimizer({"head": np.zeros((64, 128), np.float32)}, fo.AdamW(), comm)
+    raises(ValueError, "embed: is no leaf here", lambda: small.load("fits"))
+    raises(FileNotFoundError, "nowhere", lambda: opt.load("nowhere"))
+    comm.Barrier()
+    if comm.rank == 0:
+        part = next(Path().glob("fits.*.0"))
+        part.write_bytes(part.read_bytes()[:-5])
+    comm.Barrier()
+    raises(ValueError, "fits: is not a whole set of files", lambda: opt.load("fits"))
+    assert opt.fingerprint() == before
+
+
+@case
+def checkpoints_are_replaced_as_a_whole(comm: MPI.Comm) -> None:
+    opt, _ = check(comm, fo.AdamW(), steps=1)
+    opt.save("kept")
+    before, names = opt.fingerprint(), comm.bcast(sorted(p.name for p in Path().glob("kept*")))
+    assert len(names) == 1 + comm.size
+    opt.step(gradients(opt.params, comm.rank, 5))
+    for victim in ("write", "write_index"):
+        with pytest.MonkeyPatch.context() as patch:
+            if comm.rank == (0 if victim == "write_index" else comm.size - 1):
+                patch.setattr(checkpoint, victim, full)
+            raises(OSError, "disk is full", lambda: opt.save("kept"))
+        comm.Barrier()
+        assert sorted(p.name for p in Path().glob("kept*")) == names
+        again = ShardedOptimizer(parameters(), fo.AdamW(), comm)
+        again.load("kept")
+        assert again.fingerprint() == before
+    if comm.rank == 0:
+        Path("kept." + 16 * "0" + ".7").write_bytes(b"of a process that was killed")
+    comm.Barrier()
+    opt.save("kept")
+    again.load("kept")
+    assert again.fingerprint() == opt.fingerprint()
+    assert len(list(Path().glob("kept*"))) == 1 + comm.size
+
+
+def full(*_: Any) -> None:
+    raise OSError("disk is full")
 
 
 def main() -> None:

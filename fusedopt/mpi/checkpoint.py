@@ -1,0 +1,251 @@
+"""Checkpoints of a sharded optimizer: files that all ranks write together, and whole states."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..arrays.checks import memory_order
+from ..arrays.file_set import Tensors, write_index
+from ..arrays.safetensors_file import part_name, write
+from ..arrays.stored import Memory
+from ..optimizer import Optimizer
+from ..step.checkpoint import CALLERS, Snapshot
+from .ranks import Ranks
+from .shares import Cut, flat
+
+
+class Held(NamedTuple):
+    """What a rank holds of one leaf: its step, its formats, and of each array what the whole is.
+
+    arrays: by name the shape of the whole array as files have it, the number of elements that this
+    rank has, the dtype, and whether the whole is turned in memory (in Fortran order).
+    """
+
+    t: int
+    formats: dict[str, str]
+    arrays: dict[str, tuple[tuple[int, ...], int, np.dtype, bool]]
+
+
+class SharedState:
+    """The states of all ranks as one.
+
+    Parameters
+    ----------
+    ranks : Ranks
+        The processes.
+    local : Optimizer
+        This rank's part.
+    whole : sequence of arrays
+        All parameters.
+    cuts : sequence of Cut
+        The shares.
+    """
+
+    def __init__(
+        self, ranks: Ranks, local: Optimizer, whole: Sequence[np.ndarray], cuts: Sequence[Cut]
+    ) -> None:
+        self._ranks, self._local, self._whole, self._cuts = ranks, local, whole, cuts
+        self._snapshot: Snapshot = local._snapshot
+
+    # ---------------------------------------------------------------- all that ranks hold
+
+    def held(self, parameters: bool) -> dict[int, Held]:
+        """What this rank holds, by leaf."""
+        described = self._snapshot._described()["leaves"]
+        found = {}
+        for k, path in enumerate(self._snapshot.paths):
+            if self._cuts[k].holds(self._ranks.rank):
+                arrays = {
+                    name: (*self._extent(k, name, a), a.dtype, memory_order(a) == "F")
+                    for name, a in self._snapshot._held(k, parameters).items()
+                }
+                entry = described[path]
+                found[k] = Held(entry["t"], entry["formats"], arrays)
+        return found
+
+    def _extent(self, k: int, name: str, a: np.ndarray) -> tuple[tuple[int, ...], int]:
+        """The shape of the whole of an array, as files have it, and this rank's number of it."""
+        cut, p = self._cuts[k], self._whole[k]
+        if cut.owner is not None:
+            return (a.T if memory_order(a) == "F" else a).shape, a.size
+        if _is_flat(name):
+            return (-1,), a.size
+        return (p.T if memory_order(p) == "F" else p).shape, a.size
+
+    def described(self, of_ranks: Sequence[Mapping[int, Held]]) -> dict[str, Any]:
+        """All that there is to know of the whole optimizer apart from its arrays."""
+        table = self._snapshot._described()
+        for k, path in enumerate(self._snapshot.paths):
+            holder = next(of[k] for of in of_ranks if k in of)
+            p = self._whole[k]
+            table["leaves"][path] |= {
+                "t": holder.t,
+                "formats": holder.formats,
+                "shape": p.shape,
+                "order": memory_order(p),
+            }
+        return table
+
+    def whole_arrays(self, k: int, of_ranks: Sequence[Mapping[int, Held]]) -> dict[str, np.ndarray]:
+        """The states of one leaf, on all ranks."""
+        holders = [of.get(k) for of in of_ranks]
+        first = next(holder for holder in holders if holder is not None)
+        mine = self._snapshot._held(k, False)
+        arrays = {}
+        for name, (_, _, dtype, turned) in first.arrays.items():
+            sizes = [0 if h is None else h.arrays[name][1] for h in holders]
+            starts = np.concatenate(([0], np.cumsum(sizes)[:-1]))
+            whole = np.empty(sum(sizes), dtype)
+            if holders[self._ranks.rank] is not None:
+                begin = int(starts[self._ranks.rank])
+                whole[begin : begin + mine[name].size] = flat(mine[name])
+            self._ranks.share(whole, starts, sizes)
+            shaped = whole.reshape(_shape(first.arrays[name][0], sizes))
+            arrays[name] = shaped.T if turned or self._is_turned(k, name) else shaped
+        return arrays
+
+    def _is_turned(self, k: int, name: str) -> bool:
+        """Whether a cut array, whose parts are flat, is in Fortran order as a whole."""
+        cut = self._cuts[k].owner is None
+        return cut and memory_order(self._whole[k]) == "F" and not _is_flat(name)
+
+    # ---------------------------------------------------------------- files
+
+    def save(self, path: str | os.PathLike[str], parameters: bool, metadata: Any) -> None:
+        """Write one set of files, each rank its own, and then the index, which makes it whole."""
+        ranks = self._ranks
+        with ranks.together() as reports:
+            reports.mine = (secrets.token_hex(8), self.held(parameters))
+        token = reports.all[0][0]
+        of_ranks = [held for _, held in reports.all]
+        target = os.path.realpath(path)
+        own = part_name(target, token, ranks.rank)
+        try:
+            with ranks.together():
+                arrays = {
+                    f"{name}:{self._snapshot.paths[k]}": flat(a)
+                    for k in of_ranks[ranks.rank]
+                    for name, a in self._snapshot._held(k, parameters).items()
+                }
+                write(own, arrays, {"token": token})
+            with ranks.together():
+                if ranks.rank == 0:
+                    table = {**self.described(of_ranks), "metadata": metadata}
+                    write_index(path, token, ranks.size, self._shapes(of_ranks), table)
+        except Exception:
+            Path(own).unlink(missing_ok=True)
+            raise
+
+    def _shapes(self, of_ranks: Sequence[Mapping[int, Held]]) -> dict[str, tuple[int, ...]]:
+        shapes = {}
+        for k, path in enumerate(self._snapshot.paths):
+            holders = [of[k] for of in of_ranks if k in of]
+            for name, (shape, *_) in holders[0].arrays.items():
+                sizes = [holder.arrays[name][1] for holder in holders]
+                shapes[f"{name}:{path}"] = _shape(shape, sizes)
+        return shapes
+
+    # ---------------------------------------------------------------- going on from either
+
+    def part_of(self, tensors: Tensors, parameters: bool, what: str) -> dict[str, Any]:
+        """This rank's part of a whole state, as its own snapshot takes it.
+
+        Raises ValueError where leaves have other shapes, KeyError, TypeError or AttributeError
+        where the table is spoilt.
+        """
+        saved: dict[str, Any] = dict(tensors.table)
+        leaves = {path: dict(entry) for path, entry in saved["leaves"].items()}
+        saved["leaves"] = leaves
+        for entry in leaves.values():
+            entry["state"] = {}
+        for tensor in tensors.shapes:
+            name, _, path = tensor.partition(":")
+            if path not in self._snapshot.paths:
+                leaves[path]["state"][name] = np.empty(0)  # which is no leaf here, and is told so
+                continue
+            k = self._snapshot.paths.index(path)
+            held = self._snapshot._held(k, True)
+            if not parameters and name in CALLERS:
+                continue
+            if name in held:
+                leaves[path]["state"][name] = self._part(tensors, tensor, k, name, held[name])
+            else:
+                leaves[path]["state"][name] = tensors.whole(tensor)
+        problems: list[str] = []
+        for k, path in enumerate(self._snapshot.paths):
+            if path in leaves:
+                self._localize(k, leaves[path], parameters, problems)
+        if problems:
+            raise ValueError(f"{what} does not fit: " + "; ".join(problems))
+        return saved
+
+    def _part(
+        self, tensors: Tensors, tensor: str, k: int, name: str, own: np.ndarray
+    ) -> np.ndarray:
+        cut, memory = self._cuts[k], self._snapshot.memories[k]
+        if cut.owner is not None:
+            whole = tensors.whole(tensor)
+            return whole.T if memory_order(own) == "F" else whole
+        start = _entries(memory, name, cut.bounds[self._ranks.rank])
+        part = tensors.part(tensor, start, start + own.size)
+        return part.reshape(own.shape) if part.size == own.size else part
+
+    def _localize(
+        self, k: int, entry: dict[str, Any], parameters: bool, problems: list[str]
+    ) -> None:
+        """Replace the whole leaf's shape, if it is the right one, by that of this rank's part."""
+        p, part = self._whole[k], self._snapshot.parameters[k]
+        here, there = (p.shape, memory_order(p)), (tuple(entry["shape"]), entry["order"])
+        if here != there:
+            path = self._snapshot.paths[k]
+            problems.append(f"{path}: shape and memory order {here} here, {there} there")
+        entry["shape"], entry["order"] = part.shape, memory_order(part)
+        if not self._cuts[k].holds(self._ranks.rank):
+            own = self._snapshot._described()["leaves"][self._snapshot.paths[k]]
+            entry["formats"] = own["formats"]
+            entry["state"] = dict(self._snapshot._held(k, parameters))
+
+    def restore(self, saved: dict[str, Any], *, strict: bool, what: str, parameters: bool) -> None:
+        """Go on from what `part_of` made; on all ranks or, with an error on all, on none."""
+        with self._ranks.together():
+            problems = list(self._snapshot._problems(saved, strict, parameters))
+            if problems:
+                raise ValueError(f"{what} does not fit: " + "; ".join(problems))
+        with self._ranks.together(changing=True), self._local._exclusively("load"):
+            seed = self._snapshot.restore(saved, strict=strict, what=what, parameters=parameters)
+            self._local._go_on(seed)
+
+
+def tensors_of(saved: Any) -> Tensors:
+    """A `state_dict` as files have it."""
+    shapes, parts = {}, {}
+    for path, entry in saved["leaves"].items():
+        for name, a in entry["state"].items():
+            shapes[f"{name}:{path}"] = (a.T if memory_order(a) == "F" else a).shape
+            parts[f"{name}:{path}"] = [flat(a)]
+    return Tensors(shapes, parts, saved)
+
+
+def _is_flat(name: str) -> bool:
+    """Whether an array is flat, whatever the shape of its leaf: codes, scales, low halves."""
+    return name.endswith((".codes", ".scales")) or name in ("low", "compensation")
+
+
+def _shape(shape: Sequence[int], sizes: Sequence[int]) -> tuple[int, ...]:
+    return (sum(sizes),) if -1 in shape else tuple(shape)
+
+
+def _entries(memory: Memory, name: str, elements: int) -> int:
+    """The number of entries of an array that belong to the first elements of its leaf."""
+    state, _, kind = name.rpartition(".")
+    if kind == "codes":
+        return memory.states[state].format.data_size(elements)
+    if kind == "scales":
+        return memory.states[state].format.aux_size(elements)
+    return elements
