@@ -67,11 +67,7 @@ def compare(name: str, stored: Stored, reference: Bounded, key: int = 0) -> Wors
         return None
     with np.errstate(all="ignore"):
         value, bound = reference.value, SLACK * reference.error
-        low, high = (
-            np.asarray(end, np.float64)
-            for end in stored.format.span(value - bound, value + bound, stored.flat_data,
-                                          stored.aux, key)
-        )  # fmt: skip
+        low, high = _span(stored, value - bound, value + bound, key)
         same = (got == value) | (np.isnan(got) & (np.isnan(value) | np.isnan(low)))
         difference = np.abs(got.astype(np.float64) - value)
         # Towards each side, what the format makes of the bound there.
@@ -95,6 +91,14 @@ def compare(name: str, stored: Stored, reference: Bounded, key: int = 0) -> Wors
         float(share[k]),
         float(difference[k]) / ulp if share[k] else 0.0,
     )
+
+
+def _span(stored: Stored, low: np.ndarray, high: np.ndarray, key: int) -> np.ndarray:
+    """What the stored format may make of the ends of intervals, of each candidate in turn."""
+    if low.ndim > 1:
+        pairs = zip(low, high, strict=True)
+        return np.stack([_span(stored, *pair, key) for pair in pairs], axis=1)
+    return np.array(stored.format.span(low, high, stored.flat_data, stored.aux, key), np.float64)
 
 
 def judge(
@@ -302,8 +306,9 @@ def verify(
     rules: names in `RULES`, by default all; each in every variant. backends, isas: by default all
     that can be used. storages: names in `STORAGES`, by default all; float32 and float64 with every
     instruction set, the others with the one in use. size: elements of each array (matrices for
-    Muon: about as many). The data span many orders of magnitude, with exact zeros, and are drawn
-    from `seed`. Raises ValueError for unknown names.
+    Muon: about as many). steps: more are taken where a rule has branches that begin later. The
+    data span many orders of magnitude, with exact zeros, and are drawn from `seed`. Raises
+    ValueError for unknown names.
     """
     from .runtime import get_isa, set_isa
     from .runtime import isas as available_isas
@@ -362,7 +367,7 @@ def _run(rule: Rule, backend: str, way: str, size: int, steps: int, seed: int) -
     p = draw()
     optimizer = Optimizer(p, rule, backend=backend, **options)
     memory, keys = optimizer.memory("params")
-    for t in range(1, steps + 1):
+    for t in range(1, max(steps, rule.branches) + 1):
         g, h = draw(), draw() if rule.takes_hessian else None
         before = [stored.values for stored in memory.stored]
         optimizer.step(g, hessian=h)

@@ -35,6 +35,11 @@ DIGESTS: dict[str, str] = {
     "adamw": "80ee871967d9e5a5",
     "lion": "df7f18f17a6038ba",
     "sophia": "1feeea5530198098",
+    "adamax": "c7c8891b4e972b69",
+    "adadelta": "b9c2e67957300795",
+    "nadam": "6f0706d7052dfbea",
+    "radam": "2c82c0dcc2271bc9",
+    "rprop": "19aa61445bbf2cbb",
 }
 """Of each rule, over all ways; Muon's matrix products alone may differ between machines."""
 

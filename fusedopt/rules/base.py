@@ -91,6 +91,8 @@ class Rule:
     takes_hessian: ClassVar[bool] = False
     examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
     """Hyperparameters that between them select every kernel and every branch of `scalars`."""
+    branches: ClassVar[int] = 1
+    """The step by which the examples have taken every branch of `scalars`."""
     settled: ClassVar[tuple[str, ...]] = ()
     """Hyperparameters that say what the states hold, so that no step may change them."""
 
@@ -383,6 +385,13 @@ def textbook_correction(beta: float, t: int) -> float:
 def capped(x: Array, limit: float) -> Array:
     """x, whose magnitude never exceeds `limit`, as whoever bounds its rounding is to know."""
     return x if isinstance(x, np.ndarray) else x.capped(limit)
+
+
+def by_sign(sign: Array, negative: Array, zero: Array, positive: Array) -> Array:
+    """Of three arrays what each element of `np.sign`'s result selects; NaN selects `zero`."""
+    if isinstance(sign, np.ndarray):
+        return np.where(sign < 0, negative, np.where(sign > 0, positive, zero))
+    return sign.by_sign(negative, zero, positive)
 
 
 def ratio(numerator: Array, denominator: Array) -> Array:
