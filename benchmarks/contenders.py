@@ -12,9 +12,9 @@ from dataclasses import replace
 from typing import Any
 
 import fusedopt as fo
-from fusedopt.bench import contenders as shared
-from fusedopt.bench.contenders import LIMIT, Contender, Entrants, contender
-from fusedopt.bench.problems import Problem
+from fusedopt.lab.bench import contenders as shared
+from fusedopt.lab.bench.contenders import LIMIT, Contender, Entrants, contender
+from fusedopt.lab.bench.problems import Problem
 from limit import Sweep, check_sweep
 
 if fo.info()["backend"] != "native":

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 import fusedopt as fo
-from fusedopt.bench.contenders import pytorch
-from fusedopt.bench.formats import WAYS, Stored
-from fusedopt.bench.measure import interleaved
-from fusedopt.bench.problems import Array, gpt2_small, tensors
-from fusedopt.formats import BFLOAT16
+from fusedopt.arrays.formats import BFLOAT16
+from fusedopt.lab.bench.contenders import pytorch
+from fusedopt.lab.bench.formats import WAYS, Stored
+from fusedopt.lab.bench.measure import interleaved
+from fusedopt.lab.bench.problems import Array, gpt2_small, tensors
 from limit import TILE, Streams
 from targets import machine
 

@@ -1,46 +1,54 @@
-"""The backend "cuda" on a GPU: verified and timed in one command, as one table.
+"""The backend "cuda" on a GPU: verified and timed in one command of a few minutes.
 
-    python benchmarks/gpu.py [--elements 1000000000] [--rounds 21] [--json FILE]
+    python benchmarks/gpu.py [PART ...] [--elements 1000000000] [--rounds 21] [--output FILE]
 
-Needs a CUDA device and PyTorch, whose arrays are used and whose fused and foreach steps, with
-apex's and bitsandbytes' where they are installed, are timed beside. First every rule takes three
-steps on the device and on the CPU, and the bits are compared (of Muon the values); then come
-bandwidths as shares of that of a copy, steps over GPT-2 small and over 1000 small tensors, clipped
-ones that wait for their norm and that do not, and the microseconds that the host takes to queue a
-step, of gradients that it looks at and of those that are `Fixed`.
+The parts, all of them where none is named:
+
+bits       every rule on the device and on the CPU: bits are compared (of Muon the values), for
+           awkward sizes, arrays that are not on a 16-byte boundary, 1000 small tensors, more than
+           2^31 bytes
+streams    a step waits for all streams that write its arrays, and they for it
+bandwidth  every rule over one large tensor, as a share of the bandwidth of a copy, and PyTorch's
+           fused step beside it
+lists      AdamW over GPT-2 small and over 1000 small tensors: the device's time and the host's
+clipping   the same with gradients that are clipped, and with `wait=False`
+cores      the host's own step, with 1 to all cores
+
+Needs a CUDA device and PyTorch, and CuPy for `streams`. Every line is printed as it is measured,
+and written to FILE as a line of JSON, so that a run that is stopped keeps what it had.
+`--rehearse`, with NUMBA_ENABLE_CUDASIM=1, runs all of it on Numba's simulator in small sizes.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import importlib
 import json
-import statistics
+import multiprocessing
+import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
-from itertools import chain, product
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 import fusedopt as fo
-from fusedopt.bench.contenders import pytorch
-from fusedopt.bench.problems import gpt2_small
+from fusedopt.lab.bench.problems import gpt2_small
+from gpu_machine import DTYPES, Machine, Step, machine
 from targets import Row
 
-DTYPES: dict[str, Any] = {
-    "float32": np.float32,
-    "float64": np.float64,
-    "bfloat16": ml_dtypes.bfloat16,
-    "float16": np.float16,
-}
-SHARE_OF_COPY = 0.9
-"""The target for 10^9 elements on an H200, of rules in float32, and in bfloat16 throughout."""
+SHARE_OF_COPY = 0.92
+"""The target for 10^9 elements, of rules in float32, and in bfloat16 throughout."""
+
+HOST_SECONDS = 20e-6
+"""The target for the host's time to queue a step of 1000 tensors."""
 
 RULES = {
     name: cls
@@ -49,34 +57,129 @@ RULES = {
 }
 """Those that the backend has."""
 
-SMALL = {f"{k}": (1000,) for k in range(1000)}
-
-Step = Callable[[], object]
+Lines = Iterator[Row]
 
 
-# ---------------------------------------------------------------- verified
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured. processes: compile kernels for `bits`, each its share of the rules."""
+
+    elements: int = 10**9
+    large: int = 2**29 + 5
+    small: int = 1000
+    rounds: int = 21
+    processes: int = 12
+    raced: int = 1 << 16
+    awkward: tuple[tuple[int, ...], ...] = ((257, 129), (1, 5), (64, 1024), (0, 3), (2, 8191))
+    rehearse: bool = False
+
+    @property
+    def lists(self) -> dict[str, list[tuple[int, ...]]]:
+        """Shapes of the tensors of whole models."""
+        many: list[tuple[int, ...]] = [(self.small,)] * self.small
+        gpt2: list[tuple[int, ...]] = list(gpt2_small().values())
+        return {f"{self.small} of {self.small}": many} | (
+            {} if self.rehearse else {"GPT-2 small": gpt2}
+        )
 
 
-def verify(torch: Any) -> list[str]:
-    """What differs from the CPU: nothing, or lines that say what."""
-    wrong = []
-    for name, cls in RULES.items():
-        for dtype, example in product(DTYPES, cls.examples):
-            rule = cls(**{"weight_decay": 0.1, **example})
-            allowed = 0.0 if rule.program.phases == 1 else 0.05
-            for wait in (True, False):
-                difference = compare(torch, rule, dtype, wait)
-                if not difference <= allowed:
-                    wrong.append(f"{rule} in {dtype}, {wait=}: differs by up to {difference}")
-        print(f"verified {name}", file=sys.stderr, flush=True)
-    return [*wrong, *what_a_nan_changes(torch)]
+# ---------------------------------------------------------------- bits
 
 
-def what_a_nan_changes(torch: Any) -> list[str]:
-    """Of a step that does not wait, and those after it: nothing, or a line that says so."""
-    p = torch.ones(100_000, device="cuda")
+def difference(place: Machine, here: list[Any], there: list[Any], cpu: Any, gpu: Any) -> float:
+    """The largest difference of two optimizers' parameters; infinite where only states differ."""
+    if cpu.fingerprint() == gpu.fingerprint():
+        return 0.0
+    found = [place.host(t).astype(np.float64) for t in there]
+    pairs = zip(here, found, strict=True)
+    worst = max(
+        (float(np.max(np.abs(a.astype(np.float64) - b))) for a, b in pairs if a.size), default=0.0
+    )
+    return worst or float("inf")
+
+
+def compare(
+    place: Machine,
+    rule: fo.Rule,
+    dtype: str,
+    shapes: Sequence[tuple[int, ...]],
+    *,
+    offset: int = 0,
+    steps: int = 3,
+    **options: Any,
+) -> float:
+    """The difference between device and CPU after some steps; NaN counts as one."""
+    rng = np.random.default_rng(0)
+    draw = [rng.standard_normal(shape).astype(DTYPES[dtype]) for shape in shapes]
+    here = [np.array(a) for a in draw]
+    there = [place.array(a, offset) for a in draw]
+    host_options = {k: v for k, v in options.items() if k != "wait"}
+    cpu, gpu = fo.Optimizer(here, rule, **host_options), fo.Optimizer(there, rule, **options)
+    for _ in range(steps):
+        grads = [rng.standard_normal(a.shape).astype(a.dtype) for a in here]
+        moved = [place.array(g, offset) for g in grads]
+        second = rule.takes_hessian
+        cpu.step(grads, hessian=grads if second else None)
+        gpu.step(moved, hessian=moved if second else None)
+    return difference(place, here, there, cpu, gpu)
+
+
+def of_rule(name: str, sizes: Sizes) -> tuple[str, int, list[str]]:
+    """How many cases of a rule were compared, and which of them differ; in a process of its own."""
+    place = machine(sizes.rehearse)
+    assert place is not None
+    count, wrong = 0, []
+    dtypes = list(DTYPES)[:1] if sizes.rehearse else list(DTYPES)
+    for example, dtype in product(RULES[name].examples, dtypes):
+        rule = RULES[name](**{"weight_decay": 0.1, **example})
+        allowed = 0.0 if rule.program.phases == 1 else 0.05
+        ways: list[dict[str, Any]] = [{"offset": 1}, {"clip_norm": 1.0}]
+        if dtype == "float32":
+            ways += [{"offset": 3}, {"clip_norm": 1.0, "wait": False}]
+        for way in ways:
+            count += 1
+            found = compare(place, rule, dtype, sizes.awkward, **way)
+            if not found <= allowed:
+                wrong.append(f"{rule} in {dtype}, {way}: differs by up to {found}")
+    return name, count, wrong
+
+
+def of_formats(place: Machine, sizes: Sizes) -> Iterator[tuple[str, float]]:
+    """Differences for many tensors, for one of more than 2^31 bytes, and for mixed formats."""
+    rule = fo.AdamW(lr=0.01, weight_decay=0.1)
+    many = [(sizes.small,)] * sizes.small
+    yield f"{sizes.small} tensors of {sizes.small}", compare(place, rule, "float32", many)
+    for dtype, options in (
+        ("bfloat16", {"master": "float32"}),
+        ("float32", {"state_dtype": "bfloat16"}),
+        ("float16", {"state_dtype": "float16", "ema": 0.9}),
+        ("float32", {"clip_value": 0.5, "zero_grads": True}),
+    ):
+        yield f"{dtype}, {options}", compare(place, rule, dtype, sizes.awkward, **options)
+    large = [(sizes.large,)]
+    yield f"{sizes.large} elements", compare(place, rule, "float32", large, steps=1)
+
+
+def bits(place: Machine, sizes: Sizes) -> Lines:
+    """Compare every rule on the device with the CPU."""
+    count = min(sizes.processes, len(RULES))
+    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
+        asked = [pool.submit(of_rule, name, sizes) for name in RULES]
+        for done in as_completed(asked):
+            name, cases, wrong = done.result()
+            for line in wrong:
+                print(line, flush=True)
+            yield Row(f"{name}: of {cases} cases differ", len(wrong), 0, {}, False, "cases")
+    for what, found in of_formats(place, sizes):
+        yield Row(f"AdamW, {what}: largest difference", found, 0.0, {}, False, "")
+    yield Row("a NaN changes nothing", float(what_a_nan_changes(place)), 0, {}, False, "")
+
+
+def what_a_nan_changes(place: Machine) -> bool:
+    """Whether a step that does not wait, and found NaN, changed anything, or was not told of."""
+    ones = np.ones(1000, np.float32)
+    p, good, bad = place.array(ones), place.array(ones), place.array(ones * np.float32("nan"))
     optimizer = fo.Optimizer(p, fo.AdamW(), clip_norm=1.0, wait=False)
-    good, bad = torch.ones_like(p), torch.full_like(p, float("nan"))
     optimizer.step(good)
     before = optimizer.fingerprint()
     try:
@@ -84,71 +187,80 @@ def what_a_nan_changes(torch: Any) -> list[str]:
             optimizer.step(g)
         optimizer.synchronize()
     except FloatingPointError:
-        same = optimizer.fingerprint() == before
-        return [] if same else ["a step that found NaN changed something"]
-    return ["a step that found NaN was not told of"]
+        return optimizer.fingerprint() != before
+    return True
 
 
-def compare(torch: Any, rule: fo.Rule, dtype: str, wait: bool) -> float:
-    """The largest difference between device and CPU after three clipped steps."""
-    rng = np.random.default_rng(0)
-    shapes = [(257, 129), (1, 5), (64, 1024)]
-    here = [rng.standard_normal(shape).astype(DTYPES[dtype]) for shape in shapes]
-    there = [on_device(torch, a) for a in here]
-    cpu = fo.Optimizer(here, rule, clip_norm=1.0)
-    gpu = fo.Optimizer(there, rule, clip_norm=1.0, wait=wait)
-    for _ in range(3):
-        grads = [rng.standard_normal(a.shape).astype(a.dtype) for a in here]
-        moved = [on_device(torch, g) for g in grads]
-        second = rule.takes_hessian
-        cpu.step(grads, hessian=grads if second else None)
-        gpu.step(moved, hessian=moved if second else None)
-    if cpu.fingerprint() == gpu.fingerprint():
-        return 0.0
-    pairs = [(a, np.asarray(t.double().cpu())) for a, t in zip(here, there, strict=True)]
-    worst: float = max(float(np.max(np.abs(a.astype(np.float64) - b))) for a, b in pairs)
-    return worst or float("inf")  # the parameters agree, and the states do not
+# ---------------------------------------------------------------- streams
 
 
-def on_device(torch: Any, a: Any) -> Any:
-    """A tensor with the same bits on the device."""
-    bits = torch.from_numpy(a.view(f"i{a.itemsize}").copy()).cuda()
-    return bits.view(getattr(torch, a.dtype.name))
+def races(place: Machine, library: str, role: str, n: int) -> bool:
+    """Whether a step is in order with a stream of another library that is kept busy.
+
+    The other library's array is changed behind a delay just before a step on PyTorch's stream, and
+    once more right after it, by which time the step itself is behind a delay.
+    """
+    make = place.array if library == "torch" else place.other
+    plain = [np.full(n, value, np.float32) for value in (1.0, 2.0, 3.0)]
+    p, q, g, h = (place.array(a) for a in (*plain, plain[2]))
+    copy = place.array(np.zeros(n, np.float32))
+    other = make(plain[1] if role == "parameter" else plain[2])
+    if role == "parameter":
+        q = other
+    elif role == "gradient":
+        h = other
+    else:
+        copy = other
+    with ExitStack() as inside:
+        inside.enter_context(place.stream("torch"))
+        optimizer = fo.Optimizer([p, q], fo.SGD(lr=1.0), copy_out=[None, copy])
+        optimizer.step([g, h])  # compiled
+        place.host(p)
+        if library != "torch":
+            inside.enter_context(place.stream(library))
+        place.delay(library)
+        place.add_one(other)
+        place.delay("torch")
+        optimizer.step([g, h])
+        place.add_one(other)
+        found = [place.host(a) for a in (p, q, copy, h)]
+    plus = {"parameter": (1, 0), "gradient": (0, 1), "copy": (0, 0)}[role]
+    # Two steps from 2 with gradients of 3; the second sees what was added before it.
+    q_after = 2 - 3 + plus[0] - 3 - plus[1]
+    want = [1 - 6, q_after, q_after, 3]
+    want[{"parameter": 1, "gradient": 3, "copy": 2}[role]] += 1 + (role == "gradient")
+    return all(bool((a == value).all()) for a, value in zip(found, want, strict=True))
+
+
+def told_in_order(place: Machine, n: int) -> bool:
+    """Whether the norm of a step that does not wait is read on that step's stream."""
+    p, g = (place.array(np.ones(n, np.float32)) for _ in range(2))
+    optimizer = fo.Optimizer(p, fo.SGD(), clip_norm=1.0, wait=False)
+    with place.stream("torch"):
+        optimizer.step(g)
+        place.host(p)
+        place.delay("torch")
+        info = optimizer.step(g)
+    with place.stream("torch"):
+        norm: Any = info.grad_norm
+        return float(norm) ** 2 == n
+
+
+def streams(place: Machine, sizes: Sizes) -> Lines:
+    """Provoke races between streams, five times each."""
+    for library, role in product(("torch", "cupy"), ("parameter", "gradient", "copy")):
+        wrong = sum(not races(place, library, role, sizes.raced) for _ in range(5))
+        yield Row(f"{role} of {library}: runs out of order", wrong, 0, {}, False, "of 5")
+    wrong = sum(not told_in_order(place, sizes.raced) for _ in range(5))
+    yield Row("a norm read on another stream: runs out of order", wrong, 0, {}, False, "of 5")
 
 
 # ---------------------------------------------------------------- timed
 
 
-def seconds(torch: Any, step: Step, rounds: int) -> float:
-    """The median time that the device takes, after three untimed steps."""
-    for _ in range(3):
-        step()
-    times = []
-    for _ in range(rounds):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        step()
-        end.record()
-        end.synchronize()
-        times.append(float(start.elapsed_time(end)) / 1e3)
-    return statistics.median(times)
-
-
-def host_seconds(torch: Any, step: Step, rounds: int) -> float:
-    """The median time that the host takes to queue a step for an idle device."""
-    times = []
-    for _ in range(rounds + 3):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
-    torch.cuda.synchronize()
-    return statistics.median(times[3:])
-
-
 def arrays_moved(rule: fo.Rule) -> int:
     """How many arrays a step reads and how many it writes, together."""
-    from fusedopt.cuda import kernels  # 0.7 s, and not everywhere
+    from fusedopt.backends.cuda import kernels  # 0.7 s, and not everywhere
 
     operations = kernels.operations_of(rule.program, 0, refreshed=False)
     steps = [kernels.Step.of(rule.program, op) for op in operations]
@@ -156,146 +268,161 @@ def arrays_moved(rule: fo.Rule) -> int:
     return len(read) + len({name for step in steps for name in step.written})
 
 
-def made(torch: Any, shapes: Sequence[tuple[int, ...]], dtype: str) -> tuple[list[Any], list[Any]]:
-    """Parameters and gradients."""
-    kind = getattr(torch, dtype)
-    return tuple(  # type: ignore[return-value]
-        [torch.randn(shape, device="cuda").to(kind) for shape in shapes] for _ in range(2)
-    )
-
-
 def ours(p: list[Any], g: Any, rule: fo.Rule, **options: Any) -> Step:
-    """A function that takes a step."""
+    """Return a function that takes a step."""
     optimizer = fo.Optimizer(p, rule, **options)
     return lambda: optimizer.step(g)
 
 
-def rivals(torch: Any, p: list[Any], g: list[Any]) -> Iterator[tuple[str, Step]]:
-    """AdamW of others over the same arrays."""
-    for a, b in zip(p, g, strict=True):
-        a.grad = b
-    makers: dict[str, Callable[[], Any]] = {
-        "torch fused": lambda: torch.optim.AdamW(p, fused=True),
-        "torch foreach": lambda: torch.optim.AdamW(p, foreach=True),
-        "apex": lambda: importlib.import_module("apex.optimizers").FusedAdam(p),
-        "bitsandbytes": lambda: importlib.import_module("bitsandbytes").optim.AdamW32bit(p),
-    }
-    for name, make in makers.items():
-        try:
-            optimizer = make()
-        except (ImportError, AttributeError, RuntimeError) as error:
-            print(f"without {name}: {error}", file=sys.stderr)
-            continue
-        yield name, optimizer.step
-        if name == "torch fused":
-            yield f"{name}, clipped", clipped(torch, p, optimizer)
-        del optimizer
-
-
-def clipped(torch: Any, p: list[Any], optimizer: Any) -> Step:
-    """PyTorch's two calls."""
-
-    def step() -> None:
-        torch.nn.utils.clip_grad_norm_(p, 1.0)
-        optimizer.step()
-
-    return step
-
-
-def bandwidths(torch: Any, elements: int, rounds: int) -> Iterator[Row]:
+def bandwidth(place: Machine, sizes: Sizes) -> Lines:
     """Every rule over one large tensor, as a share of a copy's bandwidth."""
     for dtype in ("float32", "bfloat16"):
         width = np.dtype(DTYPES[dtype]).itemsize
-        (p,), (g,) = made(torch, [(elements,)], dtype)
-        copying = seconds(torch, lambda p=p, g=g: g.copy_(p), rounds)  # type: ignore[misc]
-        rate = 2 * elements * width / copying
+        (p,), (g,) = (place.random([(sizes.elements,)], dtype) for _ in range(2))
+
+        def copying(p: Any = p, g: Any = g) -> None:
+            place.copy(g, p)
+
+        copied = place.seconds(copying, sizes.rounds)
+        rate = 2 * sizes.elements * width / copied
         for name, cls in RULES.items():
             rule = cls()
             if rule.program.phases > 1:
                 continue
             step = ours([p], [g], rule, state_dtype=dtype)
-            taken = seconds(torch, step, rounds)
-            share = arrays_moved(rule) * elements * width / taken / rate
-            medians = {"fusedopt": taken, "copy": copying}
-            what = f"{name}, {elements:.0e} in {dtype}: share of copy ({rate / 1e12:.2f} TB/s)"
+            medians = {"fusedopt": place.seconds(step, sizes.rounds), "copy": copied}
+            rival = place.rival(name, [p], [g])
+            if rival is not None:
+                medians["torch fused"] = place.seconds(rival, sizes.rounds)
+            share = arrays_moved(rule) * sizes.elements * width / medians["fusedopt"] / rate
+            what = (
+                f"{name}, {sizes.elements:.0e} in {dtype}: share of copy ({rate / 1e12:.2f} TB/s)"
+            )
             yield Row(what, share, SHARE_OF_COPY, medians)
-            del step
+            if rival is not None:
+                faster = medians["torch fused"] / medians["fusedopt"]
+                yield Row(f"{name} in {dtype}: times as fast as torch fused", faster, 1.0, medians)
+            del step, rival
             gc.collect()  # of states that are some gigabytes
 
 
-def lists(torch: Any, rounds: int) -> Iterator[Row]:
-    """AdamW over GPT-2 small and over many small tensors, with and without clipping."""
-    problems: dict[str, Any] = {
-        "GPT-2 small": list(gpt2_small().values()),
-        "1000 of 1000": list(SMALL.values()),
-    }
-    pairs = (
-        ("fusedopt", "torch fused"),
-        ("fusedopt, clipped, not waiting", "torch fused, clipped"),
+def _steps(
+    place: Machine, sizes: Sizes, pairs: dict[str, str], ways: Callable[[Any], dict[str, Any]]
+) -> Lines:
+    """AdamW over lists of tensors, in several ways.
+
+    pairs: each way, and the rival that it is compared with. ways: from gradients to what is given
+    to `step`, with options of the optimizer.
+    """
+    for (problem, shapes), dtype in product(sizes.lists.items(), ("float32", "bfloat16")):
+        p, g = (place.random(shapes, dtype) for _ in range(2))
+        steps = {
+            name: ours(p, given, fo.AdamW(), state_dtype=dtype, **options)
+            for name, (given, options) in ways(g).items()
+        }
+        steps |= dict(place.rivals(p, g))
+        device = {name: place.seconds(step, sizes.rounds) for name, step in steps.items()}
+        host = {name: place.host_seconds(step, sizes.rounds) for name, step in steps.items()}
+        for name, rival in pairs.items():
+            what = f"{problem}, {dtype}: {name}"
+            yield Row(
+                f"{what}, times as fast as {rival}", device[rival] / device[name], 1.0, device
+            )
+            microseconds = 1e6 * host[name]
+            yield Row(f"{what}, of the host", microseconds, 1e6 * HOST_SECONDS, host, False, "us")
+
+
+def lists(place: Machine, sizes: Sizes) -> Lines:
+    """AdamW over GPT-2 small and over many small tensors."""
+    return _steps(
+        place,
+        sizes,
+        {"fusedopt": "torch fused", "fusedopt, Fixed": "torch fused"},
+        lambda g: {"fusedopt": (g, {}), "fusedopt, Fixed": (fo.Fixed(g), {})},
     )
-    for problem, shapes in problems.items():
-        for dtype in ("float32", "bfloat16"):
-            p, g = made(torch, shapes, dtype)
-            medians, host = steps_of_all(torch, p, g, dtype, rounds)
-            what = f"{problem}, {dtype}"
-            for name, rival in pairs:
-                value = medians[rival] / medians[name]
-                yield Row(f"{what}: {name}, times as fast as {rival}", value, 1.0, medians)
-            limit = host["torch fused"] * 1e6
-            for name in ("fusedopt", "fusedopt, Fixed", "fusedopt, clipped, not waiting"):
-                told = f"{what}: microseconds of the host, {name}"
-                yield Row(told, host[name] * 1e6, limit, host, at_least=False, unit="us")
 
 
-def steps_of_all(
-    torch: Any, p: list[Any], g: list[Any], dtype: str, rounds: int
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds of the device, and of the host, of a step of AdamW in several ways."""
-    norm, fixed = {"clip_norm": 1.0}, fo.Fixed(g)
-    steps: dict[str, Any] = {
-        "fusedopt": (g, {}),
-        "fusedopt, Fixed": (fixed, {}),
-        "fusedopt, clipped": (g, norm),
-        "fusedopt, clipped, not waiting": (fixed, {**norm, "wait": False}),
-    }
-    medians, host = {}, {}
-    mine = (
-        (name, ours(p, given, fo.AdamW(), state_dtype=dtype, **options))
-        for name, (given, options) in steps.items()
+def clipping(place: Machine, sizes: Sizes) -> Lines:
+    """The same with gradients that are clipped."""
+    norm = {"clip_norm": 1.0}
+    waiting, not_waiting = "clipped", "clipped, Fixed, not waiting"
+    return _steps(
+        place,
+        sizes,
+        {waiting: "torch fused, clipped", not_waiting: "torch fused, clipped"},
+        lambda g: {waiting: (g, norm), not_waiting: (fo.Fixed(g), {**norm, "wait": False})},
     )
-    for name, step in chain(mine, rivals(torch, p, g)):
-        medians[name], host[name] = seconds(torch, step, rounds), host_seconds(torch, step, rounds)
-    return medians, host
 
 
-def main() -> int:
+def cores(place: Machine, sizes: Sizes) -> Lines:
+    """The host's own step over GPT-2 small, with 1 to all cores."""
+    rng = np.random.default_rng(0)
+    shapes = list(sizes.lists.values())[-1]
+    available = len(os.sched_getaffinity(0))
+    counts = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= available]
+    for dtype in ("float32", "bfloat16"):
+        p, g = (
+            [rng.standard_normal(s, np.float32).astype(DTYPES[dtype]) for s in shapes]
+            for _ in range(2)
+        )
+        optimizers = {n: fo.Optimizer(p, fo.AdamW(), state_dtype=dtype, threads=n) for n in counts}
+        times: dict[int, list[float]] = {n: [] for n in counts}
+        for k in range(2 + min(sizes.rounds, 11)):
+            for n, optimizer in optimizers.items():
+                start = time.perf_counter()
+                optimizer.step(g)
+                if k > 1:
+                    times[n].append(time.perf_counter() - start)
+        medians = {f"{n} cores": float(np.median(t)) for n, t in times.items()}
+        for n, name in zip(counts, medians, strict=True):
+            value = medians["1 cores"] / medians[name]
+            yield Row(f"host, {dtype}: {n} cores, times as fast as 1", value, 0.0, medians)
+
+
+PARTS: dict[str, Callable[[Machine, Sizes], Lines]] = {
+    "bits": bits,
+    "streams": streams,
+    "bandwidth": bandwidth,
+    "lists": lists,
+    "clipping": clipping,
+    "cores": cores,
+}
+
+
+def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--elements", type=int, default=10**9)
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    reason = fo.info()["backends"]["cuda"]
-    if reason != "available":
-        print(f"nothing can be measured here: {reason}", file=sys.stderr)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--elements", type=int, default=Sizes.elements)
+    parser.add_argument("--rounds", type=int, default=Sizes.rounds)
+    parser.add_argument("--output", type=Path, help="a file for lines of JSON")
+    parser.add_argument("--rehearse", action="store_true", help="small sizes, on the simulator")
+    arguments = parser.parse_args(given)
+    unknown = set(arguments.parts) - set(PARTS)
+    if unknown:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
+    place = machine(arguments.rehearse)
+    if place is None:
         return 2
-    torch = pytorch()
-    if torch is None or not torch.cuda.is_available():
-        print("nothing can be measured here: there is no PyTorch for CUDA", file=sys.stderr)
-        return 2
-    print(torch.cuda.get_device_name(), f"torch {torch.__version__}", file=sys.stderr)
-    wrong = verify(torch)
-    print("\n".join(wrong) or "all rules have the CPU's bits (Muon: values)", file=sys.stderr)
-    rows = [
-        *bandwidths(torch, arguments.elements, arguments.rounds),
-        *lists(torch, arguments.rounds),
-    ]
-    print("| target | accepted | measured | met | medians |\n|---|---|---|---|---|")
-    for row in rows:
-        print("|", " | ".join(row.cells()), "|")
-    if arguments.json:
-        told = {"wrong": wrong, "rows": [asdict(row) for row in rows]}
-        arguments.json.write_text(json.dumps(told, indent=1))
-    return 1 if wrong or not all(row.met for row in rows) else 0
+    sizes = Sizes(elements=arguments.elements, rounds=arguments.rounds)
+    if arguments.rehearse:
+        sizes = Sizes(100, 70, 3, 1, 2, 16, ((3, 5), (1, 5)), True)
+    began, missed = time.perf_counter(), 0
+    print(place.name, flush=True)
+    print("| target | accepted | measured | met | medians |\n|---|---|---|---|---|", flush=True)
+    for part in arguments.parts or PARTS:
+        try:
+            for row in PARTS[part](place, sizes):
+                missed += not row.met
+                told = {"part": part, "after": time.perf_counter() - began, **asdict(row)}
+                print("|", " | ".join(row.cells()), "|", flush=True)
+                if arguments.output:
+                    with arguments.output.open("a") as file:
+                        file.write(json.dumps({"machine": place.name, **told}) + "\n")
+        except Exception as error:  # the other parts are worth having
+            missed += 1
+            print(f"{part}: {type(error).__name__}: {error}", flush=True)
+            traceback.print_exc()
+    return 1 if missed else 0
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fusedopt.bench.problems import Array
+from fusedopt.lab.bench.problems import Array
 
 BLOCK = 1 << 18
 """Elements that a thread takes at a time: long enough to cost nothing."""

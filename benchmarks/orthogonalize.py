@@ -19,10 +19,10 @@ from typing import NamedTuple
 import numpy as np
 
 import fusedopt as fo
-from fusedopt.bench.contenders import pytorch
-from fusedopt.bench.measure import Times, interleaved
-from fusedopt.bench.problems import Array, Step, gpt2_small
-from fusedopt.newton_schulz import Workspace, flops
+from fusedopt.lab.bench.contenders import pytorch
+from fusedopt.lab.bench.measure import Times, interleaved
+from fusedopt.lab.bench.problems import Array, Step, gpt2_small
+from fusedopt.linalg.newton_schulz import Workspace, flops
 
 STACKS = (
     (1, 512, 512),

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 import fusedopt as fo
-from fusedopt.bench.measure import interleaved
-from fusedopt.bench.problems import Step
+from fusedopt.lab.bench.measure import interleaved
+from fusedopt.lab.bench.problems import Step
 
 ACCEPTED = {"own rule, native": 0.9, "own rule, numba": 0.85, "AdamW, numba": 0.85}
 SIZES = {"in cache": (1, 1 << 14), "beyond cache": (16, 1 << 21)}

@@ -14,9 +14,9 @@ from dataclasses import replace
 import numpy as np
 
 from contenders import enter
-from fusedopt.bench.contenders import fused
-from fusedopt.bench.measure import interleaved
-from fusedopt.bench.problems import Problem, elementwise_rules, gpt2_small, rule_of, tensors
+from fusedopt.lab.bench.contenders import fused
+from fusedopt.lab.bench.measure import interleaved
+from fusedopt.lab.bench.problems import Problem, elementwise_rules, gpt2_small, rule_of, tensors
 from targets import Parts, Row, main, race, speedup
 
 LIMIT_SHARE = 0.92

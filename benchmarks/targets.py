@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import fusedopt as fo
-from fusedopt.bench.contenders import Contender, pytorch
-from fusedopt.bench.measure import Times, interleaved
+from fusedopt.lab.bench.contenders import Contender, pytorch
+from fusedopt.lab.bench.measure import Times, interleaved
 
 Parts = Mapping[str, Callable[[int], Iterator["Row"]]]
 

@@ -18,10 +18,10 @@ import fusedopt as fo
 import whole
 from contenders import enter, entrants
 from formats import streams
-from fusedopt.bench.contenders import LIMIT, Contender
-from fusedopt.bench.formats import WAYS, Stored
-from fusedopt.bench.measure import PAUSE, interleaved
-from fusedopt.bench.problems import (
+from fusedopt.lab.bench.contenders import LIMIT, Contender
+from fusedopt.lab.bench.formats import WAYS, Stored
+from fusedopt.lab.bench.measure import PAUSE, interleaved
+from fusedopt.lab.bench.problems import (
     Problem,
     Shapes,
     elementwise_rules,

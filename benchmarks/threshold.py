@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 
 import fusedopt as fo
-from fusedopt.bench.measure import interleaved
-from fusedopt.bench.problems import Problem, Step, elementwise_rules, rule_of, tensors
+from fusedopt.lab.bench.measure import interleaved
+from fusedopt.lab.bench.problems import Problem, Step, elementwise_rules, rule_of, tensors
 
 SIZES = [2**k for k in range(12, 21)]
 

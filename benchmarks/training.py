@@ -18,10 +18,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fusedopt.train import TrainOptions, gpt
-from fusedopt.train.descent import descend
-from fusedopt.train.history import History
-from fusedopt.train.setup import Setup
+from fusedopt.lab.train import TrainOptions, gpt
+from fusedopt.lab.train.descent import descend
+from fusedopt.lab.train.history import History
+from fusedopt.lab.train.setup import Setup
 
 # What is accepted: how much worse than float32 a way's mean loss may be; None shows it only.
 WAYS: dict[str, tuple[dict[str, Any], float | None]] = {

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 import fusedopt as fo
-from fusedopt.bench import naive
-from fusedopt.bench.contenders import LIMIT, Contender, pytorch
-from fusedopt.bench.measure import interleaved
-from fusedopt.bench.problems import Array, Shapes, gpt2_small, tensors
+from fusedopt.lab.bench import naive
+from fusedopt.lab.bench.contenders import LIMIT, Contender, pytorch
+from fusedopt.lab.bench.measure import interleaved
+from fusedopt.lab.bench.problems import Array, Shapes, gpt2_small, tensors
 from limit import TILE, Streams, Sweep
 from targets import Parts, Row, main, race, speedup
 

@@ -1,6 +1,6 @@
 // How stored elements become elements of the compute type and back, a tile at a time. A codec is a
 // few lines on one element or one block; everything else is one loop for all of them. The NumPy
-// form of each is in fusedopt/formats.py, bit for bit.
+// form of each is in fusedopt/arrays/formats.py, bit for bit.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -1,5 +1,5 @@
 // Newton-Schulz iterations of matrices that fit into a core's cache. What is computed, and why in
-// this order, fusedopt/newton_schulz.py says; larger matrices are multiplied by NumPy's BLAS.
+// this order, fusedopt/linalg/newton_schulz.py says; larger matrices are multiplied by NumPy's BLAS.
 //
 // A matrix is held tall, z of m x n with n <= m, so that every product reads whole rows of its
 // second factor. All lie with their rows and columns filled up with zeros to a multiple of GRAIN,

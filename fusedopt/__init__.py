@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import hessian
+from ._version import __version__ as __version__
+from .arrays.rows import Rows
+from .arrays.trees import Fixed
 from .estimate import Estimate, estimate
-from .functional import update
-from .norms import global_norm
+from .functional import global_norm, update
+from .loss_scale import LossScaler
 from .optimizer import Optimizer
 from .orthogonalize import orthogonalize
-from .rows import Rows
 from .rules import (
     RULES,
     SGD,
@@ -34,16 +36,15 @@ from .rules import (
     Rule,
     Sophia,
 )
-from .runtime import get_isa, get_threads, info, set_isa, set_threads, warmup
-from .scaler import LossScaler
-from .stepping import StepInfo
-from .trees import Fixed
-from .verify import VerificationError, verify
+from .runtime import info, warmup
+from .step.info import StepInfo
+from .system.isa import get_isa, get_threads, set_isa, set_threads
+from .verification.plan import VerificationError
+from .verify import verify
 
 if TYPE_CHECKING:
     from . import examples, interop, schedules
 
-__version__ = "0.1.0"
 
 __all__ = [
     "RULES",

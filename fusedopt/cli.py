@@ -10,8 +10,8 @@ import numpy as np
 
 import fusedopt as fo
 
+from .arrays.storage import STATE_DTYPES
 from .backends import BACKENDS as KNOWN
-from .storage import STATE_DTYPES
 from .verify import STORAGES
 
 try:
@@ -118,10 +118,10 @@ def bench(
     Example: `fusedopt bench --rule adamw --rule lion --seconds 10 --out runs/new`, and then
     `fusedopt bench --compare runs/old/bench.json runs/new/bench.json`
     """
-    from .bench import BenchOptions  # brings in matplotlib
-    from .bench import bench as run
-    from .bench import compare as show
-    from .bench.compare import slower
+    from .lab.bench import BenchOptions  # brings in matplotlib
+    from .lab.bench import bench as run
+    from .lab.bench import compare as show
+    from .lab.bench.compare import slower
 
     try:
         if compare is not None:
@@ -227,8 +227,8 @@ def train(
     Example: `fusedopt train --checkpoint run.ckpt --checkpoint-every 200`, and after a kill
     `fusedopt train --checkpoint run.ckpt --checkpoint-every 200 --resume run.ckpt`
     """
-    from .train import TrainOptions
-    from .train import train as run  # brings in matplotlib
+    from .lab.train import TrainOptions
+    from .lab.train import train as run  # brings in matplotlib
 
     try:
         options = TrainOptions(
@@ -278,7 +278,7 @@ def landscape(
 
     Example: `fusedopt landscape --scene valley --scene nesterov --out runs/valley`
     """
-    from .landscape import choose, show  # brings in matplotlib
+    from .lab.landscape import choose, show  # brings in matplotlib
 
     try:
         shown, whole = show(choose(scene), out, console, moving=gif, json_file=json)
@@ -319,8 +319,8 @@ def race(
 
     Example: `fusedopt race --quick`, or `fusedopt race --rules adamw,lion,muon --out runs/three`
     """
-    from .race import QUICK, RaceOptions  # brings in matplotlib
-    from .race import race as run
+    from .lab.race import QUICK, RaceOptions  # brings in matplotlib
+    from .lab.race import race as run
 
     chosen = {"rules": tuple(rules.split(",")) if rules else None, "steps": steps}
     try:

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from .around import Around
-from .arrays import EXPECTED, memory_order
-from .formats import DTYPES, compute_dtype
-from .groups import RuleChoice, assign
-from .newton_schulz import Stack, Workspace, batches
-from .states import WINDOW
-from .storage import Master, Rounding, StateDtype, Storage
-from .trees import Tree
+from .arrays.checks import EXPECTED, memory_order
+from .arrays.formats import DTYPES, compute_dtype
+from .arrays.storage import Master, Rounding, StateDtype, Storage
+from .arrays.stored import WINDOW
+from .arrays.trees import Tree
+from .linalg.newton_schulz import Stack, Workspace, batches
+from .plan.extras import Around
+from .rules.groups import RuleChoice, assign
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from .programs.arithmetic import ratio
+from .programs.elements import clamp, maximum, quotient
 from .rules import CustomRule
-from .rules.base import ratio
-from .rules.elements import clamp, maximum, quotient
-from .rules.fields import Betas, Count, Fraction, NonNegative
+from .rules.hyperparameters import Betas, Count, Fraction, NonNegative
 
 __all__ = ["ADOPT", "AdEMAMix", "AdaBelief"]
 

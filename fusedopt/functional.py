@@ -1,4 +1,4 @@
-"""One step of one tensor."""
+"""Functions that need no optimizer: one step of one tensor, and the norm of gradients."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
-from .backends import default_backend, get_backend
-from .cuda.foreign import on_device
-from .formats import compute_dtype
+from .arrays.checks import check_input
+from .arrays.device_interface import on_device
+from .arrays.formats import compute_dtype
+from .arrays.rows import added_up, as_rows
+from .arrays.stored import Stored
+from .arrays.trees import leaves_of, values_of
+from .backends import ON_HOST, default_backend, get_backend
 from .rules import Rule
-from .states import Stored
+from .step.clipping import combined
 
 
 def update(
@@ -95,3 +99,36 @@ def _check_fit(name: str, state: Stored, p: Stored, shape: tuple[int, ...] | Non
             f"{name}: expected shape {shape or p.shape} {wanted}, got {state.shape}; make it with"
             " rule.init(p)"
         )
+
+
+def global_norm(grads: Any) -> float:
+    """The Euclidean norm of all elements of all arrays.
+
+    grads: an array or any nesting of dicts, lists and tuples of them, of float32, float64, bfloat16
+    or float16, in any layout, or `Rows`, or all on one CUDA device; None counts as nothing. Squares
+    are summed in float64, in an order that depends on nothing but each array's elements in memory:
+    the result has the same bits with any number of threads, on any instruction set and in any order
+    of the leaves. NaN where an element is NaN, infinite where one is; large elements do not
+    overflow it otherwise.
+
+    Raises TypeError for what is no array, or of another dtype.
+
+    >>> import numpy as np, fusedopt as fo
+    >>> fo.global_norm({"w": np.float32([3.0, 0.0]), "b": [None, np.array(4.0)]})
+    5.0
+    """
+    arrays = [value for value in values_of(grads) if value is not None]
+    found = default_backend().sums_of_squares(arrays)
+    if found is None:
+        there = any(map(on_device, arrays))
+        backend = get_backend("auto", arrays) if there else default_backend()
+        elements = _elements if backend.name in ON_HOST else backend.space.check_input
+        given = [(leaf.label, leaf.value) for leaf in leaves_of(grads, "grads")]
+        arrays = [elements(label, value) for label, value in given if value is not None]
+        found = backend.sums_of_squares(arrays)
+    return combined(np.array(found, np.float64).reshape(-1, 2))
+
+
+def _elements(label: str, gradient: Any) -> np.ndarray:
+    rows = as_rows(label, gradient)
+    return check_input(label, gradient) if rows is None else added_up(label, rows)

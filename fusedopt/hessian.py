@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from .interrupts import deferred
-from .trees import Tree
+from .arrays.trees import Tree
+from .system.interrupts import deferred
 
 
 def gauss_newton_bartlett(

@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .accumulate import ACCUMULATED, Accumulator
-from .arguments import checked_arrays
-from .around import AVERAGE
-from .arrays import memory_order
-from .averages import Averaged
-from .backends import Layout, get_backend
-from .backends.base import results_for
-from .catchup import Ledger
-from .checkpoint import Snapshot
-from .groups import (
+from .arrays.checks import memory_order
+from .arrays.storage import Master, Rounding, StateDtype, synchronize
+from .arrays.stored import AVERAGE, Memory
+from .arrays.trees import Tree
+from .backends import get_backend
+from .plan.options import ClipNorm, Options, check_grad_scale, check_seed
+from .plan.spec import Layout, results_for
+from .rules import Nesterov, Rule
+from .rules.groups import (
     RateChoice,
     RuleChoice,
     assign,
@@ -27,18 +26,20 @@ from .groups import (
     with_hyperparameters,
     with_rates,
 )
-from .interrupts import deferred
-from .looks import digest, table
-from .norms import Guard
-from .options import ClipNorm, Options, check_grad_scale, check_seed
-from .rules import Nesterov, Rule
-from .states import Memory
-from .stepping import Report, StepInfo, Stepper
-from .storage import Master, Rounding, StateDtype, synchronize
-from .trees import Tree
+from .step.accumulate import ACCUMULATED, Accumulator
+from .step.assembly import checked_arrays
+from .step.checkpoint import Snapshot
+from .step.clipping import Guard
+from .step.exchange import Averaged
+from .step.gradients import Stepper
+from .step.info import Report, StepInfo
+from .step.lazy_rows import Ledger
+from .step.summary import digest, table
+from .system.interrupts import deferred
+from .verification.plan import VerifiedPlan
 
 if TYPE_CHECKING:
-    from .scratch import Scratch
+    from .arrays.state_file import Scratch
 
 
 new_tuple = tuple.__new__
@@ -190,13 +191,13 @@ class Optimizer:
         self._ledger: Ledger | None = None
         scratch: AbstractContextManager[Scratch | None] = nullcontext()
         if state_path is not None:
-            from .scratch import scratch_in  # 5 ms, for this alone
+            from .arrays.state_file import scratch_in  # 5 ms, for this alone
 
             scratch = scratch_in(state_path)
         with scratch as self._scratch:
             block = (self._scratch.reserve,) if self._scratch else ()
             self._leaves = self._space.allocate(
-                self._storage, self._rules, parameters, copies, self._around, *block
+                self._storage, self._rules, parameters, copies, self._around.states, *block
             )
             self._prepare(parameters)
             if self._scratch:
@@ -242,8 +243,6 @@ class Optimizer:
             scratch=self._scratch,
         )
         if self._options.verify:
-            from .verify import VerifiedPlan  # an optimizer may run without the module
-
             plan: Any = VerifiedPlan(self._backend, layout, self._tree.leaves)
         else:
             plan = self._backend.plan(layout)
@@ -267,16 +266,14 @@ class Optimizer:
         self._settle_simple()
 
     def _settle_simple(self) -> None:
-        """The way of a step that is one native call, which guards itself and is a whole; None
-        where there is more to a step, which must be made so."""
-        native = self._backend.native and not self._options.verify
+        """Find the plan's own whole step, which guards itself; None where there is more to a step
+        than that, or where the plan has none."""
+        alone = None if self._options.verify else getattr(self._plan, "step_alone", None)
         one_phase = all(group.rule.program.phases == 1 for group in self._groups)
         options = self._options
         asked = options.decides(self._wide) or options.stats or options.exact or self._scratch
-        simple = (
-            native and one_phase and not self._scheduled and not asked and not self._accumulated
-        )
-        self._step_alone: Any = self._plan.step_alone if simple else None
+        simple = one_phase and not self._scheduled and not asked and not self._accumulated
+        self._step_alone: Any = alone if simple else None
 
     def step(
         self, grads: Any = ACCUMULATED, *, grad_scale: float = 1.0, hessian: Any = None

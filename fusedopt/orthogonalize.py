@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .coefficients import Row, coefficient_set
-from .formats import FLOAT32, FLOAT64
-from .newton_schulz import Gram, Iteration, Norm, Workspace
-from .rules.fields import Count, NonNegative, QuinticSet, check_field
+from .arrays.formats import FLOAT32, FLOAT64
+from .linalg.coefficients import Row, coefficient_set
+from .linalg.newton_schulz import Gram, Iteration, Norm, Workspace
+from .rules.hyperparameters import Count, NonNegative, QuinticSet, check_field
 
 
 def orthogonalize(
@@ -33,7 +33,8 @@ def orthogonalize(
 
     Raises TypeError for a value of the wrong kind, ValueError for one that does not fit.
 
-    Sources: see `fusedopt.coefficients.coefficient_set` and `fusedopt.newton_schulz.Iteration`.
+    Sources: see `fusedopt.linalg.coefficients.coefficient_set` and
+    `fusedopt.linalg.newton_schulz.Iteration`.
 
     >>> import numpy as np, fusedopt as fo
     >>> x = np.array([[1.0, 2, 3], [4, 5, 6]])

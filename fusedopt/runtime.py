@@ -9,51 +9,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from ._version import __version__
 from .backends import BACKENDS, FORCED, check_registry
-from .core import core
-from .environment import choice
+from .optimizer import Optimizer
 from .rules import RULES, Rule
-from .threads import available, check_threads, in_use, use
-
-
-def get_isa() -> str:
-    """The instruction set of the compiled core in use; "none" where there is no core."""
-    return core.get_level() if core else "none"
-
-
-def isas() -> list[str]:
-    """The instruction sets that this build and this machine both have, lowest first."""
-    return list(core.levels()) if core else []
-
-
-def set_isa(name: str) -> None:
-    """Makes every later step run on this instruction set.
-
-    Raises ValueError, with the valid names, for one that is unknown or that this machine lacks.
-    """
-    if not core or not core.set_level(name):
-        valid = ", ".join(isas()) or "none: there is no compiled core"
-        raise ValueError(f"isa {name!r} is not to be had here; valid: {valid}")
-
-
-def get_threads() -> int:
-    """How many threads a step may use."""
-    return in_use()
-
-
-def set_threads(n: int) -> None:
-    """Lets every later step use up to n threads, at most what the process was granted.
-
-    Raises TypeError or ValueError where n is no integer >= 1.
-    """
-    n = check_threads("set_threads", n)
-    _use(min(n, *available().values()))
-
-
-def _use(n: int) -> None:
-    use(n)
-    if core:
-        core.set_threads(n)
+from .system.extension import core
+from .system.isa import get_isa, get_threads, isas, start
+from .system.threads import available
 
 
 def warmup(*rules: Rule, dtype: str = "float32", backend: str = "auto", **options: Any) -> float:
@@ -65,8 +27,6 @@ def warmup(*rules: Rule, dtype: str = "float32", backend: str = "auto", **option
     NUMBA_CACHE_DIR or the user's cache directory, where one of them can be written to. Raises as
     `Optimizer` does.
     """
-    from .optimizer import Optimizer
-
     start = time.perf_counter()
     kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
     for rule in rules or [cls() for cls in RULES.values()]:
@@ -78,8 +38,6 @@ def warmup(*rules: Rule, dtype: str = "float32", backend: str = "auto", **option
 
 def info() -> dict[str, Any]:
     """What was chosen and why the rest was not; every value goes into JSON."""
-    from . import __version__  # defined after this module is imported
-
     reasons = {name: backend.unavailable() for name, backend in BACKENDS.items()}
     usable = [name for name, reason in reasons.items() if reason is None]
     limits = available()
@@ -108,14 +66,6 @@ def _processor() -> str:
         return platform.processor() or "unknown"
 
 
-def _start() -> None:
-    limits = available()
-    forced = choice("FUSEDOPT_ISA", isas())
-    _use(min(limits.values()))
-    if core:
-        check_registry()
-        if forced is not None:
-            set_isa(forced)
-
-
-_start()
+start()
+if core:
+    check_registry()

@@ -26,7 +26,7 @@ from itertools import pairwise
 from math import cos, pi, sqrt
 from typing import Annotated, Any, Literal
 
-from .rules.fields import Count, Fraction, NonNegative, Number, check_fields
+from .rules.hyperparameters import Count, Fraction, NonNegative, Number, check_fields
 
 __all__ = [
     "Constant",

@@ -7,12 +7,13 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
-from ..cuda.foreign import on_device
-from ..environment import choice
-from .base import Backend, Group, Layout, Plan
+from ..arrays import spaces
+from ..arrays.device_interface import on_device
+from ..plan.interface import Backend
+from ..system.environment import choice
+from .cuda.backend import CudaBackend
 from .native import NativeBackend, check_registry
-from .numba_cpu import NumbaBackend
-from .numba_cuda import CudaBackend
+from .numba.backend import NumbaBackend
 from .reference import ReferenceBackend
 
 BACKENDS: dict[str, Backend] = {
@@ -54,6 +55,9 @@ def get_backend(name: str = "auto", arrays: Iterable[Any] = ()) -> Backend:
     return backend
 
 
+spaces.register(lambda array: get_backend("auto", [array]).space)
+
+
 @functools.cache
 def default_backend() -> Backend:
     """What "auto" stands for: asked at every `update`, decided once."""
@@ -63,10 +67,6 @@ def default_backend() -> Backend:
 __all__ = [
     "BACKENDS",
     "ON_HOST",
-    "Backend",
-    "Group",
-    "Layout",
-    "Plan",
     "check_registry",
     "default_backend",
     "get_backend",

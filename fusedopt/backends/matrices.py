@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..formats import compute_dtype
-from ..newton_schulz import Workspace, batches
+from ..arrays.formats import compute_dtype
+from ..arrays.stored import Stored
+from ..linalg.newton_schulz import Workspace, batches
+from ..plan.spec import Layout
 from ..rules import Rule
 from ..rules.base import Member
-from ..states import Stored
-from .base import Layout
 
 
 class Matrices:

@@ -7,14 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from .. import host
-from ..around import EVERYTHING
-from ..core import core, reason
-from ..formats import FLOAT32, FLOAT64, FORMATS
+from ..arrays import host
+from ..arrays.formats import FLOAT32, FLOAT64, FORMATS
+from ..arrays.stored import Stored
+from ..plan.extras import EVERYTHING
+from ..plan.interface import Plan
+from ..plan.spec import INPUTS, Layout, single
+from ..programs.program import HEAD, Operation, Program
 from ..rules import RULES, Nesterov, Rule
-from ..rules.base import Operation, Program
-from ..states import Stored
-from .base import HEAD, INPUTS, Layout, Plan, single
+from ..system.extension import core, reason
 from .matrices import Matrices
 
 
@@ -46,7 +47,7 @@ def _compile(program: Program) -> Any:
 
 def _foreign(program: Program, op: Operation) -> tuple[int, list[int]]:
     """The scalars and addresses of an operation that Numba compiles."""
-    from .numba_cpu import tile_function  # 0.5 s, for those with rules of their own
+    from ..jit.operations import tile_function  # 0.5 s, for those with rules of their own
 
     addresses = [tile_function(program, op, dtype).address for dtype in (FLOAT32, FLOAT64)]
     return HEAD[op.loop] + len(op.scalars(1, 0.1)), addresses
@@ -81,7 +82,6 @@ class NativeBackend:
     """C++ kernels on NumPy arrays."""
 
     name = "native"
-    native = True
     space = host
 
     def unavailable(self) -> str | None:

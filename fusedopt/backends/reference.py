@@ -7,14 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from .. import host
-from ..around import NOTHING, Around
-from ..formats import DTYPES, compute_dtype, least_state, subkey
-from ..interrupts import deferred
-from ..rows import Touched, selected, values_of, whole
+from ..arrays import host
+from ..arrays.formats import DTYPES, compute_dtype, least_state, subkey
+from ..arrays.rows import Touched, selected, values_of, whole
+from ..arrays.stored import Memory, Stored
+from ..plan.extras import NOTHING, Around
+from ..plan.interface import Plan, Turn
+from ..plan.spec import Layout, single
 from ..rules import Rule
-from ..states import Memory, Stored
-from .base import Layout, Plan, Turn, single
+from ..system.interrupts import deferred
 
 
 def reference_step(
@@ -63,7 +64,6 @@ class ReferenceBackend:
     """NumPy alone."""
 
     name = "reference"
-    native = False
     space = host
 
     def unavailable(self) -> str | None:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..arrays import memory_order
-from ..formats import Blocks
+from ..arrays.checks import memory_order
+from ..arrays.formats import Blocks
+from ..arrays.stored import Stored
 from ..rules import RULES, Rule
-from ..states import Stored
 from .common import (
     Arrival,
     Encoded,

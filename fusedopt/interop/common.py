@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..around import AVERAGE
-from ..formats import compute_dtype, least_state
+from ..arrays.formats import compute_dtype, least_state
+from ..arrays.storage import synchronize
+from ..arrays.stored import AVERAGE, Memory, Stored
 from ..rules import Muon, Rule
-from ..states import Memory, Stored
-from ..storage import synchronize
 
 if TYPE_CHECKING:
     from ..optimizer import Optimizer

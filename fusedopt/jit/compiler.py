@@ -16,7 +16,7 @@ import numpy as np
 from numba import types
 from numba.core.errors import NumbaError
 
-from ..rules.inspection import codes, used_globals
+from ..programs.element_source import codes, used_globals
 
 POINTER = types.voidptr
 TILE_FUNCTION = types.void(types.CPointer(POINTER), POINTER, types.intp)

@@ -10,10 +10,10 @@ from llvmlite import ir
 from numba import from_dtype, types
 from numba.extending import intrinsic
 
-from ..formats import TILE
-from . import bits
+from ..arrays.formats import TILE
+from . import scalar_codecs
 from .compiler import device, jit, kept
-from .kernels import LANES, SEGMENT
+from .tiles import LANES, SEGMENT
 
 MAX_OPERANDS = 16
 ARRAY, INPUT, SCRATCH, SUMS = range(4)
@@ -76,7 +76,7 @@ def _call(typing: Any, address: Any, arguments: Any) -> Any:
     return types.void(address, arguments), generate
 
 
-_subkey = device(bits.subkey)
+_subkey = device(scalar_codecs.subkey)
 
 
 @jit

@@ -7,9 +7,10 @@ from math import sqrt
 
 import numpy as np
 
-from .base import REQUIRED, Array, Convention, Rule, ratio
-from .elements import quotient
-from .fields import LearningRate, NonNegative
+from ..programs.arithmetic import Array, ratio
+from ..programs.elements import quotient
+from .base import REQUIRED, Convention, Rule
+from .hyperparameters import LearningRate, NonNegative
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,18 +9,10 @@ from typing import Literal
 
 import numpy as np
 
-from .base import (
-    REQUIRED,
-    Array,
-    Convention,
-    DecayForm,
-    Rule,
-    correction,
-    ratio,
-    textbook_correction,
-)
-from .elements import Element, maximum, quotient
-from .fields import Betas, LearningRate, NonNegative
+from ..programs.arithmetic import Array, correction, ratio, textbook_correction
+from ..programs.elements import Element, maximum, quotient
+from .base import REQUIRED, Convention, DecayForm, Rule
+from .hyperparameters import Betas, LearningRate, NonNegative
 
 
 def adam(

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .base import REQUIRED, Array, Convention, Rule, correction, ratio, textbook_correction
-from .elements import magnitude, maximum, quotient
-from .fields import Betas, LearningRate, NonNegative
+from ..programs.arithmetic import Array, correction, ratio, textbook_correction
+from ..programs.elements import magnitude, maximum, quotient
+from .base import REQUIRED, Convention, Rule
+from .hyperparameters import Betas, LearningRate, NonNegative
 
 _DEFAULTS = {"betas": (0.9, 0.999), "weight_decay": 0.0}
 

@@ -9,18 +9,11 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from ..newton_schulz import Workspace
-from .base import (
-    Array,
-    Convention,
-    Member,
-    Operation,
-    capped,
-    correction,
-    ratio,
-    textbook_correction,
-)
-from .fields import Fraction, NonNegative
+from ..linalg.newton_schulz import Workspace
+from ..programs.arithmetic import Array, capped, correction, ratio, textbook_correction
+from ..programs.program import Operation
+from .base import Convention, Member
+from .hyperparameters import Fraction, NonNegative
 from .muon import Muon, through
 
 

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from math import expm1, log
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 
-from .elements import Element
-from .fields import LearningRate, NonNegative, Number, check_fields
-
-if TYPE_CHECKING:
-    from ..newton_schulz import Stack, Workspace
-    from ..storage import StateDtype
-
-Array = Any
-"""In a reference: an ndarray, or `verify`'s array that carries the bound of its rounding."""
+from ..arrays.spaces import space_of
+from ..arrays.storage import StateDtype, Storage
+from ..linalg.newton_schulz import Stack, Workspace
+from ..programs.arithmetic import Array
+from ..programs.elements import Element
+from ..programs.program import Operation, Program
+from .hyperparameters import LearningRate, NonNegative, Number, check_fields
 
 DecayForm = Literal["l2", "decoupled", "decoupled_first", "independent"]
 
@@ -47,30 +44,6 @@ class Member(NamedTuple):
 
     t: int
     sides: Mapping[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One operation of a rule's program, run on each tile (csrc/rules.hpp holds the kernels).
-
-    operands: names; "g" and "hessian" come anew with each step, "p" is the parameter, those of
-    `Rule.works` are the matrices between two phases, every other name a state, scratch or sum.
-    loop: what the loop around the kernel does: "rule" applies the delta, "peek" only writes it to
-    the last operand, "filter" makes its first operand of the gradient times its factor, "sum" adds
-    up, and "other" writes its first operand. needs: run only where this input was given. written:
-    of a rule's states the first so many; None: all. element: the kernel in Python, where
-    elements.py does not have it under the kernel's name. kernel: None where the core has none, and
-    is given the compiled element.
-    """
-
-    kernel: str | None
-    operands: tuple[str, ...]
-    scalars: Callable[[int, float], tuple[float, ...]]
-    loop: Literal["rule", "peek", "filter", "sum", "other"] = "rule"
-    phase: int = 0
-    needs: Literal["hessian"] | None = None
-    written: int | None = None
-    element: Element | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,12 +279,7 @@ class Rule:
         state_dtype: as `Optimizer` takes it; without it float64 for a float64 parameter, else
         float32. Arrays, or `Quantized` objects where the state is stored so.
         """
-        from .. import host  # which knows rules, as do
-        from ..backends import get_backend
-        from ..cuda.foreign import on_device
-        from ..storage import Storage
-
-        space = get_backend("auto", [p]).space if on_device(p) else host
+        space = space_of(p)
         p = space.check_parameter("p", p, self)
         storage = Storage(state_dtype)
         storage.check(["p"], [p.dtype], [self])
@@ -331,71 +299,3 @@ class Rule:
     @functools.cached_property
     def program(self) -> Program:
         return Program(self, self.operations(), ("p", *self.states))
-
-
-class Program:
-    """Operations on a rule's arrays, and their scalars.
-
-    arrays: names; work space is added where there are several phases. scratch: names of tiles that
-    live as long as a tile is worked on; sums: of sums over a leaf. folds: of each operation its
-    function from (t, lr). head: (factor, a, b); a rule's own scalars stand behind the factor on the
-    gradient and the coefficient a + b lr of weight decay.
-    """
-
-    MODES: ClassVar = ("plain", "l2", "decoupled", "first", "peek", "peek_l2")  # csrc/table.h
-
-    def __init__(
-        self,
-        rule: Rule,
-        operations: tuple[Operation, ...],
-        arrays: tuple[str, ...],
-        scratch: tuple[str, ...] = (),
-        sums: tuple[str, ...] = (),
-    ) -> None:
-        self.operations, self.scratch, self.sums = operations, scratch, sums
-        self.phases = 1 + max(op.phase for op in operations)
-        self.works = rule.works if self.phases > 1 else ()
-        self.arrays = (*arrays, *self.works)
-        decay = {"independent": "decoupled", "decoupled_first": "first"}.get(rule.decay, rule.decay)
-        self._decay = decay if rule.weight_decay else "plain"
-        self.folds = tuple(op.scalars for op in operations)
-        line = rule.decay_line if rule.weight_decay else (0.0, 0.0)
-        self.head = (-1.0 if rule.maximize else 1.0, *line)
-        self.native: Any = None  # what the native backend compiled it to
-
-    def mode(self, op: Operation) -> str:
-        """How the loop around an operation treats weight decay and the delta."""
-        if op.loop == "peek":
-            return "peek_l2" if self._decay == "l2" else "peek"
-        return self._decay if op.loop == "rule" else "plain"
-
-
-def correction(beta: float, t: int) -> float:
-    """1 - beta^t without cancellation."""
-    return -expm1(t * log(beta)) if beta else 1.0
-
-
-def textbook_correction(beta: float, t: int) -> float:
-    """1 - beta^t for the references, by another way than `correction`: in 28 decimal digits."""
-    from decimal import Decimal  # only where a reference runs
-
-    return float(1 - Decimal(beta) ** t)
-
-
-def capped(x: Array, limit: float) -> Array:
-    """x, whose magnitude never exceeds `limit`, as whoever bounds its rounding is to know."""
-    return x if isinstance(x, np.ndarray) else x.capped(limit)
-
-
-def by_sign(sign: Array, negative: Array, zero: Array, positive: Array) -> Array:
-    """Of three arrays what each element of `np.sign`'s result selects; NaN selects `zero`."""
-    if isinstance(sign, np.ndarray):
-        return np.where(sign < 0, negative, np.where(sign > 0, positive, zero))
-    return sign.by_sign(negative, zero, positive)
-
-
-def ratio(numerator: Array, denominator: Array) -> Array:
-    """The quotient, 0 where the denominator is 0: no step where nothing was accumulated."""
-    if isinstance(denominator, (np.ndarray, np.generic)):
-        return numerator / np.where(denominator == 0, np.inf, denominator).astype(denominator.dtype)
-    return denominator.divides(numerator)

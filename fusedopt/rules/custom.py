@@ -8,8 +8,10 @@ import inspect
 from types import FunctionType
 from typing import Any, dataclass_transform
 
-from .base import Array, Operation, Rule
-from .inspection import inexact, on_arrays
+from ..programs.arithmetic import Array
+from ..programs.element_source import inexact, on_arrays
+from ..programs.program import Operation
+from .base import Rule
 
 _RESERVED = {
     *("hessian", "work", "master", "low", "compensation", "average"),

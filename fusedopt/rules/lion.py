@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .base import REQUIRED, Array, Convention, DecayForm, Rule
-from .elements import signed_like
-from .fields import Betas, LearningRate, NonNegative
+from ..programs.arithmetic import Array
+from ..programs.elements import signed_like
+from .base import REQUIRED, Convention, DecayForm, Rule
+from .hyperparameters import Betas, LearningRate, NonNegative
 
 
 @dataclass(frozen=True, kw_only=True)

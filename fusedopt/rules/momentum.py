@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .base import REQUIRED, Array, Convention, Rule
-from .fields import Fraction, LearningRate
+from ..programs.arithmetic import Array
+from .base import REQUIRED, Convention, Rule
+from .hyperparameters import Fraction, LearningRate
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,22 +10,14 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from ..coefficients import KELLER, coefficient_set
-from ..newton_schulz import Gram, Iteration, Norm, Stack, Workspace, as_matrix
+from ..linalg.coefficients import KELLER, coefficient_set
+from ..linalg.newton_schulz import Gram, Iteration, Norm, Stack, Workspace, as_matrix
+from ..programs.arithmetic import Array, correction, ratio, textbook_correction
+from ..programs.program import Operation
 from .adam import AdamW
-from .base import (
-    REQUIRED,
-    Array,
-    Convention,
-    DecayForm,
-    Member,
-    Operation,
-    Rule,
-    correction,
-    ratio,
-    textbook_correction,
-)
-from .fields import Count, Fraction, LearningRate, NonNegative, QuinticSet, check_field
+from .base import REQUIRED, Convention, DecayForm, Member, Rule
+from .groups import by_kind
+from .hyperparameters import Count, Fraction, LearningRate, NonNegative, QuinticSet, check_field
 from .momentum import Momentum
 from .nesterov import nesterov
 
@@ -49,8 +41,8 @@ class Muon(Rule):
 
     Newton-Schulz: `ns_steps` times x := a x + (b A + c A^2) x with A = x x^T. `ns_coefficients`:
     (a, b, c), a list of `ns_steps` of them, or the name of a set: "keller", "you", "cans",
-    "polar_express" (`fusedopt.coefficients` has sources and accuracy). `norm`: "aol" divides each
-    row of u by its own norm. `gram`: iterate on the Gram matrix, True, False, or "auto": where
+    "polar_express" (`fusedopt.linalg.coefficients` has sources and accuracy). `norm`: "aol" divides
+    each row of u by its own norm. `gram`: iterate on the Gram matrix, True, False, or "auto": where
     that is faster; `Optimizer.describe` shows it.
 
     Parameters of more than two dimensions are flattened to (shape[0], the rest). `split` n: the
@@ -167,7 +159,7 @@ class Muon(Rule):
         params: as for the optimizer. adamw: by default the usual one beside Muon, AdamW(lr=3e-4,
         betas=(0.9, 0.95), eps=1e-10, weight_decay=0). names: matrices that go to AdamW, namely
         where a part of the dotted path matches one of these patterns; by default those of
-        embeddings and output heads, `fusedopt.partition.NAMES`. filters: where parameters of more
+        embeddings and output heads, `fusedopt.rules.groups.NAMES`. filters: where those of more
         than two dimensions go; without it they are refused. hyperparameters: Muon's.
 
         The result is an ordinary dict, to read and to change; `Optimizer.describe` shows which
@@ -181,8 +173,6 @@ class Muon(Rule):
         blocks.*.w Muon(lr=0.01)
         * AdamW(lr=0.001)
         """
-        from ..partition import by_kind  # which imports the rules
-
         if adamw is None:
             adamw = AdamW(lr=3e-4, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0)
         if filters is not None:

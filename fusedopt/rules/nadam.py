@@ -7,18 +7,11 @@ from math import prod, sqrt
 
 import numpy as np
 
+from ..programs.arithmetic import Array, correction, ratio, textbook_correction
+from ..programs.elements import Element
 from .adam import adam_nesterov
-from .base import (
-    Array,
-    Convention,
-    DecayForm,
-    Rule,
-    correction,
-    ratio,
-    textbook_correction,
-)
-from .elements import Element
-from .fields import Betas, LearningRate, NonNegative
+from .base import Convention, DecayForm, Rule
+from .hyperparameters import Betas, LearningRate, NonNegative
 
 VANISHED = 1e-20
 """A product of momenta that is no longer told from zero: 1 minus it is 1."""

@@ -6,9 +6,11 @@ import functools
 from dataclasses import dataclass
 from typing import Literal
 
-from .base import REQUIRED, Array, Convention, Operation, Program, Rule
-from .elements import Element
-from .fields import Fraction, LearningRate
+from ..programs.arithmetic import Array
+from ..programs.elements import Element
+from ..programs.program import Operation, Program
+from .base import REQUIRED, Convention, Rule
+from .hyperparameters import Fraction, LearningRate
 from .momentum import Momentum
 
 

@@ -9,9 +9,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..newton_schulz import Workspace
-from .base import Array, Convention, Member, capped, ratio
-from .fields import Fraction, NonNegative
+from ..linalg.newton_schulz import Workspace
+from ..programs.arithmetic import Array, capped, ratio
+from .base import Convention, Member
+from .hyperparameters import Fraction, NonNegative
 from .muon import Muon, through
 
 

@@ -9,18 +9,10 @@ from typing import Annotated
 
 import numpy as np
 
-from .base import (
-    REQUIRED,
-    Array,
-    Convention,
-    DecayForm,
-    Rule,
-    correction,
-    ratio,
-    textbook_correction,
-)
-from .elements import quotient
-from .fields import Betas, LearningRate, NonNegative, Number
+from ..programs.arithmetic import Array, correction, ratio, textbook_correction
+from ..programs.elements import quotient
+from .base import REQUIRED, Convention, DecayForm, Rule
+from .hyperparameters import Betas, LearningRate, NonNegative, Number
 
 AboveFour = Annotated[float, Number(low=4.0)]
 

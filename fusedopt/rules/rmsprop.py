@@ -7,9 +7,10 @@ from math import sqrt
 
 import numpy as np
 
-from .base import REQUIRED, Array, Convention, Rule, correction, ratio, textbook_correction
-from .elements import Element, quotient
-from .fields import Fraction, LearningRate, NonNegative
+from ..programs.arithmetic import Array, correction, ratio, textbook_correction
+from ..programs.elements import Element, quotient
+from .base import REQUIRED, Convention, Rule
+from .hyperparameters import Fraction, LearningRate, NonNegative
 
 
 def rmsprop(

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .base import Array, Convention, Rule, by_sign
-from .elements import signed_like
-from .fields import LearningRate, Pair
+from ..programs.arithmetic import Array, by_sign
+from ..programs.elements import signed_like
+from .base import Convention, Rule
+from .hyperparameters import LearningRate, Pair
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import REQUIRED, Array, Convention, Rule
-from .fields import LearningRate
+from ..programs.arithmetic import Array
+from .base import REQUIRED, Convention, Rule
+from .hyperparameters import LearningRate
 
 
 @dataclass(frozen=True, kw_only=True)

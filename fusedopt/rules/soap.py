@@ -8,18 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..newton_schulz import Stack, Workspace, as_matrix
-from .base import (
-    Array,
-    DecayForm,
-    Member,
-    Operation,
-    Rule,
-    correction,
-    ratio,
-    textbook_correction,
-)
-from .fields import Betas, Count, Fraction, LearningRate, NonNegative
+from ..linalg.newton_schulz import Stack, Workspace, as_matrix
+from ..programs.arithmetic import Array, correction, ratio, textbook_correction
+from ..programs.program import Operation
+from .base import DecayForm, Member, Rule
+from .hyperparameters import Betas, Count, Fraction, LearningRate, NonNegative
 from .momentum import Momentum
 from .muon import muon, refuses_vectors, through
 from .sgd import SGD

@@ -8,18 +8,11 @@ from typing import Literal
 
 import numpy as np
 
-from .base import (
-    REQUIRED,
-    Array,
-    Convention,
-    DecayForm,
-    Operation,
-    Rule,
-    correction,
-    textbook_correction,
-)
-from .elements import Element, clamp, maximum
-from .fields import Betas, Count, LearningRate, NonNegative
+from ..programs.arithmetic import Array, correction, textbook_correction
+from ..programs.elements import Element, clamp, maximum
+from ..programs.program import Operation
+from .base import REQUIRED, Convention, DecayForm, Rule
+from .hyperparameters import Betas, Count, LearningRate, NonNegative
 
 
 def sophia(

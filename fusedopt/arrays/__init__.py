@@ -1,0 +1,1 @@
+"""Arrays and what is stored in them: trees, checks, formats, states, files."""

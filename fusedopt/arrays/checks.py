@@ -1,0 +1,219 @@
+"""What may be a parameter or a gradient, and the explanation of every refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from .device_interface import on_device
+from .formats import DTYPES
+from .trees import Fixed
+
+EXPECTED = "float32, float64, bfloat16 (of ml_dtypes) or float16"
+
+
+class Refusing(Protocol):
+    """What may refuse a parameter: see `fusedopt.rules.base.Rule`."""
+
+    def refuses(self, p: np.ndarray) -> str | None:
+        """Why this parameter cannot be updated, with the remedy; None where it can."""
+
+
+def memory_order(dense: np.ndarray) -> Literal["C", "F"]:
+    """C where a dense array is in both orders."""
+    return "C" if dense.flags.c_contiguous else "F"
+
+
+def _check_array(label: str, array: Any) -> np.ndarray:
+    if not isinstance(array, np.ndarray):
+        if on_device(array):
+            raise TypeError(
+                f"{label}: is on a CUDA device, where only the backend 'cuda' takes it; give it no"
+                " array of the host beside it, or copy it there"
+            )
+        raise TypeError(
+            f"{label}: expected an ndarray, got a {type(array).__name__}; convert it"
+            " with np.asarray"
+        )
+    a: np.ndarray = array
+    if isinstance(a, np.ma.MaskedArray):
+        raise TypeError(f"{label}: masks are not supported; pass a.filled(0) or a.data")
+    if a.dtype not in DTYPES:
+        if a.dtype.newbyteorder() in DTYPES:
+            raise TypeError(
+                f"{label}: expected native byte order, got {a.dtype.str}; convert it with"
+                " a.astype(a.dtype.newbyteorder('='))"
+            )
+        raise TypeError(
+            f"{label}: expected {EXPECTED}, got {a.dtype}; pass an array of one of these dtypes"
+        )
+    return a
+
+
+def _plain(a: np.ndarray) -> np.ndarray:
+    """The same memory as an exact ndarray under NumPy's own dtype object; equal ones can differ."""
+    if type(a) is np.ndarray and any(a.dtype is dtype for dtype in DTYPES):
+        return a
+    dtype = next(dtype for dtype in DTYPES if dtype == a.dtype)
+    c_order = a.flags.c_contiguous
+    # By way of bytes: bfloat16 does not go through the buffer protocol.
+    memory = (a if c_order else a.T).view(np.ndarray).view(f"u{a.itemsize}")
+    plain = np.ndarray(a.shape if c_order else a.shape[::-1], dtype, memory)
+    return plain if c_order else plain.T
+
+
+def check_target(label: str, array: Any) -> np.ndarray:
+    """An array that will be updated in place, as a plain ndarray over the same memory.
+
+    Raises TypeError for another kind or dtype, ValueError where it is read-only, unaligned or not
+    dense.
+    """
+    a = _check_array(label, array)
+    if not a.flags.writeable:
+        raise ValueError(f"{label}: is read-only, and is to be updated in place; pass a copy")
+    if not a.flags.aligned:
+        raise ValueError(f"{label}: is not aligned in memory; pass a copy")
+    if not (a.flags.c_contiguous or a.flags.f_contiguous):
+        raise ValueError(
+            f"{label}: is not dense (shape {a.shape}, strides {a.strides}), and a copy would be"
+            " updated instead of it; pass an array made with np.ascontiguousarray, and copy it back"
+        )
+    return _plain(a)
+
+
+def check_input(label: str, array: Any) -> np.ndarray:
+    """An array that will only be read, dense: itself, or a copy. Raises TypeError for another kind
+    or dtype."""
+    a = _check_array(label, array)
+    if a.flags.aligned and (a.flags.c_contiguous or a.flags.f_contiguous):
+        return _plain(a)
+    return _plain(np.array(a, subok=False))
+
+
+def check_parameter(label: str, array: Any, rule: Refusing) -> np.ndarray:
+    """A parameter that this rule can update; raises as `check_target`, and where it cannot."""
+    a = check_target(label, array)
+    reason = rule.refuses(a)
+    if reason:
+        raise ValueError(f"{label}: {reason}")
+    return a
+
+
+def check_apart(labels: Sequence[str], arrays: Sequence[np.ndarray]) -> None:
+    """ValueError where two of these dense arrays share memory."""
+    ranges = sorted((*_range(a), k) for k, a in enumerate(arrays) if a.size)
+    for (_, end, first), (begin, _, second) in pairwise(ranges):
+        if begin < end:
+            a, b = sorted((first, second))
+            raise ValueError(
+                f"{labels[b]}: shares memory with {labels[a]}, so that one update would disturb the"
+                " other; pass each array once, or a copy"
+            )
+
+
+def _range(dense: np.ndarray) -> tuple[int, int]:
+    begin = dense.__array_interface__["data"][0]
+    return begin, begin + dense.nbytes
+
+
+class Fit:
+    """Checks gradients against the arrays that a step writes, and lays them out alike.
+
+    labels, parameters: of each leaf. written: of each leaf all the arrays that the step writes, the
+    caller's parameter first, then so many copies of it.
+    """
+
+    def __init__(
+        self,
+        labels: Sequence[str],
+        parameters: Sequence[np.ndarray],
+        written: Sequence[Sequence[np.ndarray]],
+        copies: Sequence[int] | None = None,
+    ) -> None:
+        self._copies = copies or [0] * len(labels)
+        self._labels, self._parameters = labels, parameters
+        ranges = sorted(
+            (*_range(a), k, j) for k, group in enumerate(written) for j, a in enumerate(group)
+        )
+        self._ranges = [r for r in ranges if r[0] < r[1]]
+        self._written = written
+
+    def check_unmoved(self) -> None:
+        """ValueError where the caller made a parameter unfit after it was handed over."""
+        for label, p in zip(self._labels, self._parameters, strict=True):
+            check_target(label, p)
+
+    def check_exclusive(self, inputs: Sequence[tuple[str, Any]], grads: int) -> None:
+        """ValueError where gradients that are to be zeroed are read-only or share memory.
+
+        inputs: the gradients, of which there are `grads`, and the other inputs; None for none.
+        """
+        given = [(label, g) for label, g in inputs if g is not None]
+        for label, g in inputs[:grads]:
+            if g is not None and not g.flags.writeable:
+                raise ValueError(
+                    f"{label}: is read-only, and zero_grads is to zero it; pass a copy"
+                )
+        spans = sorted(
+            (*np.lib.array_utils.byte_bounds(g), k) for k, (_, g) in enumerate(given) if g.size
+        )
+        for (_, end, first), (begin, _, second) in pairwise(spans):
+            if begin < end and np.shares_memory(given[first][1], given[second][1]):
+                a, b = sorted((first, second))
+                raise ValueError(
+                    f"{given[b][0]}: shares memory with {given[a][0]}, which zero_grads is to zero;"
+                    " pass each array once, or a copy"
+                )
+
+    def opened(self, what: str, tree: Any) -> Any:
+        """A tree as it was given; TypeError where it is `Fixed`."""
+        if isinstance(tree, Fixed):
+            raise TypeError(
+                f"{what}: Fixed is for arrays on a CUDA device; for arrays on the host pass the"
+                " tree that it was made of"
+            )
+        return tree
+
+    def copied(self, given: Sequence[Any], fitted: Sequence[Any]) -> list[int]:
+        """Of which gradients the step may have been given a copy."""
+        return [k for k, g in enumerate(given) if g is not None]
+
+    def gradient(self, k: int, label: str, g: Any) -> np.ndarray | None:
+        """The k-th leaf's gradient in its parameter's layout: itself, or a scratch copy.
+
+        None stays None. Raises TypeError for another kind or dtype, ValueError for another shape
+        or for memory that the step writes.
+        """
+        if g is None:
+            return None
+        g, p = _check_array(label, g), self._parameters[k]
+        if g.shape != p.shape:
+            raise ValueError(
+                f"{label}: expected the shape {p.shape} of {self._labels[k]}, got {g.shape}"
+            )
+        self.check_apart(label, g)
+        order = memory_order(p)
+        dense = g.flags.c_contiguous if order == "C" else g.flags.f_contiguous
+        if dense and g.flags.aligned:
+            return _plain(g)
+        return _plain(np.array(g, order=order, subok=False))
+
+    def check_apart(self, label: str, g: np.ndarray) -> None:
+        """ValueError where an input shares memory with what the step writes."""
+        if not g.size:
+            return
+        low, high = np.lib.array_utils.byte_bounds(g)
+        for begin, end, k, j in self._ranges:
+            if begin >= high:
+                break
+            if end > low and np.shares_memory(g, self._written[k][j]):
+                p, copies = self._labels[k], self._copies[k]
+                what = p if j == 0 else f"a state of {p}"
+                if 0 < j <= copies:
+                    what = "copy_out" + p.removeprefix("params")
+                raise ValueError(
+                    f"{label}: shares memory with {what}, which this step writes; pass a copy"
+                )

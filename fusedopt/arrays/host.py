@@ -1,0 +1,50 @@
+"""The `Space` of the host: NumPy's arrays."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from .checks import Fit, check_apart, check_parameter, check_target
+from .formats import PLAIN, compute_dtype
+from .storage import Storage
+from .stored import Quantized, Stored, Wanted
+from .stored import allocate as new
+
+__all__ = [
+    "Fit", "allocate", "blank", "check_apart", "check_options", "check_parameter", "check_state",
+    "check_target", "same",
+]  # fmt: skip
+
+allocate = Storage.allocate
+same = functools.partial(np.array_equal, equal_nan=True)
+
+
+class Waiting(Protocol):
+    """What is looked at of an optimizer's options."""
+
+    @property
+    def wait(self) -> bool:
+        """Whether a step may wait for its norm."""
+
+
+def check_options(options: Waiting, state_path: Any) -> None:
+    """ValueError, with the name, for what there is on a device alone."""
+    if not options.wait:
+        raise ValueError(
+            "wait=False: is for arrays on a CUDA device, whose norm a step need not wait for; on"
+            " the host a step that returns is done, so leave it out"
+        )
+
+
+def check_state(label: str, state: Any) -> Stored:
+    """An array that will be updated in place, or a quantised state; errors as `check_target`."""
+    return state if isinstance(state, Quantized) else Stored.plain(check_target(label, state))
+
+
+def blank(parameters: Sequence[np.ndarray]) -> list[Stored]:
+    """New arrays like these, in the types that they are computed in."""
+    return new([Wanted(PLAIN[compute_dtype(p.dtype).name], p) for p in parameters])

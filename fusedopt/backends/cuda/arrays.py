@@ -1,0 +1,164 @@
+"""Arrays on a device."""
+
+from __future__ import annotations
+
+import math
+from itertools import accumulate
+from types import SimpleNamespace
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from ...arrays import device_interface
+from ...arrays.formats import PLAIN
+from ...arrays.stored import Stored
+from .buffers import Memory, on_device
+from .launching import convert
+
+
+class Library(NamedTuple):
+    """A library's arrays on a device. named_stream: the one that an array itself named."""
+
+    name: str
+    device: int
+    named_stream: int
+
+    @property
+    def written_on(self) -> int:
+        """The handle of the stream on which the library works now."""
+        return device_interface.current_stream(*self)
+
+
+Producer = Library | Memory
+"""What tells the stream for which a reader of an array must wait."""
+
+
+class DeviceArray:
+    """A dense array on a CUDA device, over memory of its owner.
+
+    Other libraries take it by `__cuda_array_interface__` (bfloat16 as uint16, its bits). `copy`
+    makes an ndarray on the host, and `a[...] = b` takes one, or another array of the device, and
+    converts.
+    """
+
+    def __init__(
+        self,
+        address: int,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        order: Literal["C", "F"],
+        device: int,
+        owner: Any,
+        library: str,
+        stream: int = 0,
+    ) -> None:
+        self.address, self.shape, self.dtype, self.order = address, shape, dtype, order
+        self.device, self.owner, self.library, self.named_stream = device, owner, library, stream
+        self.ndim, self.size = len(shape), math.prod(shape)
+        self.itemsize = dtype.itemsize
+        self.nbytes = self.size * self.itemsize
+
+    def like(self, address: int, dtype: np.dtype, owner: Any) -> DeviceArray:
+        """An array of the same shape and order elsewhere, which works on the same stream."""
+        return DeviceArray(
+            address,
+            self.shape,
+            dtype,
+            self.order,
+            self.device,
+            owner,
+            self.library,
+            self.named_stream,
+        )
+
+    @property
+    def flags(self) -> Any:
+        """In which orders the elements lie."""
+        both = self.ndim < 2 or self.size < 2
+        return SimpleNamespace(
+            c_contiguous=both or self.order == "C", f_contiguous=both or self.order == "F"
+        )
+
+    @property
+    def producer(self) -> Producer:
+        """What tells the stream of the array, without keeping an array of the caller's alive."""
+        if isinstance(self.owner, Memory):
+            return self.owner
+        return Library(self.library, self.device, self.named_stream)
+
+    @property
+    def stream(self) -> int:
+        """The handle of the stream on which the array is to be read: the one that last wrote to it
+        where this package did, otherwise the one on which its library works now."""
+        return self.producer.written_on
+
+    @property
+    def current_stream(self) -> int:
+        """The handle of the stream on which the library of the array works now."""
+        return device_interface.current_stream(self.library, self.device, self.named_stream)
+
+    @property
+    def unmoved(self) -> bool:
+        """Whether the owner still has the same memory."""
+        moves = device_interface.library_of(self.owner) == "torch"
+        return not moves or bool(self.owner.data_ptr() == self.address)
+
+    @property
+    def memory(self) -> Memory:
+        """Its bytes."""
+        return Memory(self.address, self.nbytes, self)
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        steps = [self.itemsize, *(self.shape if self.order == "F" else self.shape[::-1])]
+        strides = tuple(accumulate(steps, lambda x, y: x * y))[: self.ndim]
+        return {
+            "shape": self.shape,
+            "typestr": "<u2" if self.dtype not in _TYPED else self.dtype.str,
+            "data": (self.address, False),
+            "strides": strides if self.order == "F" else strides[::-1],
+            "stream": self.stream or 1,
+            "version": 3,
+        }
+
+    def copy(self, order: str = "A") -> np.ndarray:
+        """The elements on the host, in the same order in memory."""
+        with on_device(self.device):
+            flat = self.memory.read(self.stream).view(self.dtype)
+        return flat.reshape(self.shape, order=self.order)
+
+    def __float__(self) -> float:
+        """The only element; waits until it is there."""
+        return float(self.copy().item())
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if key is not Ellipsis:
+            raise TypeError(f"only whole arrays can be assigned to, with a[...], got a[{key!r}]")
+        with on_device(self.device):
+            if isinstance(value, DeviceArray):
+                convert(self, value)
+                return
+            host = np.broadcast_to(np.asarray(value), self.shape).astype(self.dtype)
+            flat = np.ascontiguousarray(host.reshape(-1, order=self.order))
+            self.memory.write(flat, self.stream)
+
+    def __repr__(self) -> str:
+        return f"DeviceArray(shape={self.shape}, dtype={self.dtype.name}, device={self.device})"
+
+
+_TYPED = tuple(map(np.dtype, (np.float32, np.float64, np.float16)))
+
+
+class DeviceStored(Stored):
+    """The elements of an array on a device."""
+
+    @property
+    def values(self) -> Any:
+        """The array itself: kernels decode it."""
+        return self.data
+
+
+def stored(a: DeviceArray) -> Stored:
+    """An array as it is."""
+    data: Any = a
+    return DeviceStored(PLAIN[a.dtype.name], data, None, a.shape, a.order)

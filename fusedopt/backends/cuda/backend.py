@@ -1,0 +1,83 @@
+"""The rules' element functions on a CUDA device, compiled by Numba; the bits are the CPU's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ...arrays.formats import compute_dtype
+from ...plan.interface import Plan
+from ...plan.spec import Layout, single
+from ...rules import Nesterov, Rule
+
+
+class CudaBackend:
+    """Kernels on arrays of CuPy, PyTorch and Numba, where they lie."""
+
+    name = "cuda"
+
+    def unavailable(self) -> str | None:
+        try:
+            from . import toolkit  # 0.7 s, for those who ask
+        except ImportError as error:
+            return (
+                f"numba-cuda could not be imported ({error}); pip install 'fusedopt[cuda]' adds it"
+            )
+        return toolkit.unavailable()
+
+    def describe(self) -> str:
+        from . import toolkit
+
+        return toolkit.describe()
+
+    @property
+    def space(self) -> Any:
+        """What checks and makes arrays."""
+        from . import device
+
+        return device
+
+    def plan(self, layout: Layout) -> Plan:
+        from ...jit.diagnostics import check_element
+        from .plan import CudaPlan
+
+        programs = [layout.around.program(group.rule) for group in layout.groups]
+        for k, group in enumerate(layout.group_of):
+            dtype = compute_dtype(layout.leaves[k].parameter.format.dtype)
+            for op in programs[group].operations:
+                if op.kernel is None and op.element is not None:
+                    own = len(op.scalars(1, 0.1))
+                    check_element(op.element, dtype, len(op.operands) - 2, own)
+        return CudaPlan(layout, programs)
+
+    def update(
+        self,
+        rule: Rule,
+        t: int,
+        lr: float,
+        arrays: tuple[Any, ...],
+        g: np.ndarray,
+        hessian: np.ndarray | None,
+        checked: bool,
+    ) -> bool:
+        if not checked:
+            return False
+        self.space.check_rule(rule, arrays[0])
+        plan = self.plan(single(rule, rule.program, t, lr, arrays))
+        return plan.step([g], None if hessian is None else [hessian], True) is not None
+
+    def sums_of_squares(self, arrays: Sequence[Any]) -> Sequence[tuple[float, float]] | None:
+        from .arrays import DeviceArray
+        from .launching import sums_of_squares
+
+        if not arrays or not all(isinstance(a, DeviceArray) for a in arrays):
+            return None
+        return sums_of_squares(arrays)
+
+    def shift(self, rule: Nesterov, p: Any, v: Any) -> None:
+        from .arrays import stored
+        from .plan import CudaPlan
+
+        CudaPlan(single(rule, rule.shift, 1, 0.0, [stored(p)]), [rule.shift]).step([v], None, True)

@@ -1,0 +1,190 @@
+"""Tables of leaves on the device, and launches over them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from ...arrays.formats import FLOAT64, PLAIN, compute_dtype
+from ...jit.tiles import LANES, SEGMENT
+from ...programs.elements import keep
+from .buffers import Memory, on_device, wait_for
+from .kernels import THREADS, Step, Variant, step_kernel
+from .reductions import GROUPS, squares_kernel, totals_kernel
+from .vectors import VECTOR_BYTES
+
+
+class Placed(Protocol):
+    """What a launch needs to know of an array: see `arrays.DeviceArray`."""
+
+    address: int
+    size: int
+    dtype: np.dtype
+    device: int
+
+    @property
+    def stream(self) -> int:
+        """The handle of the stream on which the array is to be read."""
+
+
+def _listed(sizes: Sequence[int], unit: int) -> np.ndarray:
+    """leaf << 32 | number, for every part of `unit` elements of the leaves."""
+    counts = -(-np.asarray(sizes, np.int64) // unit)
+    leaves = np.repeat(np.arange(counts.size), counts)
+    starts = np.repeat(np.cumsum(counts) - counts, counts)
+    return leaves << 32 | (np.arange(leaves.size) - starts)
+
+
+def uploaded(data: np.ndarray, stream: int) -> Memory:
+    """New memory with these elements, as soon as the stream comes to it."""
+    memory = Memory.reused(data.nbytes, stream)
+    memory.write(data, stream, wait=False)
+    return memory
+
+
+@dataclass
+class Table:
+    """Rows of leaves, and the list of their parts, on the device."""
+
+    rows: Memory
+    parts: Memory
+    count: int
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int]], unit: int, stream: int) -> Table:
+        """rows: the elements of a leaf, and whatever else. unit: elements of a part."""
+        parts = _listed([row[0] for row in rows], unit)
+        return cls(uploaded(np.array(rows, np.int64), stream), uploaded(parts, stream), parts.size)
+
+
+class Launch:
+    """One kernel over all leaves of a variant.
+
+    arrays: of each leaf those that `Variant.arrays` names.
+    """
+
+    def __init__(self, variant: Variant, arrays: Sequence[Sequence[Placed]], stream: int) -> None:
+        rows = []
+        for own in arrays:
+            addresses = [a.address for a in own]
+            aligned = not any(address % VECTOR_BYTES for address in addresses)
+            rows.append([own[0].size, int(aligned), *addresses])
+        self._table = Table.of(rows, variant.chunk, stream)
+        self._kernel, self.dtype = step_kernel(variant), variant.dtype
+        self._device = arrays[0][0].device
+
+    def run(self, scalars: Sequence[float], stream: int, *more: int) -> None:
+        """scalars: of all the operations. more: words that the kernel takes behind the addresses of
+        its tables."""
+        if self._table.count:
+            words = (self._table.rows.address, self._table.parts.address, *more)
+            queue = self._device, stream
+            self._kernel.launch(self._table.count, THREADS, queue, words, scalars)
+
+
+def convert(target: Placed, source: Placed) -> None:
+    """Writes the elements of an array of the same shape and order, rounded to the nearest."""
+    types = [compute_dtype(a.dtype) for a in (target, source)]
+    wide = FLOAT64 if FLOAT64 in types else types[0]
+    formats = tuple((n, PLAIN[a.dtype.name]) for n, a in (("g", source), ("p", target)))
+    step = Step(keep, "other", ("p", "g"), ("p",), 0, "", False)
+    stream, other = target.stream, source.stream
+    launch = Launch(Variant((step,), (), wide, formats), [(source, target)], stream)
+    wait_for(stream, other)
+    launch.run((), stream)
+    wait_for(other, stream)
+
+
+class Squares:
+    """Sums of squares of gradients of one dtype, computed in one type, by segments."""
+
+    def __init__(self, dtype: np.dtype, arrays: Sequence[Placed], stream: int) -> None:
+        self.dtype, self._device = dtype, arrays[0].device
+        self._kernel = squares_kernel(PLAIN[arrays[0].dtype.name], dtype)
+        self._table = Table.of([(a.size, a.address) for a in arrays], SEGMENT, stream)
+        self._partials = Memory.reused(8 * self._table.count, stream)
+        counts = np.array([-(-a.size // SEGMENT) for a in arrays])
+        addresses = self._partials.address + 8 * (np.cumsum(counts) - counts)
+        self.rows = list(zip(addresses.tolist(), counts.tolist(), strict=True))
+        """Of each array where its partial sums are, and how many."""
+
+    def queue(self, scale: float, stream: int) -> None:
+        """Puts the kernel on a stream."""
+        t = self._table
+        if t.count:
+            words = (t.rows.address, t.parts.address, self._partials.address, t.count)
+            blocks, threads = -(-t.count // GROUPS), GROUPS * LANES
+            self._kernel.launch(blocks, threads, (self._device, stream), words, [scale])
+
+
+class Sums:
+    """Sums of squares of gradients, one for each.
+
+    grads: by place among all leaves.
+    dtypes: of the arithmetic, by place. After `queue`, `memory` has the sums of `leaves`, float64.
+    """
+
+    def __init__(
+        self, grads: Mapping[int, Placed], dtypes: Sequence[np.dtype], stream: int
+    ) -> None:
+        alike: dict[tuple[np.dtype, np.dtype], list[int]] = {}
+        for k, g in grads.items():
+            alike.setdefault((g.dtype, dtypes[k]), []).append(k)
+        self._parts = [
+            Squares(dtype, [grads[k] for k in members], stream)
+            for (_, dtype), members in alike.items()
+        ]
+        self.leaves = np.array([k for members in alike.values() for k in members], np.int64)
+        self.wide = np.array([dtypes[k] == FLOAT64 for k in self.leaves], bool)
+        """Which of them are summed in float64 arithmetic, whose squares may leave the range."""
+        rows = [row for part in self._parts for row in part.rows]
+        self._rows = uploaded(np.array(rows, np.int64), stream)
+        self.memory = Memory.reused(8 * self.leaves.size, stream)
+        self._device = next((g.device for g in grads.values()), 0)
+
+    def queue(self, stream: int, scale: float = 1.0) -> None:
+        """Puts the kernels on a stream. scale: of the elements; 1 in float32 arithmetic."""
+        for part in self._parts:
+            part.queue(scale if part.dtype == FLOAT64 else 1.0, stream)
+        if self.leaves.size:
+            words, queue = (self._rows.address, self.memory.address), (self._device, stream)
+            totals_kernel().launch(self.leaves.size, THREADS, queue, words)
+
+    def read(self, stream: int) -> np.ndarray:
+        """The sums, when they are there."""
+        return self.memory.read(stream).view(np.float64)
+
+    def found(self, stream: int) -> np.ndarray:
+        """After `queue`, a row for each of `leaves`: the sum of squares of its elements times
+        scale, and that scale. Waits."""
+        totals = self.read(stream)
+        rows = np.stack([totals, np.ones(totals.size)], axis=1)
+        # Once more for those whose squares left the range: see csrc/norms.hpp.
+        small, large = totals < 2.0**-900, ~(totals <= 2.0**1023)
+        for lost, scale in ((small, 2.0**600), (large & ~small, 2.0**-600)):
+            lost &= self.wide
+            if lost.any():
+                self.queue(stream, scale)
+                rows[lost, 0], rows[lost, 1] = self.read(stream)[lost], scale
+        return rows
+
+
+def sums_of_squares(arrays: Sequence[Placed]) -> list[tuple[float, float]]:
+    """See `Backend.sums_of_squares`; the arrays are checked. ValueError where they are on several
+    devices."""
+    first = arrays[0]
+    if any(a.device != first.device for a in arrays):
+        raise ValueError("grads: are on several devices; take the norm of those of each")
+    with on_device(first.device):
+        stream = first.stream
+        for other in {a.stream for a in arrays} - {stream}:
+            wait_for(stream, other)
+        dtypes = [compute_dtype(a.dtype) for a in arrays]
+        sums = Sums(dict(enumerate(arrays)), dtypes, stream)
+        sums.queue(stream)
+        rows = np.empty((len(arrays), 2))
+        rows[sums.leaves] = sums.found(stream)
+    return [(total, scale) for total, scale in rows.tolist()]

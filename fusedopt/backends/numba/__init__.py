@@ -1,0 +1,1 @@
+"""Steps on NumPy arrays by kernels that Numba compiles."""

@@ -1,0 +1,301 @@
+"""The rules' element functions, compiled by Numba; the bits are those of the compiled core."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...arrays import host
+from ...arrays.formats import DTYPES, PLAIN, TILE, compute_dtype, subkey
+from ...arrays.rows import Touched, values_of
+from ...arrays.stored import Stored
+from ...jit import unavailable
+from ...jit.operations import tile_function
+from ...plan.interface import Plan, Turn
+from ...plan.spec import INPUTS, Layout, single
+from ...programs.program import HEAD, Program
+from ...rules import Nesterov, Rule
+from ...system.interrupts import deferred
+from ..matrices import Matrices
+
+GRADIENT, HESSIAN, PARAMETER = range(3)
+
+
+class NumbaBackend:
+    """Kernels that Numba compiles on NumPy arrays."""
+
+    name = "numba"
+    space = host
+
+    def unavailable(self) -> str | None:
+        return unavailable()
+
+    def describe(self) -> str:
+        import llvmlite.binding
+        import numba
+
+        return f"Numba {numba.__version__}, {llvmlite.binding.get_host_cpu_name()}"
+
+    def plan(self, layout: Layout) -> Plan:
+        return NumbaPlan(layout, [layout.around.program(group.rule) for group in layout.groups])
+
+    def update(
+        self,
+        rule: Rule,
+        t: int,
+        lr: float,
+        arrays: tuple[Any, ...],
+        g: np.ndarray,
+        hessian: np.ndarray | None,
+        checked: bool,
+    ) -> bool:
+        if not checked:
+            return False
+        plan = self.plan(single(rule, rule.program, t, lr, arrays))
+        with deferred():
+            return plan.step([g], [hessian], True) is not None
+
+    def sums_of_squares(self, arrays: Sequence[Any]) -> Sequence[tuple[float, float]] | None:
+        from .tables import sums_of_dense
+
+        for a in arrays:
+            if type(a) is not np.ndarray or a.dtype not in DTYPES or not a.flags.aligned:
+                return None
+            if not a.flags.forc:
+                return None
+
+        return sums_of_dense(arrays)
+
+    def shift(self, rule: Nesterov, p: np.ndarray, v: np.ndarray) -> None:
+        layout = single(rule, rule.shift, 1, 0.0, [Stored.plain(p)])
+        NumbaPlan(layout, [rule.shift]).step([v], None, True)
+
+
+def selected_size(gradient: Any) -> int:
+    """How many elements of a parameter a step touches."""
+    if isinstance(gradient, Touched):
+        return len(gradient.rows) * int(gradient.values[:1].size)
+    return int(gradient.size)
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation of a program for one compute type. used, written, summed: slots, as bits."""
+
+    run: int
+    slots: list[int]
+    used: int
+    written: int
+    summed: int
+    phase: int
+    needs: str | None
+
+
+def _compiled(program: Program, dtype: np.dtype) -> list[Op]:
+    names = (*INPUTS, *program.arrays, *program.scratch, *program.sums)
+    slots = {name: k for k, name in enumerate(names)}
+    ops = []
+    for op in program.operations:
+        places = [slots[name] for name in op.operands]
+        changed = places[:1]
+        if op.loop == "rule":
+            changed += places[2:] if op.written is None else places[2 : 2 + op.written]
+        elif op.loop == "peek":
+            changed = places[-1:]
+        used, written = (sum(1 << k for k in bits) for bits in (places, changed))
+        summed = written if op.loop == "sum" else 0
+        run = tile_function(program, op, dtype).address
+        ops.append(Op(run, places, used, written - summed, summed, op.phase, op.needs))
+    return ops
+
+
+Kind = tuple[int, np.dtype, int]
+"""What leaves with the same scalars have in common: rule, compute type and step."""
+
+
+class NumbaPlan(Turn):
+    """One optimizer on Numba's kernels."""
+
+    def __init__(self, layout: Layout, programs: Sequence[Program]) -> None:
+        super().__init__()
+        self._layout, self._programs = layout, programs
+        self._matrices = Matrices(layout)
+        self.work_bytes = self._matrices.work_bytes
+        self._dtypes = [compute_dtype(m.parameter.format.dtype) for m in layout.leaves]
+        kinds = dict.fromkeys(zip(layout.group_of, self._dtypes, strict=True))
+        self._ops = {(g, dtype): _compiled(programs[g], dtype) for g, dtype in kinds}
+        self._random: list[tuple[int, int, int]] = []  # operand, leaf, key
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """What stays the same from step to step: the operands but for the inputs."""
+        from ...jit.driver import OPERAND
+
+        rows = [self._row(k) for k in range(len(self._layout.leaves))]
+        self._counts = [len(row) for row in rows]
+        self._starts = [0, *np.cumsum(self._counts).tolist()]
+        self._operands = np.concatenate([*rows, np.zeros(0, OPERAND)])
+
+    def _row(self, k: int) -> np.ndarray:
+        from ...jit.driver import INPUT, OPERAND, SCRATCH, SUMS
+
+        memory, dtype = self._layout.leaves[k], self._dtypes[k]
+        program = self._programs[self._layout.group_of[k]]
+        work = [Stored.plain(a) for a in self._matrices.work.get(k, ())]
+        arrays = [*memory.operands, *work]
+        scratch = PARAMETER + len(arrays)
+        sums = scratch + len(program.scratch)
+        mirrors = sums + len(program.sums)
+        row = np.zeros(mirrors + len(memory.mirrors), OPERAND)
+        row["source"] = -1
+        row["role"][:PARAMETER] = INPUT
+        row["role"][scratch:sums], row["role"][sums:mirrors] = SCRATCH, SUMS
+        for place, stored in enumerate(arrays, PARAMETER):
+            self._set(row[place], stored, dtype)
+            if stored.format.random:
+                self._random.append((place, k, self._layout.keys[k][place - PARAMETER]))
+        for place, mirror in enumerate(memory.mirrors, mirrors):
+            self._set(row[place], Stored.plain(mirror), dtype, copy=True)
+        return row
+
+    @staticmethod
+    def _set(row: Any, stored: Stored, dtype: np.dtype, copy: bool = False) -> None:
+        from ...jit import tiles
+        from .tables import address
+
+        row["data"], row["bits"] = address(stored.data), stored.format.bits
+        if stored.aux is not None:
+            row["aux"] = address(stored.aux)
+            row["aux_bytes"] = TILE // stored.format.block * stored.aux.itemsize
+        if copy:
+            row["source"] = PARAMETER
+        elif stored.format is PLAIN[dtype.name]:
+            return  # used where it lies
+        else:
+            row["decode"] = tiles.decoder(stored.format, dtype).address
+        row["encode"] = tiles.encoder(stored.format, dtype, copy).address
+
+    def step(self, grads: Any, hessian: Any, flat: bool) -> int | None:
+        if not flat:  # the optimizer checks, and sees to it that this is not interrupted
+            return None
+        layout = self._layout
+        active = [k for k, g in enumerate(grads) if g is not None]
+        self._take(GRADIENT, active, grads)
+        self._take(HESSIAN, active, hessian)
+        layout.results[...] = 0
+        if any(program.sums for program in self._programs):
+            layout.results[active, 1] = 1
+            for k in active:
+                layout.results[k, 2] = selected_size(grads[k])
+        if layout.decide is not None:
+            self._measure(active, grads)
+            if not layout.decide():
+                return int(layout.counters[0])
+        for place, k, key in self._random:
+            at = self._starts[k] + place
+            self._operands[at]["key"] = subkey(key, int(layout.counters[k + 1]))[0]
+        scalars = self._folded(active)
+        if self._matrices.sided:
+            self._matrices.before(active)
+        batches = self._matrices.batches
+        for batch in sorted({batches[k] for k in active if k in batches}):
+            members = [k for k in active if batches.get(k) == batch]
+            for phase in range(last := self._programs[layout.group_of[members[0]]].phases - 1):
+                self._run(members, phase, scalars, grads)
+                self._matrices.between(batch, phase, members)
+            self._run(members, last, scalars, grads)
+        self._run([k for k in active if k not in batches], 0, scalars, grads)
+        layout.counters[1:][active] += 1
+        layout.counters[0] += 1
+        return int(layout.counters[0])
+
+    def _take(self, slot: int, active: Sequence[int], inputs: Any) -> None:
+        """Puts a step's inputs in their places; without one, `data` is 0."""
+        from .tables import take_input
+
+        self._operands["data"][[start + slot for start in self._starts[:-1]]] = 0
+        zeroed = slot == GRADIENT and self._layout.zero_grads
+        for k in active if inputs is not None else ():
+            if inputs[k] is not None:
+                row = self._operands[self._starts[k] + slot]
+                take_input(row, values_of(inputs[k]), self._dtypes[k], zeroed)
+
+    def _measure(self, active: Sequence[int], grads: Any) -> None:
+        from .tables import sums_of_squares
+
+        found = sums_of_squares(
+            [grads[k] for k in active], [self._dtypes[k] for k in active], self._layout.threads
+        )
+        for k, result in zip(active, found, strict=True):
+            self._layout.results[k, :2] = result
+
+    def _folded(self, active: Sequence[int]) -> dict[Kind, list[np.ndarray]]:
+        """The scalars of each operation."""
+        layout, folded = self._layout, {}
+        for k in active:
+            g, dtype, t = kind = self._kind(k)
+            if kind in folded:
+                continue
+            program, lr = self._programs[g], float(layout.rates[g])
+            sign, base, slope = program.head
+            factor = float(layout.rates[len(layout.groups) + g]) * sign
+            filtered = any(op.loop == "filter" for op in program.operations)
+            heads = {1: (factor,), 2: (1.0 if filtered else factor, base + slope * lr), 0: ()}
+            folded[kind] = [
+                np.array([*heads[HEAD[op.loop]], *fold(t, lr)], np.float64).astype(dtype)
+                for op, fold in zip(program.operations, program.folds, strict=True)
+            ]
+        return folded
+
+    def _kind(self, k: int) -> Kind:
+        return self._layout.group_of[k], self._dtypes[k], int(self._layout.counters[k + 1]) + 1
+
+    def _run(
+        self,
+        members: Sequence[int],
+        phase: int,
+        scalars: dict[Kind, list[np.ndarray]],
+        grads: Sequence[Any],
+    ) -> None:
+        from .tables import Table
+
+        table = Table(self._operands)
+        made: dict[Any, tuple[tuple[int, int], int, int, int]] = {}
+        summed = {}
+        for k in members:
+            first, count = self._starts[k], self._counts[k]
+            refreshed = bool(self._operands[first + HESSIAN]["data"])
+            kind = self._kind(k)
+            key = kind, refreshed
+            if key not in made:
+                made[key] = self._steps(table, kind, phase, refreshed, scalars[kind])
+            steps, used, written, sums = made[key]
+            if written >> PARAMETER & 1:
+                mirrors = len(self._layout.leaves[k].mirrors)
+                copies = ((1 << mirrors) - 1) << (count - mirrors)
+                zeroed = int(self._layout.zero_grads) << GRADIENT
+                used, written = used | copies, written | copies | zeroed
+            n = self._layout.leaves[k].parameter.size
+            leaf = table.add_leaf(n, first, count, steps, used, written, sums, grads[k])
+            summed[k] = leaf, sums
+        total = table.run(self._layout.threads)
+        for k, (leaf, sums) in summed.items():
+            program = self._programs[self._layout.group_of[k]]
+            at = PARAMETER + len(program.arrays) + len(program.scratch)
+            for j in range(len(program.sums)):
+                if sums >> (at + j) & 1:
+                    self._layout.results[k, 3 + j] = total(leaf, at + j)
+
+    def _steps(
+        self, table: Any, kind: Kind, phase: int, refreshed: bool, scalars: Sequence[np.ndarray]
+    ) -> tuple[tuple[int, int], int, int, int]:
+        """Adds a program's steps: the first and their count; operands used, written, summed."""
+        numbers, used, written, summed = [0], 0, 0, 0
+        for op, values in zip(self._ops[kind[:2]], scalars, strict=True):
+            if op.phase == phase and (op.needs is None or refreshed):
+                numbers.append(table.add_step(op.run, values, op.slots))
+                used, written, summed = used | op.used, written | op.written, summed | op.summed
+        return (numbers[-1] - len(numbers) + 2, len(numbers) - 1), used, written, summed

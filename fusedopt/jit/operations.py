@@ -1,0 +1,36 @@
+"""Operations of programs, compiled for the tiles of the core and of Numba."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..programs.elements import ELEMENTS, OF_STATES
+from ..programs.program import Operation, Program
+from . import unavailable
+
+
+def tile_function(program: Program, op: Operation, dtype: np.dtype) -> Any:
+    """An operation of a program, compiled for elements of one type; it lives as long as Numba.
+
+    Raises RuntimeError where there is no Numba, TypeError for a user's element that does not fit.
+    """
+    element = op.element or ELEMENTS[str(op.kernel)]
+    reason = unavailable()
+    if reason is not None:
+        raise RuntimeError(f"{element.__qualname__} is compiled by Numba: {reason}")
+    from . import tiles
+    from .diagnostics import check_element
+
+    operands, own = len(op.operands), len(op.scalars(1, 0.1))
+    if op.kernel is None:
+        check_element(element, dtype, operands - 2, own)
+    scalars = own + (op.loop == "filter")
+    if op.loop == "sum":
+        return tiles.sum_tile(element, operands, scalars, dtype)
+    if op.loop in ("filter", "other"):
+        return tiles.other_tile(element, operands, scalars, op.kernel in OF_STATES, dtype)
+    states = operands - 2 - (op.loop == "peek")
+    written = states if op.written is None else op.written
+    return tiles.rule_tile(element, states, written, scalars, program.mode(op), dtype)

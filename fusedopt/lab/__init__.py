@@ -1,0 +1,1 @@
+"""Programs that use the package: benchmarks, training, races and pictures."""

@@ -1,0 +1,94 @@
+"""What each rule trains the small GPT with: learning rates that work, and which leaves it gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import fusedopt as fo
+
+from ...schedules import (
+    Constant,
+    Cosine,
+    Linear,
+    OneCycle,
+    Polynomial,
+    Schedule,
+    Step,
+    WarmupStableDecay,
+)
+
+# Peak learning rates, under the schedule "cosine": of each rule the best on held-out text after
+# 1000 steps of the default model, seed 0, among values a factor of 2 (Adam, AdamW, Muon) or 3
+# apart. Three times SGD's and ten times Nesterov's make the loss explode. The last three are the
+# best of two or three values: NorMuon of 0.01 and 0.02, AdaMuon of 0.005, 0.01 and 0.02, SOAP of
+# 0.003 and 0.006. Those from AdaMax to Rprop are first guesses, from the rules' defaults.
+LEARNING_RATES = {
+    "sgd": 0.3,
+    "momentum": 1.0,
+    "nesterov": 0.1,
+    "adagrad": 0.01,
+    "rmsprop": 1e-3,
+    "adam": 2e-3,
+    "adamw": 2e-3,
+    "lion": 3e-4,
+    "sophia": 3e-4,
+    "adamax": 2e-3,
+    "adadelta": 1.0,
+    "nadam": 1e-3,
+    "radam": 2e-3,
+    "rprop": 1e-4,
+    "muon": 0.02,
+    "normuon": 0.02,
+    "adamuon": 5e-3,
+    "soap": 6e-3,
+}
+
+# Rules that take curvature get it at the first step and at every so many steps after it, as in
+# Sophia's paper.
+HESSIAN_EVERY = 10
+
+# What Sophia does with an estimate of curvature. Products with the Hessian can be negative, for
+# which the paper's form is made, with its rho for them.
+ESTIMATORS: dict[str, dict[str, Any]] = {
+    "gnb": {},
+    "hutchinson": {"estimator": "hutchinson", "form": "paper", "rho": 0.01},
+}
+
+# From the peak learning rate and the steps of a run. The first twentieth of these warms up.
+SCHEDULES: dict[str, Callable[[float, int], Schedule]] = {
+    "cosine": lambda lr, steps: Constant(lr, warmup=steps / 20) * Cosine(1.0, steps, final=0.1),
+    "constant": lambda lr, steps: Constant(lr, warmup=steps / 20),
+    "linear": lambda lr, steps: Linear(lr, steps, warmup=steps / 20),
+    "polynomial": lambda lr, steps: Polynomial(lr, steps, warmup=steps / 20, power=2.0),
+    "wsd": lambda lr, steps: WarmupStableDecay(lr, steps, warmup=steps / 20, decay=steps / 5),
+    "onecycle": lambda lr, steps: OneCycle(lr, steps),
+    "step": lambda lr, steps: (
+        Constant(lr, warmup=steps / 20) * Step(1.0, every=-(-steps // 3), factor=0.1)
+    ),
+}
+
+
+def recipe(
+    name: str,
+    lr: float | None,
+    steps: int,
+    tokens: int,
+    schedule: str = "cosine",
+    estimator: str = "gnb",
+) -> dict[str, fo.Rule]:
+    """Path pattern -> rule, for a run of `steps` updates of `tokens` tokens.
+
+    lr: the peak learning rate; None takes the table's. schedule: a name in `SCHEDULES`.
+    estimator: a name in `ESTIMATORS`, of Sophia. Rules for matrices, such as Muon, get those of the
+    blocks; the embeddings, the head and all vectors then go to AdamW at its own rate of the table.
+    """
+    shape = SCHEDULES[schedule]
+    rule = fo.RULES[name](lr=shape(LEARNING_RATES[name] if lr is None else lr, steps))
+    if isinstance(rule, fo.Sophia):
+        rule = replace(rule, bs=tokens, **ESTIMATORS[estimator])
+    if rule.program.phases > 1:
+        rest = fo.AdamW(lr=shape(LEARNING_RATES["adamw"], steps))
+        return {"blocks.*.w": rule, "*": rest}
+    return {"*": rule}

@@ -1,0 +1,1 @@
+"""Orthogonalization of matrices by Newton-Schulz iterations."""

@@ -1,0 +1,71 @@
+"""The scale of the loss, for gradients in a dtype of narrow range."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Annotated, Any
+
+from .rules.hyperparameters import Count, Number, check_fields
+
+LOWEST, HIGHEST = 2.0**-126, 2.0**127  # within float32's normal numbers
+
+
+@dataclass(kw_only=True)
+class LossScaler:
+    """Grows the scale of the loss while all gradients are finite, and shrinks it when one is not.
+
+    scale: multiplies the loss, so that small gradients do not vanish in float16; in
+    [2^-126, 2^127). growth_factor: at least 1; multiplies it after `growth_interval` steps in a
+    row without a skipped one. backoff_factor: in [0, 1), not 0; multiplies it after a skipped
+    step. growth_interval: steps. good_steps: how many of these have passed.
+
+    The defaults and semantics are those of torch.amp.GradScaler. A scale that would leave its
+    range stays. Fields can be set; `update` alone reads them. Raises TypeError for a value of the
+    wrong kind and ValueError for one out of range.
+
+    >>> scaler = LossScaler(scale=1024.0, growth_interval=2)
+    >>> for skipped in (True, False, False, False):
+    ...     scaler.update(skipped)
+    ...     print(scaler.scale)
+    512.0
+    512.0
+    1024.0
+    1024.0
+    """
+
+    scale: Annotated[float, Number(low=LOWEST, high=HIGHEST)] = 65536.0
+    growth_factor: Annotated[float, Number(low=1.0)] = 2.0
+    backoff_factor: Annotated[float, Number(low=LOWEST, high=1.0)] = 0.5
+    growth_interval: Count = 2000
+    good_steps: Annotated[int, Number(integer=True)] = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def update(self, skipped: bool) -> None:
+        """Takes note of a step: whether it was skipped for a NaN or an infinity."""
+        if not isinstance(skipped, bool):
+            raise TypeError(f"skipped: expected True or False, got {skipped!r}")
+        if skipped:
+            self.good_steps = 0
+            self._multiply(self.backoff_factor)
+            return
+        self.good_steps += 1
+        if self.good_steps >= self.growth_interval:
+            self.good_steps = 0
+            self._multiply(self.growth_factor)
+
+    def _multiply(self, factor: float) -> None:
+        if LOWEST <= self.scale * factor < HIGHEST:
+            self.scale *= factor
+
+    def state_dict(self) -> dict[str, float | int]:
+        """All fields by name: plain numbers."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a `state_dict`; ValueError, and no change, where one does not fit."""
+        names = [field.name for field in fields(self)]
+        if not isinstance(state, dict) or set(state) != set(names):
+            raise ValueError(f"state_dict: expected a dict with {', '.join(names)}, got {state!r}")
+        vars(self).update(vars(type(self)(**state)))

@@ -1,0 +1,112 @@
+"""What an optimizer does around its rules while a tile is in the cache: clip, average, count."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from ..arrays.stored import AVERAGE
+from ..programs.arithmetic import Array
+from ..programs.program import Operation, Program
+from ..rules.base import Rule
+
+
+class Around(NamedTuple):
+    """clip_value: every element of the gradient is kept within +- this. ema: how much of the
+    average of a parameter a step keeps. stats: sum up what `StepInfo.stats` tells; norms: with the
+    gradient's norm, which no other pass finds."""
+
+    clip_value: float | None = None
+    ema: float | None = None
+    stats: bool = False
+    norms: bool = False
+
+    def states(self, rule: Rule) -> tuple[str, ...]:
+        """The rule's states and those that are added."""
+        return (*rule.states, *([AVERAGE] if self.ema is not None else []))
+
+    def program(self, rule: Rule) -> Program:
+        """The rule's program with everything around it."""
+        if self == NOTHING:
+            return rule.program
+        own = rule.operations()
+        last = max(op.phase for op in own)  # in which the parameter is written
+        before: list[Operation] = []
+        after: list[Operation] = []
+        scratch: list[str] = []
+        if self.clip_value is not None:
+            limit = (self.clip_value,)
+            scratch.append("clipped")
+            for phase in sorted({op.phase for op in own if "g" in op.operands}):
+                before.append(
+                    Operation("clip_value", ("clipped", "g"), lambda t, lr: limit, "filter", phase)
+                )
+            own = tuple(
+                replace(op, operands=tuple("clipped" if o == "g" else o for o in op.operands))
+                for op in own
+            )
+        if self.stats:
+            scratch.append("before")
+            before.append(Operation("keep", ("before", "p"), _nothing, "other", last))
+            after += [
+                Operation("squared_differences", ("update", "p", "before"), _nothing, "sum", last),
+                Operation("squares", ("weight", "before"), _one, "sum", last),
+                *rule.sums(),
+            ]
+            if self.norms:
+                before.append(Operation("squares", ("gradient", "g"), _one, "sum"))
+        if self.ema is not None:
+            line = (self.ema, 1.0 - self.ema)
+            after.append(Operation("average", (AVERAGE, "p"), lambda t, lr: line, "other", last))
+        steps = tuple(op for op in own if op.needs is None)
+        refreshes = tuple(op for op in own if op.needs is not None)
+        operations = (*before, *steps, *after, *refreshes)
+        sums = tuple(op.operands[0] for op in operations if op.loop == "sum")
+        return Program(rule, operations, ("p", *self.states(rule)), tuple(scratch), sums)
+
+    def reference(
+        self,
+        rule: Rule,
+        p: Array,
+        g: Array,
+        states: tuple[Array, ...],
+        hessian: Array | None,
+        *,
+        t: int,
+        lr: float,
+        factor: float,
+    ) -> tuple[Array, tuple[Array, ...]]:
+        """The textbook form: `Rule.reference` with everything around it.
+
+        states: as `states` names them, then side states. factor: on the gradient.
+        """
+        if factor != 1.0:
+            g = factor * g
+        if self.clip_value is not None:
+            g = np.minimum(np.maximum(g, -self.clip_value), self.clip_value)
+        n = len(rule.states)
+        kept, own = states[n:], states[:n]
+        if self.ema is not None:
+            kept = kept[1:]
+        new, own = rule.reference(p, g, (*own, *kept), t=t, lr=lr)
+        if hessian is not None:
+            own = rule.absorb(own, hessian)
+        if self.ema is None:
+            return new, own
+        average = self.ema * states[n] + (1.0 - self.ema) * new
+        return new, (*own[:n], average, *own[n:])
+
+
+def _nothing(t: int, lr: float) -> tuple[float, ...]:
+    return ()
+
+
+def _one(t: int, lr: float) -> tuple[float, ...]:
+    return (1.0,)
+
+
+NOTHING = Around()
+EVERYTHING = Around(clip_value=1.0, ema=0.5, stats=True, norms=True)
+"""For whoever checks that all of it is there."""

@@ -1,0 +1,114 @@
+"""The keyword arguments of an optimizer, and which values they take."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, SupportsIndex
+
+from ..arrays.storage import Master, Rounding, StateDtype, Storage
+from ..system.threads import check_threads
+from .extras import Around
+
+ClipNorm = float | Mapping[str, float | None] | None
+
+
+class Options(NamedTuple):
+    """As `Optimizer` takes them."""
+
+    clip_norm: ClipNorm
+    clip_value: float | None
+    skip_nonfinite: bool
+    zero_grads: bool
+    state_dtype: StateDtype
+    rounding: Rounding
+    master: Master | None
+    copy_out: Any
+    ema: float | None
+    stats: bool
+    exact: bool
+    seed: int
+    backend: str
+    threads: int | None
+    verify: bool
+    wait: bool
+
+    def checked(self) -> Options:
+        """TypeError or ValueError where a value does not fit."""
+        for name in ("skip_nonfinite", "zero_grads", "stats", "exact", "verify", "wait"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+        if self.clip_norm is not None and self.clip_value is not None:
+            raise ValueError("clip_norm, clip_value: give one of them")
+        if isinstance(self.clip_norm, Mapping):
+            for label, limit in self.clip_norm.items():
+                if limit is not None:
+                    positive(f"clip_norm[{label!r}]", limit)
+        elif self.clip_norm is not None:
+            positive("clip_norm", self.clip_norm)
+        if self.clip_value is not None:
+            positive("clip_value", self.clip_value)
+        if self.ema is not None and not 0.0 <= number("ema", self.ema) <= 1.0:
+            raise ValueError(f"ema: expected a number in [0, 1], got {self.ema!r}")
+        check_seed(self.seed)
+        threads = None if self.threads is None else check_threads("threads", self.threads)
+        return self._replace(threads=threads)
+
+    def storage(self) -> Storage:
+        """How parameters and states are stored."""
+        return Storage(self.state_dtype, self.master, self.rounding)
+
+    def clip_by_group(self, labels: Sequence[str]) -> float | dict[str, float | None] | None:
+        """clip_norm; ValueError where its labels are not the groups'."""
+        if not isinstance(self.clip_norm, Mapping):
+            return None if self.clip_norm is None else float(self.clip_norm)
+        if set(self.clip_norm) != set(labels):
+            raise ValueError(
+                f"clip_norm: expected a number, or a mapping with one or None for each of"
+                f" {list(labels)}; got {dict(self.clip_norm)!r}"
+            )
+        return {k: None if x is None else float(x) for k, x in self.clip_norm.items()}
+
+    def decides(self, wide: bool) -> bool:
+        """Whether gradients are read before the step; wide: whether some leaf is float64, whose
+        squares may leave the range and be wanted again."""
+        return self.clip_norm is not None or self.skip_nonfinite or (self.stats and wide)
+
+    def around(self, wide: bool) -> Around:
+        """What is done beside the rules."""
+        clip_value = None if self.clip_value is None else float(self.clip_value)
+        ema = None if self.ema is None else float(self.ema)
+        return Around(clip_value, ema, self.stats, self.stats and not self.decides(wide))
+
+
+def number(where: str, value: Any) -> float:
+    """A real number; TypeError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{where}: expected a number, got {value!r}")
+    return float(value)
+
+
+def positive(where: str, value: Any) -> float:
+    """A number > 0; TypeError or ValueError otherwise."""
+    if not number(where, value) > 0.0:
+        raise ValueError(f"{where}: expected a number > 0, got {value!r}")
+    return float(value)
+
+
+def check_grad_scale(value: Any) -> float:
+    """A number > 0 by which gradients can be divided; TypeError or ValueError otherwise."""
+    scale = positive("grad_scale", value)
+    if math.isinf(scale) or math.isinf(1.0 / scale):
+        raise ValueError(f"grad_scale: expected a number with a finite inverse, got {value!r}")
+    return scale
+
+
+def check_seed(seed: Any) -> int:
+    """An integer >= 0; TypeError or ValueError otherwise."""
+    if isinstance(seed, bool) or not isinstance(seed, SupportsIndex):
+        raise TypeError(f"seed: expected an integer >= 0, got {seed!r}")
+    if operator.index(seed) < 0:
+        raise ValueError(f"seed: expected an integer >= 0, got {seed!r}")
+    return operator.index(seed)

@@ -1,0 +1,69 @@
+"""The description of an optimizer from which a backend makes a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..arrays.state_file import Scratch
+from ..arrays.stored import Memory, Stored
+from ..programs.program import Program
+from ..rules.base import Rule
+from ..rules.groups import Group
+from .extras import NOTHING, Around
+
+INPUTS = ("g", "hessian")
+"""The operands that come with each step; they have the first slots."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Everything about an optimizer that a plan needs.
+
+    tree: the parameters' `Tree.spec`. leaves: what a step writes of each. groups: the rules;
+    group_of: of each leaf its place among them. rates: float64, in the step at hand the groups'
+    learning rates and then their factors on gradients. counters: int64, the optimizer's step and
+    then each leaf's; a plan advances them. keys: of each leaf, for its parameter and states, the
+    keys of their random bits. results: float64, a row for each leaf, which a step fills in: the sum
+    of squares of its gradient times scale, that scale (0 where it takes no part), the elements that
+    are touched, and the sums of its program. around: what is done beside the rules. decide: asked
+    when the first two columns are known whether to go on, and may set the factors; without it they
+    are not computed. zero_grads: gradients are set to zero. threads: at most so many, or None.
+    wait: whether a step may wait for what `decide` needs; otherwise see `cuda.guard`. scratch: the
+    file that states are in, of which a step is to have a window in memory at a time; None where
+    they are in memory.
+    """
+
+    tree: Any
+    leaves: Sequence[Memory]
+    groups: Sequence[Group]
+    group_of: Sequence[int]
+    rates: np.ndarray
+    counters: np.ndarray
+    keys: Sequence[Sequence[int]]
+    results: np.ndarray
+    around: Around = NOTHING
+    decide: Callable[[], bool] | None = None
+    zero_grads: bool = False
+    threads: int | None = None
+    wait: bool = True
+    scratch: Scratch | None = None
+
+
+def results_for(programs: Sequence[Program], leaves: int) -> np.ndarray:
+    """The array of a `Layout`."""
+    return np.zeros((leaves, 3 + max(len(program.sums) for program in programs)))
+
+
+def single(rule: Rule, program: Program, t: int, lr: float, arrays: Sequence[Stored]) -> Layout:
+    """That of one tensor's t-th step; arrays: the parameter, then those of the program."""
+    names = program.arrays[1 : len(program.arrays) - len(program.works)]
+    states = dict(zip(names, arrays[1:], strict=False))
+    sides = dict(zip(rule.sides(arrays[0].shape), arrays[1 + len(names) :], strict=True))
+    memory = Memory(arrays[0], states, sides=sides)
+    rates, counters = np.array([lr, 1.0]), np.array([0, t - 1])
+    group, keys = Group(rule.name, rule), [[0] * (1 + len(names))]
+    return Layout(0, [memory], [group], [0], rates, counters, keys, results_for([program], 1))

@@ -1,0 +1,1 @@
+"""Programs of tile operations, and the scalar functions that they run."""

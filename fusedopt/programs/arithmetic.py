@@ -1,0 +1,43 @@
+"""Arithmetic that the rules' references and scalars share."""
+
+from __future__ import annotations
+
+from math import expm1, log
+from typing import Any
+
+import numpy as np
+
+Array = Any
+"""In a reference: an ndarray, or the array of `verification.running_error`, which carries the bound
+of its rounding."""
+
+
+def correction(beta: float, t: int) -> float:
+    """1 - beta^t without cancellation."""
+    return -expm1(t * log(beta)) if beta else 1.0
+
+
+def textbook_correction(beta: float, t: int) -> float:
+    """1 - beta^t for the references, by another way than `correction`: in 28 decimal digits."""
+    from decimal import Decimal  # only where a reference runs
+
+    return float(1 - Decimal(beta) ** t)
+
+
+def capped(x: Array, limit: float) -> Array:
+    """x, whose magnitude never exceeds `limit`, as whoever bounds its rounding is to know."""
+    return x if isinstance(x, np.ndarray) else x.capped(limit)
+
+
+def by_sign(sign: Array, negative: Array, zero: Array, positive: Array) -> Array:
+    """Of three arrays what each element of `np.sign`'s result selects; NaN selects `zero`."""
+    if isinstance(sign, np.ndarray):
+        return np.where(sign < 0, negative, np.where(sign > 0, positive, zero))
+    return sign.by_sign(negative, zero, positive)
+
+
+def ratio(numerator: Array, denominator: Array) -> Array:
+    """The quotient, 0 where the denominator is 0: no step where nothing was accumulated."""
+    if isinstance(denominator, (np.ndarray, np.generic)):
+        return numerator / np.where(denominator == 0, np.inf, denominator).astype(denominator.dtype)
+    return denominator.divides(numerator)

@@ -1,0 +1,97 @@
+"""Operations, and the programs of them that are run on each tile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+from .elements import Element
+
+HEAD = {"rule": 2, "peek": 2, "filter": 1, "sum": 0, "other": 0}
+"""How many scalars an operation has before its own, by its loop."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation of a rule's program, run on each tile (csrc/rules.hpp holds the kernels).
+
+    operands: names; "g" and "hessian" come anew with each step, "p" is the parameter, those of
+    `Rule.works` are the matrices between two phases, every other name a state, scratch or sum.
+    loop: what the loop around the kernel does: "rule" applies the delta, "peek" only writes it to
+    the last operand, "filter" makes its first operand of the gradient times its factor, "sum" adds
+    up, and "other" writes its first operand. needs: run only where this input was given. written:
+    of a rule's states the first so many; None: all. element: the kernel in Python, where
+    elements.py does not have it under the kernel's name. kernel: None where the core has none, and
+    is given the compiled element.
+    """
+
+    kernel: str | None
+    operands: tuple[str, ...]
+    scalars: Callable[[int, float], tuple[float, ...]]
+    loop: Literal["rule", "peek", "filter", "sum", "other"] = "rule"
+    phase: int = 0
+    needs: Literal["hessian"] | None = None
+    written: int | None = None
+    element: Element | None = None
+
+
+class Governed(Protocol):
+    """What a program needs to know of its rule: see `fusedopt.rules.base.Rule`."""
+
+    @property
+    def maximize(self) -> bool:
+        """Whether the gradient is ascended."""
+
+    @property
+    def weight_decay(self) -> float:
+        """The coefficient of weight decay."""
+
+    @property
+    def decay(self) -> str:
+        """The form of weight decay."""
+
+    @property
+    def works(self) -> tuple[str, ...]:
+        """The names of the work space of a rule of several phases."""
+
+    @property
+    def decay_line(self) -> tuple[float, float]:
+        """(a, b): the loop around the rule multiplies the parameter with a + b lr."""
+
+
+class Program:
+    """Operations on a rule's arrays, and their scalars.
+
+    arrays: names; work space is added where there are several phases. scratch: names of tiles that
+    live as long as a tile is worked on; sums: of sums over a leaf. folds: of each operation its
+    function from (t, lr). head: (factor, a, b); a rule's own scalars stand behind the factor on the
+    gradient and the coefficient a + b lr of weight decay.
+    """
+
+    MODES: ClassVar = ("plain", "l2", "decoupled", "first", "peek", "peek_l2")  # csrc/table.h
+
+    def __init__(
+        self,
+        rule: Governed,
+        operations: tuple[Operation, ...],
+        arrays: tuple[str, ...],
+        scratch: tuple[str, ...] = (),
+        sums: tuple[str, ...] = (),
+    ) -> None:
+        self.operations, self.scratch, self.sums = operations, scratch, sums
+        self.phases = 1 + max(op.phase for op in operations)
+        self.works = rule.works if self.phases > 1 else ()
+        self.arrays = (*arrays, *self.works)
+        decay = {"independent": "decoupled", "decoupled_first": "first"}.get(rule.decay, rule.decay)
+        self._decay = decay if rule.weight_decay else "plain"
+        self.folds = tuple(op.scalars for op in operations)
+        line = rule.decay_line if rule.weight_decay else (0.0, 0.0)
+        self.head = (-1.0 if rule.maximize else 1.0, *line)
+        self.native: Any = None  # what the native backend compiled it to
+
+    def mode(self, op: Operation) -> str:
+        """How the loop around an operation treats weight decay and the delta."""
+        if op.loop == "peek":
+            return "peek_l2" if self._decay == "l2" else "peek"
+        return self._decay if op.loop == "rule" else "plain"

@@ -1,0 +1,124 @@
+"""The kinds of hyperparameters: what each accepts, and how a refusal reads."""
+
+from __future__ import annotations
+
+import functools
+import math
+import numbers
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal
+
+from ..linalg.coefficients import Row
+
+Schedule = Callable[[int], float]
+"""The learning rate of a step, from the optimizer's step number (1 for the first step)."""
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number in [low, high)."""
+
+    low: float = 0.0
+    high: float = math.inf
+    integer: bool = False
+
+    def __str__(self) -> str:
+        kind = "an integer" if self.integer else "a number"
+        bound = f">= {self.low:g}" if self.high == math.inf else f"in [{self.low:g}, {self.high:g})"
+        return f"{kind} {bound}"
+
+    def accept(self, where: str, value: Any) -> float | int:
+        kind: Any = numbers.Integral if self.integer else numbers.Real
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise TypeError(f"{where}: expected {self}, got {value!r}")
+        if not self.low <= value < self.high:  # NaN compares false
+            raise ValueError(f"{where}: expected {self}, got {value!r}")
+        # NumPy's float32 scalars would drag the folding of constants down to float32.
+        return int(value) if self.integer else float(value)
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A tuple of so many numbers of one kind."""
+
+    length: int
+    each: Number
+
+    def accept(self, where: str, value: Any) -> tuple[float, ...]:
+        if not isinstance(value, (tuple, list)) or len(value) != self.length:
+            raise TypeError(f"{where}: expected {self.length} numbers, got {value!r}")
+        return tuple(self.each.accept(f"{where}[{k}]", v) for k, v in enumerate(value))
+
+
+@dataclass(frozen=True)
+class Quintics:
+    """The name of a set of coefficients, one triple, or a triple for each iteration."""
+
+    def accept(self, where: str, value: Any) -> str | Row | tuple[Row, ...]:
+        if isinstance(value, str):
+            return value  # which names there are, `coefficients` knows
+        if not isinstance(value, (tuple, list)) or not value:
+            raise TypeError(
+                f"{where}: expected the name of a set, a triple of numbers or a list of triples,"
+                f" got {value!r}"
+            )
+        if isinstance(value[0], (tuple, list)):
+            return tuple(self._triple(f"{where}[{k}]", row) for k, row in enumerate(value))
+        return self._triple(where, value)
+
+    def _triple(self, where: str, value: Any) -> Row:
+        a, b, c = Numbers(3, Number(low=-math.inf)).accept(where, value)
+        return a, b, c
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A learning rate: a number, or a schedule."""
+
+    def accept(self, where: str, value: Any) -> float | Schedule:
+        return value if callable(value) else Number().accept(where, value)
+
+
+NonNegative = Annotated[float, Number()]
+Fraction = Annotated[float, Number(high=1.0)]
+Betas = Annotated[tuple[float, float], Numbers(2, Number(high=1.0))]
+ThreeBetas = Annotated[tuple[float, float, float], Numbers(3, Number(high=1.0))]
+Pair = Annotated[tuple[float, float], Numbers(2, Number())]
+QuinticSet = Annotated[str | Row | tuple[Row, ...], Quintics()]
+Count = Annotated[int, Number(low=1, integer=True)]
+LearningRate = Annotated[float | Schedule, Rate()]
+
+
+def check_fields(value: Any) -> None:
+    """Checks a frozen dataclass's own hyperparameters, and stores them as their kinds do.
+
+    TypeError or ValueError where one does not fit.
+    """
+    kinds = _kinds(type(value))  # type: ignore[arg-type]  # typeshed: a class is no Hashable
+    for field in fields(value):
+        if field.init:
+            where = f"{type(value).__name__}({field.name})"
+            checked = check_field(where, kinds[field.name], getattr(value, field.name))
+            object.__setattr__(value, field.name, checked)
+
+
+@functools.cache
+def _kinds(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+def check_field(where: str, annotation: Any, value: Any) -> Any:
+    """`value` as the field's kind stores it; TypeError or ValueError where it does not fit."""
+    if typing.get_origin(annotation) is Annotated:
+        return typing.get_args(annotation)[1].accept(where, value)
+    if typing.get_origin(annotation) is Literal:
+        accepted = typing.get_args(annotation)
+        if not any(value is a or (isinstance(a, str) and value == a) for a in accepted):
+            raise ValueError(f"{where}: expected one of {accepted}, got {value!r}")
+    elif annotation in (float, int):  # of a user's own rule
+        return Number(low=-math.inf, integer=annotation is int).accept(where, value)
+    elif annotation is bool and not isinstance(value, bool):
+        raise TypeError(f"{where}: expected True or False, got {value!r}")
+    return value

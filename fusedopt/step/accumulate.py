@@ -1,0 +1,152 @@
+"""Gradients of micro-batches, added up until a step takes their sum."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ..arrays.rows import Rows, as_rows, joined, values_of
+from ..arrays.stored import Memory
+from ..arrays.trees import Tree
+from ..plan.interface import Backend
+from ..plan.spec import Layout, results_for
+from ..programs.arithmetic import Array
+from ..programs.program import Operation
+from ..rules import Rule
+from ..rules.groups import Group
+from .gradients import Stepper
+
+
+class Accumulated:
+    """Stands for the gradients that `Optimizer.accumulate` added up."""
+
+    def __repr__(self) -> str:
+        return "<accumulated>"
+
+
+ACCUMULATED: Any = Accumulated()
+"""What `Optimizer.step` takes without an argument."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accumulation(Rule):
+    """The sum takes the parameter's place: sum := g in its first step, sum := sum + g later."""
+
+    name: ClassVar[str] = "accumulate"
+
+    def operations(self) -> tuple[Operation, ...]:
+        def keep(t: int, lr: float) -> tuple[float]:
+            return (float(t > 1),)
+
+        return (Operation("accumulate", ("p", "g"), keep, loop="other"),)
+
+    def reference(
+        self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float
+    ) -> tuple[Array, tuple[Array, ...]]:
+        return (p + g if t > 1 else g), ()
+
+
+class Accumulator:
+    """Sums of gradients, in the type that each leaf is computed in.
+
+    fit: of the parameters, which gradients may not share memory with. An empty sum is one whose
+    leaf has counted no gradient; what stands in its array is of no account, so that emptying
+    touches no memory. `Rows` are copied and kept until the step.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        tree: Tree,
+        parameters: Sequence[np.ndarray],
+        zero_grads: bool,
+        threads: int | None,
+    ) -> None:
+        self._sums = backend.space.blank(parameters)
+        self._space = backend.space
+        self._counters = np.zeros(1 + len(self._sums), np.int64)
+        self._rows: dict[int, list[Rows]] = {}
+        rule = Accumulation()
+        layout = Layout(
+            tree=tree.spec,
+            leaves=[Memory(stored, {}) for stored in self._sums],
+            groups=[Group(rule.name, rule)],
+            group_of=[0] * len(self._sums),
+            rates=np.array([0.0, 1.0]),
+            counters=self._counters,
+            keys=[[0]] * len(self._sums),
+            results=results_for([rule.program], len(self._sums)),
+            zero_grads=zero_grads,
+            threads=threads,
+        )
+        self._tree, self._layout, self._plan = tree, layout, backend.plan(layout)
+        self.watch(parameters)
+
+    def watch(self, parameters: Sequence[np.ndarray]) -> None:
+        """Takes note of where the parameters are."""
+        written = [[p, *s.arrays] for p, s in zip(parameters, self._sums, strict=True)]
+        fit = self._space.Fit([leaf.label for leaf in self._tree.leaves], parameters, written)
+        self._stepper = Stepper(self._tree, fit, self._layout, self._plan)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the sums."""
+        return sum(stored.nbytes for stored in self._sums)
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to consume."""
+        return not self._counters[0]
+
+    def add(self, grads: Any) -> int:
+        """Adds a micro-batch's gradients; how many there are now."""
+        if not self._rows and not self._layout.zero_grads:
+            count = self._plan.step(grads, None, False)
+            if count is not None:
+                return count
+        leaves = self._stepper.flatten(grads, "grads")
+        some = {k: as_rows("grads", g) for k, g in enumerate(leaves)}
+        rows = {k: given for k, given in some.items() if given is not None}
+        if not rows:
+            self._refuse_mixed([k for k, g in enumerate(leaves) if g is not None], self._rows)
+            return self._add(grads)
+        self._refuse_mixed(rows, np.flatnonzero(self._counters[1:]))
+        taken = {k: self._stepper.fit_leaf(k, "grads", given) for k, given in rows.items()}
+        if self._layout.zero_grads:
+            self._stepper.check_exclusive(leaves, None)
+        dense = [None if k in rows else g for k, g in enumerate(leaves)]
+        self._refuse_mixed([k for k, g in enumerate(dense) if g is not None], self._rows)
+        count = self._add(self._tree.build(dense))
+        for k, t in taken.items():
+            self._rows.setdefault(k, []).append(Rows(t.rows, t.gathered))
+            if self._layout.zero_grads:
+                values_of(leaves[k])[...] = 0
+        return count
+
+    def _add(self, grads: Any) -> int:
+        if self._layout.zero_grads:  # only the slow way knows the parameters, which must stay
+            return self._stepper.explained(grads, None)
+        return self._stepper.step(grads, None)
+
+    def _refuse_mixed(self, leaves: Iterable[int], others: Collection[int]) -> None:
+        for k in leaves:
+            if k in others:
+                raise ValueError(
+                    f"{self._tree.leaves[k].label}: the micro-batches of one step give either Rows"
+                    " or whole gradients"
+                )
+
+    @property
+    def sums(self) -> list[np.ndarray | Rows | None]:
+        """Of each leaf; None where there was no gradient."""
+        counted = zip(self._sums, self._counters[1:], strict=True)
+        dense = [stored.data if count else None for stored, count in counted]
+        return [joined(self._rows[k]) if k in self._rows else g for k, g in enumerate(dense)]
+
+    def clear(self) -> None:
+        """Makes them empty."""
+        self._counters[:] = 0
+        self._rows.clear()

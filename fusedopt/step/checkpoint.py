@@ -1,0 +1,245 @@
+"""The state that travels: what an optimizer is, apart from its parameters."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+
+from ..arrays.checks import memory_order
+from ..arrays.stored import Memory
+from ..arrays.trees import Leaf
+from ..rules import Rule
+
+FORMAT = 1
+MOST = 1 << 62
+"""Steps; the counters have 64 bits."""
+
+ENTRY: dict[str, Any] = {
+    "rule": str,
+    "hyperparameters": dict,
+    "t": int,
+    "shape": (tuple, list),
+    "dtype": str,
+    "order": str,
+    "formats": dict,
+    "state": dict,
+}
+
+
+class Snapshot:
+    """Reads and writes the states and counters of an optimizer's leaves.
+
+    memories: what a step writes of each leaf. counters: the step, then each leaf's own. seed: of
+    the random bits.
+    """
+
+    def __init__(
+        self,
+        leaves: Sequence[Leaf],
+        rules: Sequence[Rule],
+        parameters: Sequence[np.ndarray],
+        memories: Sequence[Memory],
+        counters: np.ndarray,
+        seed: int,
+    ) -> None:
+        self.paths = [leaf.path for leaf in leaves]
+        self.rules, self.counters, self.seed = rules, counters, seed
+        self.parameters, self.memories = parameters, memories
+
+    def take(self) -> dict[str, Any]:
+        """Counters, and copies of the states."""
+        saved = self._described()
+        for path, memory in zip(self.paths, self.memories, strict=True):
+            copies = {name: a.copy(order="A") for name, a in memory.saved.items()}
+            saved["leaves"][path]["state"] = copies
+        return saved
+
+    def restore(
+        self, saved: Any, *, strict: bool, what: str = "state_dict", parameters: bool = False
+    ) -> int:
+        """Writes what `take` returned, and returns the seed.
+
+        strict: hyperparameters must be equal. parameters: the caller's arrays are among the states
+        and are written too. Raises ValueError, which lists every misfit, before anything is
+        written.
+        """
+        problems = list(self._problems(saved, strict, parameters))
+        if problems:
+            raise ValueError(f"{what} does not fit: " + "; ".join(problems))
+        for k, path in enumerate(self.paths):
+            entry = saved["leaves"][path]
+            for name, a in self._held(k, parameters).items():
+                a[...] = entry["state"][name]
+            self.counters[k + 1] = entry["t"]
+        self.counters[0] = saved["step"]
+        return int(saved["seed"])
+
+    def save(self, file: str | os.PathLike[str], parameters: bool, metadata: Any) -> None:
+        """Writes a file that `load` reads; a tensor is called name:path, the parameter p:path."""
+        from ..arrays.safetensors_file import write  # an optimizer may run without the module
+
+        arrays = {}
+        for k, path in enumerate(self.paths):
+            for name, held in self._held(k, parameters).items():
+                a = held if isinstance(held, np.ndarray) else held.copy()  # of a device
+                arrays[f"{name}:{path}"] = _in_c_order(a, held)
+        write(file, arrays, {**self._described(), "metadata": metadata})
+
+    def load(
+        self, file: str | os.PathLike[str], *, strict: bool, parameters: bool
+    ) -> tuple[int, Any]:
+        """Writes what `save` put into a file; returns the seed and the metadata. Errors as in
+        `restore`."""
+        from ..arrays.safetensors_file import read
+
+        name = os.fspath(file)
+        arrays, saved = read(file)
+        known = {path: self._held(k, True) for k, path in enumerate(self.paths)}
+        try:
+            leaves = saved["leaves"]
+            for entry in leaves.values():
+                entry["state"] = {}
+            for tensor, a in arrays.items():
+                kind, _, path = tensor.partition(":")
+                leaves[path]["state"][kind] = _in_c_order(a, known.get(path, {}).get(kind, a))
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{name}: its table of leaves is spoilt: {error!r}") from error
+        if not parameters:
+            for entry in leaves.values():
+                for kind in CALLERS:
+                    entry["state"].pop(kind, None)
+        elif not any("p" in entry["state"] for entry in leaves.values()):
+            raise ValueError(
+                f"{name}: holds no parameters; put them back yourself, and pass parameters=False"
+            )
+        seed = self.restore(saved, strict=strict, what=name, parameters=parameters)
+        return seed, saved.get("metadata")
+
+    def _described(self) -> dict[str, Any]:
+        """What there is to know apart from the arrays."""
+        leaves = {}
+        for k, (path, rule) in enumerate(zip(self.paths, self.rules, strict=True)):
+            p = self.parameters[k]
+            leaves[path] = {
+                "rule": rule.name,
+                "hyperparameters": hyperparameters(rule),
+                "t": int(self.counters[k + 1]),
+                "shape": p.shape,
+                "dtype": p.dtype.name,
+                "order": memory_order(p),
+                "formats": _formats(self.memories[k]),
+            }
+        return {
+            "format": FORMAT,
+            "step": int(self.counters[0]),
+            "seed": self.seed,
+            "leaves": leaves,
+        }
+
+    def _held(self, k: int, parameters: bool) -> Mapping[str, np.ndarray]:
+        """The arrays of a leaf that are saved, by name."""
+        memory = self.memories[k]
+        callers = dict(zip(CALLERS, (memory.caller, *memory.copies), strict=False))
+        return {**callers, **memory.saved} if parameters else memory.saved
+
+    def _problems(self, saved: Any, strict: bool, parameters: bool) -> Iterator[str]:
+        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+            found = saved.get("format") if isinstance(saved, dict) else type(saved).__name__
+            yield f"expected a dict of format {FORMAT}, got {found!r}"
+            return
+        leaves = saved.get("leaves")
+        step, seed = saved.get("step"), saved.get("seed")
+        if not isinstance(leaves, dict) or not _is_count(step) or not _is_integer(seed):
+            yield f"expected a step >= 0 and below {MOST}, a seed >= 0 and a dict of leaves"
+            return
+        known = set(self.paths)
+        yield from (f"{path}: is no leaf here" for path in leaves if path not in known)
+        for k, path in enumerate(self.paths):
+            if path not in leaves:
+                yield f"{path}: is not in it"
+                continue
+            entry = leaves[path]
+            if not isinstance(entry, dict) or not all(
+                isinstance(entry.get(name), kind) for name, kind in ENTRY.items()
+            ):
+                yield f"{path}: expected a dict with {', '.join(ENTRY)}"
+            else:
+                differences = self._differences(k, entry, strict, parameters)
+                yield from (f"{path}: {reason}" for reason in differences)
+
+    def _differences(
+        self, k: int, entry: dict[str, Any], strict: bool, parameters: bool
+    ) -> Iterator[str]:
+        p, rule, held = self.parameters[k], self.rules[k], self._held(k, parameters)
+        if not _is_count(entry["t"]):
+            yield f"expected t >= 0 and below {MOST}, got {entry['t']!r}"
+        here = {
+            "rule": rule.name,
+            "shape": p.shape,
+            "dtype": p.dtype.name,
+            "order": memory_order(p),
+            "formats": _formats(self.memories[k]),
+        }
+        for what, value in here.items():
+            there = tuple(entry[what]) if what == "shape" else entry[what]
+            if there != value:
+                yield f"{what} {value} here, {there} there"
+        if entry["rule"] == rule.name:
+            yield from _other_hyperparameters(rule, entry["hyperparameters"], strict)
+        if set(entry["state"]) != set(held):
+            yield f"states {list(held)} here, {list(entry['state'])} there"
+        for name, a in entry["state"].items():
+            own = held.get(name, p)
+            if not isinstance(a, np.ndarray) or (a.shape, a.dtype) != (own.shape, own.dtype):
+                there = f"{a.dtype} of shape {a.shape}" if isinstance(a, np.ndarray) else type(a)
+                yield f"{name}: {own.dtype} of shape {own.shape} here, {there} there"
+
+
+CALLERS = ("p", "copy")
+"""The caller's arrays in a file: the parameter, and what `copy_out` has for it."""
+
+
+def hyperparameters(rule: Rule) -> dict[str, Any]:
+    """A rule's fields as JSON has them. A schedule is what it prints, any other callable is one."""
+    return {field.name: _plain(getattr(rule, field.name)) for field in fields(rule)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return [_plain(each) for each in value]
+    if callable(value):
+        return repr(value) if is_dataclass(value) else "a callable"
+    return value
+
+
+def _other_hyperparameters(rule: Rule, there: dict[str, Any], strict: bool) -> Iterator[str]:
+    """What differs; unless `strict`, of what the states themselves depend on."""
+    here = hyperparameters(rule)
+    for name in sorted(here.keys() | there.keys()):
+        own, other = (side.get(name, "nothing") for side in (here, there))
+        if own != other and (strict or name in rule.settled):
+            yield f"{name} {own!r} here, {other!r} there"
+
+
+def _formats(memory: Memory) -> dict[str, str]:
+    """What the parameter is computed with and each state is stored in, where dtypes do not tell."""
+    stored = {"p": memory.parameter, **memory.states}
+    return {name: s.format.name for name, s in stored.items()}
+
+
+def _in_c_order(a: np.ndarray, held: Any) -> np.ndarray:
+    """Return an array as a file has it, and the file's as it was: turned where the optimizer holds
+    it in Fortran order. A state need not have the order of its parameter, nor its shape."""
+    return a.T if memory_order(held) == "F" else a
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_count(value: Any) -> bool:
+    return _is_integer(value) and value < MOST

@@ -1,0 +1,172 @@
+"""Between an optimizer's arguments and its plan: what is taken, what is refused, what is told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..arrays.checks import Fit
+from ..arrays.formats import TILE
+from ..arrays.rows import Rows, Touched, as_rows, touched, values_of
+from ..arrays.stored import Memory
+from ..arrays.trees import Tree
+from ..plan.interface import Plan
+from ..plan.spec import Layout
+from ..rules.base import Rule
+from ..system.interrupts import deferred
+from .lazy_rows import Ledger
+
+
+class Stepper:
+    """Runs an optimizer's plan, and finds the reason where it takes something only after a look.
+
+    fit: of the tree's leaves. ledger: of rows that miss steps, where these are to be replayed.
+    """
+
+    def __init__(
+        self, tree: Tree, fit: Fit, layout: Layout, plan: Plan, ledger: Ledger | None = None
+    ) -> None:
+        self._tree, self._fit, self._layout, self._plan = tree, fit, layout, plan
+        self._rules = [layout.groups[k].rule for k in layout.group_of]
+        self._ledger = ledger
+
+    def step(self, grads: Any, hessian: Any) -> int:
+        """One step; its number."""
+        if self._ledger is not None:  # which wants to see the leaves
+            return self.explained(grads, hessian)
+        number = self._plan.step(grads, hessian, False)
+        return self.explained(grads, hessian) if number is None else number
+
+    def explained(self, grads: Any, hessian: Any) -> int:
+        """What the plan did not take: refused with the reason, or laid out so that it will be."""
+        self._fit.check_unmoved()
+        fitted = self._fitted(grads, "grads")
+        estimates = None if hessian is None else self.estimates(hessian, fitted)
+        if not self._layout.zero_grads:
+            return self.flat(fitted, estimates)
+        return self._zeroing(fitted, estimates, self.flatten(grads, "grads"))
+
+    def estimates(self, hessian: Any, grads: Sequence[Any]) -> list[np.ndarray | Touched | None]:
+        """The leaves of a tree of Hessian estimates, checked; grads: those that go with them, which
+        are of the same rows."""
+        estimates = self._fitted(hessian, "hessian")
+        for k, (leaf, rule, e) in enumerate(
+            zip(self._tree.leaves, self._rules, estimates, strict=True)
+        ):
+            if e is None:
+                continue
+            if not rule.takes_hessian:
+                raise ValueError(
+                    f"hessian: {leaf.label} is updated by {type(rule).__name__}, which takes none;"
+                    " give None there"
+                )
+            estimates[k] = self._same_rows(k, e, grads)
+        return estimates
+
+    def _same_rows(self, k: int, e: Any, grads: Sequence[Any]) -> Any:
+        """A leaf's estimate, with its rows where those of the gradient are."""
+        g = grads[k]
+        if g is None or not (isinstance(g, Touched) or isinstance(e, Touched)):
+            return e
+        if type(g) is not type(e) or not np.array_equal(g.rows, e.rows):
+            raise ValueError(
+                f"{self._labels('hessian')[k]}: expected Rows of the gradient's indices, or both as"
+                " whole arrays"
+            )
+        values = np.zeros(g.values.shape, e.values.dtype)
+        values[g.places] = e.gathered
+        return Touched(g.rows, g.places, values)
+
+    def summed(self, sums: Sequence[Any], hessian: Any) -> int:
+        """A step with accumulated gradients; their number."""
+        fitted = [
+            self.fit_leaf(k, "grads", g) if isinstance(g, Rows) else g for k, g in enumerate(sums)
+        ]
+        return self.flat(fitted, None if hessian is None else self.estimates(hessian, fitted))
+
+    def flat(self, grads: Sequence[Any], hessian: Sequence[Any] | None) -> int:
+        """A step with leaves that passed all checks."""
+        if self._ledger is not None:
+            self._ledger.check(grads)
+        before = int(self._layout.counters[0])
+        number = self._plan.step(grads, hessian, True)
+        if number is None:
+            raise RuntimeError(
+                "the core refused arrays that passed the checks; if a parameter was resized, call"
+                " rebind(params), otherwise please report this"
+            )
+        if self._ledger is not None and number > before:
+            self._ledger.record(grads, hessian)
+        return int(number)
+
+    def _zeroing(self, fitted: Any, estimates: Any, given: Sequence[Any]) -> int:
+        self.check_exclusive(given, estimates)
+        copied = self._fit.copied(given, fitted)
+        if copied and not self._layout.wait:
+            raise ValueError(
+                f"{self._labels('grads')[copied[0]]}: zero_grads with wait=False needs it in the"
+                " memory order of its parameter, or a step that is not taken would zero it; pass a"
+                " dense copy in that order"
+            )
+        before = int(self._layout.counters[0])
+        with deferred():
+            number = self.flat(fitted, estimates)
+            for k in copied if number > before else ():
+                values_of(given[k])[...] = 0  # the step has zeroed the copy
+        return number
+
+    def check_exclusive(self, given: Sequence[Any], estimates: Sequence[Any] | None) -> None:
+        """ValueError where gradients cannot be zeroed without harm."""
+        inputs = list(zip(self._labels("grads"), map(values_of, given), strict=True))
+        if estimates is not None:
+            inputs += zip(self._labels("hessian"), map(values_of, estimates), strict=True)
+        self._fit.check_exclusive(inputs, len(given))
+
+    def flatten(self, tree: Any, what: str) -> list[Any]:
+        """The leaves of a tree that is like the parameters' own."""
+        return self._tree.flatten(self._fit.opened(what, tree), what)
+
+    def _fitted(self, tree: Any, what: str) -> list[np.ndarray | Touched | None]:
+        values = self.flatten(tree, what)
+        return [
+            self.fit_leaf(k, label, value)
+            for k, (label, value) in enumerate(zip(self._labels(what), values, strict=True))
+        ]
+
+    def fit_leaf(self, k: int, label: str, value: Any) -> Any:
+        """The k-th leaf's gradient as the plan takes it; raises where it does not fit."""
+        rows = as_rows(label, value)
+        if rows is None:
+            return self._fit.gradient(k, label, value)
+        memory, rule = self._layout.leaves[k], self._rules[k]
+        taken = touched(label, rows, memory.caller)
+        refusal = refuses_rows(rule, memory)
+        if refusal:
+            raise ValueError(f"{label}: {refusal}; give the whole gradient")
+        self._fit.check_apart(label, taken.values)
+        return taken
+
+    def _labels(self, what: str) -> list[str]:
+        """How messages call the leaves of another tree."""
+        return [what + leaf.label.removeprefix("params") for leaf in self._tree.leaves]
+
+
+def refuses_rows(rule: Rule, memory: Memory) -> str | None:
+    """Why a leaf takes no gradient of some rows; None where it does."""
+    p = memory.caller
+    if rule.program.phases > 1:
+        return f"{type(rule).__name__} updates matrices as a whole, not some of their rows"
+    if not p.flags.c_contiguous:
+        return "rows of a parameter in Fortran order are not dense"
+    length = p.size // max(p.shape[0], 1)
+    for name, stored in (("parameter", memory.parameter), *memory.states.items()):
+        unit = TILE if stored.format.random else stored.format.block
+        if length % unit:
+            why = "random bits" if stored.format.random else "blocks"
+            return (
+                f"the {name} is stored as {stored.format.name}, whose {why} need rows of a multiple"
+                f" of {unit} elements, and these have {length}"
+            )
+    return None

@@ -1,0 +1,56 @@
+"""What an optimizer shows of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..arrays.storage import Storage
+from ..arrays.stored import AVERAGE, Memory
+from ..rules import Rule
+
+
+def table(
+    storage: Storage,
+    paths: Sequence[str],
+    parameters: Sequence[np.ndarray],
+    rules: Sequence[Rule],
+    memories: Sequence[Memory],
+) -> list[str]:
+    """A line for each leaf, below a head: what updates it, and what it has beside it."""
+    rows = [("path", "shape", "dtype", "rule", "states")]
+    for path, p, rule, memory in zip(paths, parameters, rules, memories, strict=True):
+        states = [storage.describe(rule, name, p) for name in rule.states]
+        states += [f"{name} {s.shape} {s.data.dtype}" for name, s in memory.sides.items()]
+        if AVERAGE in memory.states:
+            states.append(f"{AVERAGE} {memory.states[AVERAGE].format.name}")
+        if memory.extra:
+            states.append(f"{memory.extra[0]} {memory.extra[1].dtype}")
+        shown = ", ".join(states) or "-"
+        rows.append((path, str(p.shape), p.dtype.name, rule.summary(), shown))
+    widths = [max(len(row[k]) for row in rows) for k in range(5)]
+    lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
+    return [line.rstrip() for line in lines]
+
+
+def digest(
+    paths: Sequence[str],
+    parameters: Sequence[np.ndarray],
+    memories: Sequence[Memory],
+    counters: np.ndarray,
+) -> str:
+    """`Optimizer.fingerprint`."""
+    import hashlib  # 3 ms, for this alone
+
+    digest = hashlib.sha256()
+    for path, p, memory, t in zip(paths, parameters, memories, counters[1:], strict=True):
+        digest.update(f"{path} {p.shape} {t}".encode())
+        for a in (p, *memory.saved.values()):
+            canonical = a.copy()
+            if a.dtype.kind not in "iu":
+                canonical[np.isnan(canonical)] = np.nan
+            bits = canonical.view(f"u{a.itemsize}")
+            digest.update(bits.astype(f"<u{a.itemsize}").tobytes())
+    digest.update(str(counters[0]).encode())
+    return digest.hexdigest()

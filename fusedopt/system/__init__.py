@@ -1,0 +1,1 @@
+"""The machine: the compiled extension, threads, environment variables, interrupts."""

@@ -1,0 +1,55 @@
+"""Instruction sets and threads: what steps use, and how many."""
+
+from __future__ import annotations
+
+from .environment import choice
+from .extension import core
+from .threads import available, check_threads, in_use, use
+
+
+def get_isa() -> str:
+    """The instruction set of the compiled core in use; "none" where there is no core."""
+    return core.get_level() if core else "none"
+
+
+def isas() -> list[str]:
+    """The instruction sets that this build and this machine both have, lowest first."""
+    return list(core.levels()) if core else []
+
+
+def set_isa(name: str) -> None:
+    """Makes every later step run on this instruction set.
+
+    Raises ValueError, with the valid names, for one that is unknown or that this machine lacks.
+    """
+    if not core or not core.set_level(name):
+        valid = ", ".join(isas()) or "none: there is no compiled core"
+        raise ValueError(f"isa {name!r} is not to be had here; valid: {valid}")
+
+
+def get_threads() -> int:
+    """How many threads a step may use."""
+    return in_use()
+
+
+def set_threads(n: int) -> None:
+    """Lets every later step use up to n threads, at most what the process was granted.
+
+    Raises TypeError or ValueError where n is no integer >= 1.
+    """
+    n = check_threads("set_threads", n)
+    _use(min(n, *available().values()))
+
+
+def _use(n: int) -> None:
+    use(n)
+    if core:
+        core.set_threads(n)
+
+
+def start() -> None:
+    """Take what the environment asks for; ValueError where it names no instruction set."""
+    forced = choice("FUSEDOPT_ISA", isas())
+    _use(min(available().values()))
+    if core and forced is not None:
+        set_isa(forced)

@@ -1,0 +1,1 @@
+"""Every element of a step against the float64 textbook form."""

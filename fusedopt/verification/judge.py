@@ -1,0 +1,140 @@
+"""The comparison of a step with its reference, element by element."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..arrays.formats import Values, least_state, subkey
+from ..arrays.stored import Stored
+from ..plan.extras import NOTHING, Around
+from ..rules.base import Rule
+from .running_error import Bounded
+
+SLACK = 2.0
+"""A kernel may differ from the reference by so many times the bound on its rounding: the kernel
+folds constants and orders operations otherwise than the textbook, whose bound it is."""
+
+
+@dataclass(frozen=True)
+class Worst:
+    """The element of an array that came nearest to its bound, or went beyond it.
+
+    share: its difference over the bound, at most 1 where all is well. ulps: its difference in
+    units in the last place of the expected value.
+    """
+
+    array: str
+    index: int
+    got: float
+    expected: float
+    bound: float
+    share: float
+    ulps: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.array}[{self.index}] is {self.got!r}, the reference {self.expected!r}, the"
+            f" bound on their difference {self.bound:.3g}"
+        )
+
+
+def compare(name: str, stored: Stored, reference: Bounded, key: int = 0) -> Worst | None:
+    """The worst element of a flat array; None of an empty one. Indices are of the flat array.
+
+    key: of the random bits with which it was stored.
+    """
+    got = stored.flat(stored.values)
+    if got.size == 0:
+        return None
+    with np.errstate(all="ignore"):
+        value, bound = reference.value, SLACK * reference.error
+        low, high = _span(stored, value - bound, value + bound, key)
+        same = (got == value) | (np.isnan(got) & (np.isnan(value) | np.isnan(low)))
+        difference = np.abs(got.astype(np.float64) - value)
+        # Towards each side, what the format makes of the bound there.
+        bound = np.where(got > value, high - value, value - low)
+        share = np.where(same | np.isinf(bound) & (bound > 0), 0.0, difference / bound)
+        share = np.where(np.isnan(share) | (bound < 0), np.inf, share)
+        if share.ndim > 1:  # candidates: the nearest counts
+            nearest = np.argmin(share, axis=0)[None]
+            share, value, bound, difference = (
+                np.take_along_axis(np.broadcast_to(a, share.shape), nearest, axis=0)[0]
+                for a in (share, value, bound, difference)
+            )
+        k = int(np.argmax(share))
+        ulp = float(np.spacing(np.abs(value[k]).astype(got.dtype)))
+    return Worst(
+        name,
+        k,
+        float(got[k]),
+        float(value[k]),
+        float(bound[k]),
+        float(share[k]),
+        float(difference[k]) / ulp if share[k] else 0.0,
+    )
+
+
+def _span(stored: Stored, low: np.ndarray, high: np.ndarray, key: int) -> np.ndarray:
+    """What the stored format may make of the ends of intervals, of each candidate in turn."""
+    if low.ndim > 1:
+        pairs = zip(low, high, strict=True)
+        return np.stack([_span(stored, *pair, key) for pair in pairs], axis=1)
+    return np.array(stored.format.span(low, high, stored.flat_data, stored.aux, key), np.float64)
+
+
+def judge(
+    rule: Rule,
+    before: Sequence[Values],
+    after: Sequence[Stored],
+    g: np.ndarray,
+    hessian: np.ndarray | None,
+    *,
+    t: int,
+    lr: float,
+    keys: Sequence[int] | None = None,
+    copies: Sequence[np.ndarray] = (),
+    factor: float = 1.0,
+    around: Around = NOTHING,
+    rows: np.ndarray | None = None,
+) -> list[Worst]:
+    """Compares a step's parameter and states with the reference's.
+
+    before: what they held, in the type that is computed in. after: as they are stored. keys: of
+    the random bits. copies: other arrays that got the new parameter. factor: on the gradient.
+    rows: what alone may have changed, if given.
+    """
+    dtype, order = before[0].dtype, after[0].order
+    whole = rule.program.phases > 1  # a matrix, which the reference needs in its shape
+
+    def lift(a: np.ndarray) -> Bounded:
+        return Bounded.exact(a if whole else a.reshape(-1, order=order), dtype)
+
+    old = [lift(a) for a in before]
+    p, *states = old
+    estimate = None if hessian is None else lift(hessian)
+    new, new_states = around.reference(
+        rule, p, lift(g), tuple(states), estimate, t=t, lr=lr, factor=factor
+    )
+    kept = (
+        state.stored(least_state(dtype, stored.format.dtype))
+        for state, stored in zip(new_states, after[1:], strict=True)
+    )
+    expected = [new, *kept]
+    if rows is not None:
+        untouched = np.ones(after[0].shape, bool)
+        untouched[rows] = False
+        flat = untouched.reshape(-1)
+        expected = [e.where(flat, o) for e, o in zip(expected, old, strict=True)]
+        copies, new = [copy[rows].reshape(-1) for copy in copies], new.pick(~flat)
+    names = ("p", *around.states(rule), *rule.sides(after[0].shape))
+    keyed = [*(keys or ()), *[0] * len(after)][: len(after)]
+    targets = list(zip(names, after, expected, keyed, strict=True))
+    targets += [("copy of p", Stored.plain(copy), new, 0) for copy in copies]
+    worst = (
+        compare(name, stored, e.flat(stored.order) if whole else e, int(subkey(key, t - 1)[0]))
+        for name, stored, e, key in targets
+    )
+    return [w for w in worst if w is not None]

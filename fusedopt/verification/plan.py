@@ -1,0 +1,117 @@
+"""A plan whose steps are committed only when they pass the comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ..arrays.formats import compute_dtype
+from ..arrays.rows import Touched, selected, whole
+from ..arrays.trees import Leaf
+from ..plan.interface import Backend, Turn
+from ..plan.spec import Layout
+from ..system.interrupts import deferred
+from .judge import judge
+
+NORM_BOUND = 1e-11
+"""Of the relative difference between a norm and the reference's. A lane adds 1024 squares, and a
+billion elements have 61035 segments: at most 62000 roundings, each of 1.1e-16."""
+
+
+class VerificationError(ArithmeticError):
+    """A backend's step left the bound round the reference; nothing was committed."""
+
+
+class VerifiedPlan(Turn):
+    """A plan over copies, whose results are committed when all leaves pass."""
+
+    def __init__(self, backend: Backend, layout: Layout, leaves: Sequence[Leaf]) -> None:
+        super().__init__()
+        self._layout, self._leaves = layout, leaves
+        self._copies = replace(
+            layout,
+            leaves=[memory.copy() for memory in layout.leaves],
+            counters=layout.counters.copy(),
+            zero_grads=False,  # the caller's gradients are not zeroed before all has passed
+        )
+        self._plan = backend.plan(self._copies)
+        copied = (a for memory in self._copies.leaves for a in memory.written)
+        self.work_bytes = self._plan.work_bytes + sum(a.nbytes for a in copied)
+
+    def step(self, grads: Any, hessian: Any, flat: bool) -> int | None:
+        if not flat:  # the gradients are needed leaf by leaf
+            return None
+        self._check_masters()
+        self.accept()
+        number = self._plan.step(grads, hessian, True)
+        try:
+            self._check_norms(grads)
+            if number == self._layout.counters[0]:  # skipped
+                return number
+            for k, g in enumerate(grads):
+                if g is not None:
+                    self._check(k, g, hessian[k] if hessian is not None else None)
+        except BaseException:
+            self.accept()
+            raise
+        with deferred():
+            for live, copy in zip(self._layout.leaves, self._copies.leaves, strict=True):
+                live.take(copy)
+            self._layout.counters[...] = self._copies.counters
+        return number
+
+    def accept(self) -> None:
+        """Takes the caller's arrays as they are now."""
+        for live, copy in zip(self._layout.leaves, self._copies.leaves, strict=True):
+            copy.take(live)
+        self._copies.counters[...] = self._layout.counters
+
+    def _check_masters(self) -> None:
+        """The copies still hold what the last step committed."""
+        for leaf, live, copy in zip(
+            self._leaves, self._layout.leaves, self._copies.leaves, strict=True
+        ):
+            if live.extra and live.written[0].tobytes() != copy.written[0].tobytes():
+                raise VerificationError(
+                    f"{leaf.label}: was written since the last step, and its masters do not know;"
+                    " call sync() after writing parameters"
+                )
+
+    def _check_norms(self, grads: Sequence[Any]) -> None:
+        if self._layout.decide is None:
+            return
+        for k, g in enumerate(grads):
+            total, scale = self._layout.results[k, :2]
+            computed = compute_dtype(self._layout.leaves[k].caller.dtype)
+            with np.errstate(all="ignore"):
+                wide = np.zeros(0) if g is None else selected(g).astype(computed).astype(np.float64)
+                found = np.sqrt(total) / scale if scale else 0.0
+                largest = np.max(np.abs(wide), initial=0.0) or 1.0
+                expected = largest * np.sqrt(np.sum((wide / largest) ** 2))
+                agree = found == expected or abs(found / expected - 1) < NORM_BOUND
+            if not agree and (np.isfinite(found) or np.isfinite(largest)):
+                raise VerificationError(
+                    f"{self._leaves[k].label}: the norm of its gradient is {found!r}, the reference"
+                    f" {expected!r}"
+                )
+
+    def _check(self, k: int, g: Any, hessian: Any) -> None:
+        layout = self._layout
+        rule = layout.groups[layout.group_of[k]].rule
+        lr, factor = (
+            float(rate) for rate in layout.rates[layout.group_of[k] :: len(layout.groups)]
+        )
+        before = [stored.values for stored in layout.leaves[k].stored]
+        after, t = self._copies.leaves[k], int(self._copies.counters[k + 1])
+        shape, rows = after.parameter.shape, g.rows if isinstance(g, Touched) else None
+        found = judge(
+            rule, before, after.stored, whole(g, shape), whole(hessian, shape),
+            t=t, lr=lr, keys=layout.keys[k], copies=after.mirrors, factor=factor,
+            around=layout.around, rows=rows,
+        )  # fmt: skip
+        for worst in found:
+            if worst.share > 1.0:
+                raise VerificationError(f"{self._leaves[k].label}: {worst}, in step {t} of {rule}")

@@ -1,0 +1,296 @@
+"""The CUDA backend's bits on Numba's simulator: `test_cuda.py` runs this in another process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import exactness
+import fusedopt as fo
+from devices import OnDevice
+from exactness import STEPS, Array, Case, Result, assert_same_bits, case, operands, stepped
+from formatted import assert_same, draw
+from fusedopt.backends.cuda import kernels, launching
+from fusedopt.backends.cuda.arrays import DeviceArray
+from fusedopt.backends.cuda.matmul import Library
+
+
+def on_device(rule: fo.Rule, cases: list[Case], **options: Any) -> list[Result]:
+    """`exactness.stepped` on the device."""
+    parameters = [c.p.copy(order="K") for c in cases]
+    optimizer = fo.Optimizer([OnDevice(p) for p in parameters], rule, **options)
+    live = [tuple(states.values()) for states in optimizer.state.values()]
+    for states, c in zip(live, cases, strict=True):
+        for state, start in zip(states, c.states, strict=True):
+            state[...] = start
+    for k in range(STEPS):
+        estimates = [None if (h := c.hessians[k]) is None else OnDevice(h) for c in cases]
+        given = any(h is not None for h in estimates)
+        grads = [OnDevice(c.grads[k]) for c in cases]
+        optimizer.step(grads, hessian=estimates if given else None)
+    return [
+        (p, *(state.copy() for state in states)) for p, states in zip(parameters, live, strict=True)
+    ]
+
+
+@pytest.fixture
+def halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `exactness.elementwise` puts in the place of matrix products."""
+
+    def orthogonalize(self: Any, u: Array, *rest: Any) -> None:
+        u *= 0.5
+
+    monkeypatch.setattr(Library, "orthogonalize", orthogonalize)
+
+
+def supported(rules: dict[str, fo.Rule]) -> dict[str, fo.Rule]:
+    """Those that there are on a device, as far as these tests step them: see `elementwise`."""
+    return {name: rule for name, rule in rules.items() if rule.program.phases <= 2}
+
+
+RULES, DEFAULTS = supported(exactness.RULES), supported(exactness.DEFAULTS)
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_every_variant_has_the_bits_of_the_core(rule: fo.Rule, halved: None) -> None:
+    c = case(rule, 35, np.float32, awkward=operands(rule))
+    (got,), (want,) = on_device(rule, [c]), stepped(rule, [c])
+    assert_same_bits(got, want, str(rule))
+
+
+@pytest.mark.parametrize("rule", DEFAULTS.values(), ids=DEFAULTS)
+@pytest.mark.parametrize("n", [(0, 1, 31, 96), (130, 3)])
+def test_sizes_in_float64(rule: fo.Rule, n: tuple[int, ...], halved: None) -> None:
+    cases = [case(rule, m, np.float64, seed=m) for m in n]
+    for got, want in zip(on_device(rule, cases), stepped(rule, cases), strict=True):
+        assert_same_bits(got, want, f"{rule} of {n}")
+
+
+def trees(params: Any, grads: Any, backend: str, copies: Any, **options: Any) -> Any:
+    """Parameters, copies, fingerprint and what was told of three steps."""
+    device = backend == "cuda"
+    wrap = OnDevice if device else lambda a: a
+    mine, theirs = ({k: a.copy(order="K") for k, a in tree.items()} for tree in (params, copies))
+    optimizer = fo.Optimizer(
+        {k: wrap(a) for k, a in mine.items()},
+        fo.AdamW(lr=0.01, weight_decay=0.1),
+        copy_out={k: wrap(a) for k, a in theirs.items()} if theirs else None,
+        **options,
+    )
+    told = [optimizer.step({k: wrap(a) for k, a in g.items()}, grad_scale=2.0) for g in grads]
+    return {**mine, **{f"{k}/copy": a for k, a in theirs.items()}}, told, optimizer.fingerprint()
+
+
+WAYS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "float32": (np.float32, np.float32, {}),
+    "bfloat16": (ml_dtypes.bfloat16, ml_dtypes.bfloat16, {}),
+    "float16": (np.float16, np.float16, {}),
+    "masters": (ml_dtypes.bfloat16, np.float32, {"master": "float32"}),
+    "low states": (np.float32, ml_dtypes.bfloat16, {"state_dtype": "bfloat16"}),
+    "wide": (np.float64, np.float32, {"state_dtype": {"m": "float32", "v": "float16"}}),
+    "all low": (np.float16, np.float64, {"state_dtype": "float16"}),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("besides", ["nothing", "clip_norm", "clip_value"])
+def test_formats_and_all_that_a_step_does_besides(way: str, besides: str) -> None:
+    p, g, options = WAYS[way]
+    shapes: dict[str, Any] = {"a": 75, "b": (), "c": (5, 7), "d": 0}
+    params = {k: np.asarray(draw(j, s, p)) for j, (k, s) in enumerate(shapes.items())}
+    params["c"] = np.asfortranarray(params["c"])
+    grads = [{k: np.asarray(draw(10 + t, s, g), order="K") for k, s in shapes.items()}
+             for t in range(3)]  # fmt: skip
+    for each in grads:
+        each["c"] = np.asfortranarray(each["c"])
+    copies = {}
+    if besides != "nothing":
+        options = {**options, besides: 0.25, "ema": 0.9}
+        copies = {k: np.zeros_like(a, np.float16) for k, a in params.items()}
+    found = [trees(params, grads, b, copies, **options) for b in ("cuda", "native")]
+    assert_same(found[0][0], found[1][0], way)
+    assert found[0][1:] == found[1][1:]
+
+
+@pytest.mark.parametrize("rule", DEFAULTS.values(), ids=DEFAULTS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_updates_of_one_tensor(rule: fo.Rule, dtype: Any, halved: None) -> None:
+    p = case(rule, 35, dtype).p
+    mine, states = OnDevice(p.copy()), rule.init(OnDevice(p))  # type: ignore[arg-type]
+    theirs, own = p.copy(), rule.init(p)
+    for t in range(1, 4):
+        g = draw(t, p.shape, np.float32)
+        h = draw(9, p.shape, dtype) if rule.takes_hessian and t == 2 else None
+        there: Any = None if h is None else OnDevice(h)
+        fo.update(rule, t, mine, OnDevice(g), *states, hessian=there)  # type: ignore[arg-type]
+        fo.update(rule, t, theirs, g, *own, hessian=h)
+    assert all(isinstance(state, DeviceArray) for state in states)
+    got = (mine.array, *(state.copy() for state in states))
+    assert_same_bits(got, (theirs, *own), str(rule))
+
+
+def test_norms() -> None:
+    arrays: dict[str, Any] = {
+        str(k): draw(k, s, d)
+        for k, (s, d) in enumerate(
+            [(40, np.float32), ((3, 5), ml_dtypes.bfloat16), ((), np.float64), (0, np.float16)]
+        )
+    }
+    for size in (1.0, 1e-200, 1e200):
+        arrays["wide"] = draw(9, 12, np.float64) * size
+        there = {k: [OnDevice(a), None] for k, a in arrays.items()}
+        assert fo.global_norm(there) == fo.global_norm(arrays)
+    assert fo.global_norm(OnDevice(np.full(3, np.inf))) == np.inf
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-200, 1e200])
+def test_norms_of_several_segments(size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (kernels, launching):
+        monkeypatch.setattr(module, "CHUNK", 1 << 15)
+    p, g = np.zeros(2 * 16384 + 77), draw(0, 2 * 16384 + 77, np.float64) * size
+    infos = []
+    for wrap in (OnDevice, lambda a: a):
+        optimizer = fo.Optimizer(wrap(p.copy()), fo.SGD(), clip_norm=1.0)
+        infos.append(optimizer.step(wrap(g)))
+    assert infos[0] == infos[1]
+
+
+def test_a_step_that_finds_no_number_is_refused_or_skipped() -> None:
+    p = np.ones(40, np.float32)
+    g = np.full(40, np.nan, np.float32)
+    with pytest.raises(FloatingPointError, match="NaN or infinity in params"):
+        fo.Optimizer(OnDevice(p), fo.SGD(), clip_norm=1.0).step(OnDevice(g))
+    optimizer = fo.Optimizer(OnDevice(p), fo.SGD(), skip_nonfinite=True)
+    info = optimizer.step(OnDevice(g))
+    assert info.skipped
+    assert info.bad_leaves == ("params",)
+    assert optimizer.step_count == 0
+    assert (p == 1).all()
+
+
+def test_leaves_without_a_gradient_and_off_the_boundaries() -> None:
+    rng = np.random.default_rng(0)
+    block = rng.standard_normal(200).astype(np.float32)
+    results = []
+    for wrap in (OnDevice, lambda a: a):
+        mine = block.copy()
+        params = [wrap(mine[1:50]), wrap(mine[51:52]), wrap(mine[60:200])]
+        optimizer = fo.Optimizer(params, fo.Adam(lr=0.1))
+        for t in range(4):
+            grads: list[Any] = [wrap(np.full(n, t + 1, np.float32)) for n in (49, 1, 140)]
+            if t % 2:
+                grads[t // 2] = None
+            optimizer.step(grads)
+        results.append((mine, optimizer.fingerprint()))
+    assert_same_bits(results[0][:1], results[1][:1], "with None")
+    assert results[0][1] == results[1][1]
+
+
+def test_zeroed_and_accumulated_gradients() -> None:
+    for zeroed in (False, True):
+        results: list[Array] = []
+        for wrap in (OnDevice, lambda a: a):
+            p = draw(0, 50, np.float32)
+            grads = [draw(k, 50, ml_dtypes.bfloat16) for k in (1, 2, 3)]
+            optimizer = fo.Optimizer(wrap(p), fo.Adam(), zero_grads=zeroed)
+            for g in grads[:2]:
+                optimizer.accumulate(wrap(g))
+            optimizer.step(grad_scale=2.0)
+            optimizer.step(wrap(grads[2]))
+            assert not zeroed or not any(g.any() for g in grads)
+            results.append(p)
+        assert_same_bits((results[0],), (results[1],), "accumulated")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_muons_matrix_products(dtype: Any) -> None:
+    rules = {
+        "c": fo.AdamW(),
+        "d": fo.Muon(ns_coefficients="polar_express", ns_steps=8, gram=True, split=2),
+        "*": fo.Muon(weight_decay=0.1, norm="aol", ns_coefficients="you", ns_steps=4),
+    }
+    shapes: dict[str, Any] = {"a": (12, 5), "b": (3, 2, 8), "c": 9, "d": (8, 6), "e": (5, 9)}
+    params = {k: draw(j, s, dtype) for j, (k, s) in enumerate(shapes.items())}
+    params["e"] = np.asfortranarray(params["e"])
+    results = []
+    for wrap in (OnDevice, lambda a: a):
+        mine = {k: p.copy(order="K") for k, p in params.items()}
+        optimizer = fo.Optimizer({k: wrap(p) for k, p in mine.items()}, rules)
+        for t in range(2):
+            grads = {k: np.asarray(draw(10 + t, s, dtype)) for k, s in shapes.items()}
+            grads["e"] = np.asfortranarray(grads["e"])
+            grads["a"] *= 1e-25 if t else 1.0
+            optimizer.step({k: wrap(g) for k, g in grads.items()})
+        results.append(mine)
+    for k, p in results[1].items():
+        np.testing.assert_allclose(results[0][k], p, rtol=1e-4, atol=1e-5, err_msg=k)
+
+
+class Halves(fo.CustomRule):
+    """A rule of the user's own, with a branch and a state."""
+
+    beta: float = 0.5
+
+    def scalars(self, t: int, lr: float) -> tuple[float, ...]:
+        return self.beta, lr
+
+    @staticmethod
+    def element(p: float, g: float, m: float, beta: float, lr: float) -> tuple[float, float]:
+        m = beta * m + g
+        return (lr if m > 0 else -lr), m
+
+
+def test_users_own_rules() -> None:
+    c = case(Halves(lr=0.1), 70, np.float32, awkward=("g",))
+    assert_same_bits(on_device(Halves(lr=0.1), [c])[0], stepped(Halves(lr=0.1), [c])[0], "own")
+
+
+def test_what_the_optimizer_keeps_comes_back(tmp_path: Path) -> None:
+    p = draw(0, (5, 8), np.float32)
+    optimizer = fo.Optimizer({"w": OnDevice(p)}, fo.Adam(), ema=0.5)
+    optimizer.step({"w": OnDevice(draw(1, (5, 8), np.float32))})
+    before, saved = p.copy(), optimizer.state_dict()
+    mark = optimizer.fingerprint()
+    assert isinstance(optimizer.state["w"]["m"], DeviceArray)
+    with optimizer.averaged():
+        np.testing.assert_array_equal(p, saved["leaves"]["w"]["state"]["average"])
+    np.testing.assert_array_equal(p, before)
+    optimizer.step({"w": OnDevice(draw(2, (5, 8), np.float32))})
+    assert optimizer.fingerprint() != mark
+    p[...] = before
+    optimizer.load_state_dict(saved)
+    assert optimizer.fingerprint() == mark
+    optimizer.save(tmp_path / "run")
+    optimizer.step({"w": OnDevice(draw(2, (5, 8), np.float32))})
+    optimizer.load(tmp_path / "run")
+    assert optimizer.fingerprint() == mark
+    moved = OnDevice(before)
+    optimizer.rebind({"w": moved})
+    optimizer.step({"w": OnDevice(before.copy())})
+    assert not (before == p).all()
+
+
+def test_masters_are_taken_anew() -> None:
+    p = np.ones(40, ml_dtypes.bfloat16)
+    optimizer = fo.Optimizer(OnDevice(p), fo.SGD(lr=1.0), master="float32")
+    p[...] = 2
+    optimizer.sync()
+    optimizer.step(OnDevice(np.full(40, 0.5, np.float32)))
+    assert (p == 1.5).all()
+
+
+def test_lookahead() -> None:
+    results = []
+    for wrap in (OnDevice, lambda a: a):
+        p = draw(0, 40, np.float32)
+        optimizer = fo.Optimizer(wrap(p), fo.Nesterov(form="lookahead"))
+        for _ in range(3):
+            with optimizer.lookahead():
+                g = p * np.float32(0.5)
+            optimizer.step(wrap(g))
+        results.append(p)
+    assert_same_bits((results[0],), (results[1],), "lookahead")
