@@ -40,6 +40,17 @@ inline T maximum(T a, T b) {
 }
 
 template <class T>
+inline T magnitude(T x) {
+  return x < T(0) ? -x : x;
+}
+
+// The size with the sign of x: nothing where x is zero, NaN where it is NaN.
+template <class T>
+inline T signed_like(T size, T x) {
+  return x > T(0) ? size : (x < T(0) ? -size : x);
+}
+
+template <class T>
 struct SGD {
   static constexpr const char* name = "sgd";
   static constexpr int states = 0;
@@ -170,7 +181,6 @@ struct AMSGrad {
   }
 };
 
-// The sign of zero is zero, and of NaN NaN.
 template <class T>
 struct Lion {
   static constexpr const char* name = "lion";
@@ -179,7 +189,63 @@ struct Lion {
   T operator()(T, T g, T& m) const {
     const T c = b1 * m + one_b1 * g;
     m = b2 * m + one_b2 * g;
-    return c > T(0) ? lr : (c < T(0) ? -lr : c);
+    return signed_like(lr, c);
+  }
+};
+
+// The largest gradient so far, forgotten slowly. One eps beside the gradient, one in the quotient.
+template <class T>
+struct AdaMax {
+  static constexpr const char* name = "adamax";
+  static constexpr int states = 2;
+  T b1, one_b1, b2, step, eps_inside, eps;
+  T operator()(T, T g, T& m, T& u) const {
+    m = b1 * m + one_b1 * g;
+    u = maximum(b2 * u, magnitude(g) + eps_inside);
+    return ratio(step * m, u + eps);
+  }
+};
+
+// Steps in the parameter's own unit: what was moved over what was pulled.
+template <class T>
+struct Adadelta {
+  static constexpr const char* name = "adadelta";
+  static constexpr int states = 2;
+  T rho, one_rho, lr, eps;
+  T operator()(T, T g, T& v, T& d) const {
+    v = rho * v + one_rho * (g * g);
+    const T moved = ratio(root(d + eps) * g, root(v + eps));
+    d = rho * d + one_rho * (moved * moved);
+    return lr * moved;
+  }
+};
+
+// `plain` is the denominator of the first steps, in which v tells too little to divide by; then 0.
+template <class T>
+struct RAdam {
+  static constexpr const char* name = "radam";
+  static constexpr int states = 2;
+  T b1, one_b1, b2, one_b2, step, eps_root, eps, plain;
+  T operator()(T, T g, T& m, T& v) const {
+    m = b1 * m + one_b1 * g;
+    v = b2 * v + one_b2 * (g * g);
+    const T adaptive = root(v + eps_root) + eps;
+    return ratio(step * m, plain == T(0) ? adaptive : plain);
+  }
+};
+
+// Only signs of gradients count, and none is multiplied: a product of two could underflow.
+template <class T>
+struct Rprop {
+  static constexpr const char* name = "rprop";
+  static constexpr int states = 2;
+  T down, up, low, high;
+  T operator()(T, T g, T& prev, T& s) const {
+    const T agreement = signed_like(prev, g);
+    s = agreement > T(0) ? up * s : (agreement < T(0) ? down * s : s);
+    s = s < low ? low : (s > high ? high : s);
+    prev = agreement < T(0) ? T(0) : g;
+    return signed_like(s, prev);
   }
 };
 
@@ -228,9 +294,9 @@ struct Muon {
 template <template <class> class...>
 struct List {};
 
-using Rules =
-    List<SGD, Momentum, Nesterov, AdaGrad, RMSProp, CenteredRMSProp, BufferedRMSProp,
-         BufferedCenteredRMSProp, Adam, NesterovAdam, AMSGrad, Lion, Sophia, PaperSophia, Muon>;
+using Rules = List<SGD, Momentum, Nesterov, AdaGrad, RMSProp, CenteredRMSProp, BufferedRMSProp,
+                   BufferedCenteredRMSProp, Adam, NesterovAdam, AMSGrad, AdaMax, Adadelta, RAdam,
+                   Rprop, Lion, Sophia, PaperSophia, Muon>;
 
 // Operations that are no rule, on a target and a source. `state`: the target is stored as states
 // are, without denormals; `filter`: the target is the gradient that the rule will see, and the

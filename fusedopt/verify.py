@@ -76,8 +76,9 @@ def verify(
     rules: names in `RULES`, by default all; each in every variant. backends, isas: by default all
     that can be used. storages: names in `STORAGES`, by default all; float32 and float64 with every
     instruction set, the others with the one in use. size: elements of each array (matrices for
-    Muon: about as many). The data span many orders of magnitude, with exact zeros, and are drawn
-    from `seed`. Raises ValueError for unknown names.
+    Muon: about as many). steps: more are taken where a rule has branches that begin later. The
+    data span many orders of magnitude, with exact zeros, and are drawn from `seed`. Raises
+    ValueError for unknown names.
     """
     names = list(RULES) if rules is None else list(rules)
     for name in names:
@@ -131,7 +132,7 @@ def _run(rule: Rule, backend: str, way: str, size: int, steps: int, seed: int) -
     p = draw()
     optimizer = Optimizer(p, rule, backend=backend, **options)
     memory, keys = optimizer.memory("params")
-    for t in range(1, steps + 1):
+    for t in range(1, max(steps, rule.branches) + 1):
         g, h = draw(), draw() if rule.takes_hessian else None
         before = [stored.values for stored in memory.stored]
         optimizer.step(g, hessian=h)

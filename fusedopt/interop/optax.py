@@ -25,7 +25,7 @@ class Part(NamedTuple):
 _ADAM, _RMS = ("adam", "adamw"), ("rmsprop",)
 _STDDEV = Part(_RMS, {"mu": "a", "nu": "v"})
 PARTS = {
-    "ScaleByAdamState": Part(_ADAM, {"mu": "m", "nu": "v"}),
+    "ScaleByAdamState": Part((*_ADAM, "adamax", "radam"), {"mu": "m", "nu": "v"}),
     "ScaleByAmsgradState": Part(_ADAM, {"mu": "m", "nu": "v", "nu_max": "x"}),
     "ScaleByLionState": Part(("lion",), {"mu": "m"}),
     "ScaleByRssState": Part(("adagrad",), {"sum_of_squares": "G"}),
@@ -33,6 +33,7 @@ PARTS = {
     "ScaleByRmsWithCountState": Part(_RMS, {"nu": "v"}),
     "ScaleByRStdDevState": _STDDEV,
     "ScaleByRStdDevWithCountState": _STDDEV,
+    "ScaleByAdaDeltaState": Part(("adadelta",), {"e_g": "v", "e_x": "d"}),
     "SophiaState": Part(("sophia",), {"mu": "m", "nu": "h"}),
     "MuonState": Part(("muon",), {"mu": "m"}),
     "TraceState": Part(("momentum", "nesterov", "rmsprop"), {"trace": "v"}),
@@ -174,7 +175,9 @@ def _walked(node: Any, act: Callable[[Any], Any]) -> Any:
 
 def _own(rule: Rule, name: str, kind: str) -> tuple[str, int]:
     """What a state is called here, and the factor on it: optax's RMSProp traces -lr u."""
-    return ("b", -1) if kind == "TraceState" and rule.name == "rmsprop" else (name, 1)
+    if kind == "TraceState" and rule.name == "rmsprop":
+        return "b", -1
+    return ("u" if (rule.name, name) == ("adamax", "v") else name), 1
 
 
 def _unlike(opt: Optimizer) -> Iterator[str]:

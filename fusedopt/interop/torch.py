@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,21 +29,24 @@ if TYPE_CHECKING:
 class Layout:
     """A class of torch.optim.
 
-    mark: the hyperparameter by which its groups are known. states: torch's names, and ours.
-    named: torch's hyperparameters, and ours. flags: the rest of a group. counted: whether there is
-    a step count.
+    marks: the hyperparameters by which its groups are known, where no class before it has them.
+    states: torch's names, and ours. named: torch's hyperparameters, and ours. flags: the rest of a
+    group. counted: whether there is a step count. follows: what torch keeps beside the states,
+    though a rule and its step count say it.
     """
 
     cls: str
-    mark: str
+    marks: tuple[str, ...]
     states: Mapping[str, str]
     named: Mapping[str, str]
     flags: Mapping[str, Any]
     counted: bool = True
+    follows: Mapping[str, Callable[[Any, int], float]] = field(default_factory=dict)
 
 
 _ALL = {"lr": "lr", "weight_decay": "weight_decay"}
 _BOTH = {**_ALL, "maximize": "maximize"}
+_MOMENTS = {"betas": "betas", "eps": "eps"}
 # How torch computes, not what.
 _FOREACH = {"foreach": None, "differentiable": False}
 _FUSED = {**_FOREACH, "fused": None}
@@ -55,7 +58,7 @@ IGNORED = (*HOW, "initial_lr", "params", "param_names")
 LAYOUTS = (
     Layout(
         "SGD",
-        "dampening",
+        ("dampening",),
         {"momentum_buffer": "v"},
         {**_BOTH, "momentum": "momentum", "dampening": "dampening"},
         {"nesterov": False, **_FUSED},
@@ -63,14 +66,14 @@ LAYOUTS = (
     ),
     Layout(
         "Adam",
-        "amsgrad",
+        ("amsgrad",),
         {"exp_avg": "m", "exp_avg_sq": "v", "max_exp_avg_sq": "x"},
-        {**_BOTH, "betas": "betas", "eps": "eps"},
+        {**_BOTH, **_MOMENTS},
         {"amsgrad": False, "decoupled_weight_decay": False, **_CAPTURABLE, **_FUSED},
     ),
     Layout(
         "Adagrad",
-        "initial_accumulator_value",
+        ("initial_accumulator_value",),
         {"sum": "G"},
         {
             **_BOTH,
@@ -82,14 +85,14 @@ LAYOUTS = (
     ),
     Layout(
         "RMSprop",
-        "centered",
+        ("centered",),
         {"square_avg": "v", "momentum_buffer": "b", "grad_avg": "a"},
         {**_BOTH, "alpha": "rho", "eps": "eps", "momentum": "momentum", "centered": "centered"},
         {**_CAPTURABLE, **_FOREACH},
     ),
     Layout(
         "Muon",
-        "ns_coefficients",
+        ("ns_coefficients",),
         {"momentum_buffer": "m"},
         {
             **_ALL,
@@ -102,6 +105,42 @@ LAYOUTS = (
         {"adjust_lr_fn": None},
         counted=False,
     ),
+    Layout(
+        "NAdam",
+        ("momentum_decay",),
+        {"exp_avg": "m", "exp_avg_sq": "v"},
+        {**_BOTH, **_MOMENTS, "momentum_decay": "momentum_decay"},
+        {"decoupled_weight_decay": False, **_CAPTURABLE, **_FOREACH},
+        follows={"mu_product": lambda rule, t: rule.product(t)},
+    ),
+    Layout(
+        "RAdam",
+        ("decoupled_weight_decay",),
+        {"exp_avg": "m", "exp_avg_sq": "v"},
+        {**_BOTH, **_MOMENTS},
+        {"decoupled_weight_decay": False, **_CAPTURABLE, **_FOREACH},
+    ),
+    Layout(
+        "Adadelta",
+        ("rho",),
+        {"square_avg": "v", "acc_delta": "d"},
+        {**_BOTH, "rho": "rho", "eps": "eps"},
+        {**_CAPTURABLE, **_FOREACH},
+    ),
+    Layout(
+        "Rprop",
+        ("etas",),
+        {"prev": "prev", "step_size": "s"},
+        {"lr": "lr", "maximize": "maximize", "etas": "etas", "step_sizes": "step_sizes"},
+        {**_CAPTURABLE, **_FOREACH},
+    ),
+    Layout(
+        "Adamax",
+        ("betas", "capturable"),
+        {"exp_avg": "m", "exp_inf": "u"},
+        {**_BOTH, "betas": "betas", "eps": "eps_inside"},
+        {**_CAPTURABLE, **_FOREACH},
+    ),
 )
 CLASSES = {
     "sgd": "SGD",
@@ -112,6 +151,11 @@ CLASSES = {
     "adagrad": "Adagrad",
     "rmsprop": "RMSprop",
     "muon": "Muon",
+    "nadam": "NAdam",
+    "radam": "RAdam",
+    "adadelta": "Adadelta",
+    "rprop": "Rprop",
+    "adamax": "Adamax",
 }
 
 
@@ -195,10 +239,10 @@ def to_torch(opt: Optimizer, *, tensors: bool = True) -> dict[str, Any]:
     leaves = list(departures(opt))
     state: dict[int, dict[str, Any]] = {}
     for k in _by_group(opt):
-        there, (_, _, leaf) = groups[opt._group_of[k]], leaves[k]
+        there, (_, rule, leaf) = groups[opt._group_of[k]], leaves[k]
         key = sum(len(each["params"]) for each in groups)
         there["params"].append(key)
-        entry = _entry(_layout(there), leaf)
+        entry = _entry(_layout(there), rule, leaf)
         if entry:
             state[key] = entry
     if tensors:
@@ -222,7 +266,7 @@ def parameter_groups(state_dict: Any) -> list[Mapping[str, Any]]:
 
 def _layout(group: Mapping[str, Any]) -> Layout:
     for layout in LAYOUTS:
-        if layout.mark in group:
+        if all(mark in group for mark in layout.marks):
             unknown = set(group) - {*layout.named, *layout.flags, *IGNORED}
             if unknown:
                 raise ValueError(
@@ -265,6 +309,8 @@ def rule_of(group: Mapping[str, Any], layout: Layout, decoupled: bool | None = N
         name = layout.cls.lower()
         if name == "muon":
             values["scale"] = flags["adjust_lr_fn"] or "original"
+        elif "decoupled_weight_decay" in flags:
+            values["decay"] = "decoupled" if flags["decoupled_weight_decay"] else "l2"
     return RULES[name].like("torch", **values)
 
 
@@ -281,11 +327,12 @@ def _group(rule: Rule, step: int) -> dict[str, Any]:
         group["nesterov"] = rule.name == "nesterov"
     elif layout.cls == "Adam":
         group["amsgrad"] = bool(getattr(rule, "amsgrad", False))
-        group["decoupled_weight_decay"] = rule.decay.startswith("decoupled")
     elif isinstance(rule, Muon):
         group["ns_coefficients"] = rule.iteration.coefficients.rows[0]
         if rule.scale != "original":
             group["adjust_lr_fn"] = rule.scale
+    if "decoupled_weight_decay" in group:
+        group["decoupled_weight_decay"] = rule.decay.startswith("decoupled")
     return group
 
 
@@ -323,7 +370,8 @@ def _arrival(
     entry: Mapping[str, Any], layout: Layout, step: int, initial: Mapping[str, Any]
 ) -> Arrival:
     """What torch has of a parameter, or the beginning where it has nothing."""
-    there = {name: a for name, a in entry.items() if name != "step" and a is not None}
+    other = ("step", *layout.follows)
+    there = {name: a for name, a in entry.items() if name not in other and a is not None}
     states = {layout.states.get(name, name): as_array(a) for name, a in there.items()}
     t = int(as_array(entry["step"])) if "step" in entry else step
     if initial and not states:
@@ -331,10 +379,12 @@ def _arrival(
     return Arrival(t, states)
 
 
-def _entry(layout: Layout, leaf: Arrival) -> dict[str, np.ndarray]:
+def _entry(layout: Layout, rule: Rule, leaf: Arrival) -> dict[str, np.ndarray]:
     """What torch would have of a parameter."""
     if not leaf.t and layout.cls != "Adagrad":  # whose states are there from the beginning
         return {}
     names = {ours: name for name, ours in layout.states.items()}
     count = {"step": np.array(leaf.t, np.float32)} if layout.counted else {}
+    for name, of in layout.follows.items():
+        count[name] = np.array(of(rule, leaf.t), np.float32)
     return {**count, **{names[ours]: a for ours, a in leaf.states.items()}}

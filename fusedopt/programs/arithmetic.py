@@ -29,6 +29,13 @@ def capped(x: Array, limit: float) -> Array:
     return x if isinstance(x, np.ndarray) else x.capped(limit)
 
 
+def by_sign(sign: Array, negative: Array, zero: Array, positive: Array) -> Array:
+    """Of three arrays what each element of `np.sign`'s result selects; NaN selects `zero`."""
+    if isinstance(sign, np.ndarray):
+        return np.where(sign < 0, negative, np.where(sign > 0, positive, zero))
+    return sign.by_sign(negative, zero, positive)
+
+
 def ratio(numerator: Array, denominator: Array) -> Array:
     """The quotient, 0 where the denominator is 0: no step where nothing was accumulated."""
     if isinstance(denominator, (np.ndarray, np.generic)):

@@ -24,6 +24,8 @@ _EXACT = {
 _ARRAYS: dict[Any, Any] = {
     elements.quotient: ratio,
     elements.maximum: np.maximum,
+    elements.magnitude: np.abs,
+    elements.signed_like: lambda size, x: size * np.sign(x),
     elements.clamp: lambda x, limit: np.minimum(np.maximum(x, -limit), limit),
     math: np,
 }

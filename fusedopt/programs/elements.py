@@ -32,6 +32,16 @@ def maximum(a: float, b: float) -> float:
     return b if (b > a) | (b != b) else a
 
 
+def magnitude(x: float) -> float:
+    """|x|; NaN stays NaN."""
+    return -x if x < 0 else x
+
+
+def signed_like(size: float, x: float) -> float:
+    """The size with the sign of x: x itself where that is zero or NaN."""
+    return size if x > 0 else (-size if x < 0 else x)
+
+
 def clamp(x: float, limit: float) -> float:
     """x within [-limit, limit]; NaN stays NaN."""
     return limit if x > limit else (-limit if x < -limit else x)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from .adadelta import Adadelta
 from .adagrad import AdaGrad
 from .adam import Adam, AdamW
+from .adamax import AdaMax
 from .adamuon import AdaMuon
 from .base import Rule
 from .custom import CustomRule
 from .lion import Lion
 from .momentum import Momentum
 from .muon import Muon
+from .nadam import NAdam
 from .nesterov import Nesterov
 from .normuon import NorMuon
+from .radam import RAdam
 from .rmsprop import RMSProp
+from .rprop import Rprop
 from .sgd import SGD
 from .soap import SOAP
 from .sophia import Sophia
@@ -21,6 +26,7 @@ RULES: dict[str, type[Rule]] = {
     rule.name: rule
     for rule in (
         *(SGD, Momentum, Nesterov, AdaGrad, RMSProp, Adam, AdamW, Lion, Sophia),
+        *(AdaMax, Adadelta, NAdam, RAdam, Rprop),
         *(Muon, NorMuon, AdaMuon, SOAP),
     )
 }
@@ -31,16 +37,21 @@ __all__ = [
     "SGD",
     "SOAP",
     "AdaGrad",
+    "AdaMax",
     "AdaMuon",
+    "Adadelta",
     "Adam",
     "AdamW",
     "CustomRule",
     "Lion",
     "Momentum",
     "Muon",
+    "NAdam",
     "Nesterov",
     "NorMuon",
+    "RAdam",
     "RMSProp",
+    "Rprop",
     "Rule",
     "Sophia",
 ]

@@ -64,6 +64,8 @@ class Rule:
     takes_hessian: ClassVar[bool] = False
     examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
     """Hyperparameters that between them select every kernel and every branch of `scalars`."""
+    branches: ClassVar[int] = 1
+    """The step by which the examples have taken every branch of `scalars`."""
     settled: ClassVar[tuple[str, ...]] = ()
     """Hyperparameters that say what the states hold, so that no step may change them."""
 

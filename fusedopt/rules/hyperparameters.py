@@ -84,6 +84,8 @@ class Rate:
 NonNegative = Annotated[float, Number()]
 Fraction = Annotated[float, Number(high=1.0)]
 Betas = Annotated[tuple[float, float], Numbers(2, Number(high=1.0))]
+ThreeBetas = Annotated[tuple[float, float, float], Numbers(3, Number(high=1.0))]
+Pair = Annotated[tuple[float, float], Numbers(2, Number())]
 QuinticSet = Annotated[str | Row | tuple[Row, ...], Quintics()]
 Count = Annotated[int, Number(low=1, integer=True)]
 LearningRate = Annotated[float | Schedule, Rate()]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..programs.arithmetic import Array
+from ..programs.elements import signed_like
 from .base import REQUIRED, Convention, DecayForm, Rule
 from .hyperparameters import Betas, LearningRate, NonNegative
 
@@ -53,7 +54,7 @@ class Lion(Rule):
     ) -> tuple[float, float]:
         c = b1 * m + one_b1 * g
         m = b2 * m + one_b2 * g
-        return lr if c > 0 else (-lr if c < 0 else c), m
+        return signed_like(lr, c), m
 
     def textbook(
         self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float

@@ -51,11 +51,7 @@ def compare(name: str, stored: Stored, reference: Bounded, key: int = 0) -> Wors
         return None
     with np.errstate(all="ignore"):
         value, bound = reference.value, SLACK * reference.error
-        low, high = (
-            np.asarray(end, np.float64)
-            for end in stored.format.span(value - bound, value + bound, stored.flat_data,
-                                          stored.aux, key)
-        )  # fmt: skip
+        low, high = _span(stored, value - bound, value + bound, key)
         same = (got == value) | (np.isnan(got) & (np.isnan(value) | np.isnan(low)))
         difference = np.abs(got.astype(np.float64) - value)
         # Towards each side, what the format makes of the bound there.
@@ -79,6 +75,14 @@ def compare(name: str, stored: Stored, reference: Bounded, key: int = 0) -> Wors
         float(share[k]),
         float(difference[k]) / ulp if share[k] else 0.0,
     )
+
+
+def _span(stored: Stored, low: np.ndarray, high: np.ndarray, key: int) -> np.ndarray:
+    """What the stored format may make of the ends of intervals, of each candidate in turn."""
+    if low.ndim > 1:
+        pairs = zip(low, high, strict=True)
+        return np.stack([_span(stored, *pair, key) for pair in pairs], axis=1)
+    return np.array(stored.format.span(low, high, stored.flat_data, stored.aux, key), np.float64)
 
 
 def judge(

@@ -70,6 +70,14 @@ class Bounded(NDArrayOperatorsMixin):
         """The same, of which it is known by other means that no magnitude exceeds `limit`."""
         return self._like(self.value, np.minimum(self.error, limit + np.abs(self.value)))
 
+    def by_sign(self, negative: Bounded, zero: Bounded, positive: Bounded) -> Bounded:
+        """Of three arrays what each element's sign selects; the signs are taken as exact."""
+        below, above = self.value < 0, self.value > 0
+        return self._like(
+            np.where(below, negative.value, np.where(above, positive.value, zero.value)),
+            np.where(below, negative.error, np.where(above, positive.error, zero.error)),
+        )
+
     def through(self, function: Callable[[np.ndarray], np.ndarray], gain: float) -> Bounded:
         """`function` of the value, for one that amplifies rounding up to `gain` times."""
         value = function(self.value)
@@ -130,6 +138,10 @@ def _rounded(value: np.ndarray, error: np.ndarray, x: Bounded) -> Bounded:
 
 def _negative(a: Bounded) -> Bounded:
     return a._like(-a.value, a.error)
+
+
+def _absolute(a: Bounded) -> Bounded:
+    return a._like(np.abs(a.value), a.error)
 
 
 def _add(a: Bounded, b: Bounded) -> Bounded:
@@ -193,6 +205,7 @@ _OPERATIONS: dict[np.ufunc, Callable[..., Bounded]] = {
     np.matmul: _matmul,
     np.divide: _divide,
     np.negative: _negative,
+    np.absolute: _absolute,
     np.sqrt: _sqrt,
     np.maximum: _maximum,
     np.minimum: _minimum,

@@ -234,10 +234,14 @@ def test_every_rule_is_raced_or_left_out_with_a_reason() -> None:
     for name in ("rosenbrock", "beale"):
         raced = {type(run.rule).name for run in SCENES[name].runs}
         left = set(fo.RULES) - raced
-        assert left == {rule for rule, cls in fo.RULES.items() if cls().program.phases > 1}
+        assert raced == {*list(fo.RULES)[:9]}
         for rule in left:
-            named = f"{fo.RULES[rule].__name__} updates arrays of two dimensions"
-            assert named in SCENES[name].left_out
+            shown, matrices = fo.RULES[rule].__name__, fo.RULES[rule]().program.phases > 1
+            *refusals, no_room = SCENES[name].left_out.split("; ")
+            if matrices:
+                assert any(r.startswith(f"{shown} updates arrays of two") for r in refusals)
+            else:
+                assert shown in no_room.partition(": no room")[0].split(", ")
 
 
 # Pictures.

@@ -52,6 +52,7 @@ def test_trajectory_is_the_librarys(entry: Entry, backend: str) -> None:
 # What the libraries' own signatures and documentation give (optax asks for the learning rate).
 ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "eps_root": 0.0, "amsgrad": False, "hat": False}
 RMS = {"centered": False, "momentum": 0.0, "initial_accumulator": 0.0}
+L2 = {"weight_decay": 0.0, "decay": "l2"}
 NS = {
     "nesterov": True,
     "momentum": 0.95,
@@ -79,6 +80,11 @@ DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
     ("torch", "rmsprop"): {"lr": 1e-2, "rho": 0.99, "eps": 1e-8, "eps_root": 0.0, **RMS},
     ("torch", "adam"): {"lr": 1e-3, "weight_decay": 0.0, "decay": "l2", **ADAM},
     ("torch", "adamw"): {"lr": 1e-3, "weight_decay": 1e-2, **ADAM},
+    ("torch", "adamax"): {"lr": 2e-3, "eps_inside": 1e-8, "eps": 0.0, **L2},
+    ("torch", "adadelta"): {"lr": 1.0, "rho": 0.9, "eps": 1e-6, **L2},
+    ("torch", "nadam"): {"lr": 2e-3, "eps": 1e-8, "momentum_decay": 4e-3, **L2},
+    ("torch", "radam"): {"lr": 1e-3, "eps": 1e-8, "hat": True, "threshold": 5.0, **L2},
+    ("torch", "rprop"): {"lr": 1e-2, "etas": (0.5, 1.2), "step_sizes": (1e-6, 50.0)},
     ("torch", "muon"): {"lr": 1e-3, "weight_decay": 0.1, "eps": 1e-7, "scale": "original", **NS},
     ("optax", "sgd"): {"weight_decay": 0.0},
     ("optax", "momentum"): {"momentum": 0.0, "form": "buffer", "dampening": 0.0},
@@ -87,6 +93,9 @@ DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
     ("optax", "rmsprop"): {"rho": 0.9, "eps_root": 1e-8, "eps": 0.0, "nesterov": False, **RMS},
     ("optax", "adam"): {"weight_decay": 0.0, "nesterov": False, **ADAM},
     ("optax", "adamw"): {"weight_decay": 1e-4, "nesterov": False, **ADAM},
+    ("optax", "adamax"): {"betas": (0.9, 0.999), "eps_inside": 1e-8, "eps": 0.0},
+    ("optax", "adadelta"): {"rho": 0.9, "eps": 1e-6, "weight_decay": 0.0},
+    ("optax", "radam"): {"eps": 1e-8, "eps_root": 0.0, "threshold": 5.0, "hat": False},
     ("optax", "lion"): {"betas": (0.9, 0.99), "weight_decay": 1e-3},
     ("optax", "sophia"): {
         "betas": (0.965, 0.99),
@@ -105,6 +114,9 @@ DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
     ("keras", "rmsprop"): {"lr": 1e-3, "rho": 0.9, "eps_root": 1e-7, "eps": 0.0, **RMS},
     ("keras", "adam"): {**ADAM, "lr": 1e-3, "weight_decay": 0.0, "eps": 1e-7, "hat": True},
     ("keras", "adamw"): {**ADAM, "lr": 1e-3, "weight_decay": 4e-3, "eps": 1e-7, "hat": True},
+    ("keras", "adamax"): {"lr": 1e-3, "eps_inside": 0.0, "eps": 1e-7, "weight_decay": 0.0},
+    ("keras", "adadelta"): {"lr": 1e-3, "rho": 0.95, "eps": 1e-7, "weight_decay": 0.0},
+    ("keras", "nadam"): {"lr": 1e-3, "eps": 1e-7, "momentum_decay": 1.0, "weight_decay": 0.0},
     ("keras", "lion"): {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.0},
     ("keras", "muon"): {
         "lr": 1e-3,
@@ -129,7 +141,13 @@ def test_every_convention_is_recorded_and_its_defaults_stated() -> None:
     assert conventions == {(entry["library"], entry["rule"]) for entry in ENTRIES} == set(DEFAULTS)
 
 
-LACKING = [("torch", "lion"), ("torch", "sophia"), ("keras", "sophia")]
+LACKING = [
+    ("torch", "lion"),
+    ("optax", "nadam"),
+    ("optax", "rprop"),
+    ("torch", "sophia"),
+    ("keras", "sophia"),
+]
 
 
 @pytest.mark.parametrize(("library", "name"), LACKING, ids=map("-".join, LACKING))
@@ -167,6 +185,11 @@ def test_optax_asks_for_the_learning_rate(name: str) -> None:
         ("adam", "torch", "amsgrad", "corrected"),
         ("adam", "optax", "amsgrad", "raw"),
         ("muon", "torch", "scale", "spectral"),
+        ("radam", "torch", "threshold", 4.0),
+        ("nadam", "torch", "decay", "independent"),
+        ("nadam", "keras", "momentum_decay", 0.5),
+        ("adamax", "torch", "eps", 1e-8),
+        ("rprop", "torch", "weight_decay", 0.1),
     ],
 )
 def test_what_does_not_apply_is_refused(

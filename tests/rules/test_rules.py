@@ -31,6 +31,11 @@ def test_registry() -> None:
         "adamw",
         "lion",
         "sophia",
+        "adamax",
+        "adadelta",
+        "nadam",
+        "radam",
+        "rprop",
         "muon",
         "normuon",
         "adamuon",
@@ -78,6 +83,9 @@ def test_out_of_range(cls: type[fo.Rule], name: str, value: float) -> None:
         (lambda: fo.RMSProp(rho=1.5), r"RMSProp\(rho\)"),
         (lambda: fo.RMSProp(nesterov=True), r"needs momentum > 0"),
         (lambda: fo.AdaGrad(eps=-1.0), r"AdaGrad\(eps\)"),
+        (lambda: fo.RAdam(threshold=3.9), r"RAdam\(threshold\): expected a number >= 4"),
+        (lambda: fo.Rprop(etas=(1.2, 0.5)), r"Rprop\(etas\): expected 0 < etas\[0\] < 1 <"),
+        (lambda: fo.Rprop(step_sizes=(1.0, 0.5)), r"Rprop\(step_sizes\): expected the smallest"),
         (lambda: fo.Adam(amsgrad="raw", nesterov=True), r"does not go with nesterov"),
         (lambda: fo.Adam(amsgrad="corrected", hat=True), r"does not go with hat"),
         (lambda: fo.Adam(amsgrad=True), r"expected one of \(False, 'raw', 'corrected'\)"),  # type: ignore[arg-type]
@@ -197,12 +205,13 @@ def test_states_start_as_the_rule_says() -> None:
 
 
 def trajectory(rule: fo.Rule) -> list[bytes]:
-    """All bits after each of three steps; the first two bring a Hessian where one is taken."""
+    """All bits after each of three steps, or more where the rule has later branches; the first two
+    bring a Hessian where one is taken."""
     rng = np.random.default_rng(3)
     p = rng.standard_normal((4, 3))
     opt = fo.Optimizer(p, rule)
     bits = []
-    for t in range(3):
+    for t in range(max(3, rule.branches)):
         g = rng.standard_normal((4, 3)) * 10.0**-t
         opt.step(g, hessian=g if rule.takes_hessian and t < 2 else None)
         bits.append(opt.fingerprint().encode())

@@ -255,8 +255,10 @@ def _everyone(
     rates: Mapping[str, float],
     ground: Ground,
 ) -> Scene:
-    """Every rule that takes two weights, three in a row."""
-    refusals = (kind().refuses(np.array(start)) for kind in fo.RULES.values())
+    """The article's rules for two weights, three in a row."""
+    refusals = {name: kind().refuses(np.array(start)) for name, kind in fo.RULES.items()}
+    no_matrices = [refusal.partition(";")[0] for refusal in refusals.values() if refusal]
+    later = [fo.RULES[n].__name__ for n, no in refusals.items() if not no and n not in rates]
     runs = tuple(
         Run(
             label=fo.RULES[rule].__name__,
@@ -279,7 +281,7 @@ def _everyone(
         heights=(1.55,) * len(rows),
         footer="blue: one rate for all weights; red: a rate for each;\n"
         "green: sign or curvature; star: the minimum",
-        left_out="; ".join(refusal.partition(";")[0] for refusal in refusals if refusal),
+        left_out="; ".join((*no_matrices, f"{', '.join(later)}: no room beside these nine")),
     )
 
 
