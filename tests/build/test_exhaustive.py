@@ -10,8 +10,8 @@ import pytest
 
 from built import kernel_objects, output, tool
 from exactness import ROOT
-from fusedopt import runtime
 from fusedopt.arrays.formats import FORMATS
+from fusedopt.system.isa import isas
 
 CODECS = [format.codec for format in FORMATS if format.codec not in ("float32", "float64")]
 
@@ -33,7 +33,5 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("codec", CODECS)
 def test_every_input_has_the_same_bits_on_every_instruction_set(program: Path, codec: str) -> None:
     """2^32 floats and all codes, 10 to 60 s each on two cores."""
-    done = subprocess.run(
-        [program, codec, *runtime.isas()], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([program, codec, *isas()], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
