@@ -3,7 +3,8 @@
 `python benchmarks/formats.py [--rounds N] [--only WAY ...] [--json FILE]`. For each way to store:
 bytes that a step moves per parameter; over GPT-2 small the step's time, as a share of the limit of
 its own bytes and against float32's; in cache on one core, nanoseconds per 8 elements; and from
-these two, as a model and not as a measurement, what binds with how many cores. It needs about 3 GB of memory.
+these two, as a model and not as a measurement, what binds with how many cores. It needs about 3 GB
+of memory.
 """
 
 from __future__ import annotations
