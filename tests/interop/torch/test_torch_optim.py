@@ -172,6 +172,19 @@ def test_a_learning_rate_in_a_tensor_is_read_in_each_step() -> None:
     assert same_bits(ours, other)
 
 
+def test_other_hyperparameters_in_tensors_are_read_in_each_step_too() -> None:
+    ours, other = parameters(), parameters()
+    decay = torch.tensor(0.5)
+    a, b = ft.AdamW(ours, weight_decay=decay), ft.AdamW(other, weight_decay=0.5)
+    for step in range(6):
+        if step == 3:
+            decay.fill_(0.25)
+            b.param_groups[0]["weight_decay"] = 0.25
+        run(a, ours, 1, step)
+        run(b, other, 1, step)
+    assert same_bits(ours, other)
+
+
 def test_frozen_late_and_added_parameters() -> None:
     ours, theirs, exact = parameters(), parameters(), as_double(parameters())
     for module, params in ((ft, ours), (torch.optim, theirs), (torch.optim, exact)):
