@@ -40,6 +40,8 @@ class Engine:
         groups = [group for group in optimizer.param_groups if group["params"]]
         self._optimizer, self._groups = optimizer, groups
         self._seen = [optimizer._watched(group) for group in groups]
+        # A tensor may have changed where it is, and is the same object nevertheless.
+        self._in_tensors = [any(map(has_tensor, values)) for values in self._seen]
         self._rules = [optimizer._rule(group) for group in groups]
         self._params = [list(group["params"]) for group in groups]
         self.params = [p for params in self._params for p in params]
@@ -138,7 +140,7 @@ class Engine:
     def _takes(self, k: int, group: Mapping[str, Any]) -> bool:
         """Whether a group's hyperparameters are those of before, or could be taken over."""
         values = self._optimizer._watched(group)
-        if values == self._seen[k]:
+        if not self._in_tensors[k] and values == self._seen[k]:
             return True
         old, rule = self._rules[k], self._optimizer._rule(group)
         if type(rule) is not type(old) or rule.states != old.states:
@@ -151,6 +153,7 @@ class Engine:
             self.opt.replace(f"{k}.*", **changed)
             self._rates = []
         self._seen[k], self._rules[k] = values, rule
+        self._in_tensors[k] = any(map(has_tensor, values))
         return True
 
     # A step.
@@ -305,6 +308,13 @@ class Engine:
                 self._state[self.params[k]] = entry
         self._unseen = self._unseen[~begun]
         self._entries = len(self._state)
+
+
+def has_tensor(value: Any) -> bool:
+    """Whether a hyperparameter is a tensor or a pair with one."""
+    return isinstance(value, torch.Tensor) or (
+        isinstance(value, (tuple, list)) and any(map(has_tensor, value))
+    )
 
 
 def reconcile(memory: Memory) -> None:

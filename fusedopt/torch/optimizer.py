@@ -246,7 +246,7 @@ class Optimizer(Base):
 
     def _watched(self, group: Mapping[str, Any]) -> list[Any]:
         names = [f.name for f in fields(self._rules[group["rule"]]) if f.name != "lr"]
-        return [group["rule"], *(number(group[name]) for name in names)]
+        return [group["rule"], *(group[name] for name in names)]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_rules": self._rules}

@@ -25,7 +25,7 @@ class OwnRule(Base):
         return self._cls(**{name: number(group[name]) for name in self.defaults})
 
     def _watched(self, group: Mapping[str, Any]) -> list[Any]:
-        return [number(group[name]) for name in self.defaults if name != "lr"]
+        return [group[name] for name in self.defaults if name != "lr"]
 
 
 class Lion(OwnRule, rule="lion", states={"m": "exp_avg"}):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Unpack
 
-from ..interop.common import number
 from ..interop.torch import HOW, LAYOUTS, Layout, rule_of
 from ..optimizer import Optimizer as Fused
 from ..rules import Rule
@@ -31,7 +30,7 @@ class TorchRule(Base):
         return rule_of(group, self._layout)
 
     def _watched(self, group: Mapping[str, Any]) -> list[Any]:
-        return [number(group[name]) for name in self._watched_names]
+        return [group[name] for name in self._watched_names]
 
     def _counted(self, opt: Fused) -> bool:
         # The bits of stochastic rounding depend on it.

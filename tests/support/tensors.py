@@ -11,7 +11,7 @@ SHAPES = ((7, 5), (3,), (), (1,), (300,), (2, 3, 4))
 MATRICES = ((7, 5), (16, 32), (33, 9))
 STEPS = 25
 
-Tensors = list[torch.Tensor]
+Tensors = list[Any]
 
 
 def parameters(

@@ -168,12 +168,15 @@ def test_rates_that_are_none(lr: Any, error: type[Exception]) -> None:
         ({"lr": Constant(0.5)}, 0),
         ({"betas": (0.8, 0.9)}, 1),
         ({"decay": "independent"}, 1),
+        ({"weight_decay": 0.0, "maximize": True}, 1),
     ],
 )
-def test_a_rate_needs_no_new_plan(
+def test_a_rate_needs_no_new_plan_and_no_change_does_in_the_core(
     change: dict[str, Any], plans: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = get_backend()
+    if backend.name == "native":
+        plans = 0
     opt = fo.Optimizer(tree(), fo.AdamW())
     plan = Mock(wraps=backend.plan)
     monkeypatch.setattr(backend, "plan", plan)
@@ -223,7 +226,7 @@ def test_nothing_changes_where_something_does_not_fit(
 
 def test_nothing_changes_where_there_is_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = get_backend()
-    opt = fo.Optimizer(tree(), fo.AdamW(lr=0.1))
+    opt = fo.Optimizer(tree(), fo.AdamW(lr=0.1), exact=True)  # which always needs a new one
     opt.step(tree(1))
     before = opt.describe()
     with monkeypatch.context() as patch:

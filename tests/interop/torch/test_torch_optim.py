@@ -172,6 +172,19 @@ def test_a_learning_rate_in_a_tensor_is_read_in_each_step() -> None:
     assert same_bits(ours, other)
 
 
+def test_other_hyperparameters_in_tensors_are_read_in_each_step_too() -> None:
+    ours, other = parameters(), parameters()
+    decay = torch.tensor(0.5)
+    a, b = ft.AdamW(ours, weight_decay=decay), ft.AdamW(other, weight_decay=0.5)
+    for step in range(6):
+        if step == 3:
+            decay.fill_(0.25)
+            b.param_groups[0]["weight_decay"] = 0.25
+        run(a, ours, 1, step)
+        run(b, other, 1, step)
+    assert same_bits(ours, other)
+
+
 def test_frozen_late_and_added_parameters() -> None:
     ours, theirs, exact = parameters(), parameters(), as_double(parameters())
     for module, params in ((ft, ours), (torch.optim, theirs), (torch.optim, exact)):
@@ -217,7 +230,8 @@ def test_a_closure_is_evaluated_with_gradients_and_its_loss_returned() -> None:
 
 
 def test_hooks_are_called() -> None:
-    params, seen = parameters(), []
+    params = parameters()
+    seen: list[Any] = []
     opt = ft.SGD(params)
     opt.register_step_pre_hook(lambda *_: seen.append("before"))
     opt.register_step_post_hook(lambda *_: seen.append("after"))
@@ -442,8 +456,9 @@ def test_checkpoints_go_both_ways(name: str, arguments: dict[str, Any], way: str
 
 @pytest.mark.parametrize("flag", ["differentiable", "capturable"])
 def test_what_torch_alone_has_is_refused_by_name(flag: str) -> None:
+    make: Any = ft.AdamW
     with pytest.raises(ValueError, match=flag):
-        ft.AdamW(parameters(), **{flag: True})
+        make(parameters(), **{flag: True})
     opt = ft.AdamW(parameters())
     with pytest.raises(ValueError, match=flag):
         opt.add_param_group({"params": [torch.zeros(2, requires_grad=True)], flag: True})
@@ -451,8 +466,9 @@ def test_what_torch_alone_has_is_refused_by_name(flag: str) -> None:
 
 
 def test_refusals() -> None:
+    make: Any = ft.AdamW
     with pytest.raises(TypeError, match="no argument foo"):
-        ft.AdamW(parameters(), foo=1)
+        make(parameters(), foo=1)
     with pytest.raises(ValueError, match="two dimensions"):
         ft.Muon([torch.zeros(3, requires_grad=True)])
     with pytest.raises(ValueError, match="Nesterov"):
@@ -502,7 +518,7 @@ def test_gradients_of_single_elements_may_be_lazily_negated() -> None:
 
 def test_state_is_shared_memory() -> None:
     params = parameters()
-    opt, other = ft.SGD(params, lr=0.1, momentum=0.5), None
+    opt = ft.SGD(params, lr=0.1, momentum=0.5)
     run(opt, params, 2)
     for p in params:
         opt.state[p]["momentum_buffer"].zero_()
@@ -511,7 +527,6 @@ def test_state_is_shared_memory() -> None:
     for p, q in zip(params, before, strict=True):
         assert p.grad is not None
         assert torch.allclose(p, q - 0.1 * p.grad)
-    assert other is None
 
 
 def test_importing_fusedopt_imports_no_torch() -> None:

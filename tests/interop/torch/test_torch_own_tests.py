@@ -16,7 +16,8 @@ import fusedopt.torch as ft  # noqa: E402
 from tensors import assert_near  # noqa: E402
 
 NOT_OURS = {"differentiable", "capturable"}
-INFOS = {i.optim_cls.__name__: i for i in optim_db if hasattr(ft, i.optim_cls.__name__)}
+NAMED: dict[str, Any] = {getattr(i.optim_cls, "__name__", ""): i for i in optim_db}
+INFOS = {name: info for name, info in NAMED.items() if hasattr(ft, name)}
 CPU = torch.device("cpu")
 
 
