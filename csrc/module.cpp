@@ -49,6 +49,8 @@ py::list codecs() {
 
 PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   fusedopt::guard_forks();
+  py::module_::import("atexit").attr("register")(
+      py::cpp_function([] { fusedopt::end_threads(); }, py::call_guard<py::gil_scoped_release>()));
   fusedopt::bind_leaves(module);
   fusedopt::bind_rows(module);
   fusedopt::bind_stacks(module);

@@ -6,12 +6,12 @@
 #if defined(FUSEDOPT_OPENMP)
 #include <omp.h>
 #elif defined(FUSEDOPT_THREADS)
-#include <system_error>
-#include <thread>
-#include <vector>
+#include "pool.hpp"
+#endif
+#if (defined(FUSEDOPT_OPENMP) || defined(FUSEDOPT_THREADS)) && !defined(_WIN32)
+#include <pthread.h>
 #endif
 #if defined(FUSEDOPT_OPENMP) && !defined(_WIN32)
-#include <pthread.h>
 #pragma weak omp_pause_resource_all  // some runtimes lack it
 #endif
 
@@ -42,6 +42,9 @@ void guard_forks() {
 #endif
 }
 
+// The runtime ends its own.
+void end_threads() {}
+
 void parallel_for(std::size_t count, int threads, void (*body)(void*, std::size_t), void* context) {
   const int team = static_cast<int>(std::min<std::size_t>(count, threads));
   if (team <= 1) {
@@ -55,28 +58,50 @@ void parallel_for(std::size_t count, int threads, void (*body)(void*, std::size_
 
 #elif defined(FUSEDOPT_THREADS)
 
+namespace {
+
+// Never destroyed: a thread that still steps at exit must find it.
+std::atomic<Pool*> pool{new Pool};
+
+struct Loop {
+  std::size_t count;
+  void (*body)(void*, std::size_t);
+  void* context;
+  std::atomic<std::size_t> next{0};
+};
+
+void take_part(void* of, int) {
+  Loop& loop = *static_cast<Loop*>(of);
+  for (std::size_t i; (i = loop.next.fetch_add(1, std::memory_order_relaxed)) < loop.count;)
+    loop.body(loop.context, i);
+}
+
+}  // namespace
+
 const char* parallel_name() { return "threads"; }
 
 int parallel_limit() { return static_cast<int>(std::max(1u, std::thread::hardware_concurrency())); }
 
-// Nothing outlives a call, so there is nothing that a fork could lose.
-void guard_forks() {}
+void guard_forks() {
+#if !defined(_WIN32)
+  // A forked child has none of the threads: those that are idle end before the fork, and of those
+  // that other threads of Python use just then the child forgets the records.
+  pthread_atfork([] { pool.load()->rest(); }, nullptr, [] { pool.store(new Pool); });
+#endif
+}
+
+void end_threads() { pool.load()->close(); }
 
 void parallel_for(std::size_t count, int threads, void (*body)(void*, std::size_t), void* context) {
+  Loop loop{count, body, context};
   const int team = static_cast<int>(std::min<std::size_t>(count, threads));
-  std::atomic<std::size_t> next{0};
-  const auto work = [&] {
-    for (std::size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;)
-      body(context, i);
-  };
-  std::vector<std::thread> helpers;
-  try {
-    for (int k = 1; k < team; ++k) helpers.emplace_back(work);
-  } catch (const std::system_error&) {
-    // No more threads to be had: those that there are do the work.
-  }
-  work();
-  for (std::thread& helper : helpers) helper.join();
+  Pool& from = *pool.load();
+  const std::vector<Worker*> helpers = team > 1 ? from.borrow(team - 1) : std::vector<Worker*>();
+  int member = 0;
+  for (Worker* helper : helpers) helper->start(take_part, &loop, ++member);
+  take_part(&loop, 0);
+  for (Worker* helper : helpers) helper->wait();
+  if (!helpers.empty()) from.give_back(helpers);
 }
 
 #else
@@ -86,6 +111,8 @@ const char* parallel_name() { return "serial"; }
 int parallel_limit() { return 1; }
 
 void guard_forks() {}
+
+void end_threads() {}
 
 void parallel_for(std::size_t count, int, void (*body)(void*, std::size_t), void* context) {
   for (std::size_t i = 0; i < count; ++i) body(context, i);

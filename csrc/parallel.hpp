@@ -17,4 +17,7 @@ int parallel_limit();
 // Makes a fork safe; called once at import.
 void guard_forks();
 
+// Ends the threads that loops have left behind; called at exit. Later loops are serial.
+void end_threads();
+
 }  // namespace fusedopt
