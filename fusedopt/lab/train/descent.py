@@ -60,6 +60,7 @@ def _step(setup: Setup, history: History) -> None:
             with np.errstate(over="ignore", invalid="ignore"):  # the loss tells
                 scores, cache = gpt.forward(params, batch[0], setup.config)
                 loss, dlogits = gpt.cross_entropy(scores, batch[1])
+                loss = setup.ranks.mean(loss)
                 check_finite(loss, done + 1)
                 grads = gpt.backward(params, cache, dlogits, setup.config)
                 grads = cast(grads, DTYPES[options.dtype])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,7 +14,11 @@ from ...arrays.formats import FLOAT32
 from ...arrays.trees import Tree
 from . import gpt, text
 from .options import DTYPES, TrainOptions
+from .ranks import ALONE, Ranks
 from .recipes import recipe
+
+if TYPE_CHECKING:
+    from ...mpi import ShardedOptimizer
 
 HELD_OUT_WINDOWS = 256
 
@@ -31,7 +36,8 @@ class Setup:
     config: gpt.Config
     params: gpt.Params
     rules: dict[str, fo.Rule]
-    optimizer: fo.Optimizer
+    optimizer: fo.Optimizer | ShardedOptimizer
+    ranks: Ranks
     batches: Iterator[tuple[text.Ids, text.Ids]]
     held_out: tuple[text.Ids, text.Ids]
     bigram_loss: float
@@ -40,11 +46,12 @@ class Setup:
     draws: np.random.Generator
 
     @classmethod
-    def of(cls, options: TrainOptions) -> Setup:
+    def of(cls, options: TrainOptions, ranks: Ranks = ALONE) -> Setup:
         """Read the text and draw the parameters; equal options give equal bits.
 
         Raises OSError where the text cannot be read, ValueError where it or a size does not fit.
         """
+        own = ranks.own(options.batch)
         corpus = text.load(options.data, options.context)
         config = gpt.Config(
             vocab=len(corpus.alphabet),
@@ -72,8 +79,9 @@ class Setup:
             config=config,
             params=params,
             rules=rules,
-            optimizer=fo.Optimizer(params, rules, **options.optimizer),
-            batches=text.batches(corpus.train, options.batch, options.context, places),
+            optimizer=_optimizer(ranks, params, rules, options),
+            ranks=ranks,
+            batches=text.batches(corpus.train, options.batch, options.context, places, own),
             held_out=(x, y),
             bigram_loss=text.bigram_loss(corpus.train, x, y, config.vocab),
             places=places,
@@ -89,6 +97,16 @@ class Setup:
     def parameters(self) -> int:
         """How many numbers are trained."""
         return sum(leaf.value.size for leaf in Tree(self.params).leaves)
+
+
+def _optimizer(
+    ranks: Ranks, params: gpt.Params, rules: dict[str, fo.Rule], options: TrainOptions
+) -> fo.Optimizer | ShardedOptimizer:
+    if ranks.comm is None:
+        return fo.Optimizer(params, rules, **options.optimizer)
+    from ...mpi import ShardedOptimizer
+
+    return ShardedOptimizer(params, rules, ranks.comm, **options.optimizer)
 
 
 def cast(tree: gpt.Params, dtype: np.dtype) -> gpt.Params:

@@ -95,11 +95,11 @@ def windows(ids: Ids, starts: NDArray[Any], context: int) -> tuple[Ids, Ids]:
 
 
 def batches(
-    ids: Ids, batch: int, context: int, rng: np.random.Generator
+    ids: Ids, batch: int, context: int, rng: np.random.Generator, own: slice = slice(None)
 ) -> Iterator[tuple[Ids, Ids]]:
-    """Endless pairs (x, y) of shape (batch, context) from random places."""
+    """Endless pairs (x, y) of shape (batch, context) from random places; own: those wanted."""
     while True:
-        yield windows(ids, rng.integers(len(ids) - context, size=batch), context)
+        yield windows(ids, rng.integers(len(ids) - context, size=batch)[own], context)
 
 
 def spread(ids: Ids, count: int, context: int) -> tuple[Ids, Ids]:

@@ -19,6 +19,7 @@ from . import gpt, report, resume, steptime
 from .descent import check_finite, descend, timed
 from .history import History
 from .options import DTYPES, TrainOptions
+from .ranks import Ranks
 from .report import Result, Status, say
 from .setup import Setup, cast
 
@@ -34,12 +35,13 @@ def train(options: TrainOptions, console: Console) -> Result:
     read or written, both before any training (but for a disk that fills up: OSError, and the last
     checkpoint is there); FloatingPointError where a loss is not finite.
     """
-    setup = Setup.of(options)
-    claim_directory("--out", options.out)
-    if options.json is not None:
-        claim_file("--json", options.json)
-    if options.checkpoint is not None:
-        claim_replaced("--checkpoint", options.checkpoint)
+    ranks = Ranks.of_process()
+    if ranks.rank > 0:
+        console = Console(quiet=True)
+    setup = Setup.of(options, ranks)
+    with ranks.first_alone() as first:
+        if first:
+            _claim(options)
     history, resumed = History(options.tokens), None
     if options.resume is not None:
         history, remarks = resume.go_on(setup, options.resume)
@@ -47,6 +49,8 @@ def train(options: TrainOptions, console: Console) -> Result:
     _announce(console, setup, resumed)
     status = _fit(console, setup, history)
     result = _result(setup, history, status, resumed)
+    if ranks.rank > 0:
+        return result
     files = [options.out / "run.json", options.out / "loss.png"]
     report.write_json(result, files[0])
     report.plot(result, files[1])
@@ -57,6 +61,15 @@ def train(options: TrainOptions, console: Console) -> Result:
         files.append(options.checkpoint)
     report.conclude(console, result, files)
     return result
+
+
+def _claim(options: TrainOptions) -> None:
+    """OSError or ValueError where something cannot be written in the end."""
+    claim_directory("--out", options.out)
+    if options.json is not None:
+        claim_file("--json", options.json)
+    if options.checkpoint is not None:
+        claim_replaced("--checkpoint", options.checkpoint)
 
 
 def _fit(console: Console, setup: Setup, history: History) -> Status:
