@@ -14,16 +14,22 @@ from .loss_scale import LossScaler
 from .optimizer import Optimizer
 from .orthogonalize import orthogonalize
 from .rules import (
+    ADOPT,
     RULES,
     SGD,
     SOAP,
+    AdaBelief,
     Adadelta,
     AdaGrad,
     Adam,
     AdaMax,
     AdaMuon,
     AdamW,
+    Adan,
+    AdEMAMix,
     CustomRule,
+    Grams,
+    LaProp,
     Lion,
     Momentum,
     Muon,
@@ -34,6 +40,7 @@ from .rules import (
     RMSProp,
     Rprop,
     Rule,
+    Signum,
     Sophia,
 )
 from .runtime import info, warmup
@@ -47,18 +54,24 @@ if TYPE_CHECKING:
 
 
 __all__ = [
+    "ADOPT",
     "RULES",
     "SGD",
     "SOAP",
+    "AdEMAMix",
+    "AdaBelief",
     "AdaGrad",
     "AdaMax",
     "AdaMuon",
     "Adadelta",
     "Adam",
     "AdamW",
+    "Adan",
     "CustomRule",
     "Estimate",
     "Fixed",
+    "Grams",
+    "LaProp",
     "Lion",
     "LossScaler",
     "Momentum",
@@ -72,6 +85,7 @@ __all__ = [
     "Rows",
     "Rprop",
     "Rule",
+    "Signum",
     "Sophia",
     "StepInfo",
     "VerificationError",

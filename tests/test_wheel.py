@@ -40,6 +40,13 @@ DIGESTS: dict[str, str] = {
     "nadam": "6f0706d7052dfbea",
     "radam": "2c82c0dcc2271bc9",
     "rprop": "19aa61445bbf2cbb",
+    "signum": "bdd8b5783ee1be96",
+    "adabelief": "723874f6334dd0c7",
+    "adopt": "3af5758088673748",
+    "ademamix": "98e0682547fb652a",
+    "grams": "9b27c0a61dc219f5",
+    "laprop": "5db18c1cf5abe66a",
+    "adan": "e4bf5975e65c5807",
 }
 """Of each rule, over all ways; Muon's matrix products alone may differ between machines."""
 
