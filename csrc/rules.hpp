@@ -254,6 +254,89 @@ inline T clamp(T x, T limit) {
   return x > limit ? limit : (x < -limit ? -limit : x);
 }
 
+// The variance about the mean; eps_root gathers in it.
+template <class T>
+struct AdaBelief {
+  static constexpr const char* name = "adabelief";
+  static constexpr int states = 2;
+  T b1, one_b1, b2, one_b2, step, eps_root, eps;
+  T operator()(T, T g, T& m, T& s) const {
+    m = b1 * m + one_b1 * g;
+    const T off = g - m;
+    s = b2 * s + one_b2 * (off * off) + eps_root;
+    return ratio(step * m, root(s) + eps);
+  }
+};
+
+// v divides before it takes the gradient in.
+template <class T>
+struct ADOPT {
+  static constexpr const char* name = "adopt";
+  static constexpr int states = 2;
+  T b1, one_b1, b2, one_b2, lr, eps, limit;
+  T operator()(T, T g, T& m, T& v) const {
+    m = b1 * m + one_b1 * clamp(ratio(g, maximum(root(v), eps)), limit);
+    v = b2 * v + one_b2 * (g * g);
+    return lr * m;
+  }
+};
+
+template <class T>
+struct AdEMAMix {
+  static constexpr const char* name = "ademamix";
+  static constexpr int states = 3;
+  T b1, one_b1, b3, one_b3, b2, one_b2, step, slow_step, eps;
+  T operator()(T, T g, T& m, T& slow, T& v) const {
+    m = b1 * m + one_b1 * g;
+    slow = b3 * slow + one_b3 * g;
+    v = b2 * v + one_b2 * (g * g);
+    return ratio(step * m + slow_step * slow, root(v) + eps);
+  }
+};
+
+// Adam's step size, the gradient's direction.
+template <class T>
+struct Grams {
+  static constexpr const char* name = "grams";
+  static constexpr int states = 2;
+  T b1, one_b1, b2, one_b2, step, eps;
+  T operator()(T, T g, T& m, T& v) const {
+    m = b1 * m + one_b1 * g;
+    v = b2 * v + one_b2 * (g * g);
+    return signed_like(magnitude(ratio(step * m, root(v) + eps)), g);
+  }
+};
+
+// gain = (1 - b1) sqrt(c2): momentum of what was divided.
+template <class T>
+struct LaProp {
+  static constexpr const char* name = "laprop";
+  static constexpr int states = 2;
+  T b1, gain, b2, one_b2, step, eps;
+  T operator()(T, T g, T& m, T& v) const {
+    v = b2 * v + one_b2 * (g * g);
+    m = b1 * m + ratio(gain * g, root(v) + eps);
+    return step * m;
+  }
+};
+
+// `later` is 0 in the first step, which has no gradient before it, and 1 after.
+template <class T>
+struct Adan {
+  static constexpr const char* name = "adan";
+  static constexpr int states = 4;
+  T b1, one_b1, b2, one_b2, b3, one_b3, later, k, step, step_d, eps_root, eps;
+  T operator()(T, T g, T& m, T& d, T& n, T& prev) const {
+    const T e = later * (g - prev);
+    const T ahead = g + k * e;
+    m = b1 * m + one_b1 * g;
+    d = b2 * d + one_b2 * e;
+    n = b3 * n + one_b3 * (ahead * ahead);
+    prev = g;
+    return ratio(step * m + step_d * d, root(n + eps_root) + eps);
+  }
+};
+
 // The official code's denominator; k = 1, or 1/c1 where the first moment is bias-corrected.
 template <class T>
 struct Sophia {
@@ -294,9 +377,10 @@ struct Muon {
 template <template <class> class...>
 struct List {};
 
-using Rules = List<SGD, Momentum, Nesterov, AdaGrad, RMSProp, CenteredRMSProp, BufferedRMSProp,
-                   BufferedCenteredRMSProp, Adam, NesterovAdam, AMSGrad, AdaMax, Adadelta, RAdam,
-                   Rprop, Lion, Sophia, PaperSophia, Muon>;
+using Rules =
+    List<SGD, Momentum, Nesterov, AdaGrad, RMSProp, CenteredRMSProp, BufferedRMSProp,
+         BufferedCenteredRMSProp, Adam, NesterovAdam, AMSGrad, AdaMax, Adadelta, RAdam, Rprop,
+         AdaBelief, ADOPT, AdEMAMix, Grams, LaProp, Adan, Lion, Sophia, PaperSophia, Muon>;
 
 // Operations that are no rule, on a target and a source. `state`: the target is stored as states
 // are, without denormals; `filter`: the target is the gradient that the rule will see, and the

@@ -20,16 +20,22 @@ if TYPE_CHECKING:
     from .optimizer import Optimizer
     from .orthogonalize import orthogonalize
     from .rules import (
+        ADOPT,
         RULES,
         SGD,
         SOAP,
+        AdaBelief,
         Adadelta,
         AdaGrad,
         Adam,
         AdaMax,
         AdaMuon,
         AdamW,
+        Adan,
+        AdEMAMix,
         CustomRule,
+        Grams,
+        LaProp,
         Lion,
         Momentum,
         Muon,
@@ -40,6 +46,7 @@ if TYPE_CHECKING:
         RMSProp,
         Rprop,
         Rule,
+        Signum,
         Sophia,
     )
     from .runtime import info, warmup
@@ -49,18 +56,24 @@ if TYPE_CHECKING:
     from .verify import verify
 
 __all__ = [
+    "ADOPT",
     "RULES",
     "SGD",
     "SOAP",
+    "AdEMAMix",
+    "AdaBelief",
     "AdaGrad",
     "AdaMax",
     "AdaMuon",
     "Adadelta",
     "Adam",
     "AdamW",
+    "Adan",
     "CustomRule",
     "Estimate",
     "Fixed",
+    "Grams",
+    "LaProp",
     "Lion",
     "LossScaler",
     "Momentum",
@@ -74,6 +87,7 @@ __all__ = [
     "Rows",
     "Rprop",
     "Rule",
+    "Signum",
     "Sophia",
     "StepInfo",
     "VerificationError",

@@ -25,7 +25,7 @@ class Part(NamedTuple):
 _ADAM, _RMS = ("adam", "adamw"), ("rmsprop",)
 _STDDEV = Part(_RMS, {"mu": "a", "nu": "v"})
 PARTS = {
-    "ScaleByAdamState": Part((*_ADAM, "adamax", "radam"), {"mu": "m", "nu": "v"}),
+    "ScaleByAdamState": Part((*_ADAM, "adamax", "radam", "adopt"), {"mu": "m", "nu": "v"}),
     "ScaleByAmsgradState": Part(_ADAM, {"mu": "m", "nu": "v", "nu_max": "x"}),
     "ScaleByLionState": Part(("lion",), {"mu": "m"}),
     "ScaleByRssState": Part(("adagrad",), {"sum_of_squares": "G"}),
@@ -34,12 +34,18 @@ PARTS = {
     "ScaleByRStdDevState": _STDDEV,
     "ScaleByRStdDevWithCountState": _STDDEV,
     "ScaleByAdaDeltaState": Part(("adadelta",), {"e_g": "v", "e_x": "d"}),
+    "ScaleByBeliefState": Part(("adabelief",), {"mu": "m", "nu": "s"}),
+    "ScaleByAdemamixState": Part(("ademamix",), {"m1": "m", "m2": "slow", "nu": "v"}),
+    "ScaleByAdanState": Part(("adan",), {"m": "m", "v": "d", "n": "n", "g": "prev"}),
+    "EmaState": Part(("signum",), {"ema": "m"}),
     "SophiaState": Part(("sophia",), {"mu": "m", "nu": "h"}),
     "MuonState": Part(("muon",), {"mu": "m"}),
     "TraceState": Part(("momentum", "nesterov", "rmsprop"), {"trace": "v"}),
     "ScaleByScheduleState": Part((), {}),
     "EmptyState": Part((), {}),
 }
+COUNTS = ("count", "count_m2", "t")
+"""What parts call their number of steps."""
 _NOTHING = Part((), {})
 # Those that hold others. Hyperparameters in them are the caller's.
 HOLDERS = {
@@ -73,7 +79,7 @@ def from_optax(opt: Optimizer, state: Any, *, step: int | None = None) -> None:
 
     def take(node: Any) -> Any:
         kind = type(node).__name__
-        count = int(as_array(node.count)) if "count" in node._fields else None
+        count = next((int(as_array(getattr(node, n))) for n in COUNTS if n in node._fields), None)
         counts.extend([] if count is None else [count])
         for theirs, ours in PARTS.get(kind, _NOTHING).trees.items():
             tree = opt._tree.flatten(_unmasked(getattr(node, theirs)), f"{kind}.{theirs}")
@@ -140,11 +146,11 @@ def to_optax(opt: Optimizer, template: Any) -> Any:
                 given[path].add(name)
                 seen.add(leaf.t)
             changed[theirs] = _filled(opt.params, old, iter(new))
-        if "count" in node._fields:
+        for name in (name for name in COUNTS if name in node._fields):
             if len(seen) > 1:
                 problems.append(f"{kind} has one count, and leaves here saw {sorted(seen)} steps")
             count = min(seen, default=opt.step_count)
-            changed["count"] = np.asarray(count, as_array(node.count).dtype)
+            changed[name] = np.asarray(count, as_array(getattr(node, name)).dtype)
         return node._replace(**changed)
 
     made = _walked(template, put)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from .adabelief import AdaBelief
 from .adadelta import Adadelta
 from .adagrad import AdaGrad
 from .adam import Adam, AdamW
 from .adamax import AdaMax
 from .adamuon import AdaMuon
+from .adan import Adan
+from .ademamix import AdEMAMix
+from .adopt import ADOPT
 from .base import Rule
 from .custom import CustomRule
+from .grams import Grams
+from .laprop import LaProp
 from .lion import Lion
 from .momentum import Momentum
 from .muon import Muon
@@ -19,6 +25,7 @@ from .radam import RAdam
 from .rmsprop import RMSProp
 from .rprop import Rprop
 from .sgd import SGD
+from .signum import Signum
 from .soap import SOAP
 from .sophia import Sophia
 
@@ -27,22 +34,29 @@ RULES: dict[str, type[Rule]] = {
     for rule in (
         *(SGD, Momentum, Nesterov, AdaGrad, RMSProp, Adam, AdamW, Lion, Sophia),
         *(AdaMax, Adadelta, NAdam, RAdam, Rprop),
+        *(Signum, AdaBelief, ADOPT, AdEMAMix, Grams, LaProp, Adan),
         *(Muon, NorMuon, AdaMuon, SOAP),
     )
 }
 """Every rule by its lower-case name."""
 
 __all__ = [
+    "ADOPT",
     "RULES",
     "SGD",
     "SOAP",
+    "AdEMAMix",
+    "AdaBelief",
     "AdaGrad",
     "AdaMax",
     "AdaMuon",
     "Adadelta",
     "Adam",
     "AdamW",
+    "Adan",
     "CustomRule",
+    "Grams",
+    "LaProp",
     "Lion",
     "Momentum",
     "Muon",
@@ -53,5 +67,6 @@ __all__ = [
     "RMSProp",
     "Rprop",
     "Rule",
+    "Signum",
     "Sophia",
 ]

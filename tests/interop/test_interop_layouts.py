@@ -282,7 +282,7 @@ def test_states_are_stored_as_the_optimizer_stores_them() -> None:
 ScaleByAdamState = namedtuple("ScaleByAdamState", "count mu nu")  # noqa: PYI024
 ScaleByScheduleState = namedtuple("ScaleByScheduleState", "count")  # noqa: PYI024
 ScaleByRStdDevState = namedtuple("ScaleByRStdDevState", "mu nu")  # noqa: PYI024
-ScaleByBeliefState = namedtuple("ScaleByBeliefState", "count mu nu")  # noqa: PYI024
+ScaleByYogiState = namedtuple("ScaleByYogiState", "count mu nu")  # noqa: PYI024
 TraceState = namedtuple("TraceState", "trace")  # noqa: PYI024
 EmptyState = namedtuple("EmptyState", "")  # noqa: PYI024
 MaskedState = namedtuple("MaskedState", "inner_state")  # noqa: PYI024
@@ -344,7 +344,7 @@ def test_what_does_not_fit_optax() -> None:
     act = interop.from_optax
     opt = fresh(fo.Adam.like("optax", lr=0.1))
     for state, reason in (
-        ((ScaleByBeliefState(*adam),), "ScaleByBeliefState has no equal here"),
+        ((ScaleByYogiState(*adam),), "ScaleByYogiState has no equal here"),
         ((adam, adam), "w: m is there twice"),
         ((EmptyState(),), "step: no part"),
         ((ScaleByScheduleState(count(2)),), "b: states ['m', 'v'] here, [] there"),

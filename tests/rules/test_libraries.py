@@ -96,6 +96,11 @@ DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
     ("optax", "adamax"): {"betas": (0.9, 0.999), "eps_inside": 1e-8, "eps": 0.0},
     ("optax", "adadelta"): {"rho": 0.9, "eps": 1e-6, "weight_decay": 0.0},
     ("optax", "radam"): {"eps": 1e-8, "eps_root": 0.0, "threshold": 5.0, "hat": False},
+    ("optax", "signum"): {"momentum": 0.9, "weight_decay": 0.0},
+    ("optax", "adabelief"): {"betas": (0.9, 0.999), "eps": 1e-16, "eps_root": 1e-16},
+    ("optax", "adopt"): {"betas": (0.9, 0.9999), "eps": 1e-6},
+    ("optax", "ademamix"): {"betas": (0.9, 0.999, 0.9999), "alpha": 5.0, "eps": 1e-8},
+    ("optax", "adan"): {"betas": (0.98, 0.92, 0.99), "eps": 1e-8, "eps_root": 1e-8},
     ("optax", "lion"): {"betas": (0.9, 0.99), "weight_decay": 1e-3},
     ("optax", "sophia"): {
         "betas": (0.965, 0.99),

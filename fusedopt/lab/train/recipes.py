@@ -23,7 +23,7 @@ from ...schedules import (
 # 1000 steps of the default model, seed 0, among values a factor of 2 (Adam, AdamW, Muon) or 3
 # apart. Three times SGD's and ten times Nesterov's make the loss explode. The last three are the
 # best of two or three values: NorMuon of 0.01 and 0.02, AdaMuon of 0.005, 0.01 and 0.02, SOAP of
-# 0.003 and 0.006. Those from AdaMax to Rprop are first guesses, from the rules' defaults.
+# 0.003 and 0.006. Those from AdaMax to Adan are first guesses, from the rules' defaults.
 LEARNING_RATES = {
     "sgd": 0.3,
     "momentum": 1.0,
@@ -39,6 +39,13 @@ LEARNING_RATES = {
     "nadam": 1e-3,
     "radam": 2e-3,
     "rprop": 1e-4,
+    "signum": 3e-4,
+    "adabelief": 2e-3,
+    "adopt": 2e-3,
+    "ademamix": 1e-3,
+    "grams": 1e-3,
+    "laprop": 1e-3,
+    "adan": 5e-3,
     "muon": 0.02,
     "normuon": 0.02,
     "adamuon": 5e-3,
