@@ -45,7 +45,7 @@ class CudaTransfer:
         with torch.cuda.stream(self._down):
             target.copy_(source, non_blocking=True)
         source.record_stream(self._down)
-        event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event: Any = torch.cuda.Event()
         event.record(self._down)
         wait: Callable[[], None] = event.synchronize
         return wait
