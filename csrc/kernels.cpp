@@ -13,23 +13,11 @@ namespace {
 
 using namespace fusedopt;
 
-template <class T>
-constexpr T smallest_normal();
-template <>
-constexpr float smallest_normal<float>() {
-  return 1.17549435082228751e-38f;
-}
-template <>
-constexpr double smallest_normal<double>() {
-  return 2.22507385850720138e-308;
-}
-
 // States below the smallest normal number are stored as zero: a state that decays through the
 // denormals would make every later step several times slower.
-template <class T>
-inline T normal_or_zero(T x) {
-  const T magnitude = x < T(0) ? -x : x;
-  return magnitude < smallest_normal<T>() ? T(0) : x;
+inline double normal_or_zero(double x) {
+  const double magnitude = x < 0.0 ? -x : x;
+  return magnitude < 2.22507385850720138e-308 ? 0.0 : x;
 }
 // With exponent bits it is normal: one test of bits, where a comparison would need the magnitude.
 inline float normal_or_zero(float x) {
