@@ -295,7 +295,7 @@ def race(
         str | None, typer.Option(help="Names with commas between; all without.")
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="About two minutes: a smaller model, fewer steps.")
+        bool, typer.Option("--quick", help="Ten seconds a rule: a smaller model, fewer steps.")
     ] = False,
     steps: Annotated[int | None, typer.Option(help="Updates of each rule.")] = None,
     data: Annotated[
