@@ -78,3 +78,18 @@ def assert_near(
 def same_bits(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> bool:
     """Whether all elements are equal."""
     return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def orthogonalized(
+    update: torch.Tensor, ns_coefficients: Sequence[float], ns_steps: int, eps: float
+) -> torch.Tensor:
+    """The iteration of torch's Muon in float64, where its own is in bfloat16."""
+    a, b, c = ns_coefficients
+    tall = update.shape[0] > update.shape[1]
+    x = update.double().T if tall else update.double()
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(ns_steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    found: torch.Tensor = (x.T if tall else x).to(update.dtype)
+    return found

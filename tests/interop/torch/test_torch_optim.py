@@ -22,6 +22,7 @@ from tensors import (  # noqa: E402
     assert_near,
     give,
     in_groups,
+    orthogonalized,
     parameters,
     run,
     same_bits,
@@ -74,15 +75,14 @@ def test_a_run_is_that_of_torch(name: str, arguments: dict[str, Any]) -> None:
         assert "step" not in names or a.state[p]["step"] == b.state[q]["step"]
 
 
-def test_muon_is_that_of_torch_within_its_bfloat16_products() -> None:
+def test_muon_is_that_of_torch_with_wide_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.optim._muon, "_zeropower_via_newtonschulz", orthogonalized)
     ours, theirs = parameters(MATRICES), parameters(MATRICES)
     a, b = (m.Muon(in_groups(p), momentum=0.9) for m, p in ((ft, ours), (torch.optim, theirs)))
     run(a, ours)
     run(b, theirs)
-    for p, q in zip(ours, theirs, strict=True):  # torch orthogonalises in bfloat16
-        assert ((p - q).abs() <= STEPS * 0.02 * 2**-7 + 1e-3).all()
-        moved = parameters(MATRICES)[0] if p.shape == MATRICES[0] else None
-        assert moved is None or not torch.equal(p, moved)
+    for p, q in zip(ours, theirs, strict=True):  # rates up to 0.02
+        assert ((p - q).abs() <= 1e-3 * STEPS * 0.02).all()
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad", "RMSprop", *OWN, "Muon"])

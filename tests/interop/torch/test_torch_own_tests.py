@@ -13,11 +13,17 @@ pytest.importorskip("expecttest")  # which torch.testing imports
 from torch.testing._internal.common_optimizers import optim_db  # noqa: E402
 
 import fusedopt.torch as ft  # noqa: E402
-from tensors import assert_near  # noqa: E402
+from tensors import assert_near, orthogonalized  # noqa: E402
 
 NOT_OURS = {"differentiable", "capturable"}
 NAMED: dict[str, Any] = {getattr(i.optim_cls, "__name__", ""): i for i in optim_db}
 INFOS = {name: info for name, info in NAMED.items() if hasattr(ft, name)}
+TAKEN = {
+    "lr as a Tensor is not supported": "goes with everything here",
+    "as a Tensor is not supported for capturable=False and foreach=True": "likewise",
+    "Muon only supports 2D parameters": "more dimensions are flattened to two",
+}
+"""What torch refuses and fusedopt takes, and why."""
 CPU = torch.device("cpu")
 
 
@@ -88,13 +94,14 @@ def runs(name: str, kwargs: dict[str, Any], dtype: Any, contiguous: bool = True)
 @EACH
 @pytest.mark.parametrize("contiguous", [True, False])
 def test_the_right_direction_and_that_of_torch(
-    name: str, kwargs: dict[str, Any], contiguous: bool
+    name: str, kwargs: dict[str, Any], contiguous: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch.optim._muon, "_zeropower_via_newtonschulz", orthogonalized)
     ours, theirs, exact, losses = runs(name, kwargs, torch.float32, contiguous)
-    if name == "Muon":  # in bfloat16 there
+    if name == "Muon":  # whose iteration amplifies rounding, up to 485 times
         moved = 20 * float(kwargs.get("lr", 1e-3))
         for p, q in zip(ours, theirs, strict=True):
-            assert ((p - q).abs() <= 0.05 * moved).all()
+            assert ((p - q).abs() <= 1e-3 * moved).all()
     else:
         assert_near(ours, theirs, exact)
     rising = kwargs.get("maximize", False)
@@ -125,6 +132,15 @@ def test_state_dict_goes_round_and_deepcopies(name: str, kwargs: dict[str, Any])
         assert torch.equal(p, r)
 
 
+def attempt(cls: Any, given: Any, step: bool) -> None:
+    """Make an optimizer of torch's input, and take a step with it if asked."""
+    opt = cls(given.params, **given.kwargs)
+    if step:
+        for p in given.params:
+            p.grad = torch.ones_like(p)
+        opt.step()
+
+
 @pytest.mark.parametrize("name", INFOS)
 def test_wrong_arguments_raise(name: str) -> None:
     """Of torch's own kinds; the messages are fusedopt's."""
@@ -132,10 +148,10 @@ def test_wrong_arguments_raise(name: str) -> None:
     assert errors
     for error in errors:
         given = error.optimizer_error_input
-        if "Tensor" in error.error_regex and "foreach" in given.kwargs:
-            continue  # a learning rate in a tensor goes with everything here
+        if any(text in error.error_regex for text in TAKEN):
+            continue
         with pytest.raises((ValueError, TypeError, KeyError, UserWarning)):
-            getattr(ft, name)(given.params, **given.kwargs)
+            attempt(getattr(ft, name), given, error.error_on.name == "STEP_ERROR")
 
 
 @EACH
