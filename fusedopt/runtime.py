@@ -15,6 +15,7 @@ from .optimizer import Optimizer
 from .rules import RULES, Rule
 from .system.extension import core
 from .system.isa import get_isa, get_threads, isas
+from .system.numa import nodes
 from .system.threads import available
 
 
@@ -49,6 +50,7 @@ def info() -> dict[str, Any]:
         "isas": isas(),
         "threads": get_threads(),
         "thread_limits": limits,
+        "numa_nodes": nodes(),
         "parallel": core.parallel if core else "none",
         "compiler": core.compiler if core else "none",
         "numpy": np.__version__,
