@@ -224,11 +224,11 @@ class ShardedOptimizer:
             gradients, hessians = self._agreed(reports.all)
             share: Any = ACCUMULATED
             if gradients:
-                reduced, share = self._reduced(values, gradients)
+                reduced, share = self._reduced(values, gradients, "grads")
                 self._measure(reduced, _active(gradients))
             elif self._local._sums is not None:
                 self._measure(self._local._sums.sums, self._accumulated)
-            estimate = self._reduced(estimates, hessians)[1] if hessians else None
+            estimate = self._reduced(estimates, hessians, "hessian")[1] if hessians else None
             with self._ranks.together(changing=True):
                 info = self._local.step(share, grad_scale=grad_scale, hessian=estimate)
             self._accumulated = []
@@ -252,7 +252,7 @@ class ShardedOptimizer:
                     self._check_exclusive(grads, None)
                 reports.mine = (self.step_count, 1.0, self.lr, self._reduction.kinds(values), None)
             gradients, _ = self._agreed(reports.all)
-            share = self._reduced(values, gradients)[1]
+            share = self._reduced(values, gradients, "grads")[1]
             with self._ranks.together(changing=True):
                 count = self._local.accumulate(share)
             self._accumulated = sorted({*self._accumulated, *_active(gradients)})
@@ -307,10 +307,10 @@ class ShardedOptimizer:
         return agreed[0], agreed[1]
 
     def _reduced(
-        self, values: Any, kinds: Sequence[Sequence[Kind | None]]
+        self, values: Any, kinds: Sequence[Sequence[Kind | None]], what: str
     ) -> tuple[list[np.ndarray | Rows | None], Any]:
         """The shares of gradients, and the tree of them for this rank's optimizer."""
-        shares = self._reduction.reduce(values, kinds)
+        shares = self._reduction.reduce(values, kinds, what)
         given: Sequence[Any] = shares
         if self._shard is None:
             given = self._gather_shares(shares, kinds)

@@ -68,6 +68,7 @@ class Reduction:
         others = max(ranks.size - 1, 1)
         self._room = max(bucket_bytes // (2 * others) // 8 // SEGMENT, 1) * SEGMENT  # elements
         self._staging = np.empty((2, others, 8 * self._room if ranks.size > 1 else 0), np.uint8)
+        self._kept: dict[tuple[str, int], np.ndarray] = {}
         self._rounds: dict[tuple[int, ...], list[list[list[Span]]]] = {}
 
     @property
@@ -101,10 +102,12 @@ class Reduction:
         return np.array([bound // length for bound in self._cuts[k].bounds])
 
     def reduce(
-        self, values: Sequence[Any], kinds: Sequence[Sequence[Kind | None]]
+        self, values: Sequence[Any], kinds: Sequence[Sequence[Kind | None]], what: str
     ) -> list[np.ndarray | Rows | None]:
         """This rank's share of the reduced gradients; None for leaves of which it has no part.
 
+        what: "grads" or "hessian": the arrays are those of the last call with the same word, since
+        new memory would cost as much as the additions.
         values: of each leaf a dense array in the memory order of its parameter, `Touched` or None.
         kinds: what `kinds` returned on each rank. A rank that has None for a leaf counts as zero.
         Raises ValueError, on all ranks alike, where some give rows and others whole arrays.
@@ -116,8 +119,10 @@ class Reduction:
         for k in dense:
             p = self._parameters[k]
             if self._cuts[k].holds(self._ranks.rank):
-                part = self._cuts[k].part(p, self._ranks.rank)
-                shares[k] = np.empty_like(part, compute_dtype(p.dtype))
+                if (what, k) not in self._kept:
+                    part = self._cuts[k].part(p, self._ranks.rank)
+                    self._kept[what, k] = np.empty_like(part, compute_dtype(p.dtype))
+                shares[k] = self._kept[what, k]
         self._reduce_dense(values, given, dense, [None if s is None else flat(s) for s in shares])
         for k in sparse:
             shares[k] = self._reduce_rows(k, values[k], given[k])
