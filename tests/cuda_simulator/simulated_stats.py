@@ -13,8 +13,8 @@ from devices import OnDevice
 from exactness import DEFAULTS, Array
 from formatted import BLOCKED, RULES, draw, shaped
 from fusedopt.arrays import storage
+from fusedopt.arrays.formats import SEGMENT
 from fusedopt.backends.cuda.matmul import Library
-from fusedopt.jit.tiles import SEGMENT
 
 SUPPORTED = {name: rule for name, rule in DEFAULTS.items() if rule.program.phases <= 2}
 BF16 = np.dtype(ml_dtypes.bfloat16)

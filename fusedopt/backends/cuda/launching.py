@@ -85,11 +85,11 @@ class Place(NamedTuple):
         return cls(addresses + (signed,) * array.format.random, aligned)
 
 
-def table_row(size: int, places: Sequence[Place]) -> list[int]:
+def table_row(size: int, places: Sequence[Place], first_tile: int = 0) -> list[int]:
     """The row of a leaf of so many elements, with the places of the arrays that `Variant.arrays`
-    names."""
+    names. first_tile: see `RandomKey`."""
     words = [word for place in places for word in place.words]
-    return [size, int(all(place.aligned for place in places)), *words]
+    return [size, 2 * first_tile + all(place.aligned for place in places), *words]
 
 
 class Launch:

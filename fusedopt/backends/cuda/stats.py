@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from ...arrays.formats import SEGMENT
 from ...arrays.rows import Touched
-from ...jit.tiles import LANES, SEGMENT
+from ...jit.tiles import LANES
 from .buffers import Memory
 from .kernels import (
     THREADS,
