@@ -238,3 +238,17 @@ def test_what_stands_beside_a_parameter_is_kept(options: dict[str, Any]) -> None
         optimizer.step({"w": wrap(draw(3, (20, 30), np.float32))})
         found.append((average.tobytes(), restored, optimizer.fingerprint()))
     assert found[0] == found[1]
+
+
+def test_parts_of_larger_arrays_take_the_bits_of_these(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = storage.Storage.keys
+
+    def keys(*arguments: Any, **options: Any) -> Any:
+        found = whole(*arguments, **options)
+        return [[key._replace(first_tile=3) for key in keys] for keys in found]
+
+    before = run(RULES["adamw"], RANDOM["bfloat16"], "cuda", rounding="stochastic")[0]
+    monkeypatch.setattr(storage.Storage, "keys", keys)
+    compared(RULES["adamw"], RANDOM["bfloat16"], "parts", rounding="stochastic")
+    after = run(RULES["adamw"], RANDOM["bfloat16"], "cuda", rounding="stochastic")[0]
+    assert (before["a"] != after["a"]).any()

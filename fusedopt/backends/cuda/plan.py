@@ -348,9 +348,7 @@ class CudaPlan(Turn):
         """The places of all arrays of a leaf but its inputs."""
         memory, keys = self._layout.leaves[k], self._layout.keys[k]
         own = {"p": memory.parameter, **memory.states}
-        found = {
-            name: Place.of(a, key.key) for (name, a), key in zip(own.items(), keys, strict=True)
-        }
+        found = {n: Place.of(a, key.key) for (n, a), key in zip(own.items(), keys, strict=True)}
         if k in self._work:
             found["work"] = Place.of(self._work[k])
         return found | {f"copy{j}": Place.of(a) for j, a in enumerate(memory.mirrors)}
@@ -365,13 +363,14 @@ class CudaPlan(Turn):
     def _rows(self, k: int, variant: Variant, g: Any, estimate: Any) -> list[list[int]]:
         """What a launch's table has of a leaf."""
         places = self._places_with(k, g, estimate)
+        first_tile = self._layout.keys[k][0].first_tile
         if isinstance(g, Touched):
             numbers = {"p": g.rows, "g": g.places}
             if estimate is not None:
                 numbers["hessian"] = estimate.places
-            return table_rows(variant, places, numbers, prod(g.values.shape[1:]))
-        first = self._layout.keys[k][0].first_tile
-        return [table_row(g.size, [places[name] for name, _ in variant.arrays], first)]
+            return table_rows(variant, places, numbers, prod(g.values.shape[1:]), first_tile)
+        own = [places[name] for name, _ in variant.arrays]
+        return [table_row(g.size, own, first_tile)]
 
     # ---------------------------------------------------------------- the step
 

@@ -115,12 +115,16 @@ def _added(
 
 
 def table_rows(
-    variant: Variant, places: Mapping[str, Place], numbers: Mapping[str, np.ndarray], length: int
+    variant: Variant,
+    places: Mapping[str, Place],
+    numbers: Mapping[str, np.ndarray],
+    length: int,
+    first_tile: int = 0,
 ) -> list[list[int]]:
     """A row of a launch's table for each row of a leaf that is touched.
 
     places: of the leaf's arrays. numbers: of the touched rows, under the name of an array that has
-    them elsewhere, or "p". length: elements of a row.
+    them elsewhere, or "p". length: elements of a row. first_tile: see `RandomKey`.
     """
     rows = numbers["p"]
     words, aligned = [], np.ones(rows.size, bool)
@@ -135,7 +139,7 @@ def table_rows(
         for addresses in own:
             aligned &= addresses % VECTOR_BYTES == 0
         words += own + [np.full(rows.size, word) for word in place.words[len(steps) :]]
-    flags = 2 * (rows * length // TILE) + aligned
+    flags = 2 * (first_tile + rows * length // TILE) + aligned
     table = np.stack([np.full(rows.size, length), flags, *words], axis=1)
     found: list[list[int]] = table.tolist()
     return found
