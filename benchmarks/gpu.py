@@ -149,15 +149,37 @@ def of_formats(place: Machine, sizes: Sizes) -> Iterator[tuple[str, float]]:
     rule = fo.AdamW(lr=0.01, weight_decay=0.1)
     many = [(sizes.small,)] * sizes.small
     yield f"{sizes.small} tensors of {sizes.small}", compare(place, rule, "float32", many)
-    for dtype, options in (
+    ways: tuple[tuple[str, dict[str, Any]], ...] = (
         ("bfloat16", {"master": "float32"}),
         ("float32", {"state_dtype": "bfloat16"}),
         ("float16", {"state_dtype": "float16", "ema": 0.9}),
         ("float32", {"clip_value": 0.5, "zero_grads": True}),
-    ):
+        *(("float32", {"state_dtype": name}) for name in ("float8", "dynamic8", "dynamic4")),
+        ("float32", {"state_dtype": "float8", "rounding": "stochastic"}),
+        ("bfloat16", {"master": "split16"}),
+        ("bfloat16", {"rounding": "kahan"}),
+        ("bfloat16", {"rounding": "stochastic", "state_dtype": "bfloat16"}),
+        ("float32", {"stats": True, "clip_norm": 1.0}),
+    )
+    for dtype, options in ways:
         yield f"{dtype}, {options}", compare(place, rule, dtype, sizes.awkward, **options)
+    yield "rows of a table", of_rows(place, sizes)
     large = [(sizes.large,)]
     yield f"{sizes.large} elements", compare(place, rule, "float32", large, steps=1)
+
+
+def of_rows(place: Machine, sizes: Sizes) -> float:
+    """The difference after three steps with gradients of some rows, of which some come twice."""
+    rng = np.random.default_rng(0)
+    table = rng.standard_normal((sizes.small, 8), np.float32)
+    here, there = np.array(table), place.array(table)
+    cpu, gpu = (fo.Optimizer(p, fo.AdamW(weight_decay=0.1)) for p in (here, there))
+    for _ in range(3):
+        indices = rng.integers(0, sizes.small, 2 * sizes.small)
+        values = rng.standard_normal((indices.size, 8), np.float32)
+        cpu.step(fo.Rows(indices, values))
+        gpu.step(fo.Rows(indices, place.array(values)))
+    return difference(place, [here], [there], cpu, gpu)
 
 
 def bits(place: Machine, sizes: Sizes) -> Lines:
