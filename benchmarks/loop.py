@@ -1,4 +1,4 @@
-"""What a training loop has around its steps: repeated rows, a product before each step, the import.
+"""What a training loop has around its steps: rows that repeat, and the import of the package.
 
 Run it as `python benchmarks/loop.py [--rounds N] [--only PART ...] [--json F] [--markdown F]`.
 """
