@@ -35,6 +35,18 @@ DIGESTS: dict[str, str] = {
     "adamw": "4c5a5b0ac0d03046",
     "lion": "5d2591201be3c28f",
     "sophia": "eb3f1b249a93f444",
+    "adamax": "785784cd8bdc216b",
+    "adadelta": "3e0ace15f91275fe",
+    "nadam": "446af6fbfe5e2243",
+    "radam": "7ee63dd12139e95f",
+    "rprop": "68485ea8f90a7e10",
+    "signum": "f69e4984c559025e",
+    "adabelief": "f17b17beabec2968",
+    "adopt": "1770a85aa597dc8f",
+    "ademamix": "b5eee9b5c96b5fda",
+    "grams": "3ab23acfa8e691e8",
+    "laprop": "0c5da01f6e8ec0a8",
+    "adan": "6777aae3e0a3ee82",
 }
 """Of each rule, over all ways; Muon's matrix products alone may differ between machines."""
 
