@@ -12,7 +12,7 @@ import numpy as np
 
 from .arrays.checks import memory_order
 from .arrays.foreign import Watch
-from .arrays.formats import RandomKey
+from .arrays.formats import RandomKey, compute_dtype
 from .arrays.storage import Master, Rounding, StateDtype, synchronize
 from .arrays.stored import AVERAGE, Memory
 from .arrays.trees import Tree
@@ -178,6 +178,9 @@ class Optimizer:
         labels, dtypes = [leaf.label for leaf in leaves], [p.dtype for p in parameters]
         self._storage.check(labels, dtypes, self._rules)
         self._wide = any(p.dtype == np.float64 for p in parameters)
+        self._narrowest = min(
+            (compute_dtype(p.dtype) for p in parameters), key=lambda d: d.itemsize
+        )
         self._around = self._options.around(self._wide)
         programs = [self._around.program(group.rule) for group in self._groups]
         self._results = results_for(programs, len(leaves))
@@ -320,7 +323,7 @@ class Optimizer:
         return new_tuple(StepInfo, (number, rate, *NOTHING_ASKED))
 
     def _guarded_step(self, grads: Any, grad_scale: float, hessian: Any) -> StepInfo:
-        scale = check_grad_scale(grad_scale)
+        scale = check_grad_scale(grad_scale, self._narrowest)
         with self._exclusively("step", settled=False):
             if self._scheduled:
                 self._set_rates(self.step_count + 1)
@@ -382,7 +385,7 @@ class Optimizer:
                 raise ValueError(f"step_part: a path comes twice in one step: {list(paths)}")
             if self._scheduled:
                 self._set_rates(self.step_count + 1)
-            self._guard.begin(check_grad_scale(grad_scale))
+            self._guard.begin(check_grad_scale(grad_scale, self._narrowest))
             try:
                 number = self._stepper.part(numbers, grads)
             finally:

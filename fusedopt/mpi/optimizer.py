@@ -213,7 +213,7 @@ class ShardedOptimizer:
         """
         with deferred():
             with self._ranks.together() as reports:
-                check_grad_scale(grad_scale)
+                check_grad_scale(grad_scale, self._local._narrowest)
                 values = None if grads is ACCUMULATED else self._fitted(grads, "grads")
                 estimates = None if hessian is None else self._fitted(hessian, "hessian")
                 if values is not None and self._zero_grads:

@@ -8,6 +8,9 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, SupportsIndex
 
+import numpy as np
+
+from ..arrays.formats import FLOAT64
 from ..arrays.storage import Master, Rounding, StateDtype, Storage
 from ..system.threads import check_threads
 from .extras import Around
@@ -95,7 +98,10 @@ def number(where: str, value: Any) -> float:
     """A real number; TypeError otherwise."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{where}: expected a number, got {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError(f"{where}: expected a number that float64 can hold") from error
 
 
 def positive(where: str, value: Any) -> float:
@@ -105,11 +111,21 @@ def positive(where: str, value: Any) -> float:
     return float(value)
 
 
-def check_grad_scale(value: Any) -> float:
-    """A number > 0 by which gradients can be divided; TypeError or ValueError otherwise."""
+def check_grad_scale(value: Any, dtype: np.dtype = FLOAT64) -> float:
+    """Return a number > 0 by which gradients can be divided; TypeError or ValueError otherwise.
+
+    dtype: the narrowest type that gradients are computed in. The factor on them is the inverse:
+    where it became infinite in that type, zeros would become NaN, and where it became 0, all would
+    vanish.
+    """
     scale = positive("grad_scale", value)
-    if math.isinf(scale) or math.isinf(1.0 / scale):
-        raise ValueError(f"grad_scale: expected a number with a finite inverse, got {value!r}")
+    with np.errstate(all="ignore"):
+        inverse = (1.0 / np.float64(scale)).astype(dtype)
+    if not 0.0 < inverse < math.inf:
+        raise ValueError(
+            f"grad_scale: expected a number whose inverse is neither 0 nor infinite in"
+            f" {dtype.name}, got {value!r}"
+        )
     return scale
 
 

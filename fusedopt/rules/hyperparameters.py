@@ -35,8 +35,11 @@ class Number:
             raise TypeError(f"{where}: expected {self}, got {value!r}")
         if not self.low <= value < self.high:  # NaN compares false
             raise ValueError(f"{where}: expected {self}, got {value!r}")
-        # NumPy's float32 scalars would drag the folding of constants down to float32.
-        return int(value) if self.integer else float(value)
+        try:
+            # NumPy's float32 scalars would drag the folding of constants down to float32.
+            return int(value) if self.integer else float(value)
+        except OverflowError as error:
+            raise ValueError(f"{where}: expected {self} that float64 can hold") from error
 
 
 @dataclass(frozen=True)

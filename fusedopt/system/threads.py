@@ -66,6 +66,6 @@ def check_threads(where: str, n: object) -> int:
     """A number of threads; TypeError or ValueError where it is none."""
     if not isinstance(n, int) or isinstance(n, bool):
         raise TypeError(f"{where}: expected an integer >= 1, got {n!r}")
-    if n < 1:
-        raise ValueError(f"{where}: expected an integer >= 1, got {n}")
+    if not 1 <= n < 1 << 31:
+        raise ValueError(f"{where}: expected an integer >= 1 and below 2^31, got {n}")
     return n

@@ -309,3 +309,33 @@ def test_pickles_keep_the_options() -> None:
     twin = copy.deepcopy(opt)
     assert opt.step(grads) == twin.step(grads)
     assert opt.fingerprint() == twin.fingerprint()
+
+
+@pytest.mark.parametrize("backend", ["native", "numba", "reference"])
+@pytest.mark.parametrize("scale", [1e-39, 1e-300, 1e46, 1e300])
+def test_a_scale_whose_inverse_leaves_float32_is_refused(scale: float, backend: str) -> None:
+    for dtype in (np.float32, ml_dtypes.bfloat16, np.float16):
+        p = np.ones(3, dtype)
+        opt = fo.Optimizer([p, np.ones(3)], fo.SGD(lr=1.0), backend=backend)
+        before = opt.fingerprint()
+        with pytest.raises(ValueError, match="neither 0 nor infinite in float32"):
+            opt.step([np.zeros(3, dtype), np.zeros(3)], grad_scale=scale)
+        assert opt.fingerprint() == before
+    wide = np.ones(3)
+    fo.Optimizer(wide, fo.SGD(lr=1.0), backend=backend).step(np.zeros(3), grad_scale=scale)
+    assert (wide == 1.0).all()
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400)])
+def test_numbers_beyond_float64_get_the_errors_of_the_package(value: int) -> None:
+    p = np.ones(3, np.float32)
+    with pytest.raises(ValueError, match=r"SGD\(lr\): expected a number"):
+        fo.SGD(lr=value)
+    with pytest.raises(ValueError, match="grad_scale: expected a number"):
+        fo.Optimizer(p, fo.SGD()).step(p.copy(), grad_scale=value)
+    with pytest.raises(ValueError, match="clip_norm"):
+        fo.Optimizer(p, fo.SGD(), clip_norm=value)
+    with pytest.raises(ValueError, match="threads: expected an integer"):
+        fo.Optimizer(p, fo.SGD(), threads=value)
+    with pytest.raises(ValueError, match="threads: expected an integer"):
+        fo.Optimizer(p, fo.SGD(), threads=2**31)
