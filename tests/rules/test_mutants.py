@@ -55,7 +55,7 @@ MUTANTS = {
     "no clipping from below": Mutant("rules.hpp", "(x < -limit ? -limit : x)", "x", "sophia"),
     "the factor forgotten": Mutant("kernels.cpp", "factor * g[i]", "g[i]", "momentum"),
     "denormal states": Mutant(
-        "kernels.cpp", "return magnitude < smallest_normal<T>() ? T(0) : x;", "return x;",
+        "kernels.cpp", "return float_of(bits & INFINITE ? bits : 0);", "return x;",
         "-k denormal or decay_to_zero",
     ),
     "a tail left out": Mutant(
