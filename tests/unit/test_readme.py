@@ -52,6 +52,8 @@ MODULES = [m.name for m in pkgutil.walk_packages(fusedopt.__path__, "fusedopt.")
 def test_docstrings(name: str) -> None:
     if name.startswith("fusedopt.backends.cuda."):
         pytest.importorskip("numba_cuda")
+    if name.startswith("fusedopt.torch"):
+        pytest.importorskip("torch")
     result = doctest.testmod(importlib.import_module(name))
     assert result.failed == 0
     if name in OF_RULES or name == "fusedopt.schedules":

@@ -119,22 +119,30 @@ def test_a_context_that_is_refused_restores_nothing() -> None:
         pass
 
 
-@pytest.mark.parametrize("change", ["rebind", "replace", "load_state_dict"])
+@pytest.mark.parametrize("change", ["rebind", "load_state_dict"])
 def test_what_was_replaced_is_of_no_use_to_a_late_thread(change: str) -> None:
     p, q, g = np.zeros(5), np.zeros(5), np.ones(5)
     optimizer = fo.Optimizer(p, fo.SGD(lr=1.0))
     late = optimizer._step_alone
     assert late is not None
     state = optimizer.state_dict()
-    argument: Any = {"rebind": q, "load_state_dict": state}.get(change)
-    if change == "replace":
-        optimizer.replace(weight_decay=0.5)
-    else:
-        getattr(optimizer, change)(argument)
+    argument: Any = {"rebind": q, "load_state_dict": state}[change]
+    getattr(optimizer, change)(argument)
     with pytest.raises(RuntimeError, match=IN_USE):
         late(g, None)
     assert p.tolist() == q.tolist() == [0.0] * 5
     assert optimizer.step(g).step == 1
+
+
+def test_a_late_thread_steps_with_the_hyperparameters_that_were_replaced() -> None:
+    p, g = np.zeros(5), np.ones(5)
+    optimizer = fo.Optimizer(p, fo.SGD(lr=1.0))
+    late = optimizer._step_alone
+    assert late is not None
+    optimizer.replace(weight_decay=0.5)
+    assert late(g, None) == 1
+    assert late(g, None) == 2
+    assert p.tolist() == [-1.5] * 5  # 0 - 1, and then -1 - (1 - 0.5)
 
 
 @contextmanager
