@@ -56,10 +56,10 @@ struct Range {
   const char *begin, *end;
 };
 
-bool overlap(const Range& a, const Range& b) { return a.begin < b.end && b.begin < a.end; }
+inline bool overlap(const Range& a, const Range& b) { return a.begin < b.end && b.begin < a.end; }
 
 // The type in which a leaf is computed; -1 where its parameter has no format.
-int compute_of(const Proxy* parameter) {
+inline int compute_of(const Proxy* parameter) {
   const int format = format_of(parameter);
   return format == F64 ? F64 : format < 0 ? -1 : F32;
 }
@@ -73,14 +73,14 @@ void use_codec(const Codec& codec, int compute, Operand& out) {
 }
 
 // Of a copy of another operand: it is only written.
-void use_copy(const Codec& codec, int compute, int source, Operand& out) {
+inline void use_copy(const Codec& codec, int compute, int source, Operand& out) {
   out.source = source;
   out.encode = codec.copy[compute];
 }
 
 // A gradient that fits the parameter becomes an operand, which is only read, or zeroed in the end.
-bool read_input(PyObject* o, const Proxy* parameter, int compute, const Table& table, bool zero,
-                Operand& out) {
+inline bool read_input(PyObject* o, const Proxy* parameter, int compute, const Table& table,
+                       bool zero, Operand& out) {
   const Proxy* a = as_array(o);
   Foreign foreign;
   if (!a) a = foreign.read(o);
@@ -112,8 +112,8 @@ bool read_bytes(PyObject* o, std::size_t bytes, Range& out) {
 
 // What Python calls an operand: an ndarray, or (name of the codec, data, aux or None). False where
 // it does not fit a parameter of n elements.
-bool read_target(PyObject* o, const Proxy* parameter, std::size_t n, int compute,
-                 const Table& table, Target& target, Operand& out) {
+inline bool read_target(PyObject* o, const Proxy* parameter, std::size_t n, int compute,
+                        const Table& table, Target& target, Operand& out) {
   PyObject* aux = Py_None;
   if (PyTuple_Check(o)) {
     const auto [name, data, beside] = py::cast<std::tuple<std::string, py::object, py::object>>(o);
