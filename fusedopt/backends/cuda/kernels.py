@@ -27,6 +27,9 @@ from ...programs.program import HEAD, Operation, Program
 from .toolkit import MAX_REGISTERS, MORE_REGISTERS, Kernel
 from .vectors import VECTOR_BYTES, loader, storer, word_loader
 
+FEW = 6
+"""How many arrays a kernel can have with the usual number of registers: Adan's seven spill 24
+bytes."""
 THREADS = 128
 VECTORS = 4
 """How many vectors each thread of a block works on. On an H200, over 10^9 elements, 128 threads
@@ -365,7 +368,8 @@ def step_kernel(variant: Variant) -> Kernel:
         rest=textwrap.indent(indented(_body(variant, 1)), "    "),
     )
     words, scalars = len(variant.words), len(all_scalars(variant))
-    registers = MORE_REGISTERS if variant.drawn else MAX_REGISTERS
+    many = bool(variant.drawn) or len(variant.arrays) > FEW
+    registers = MORE_REGISTERS if many else MAX_REGISTERS
     return Kernel(source, words, scalars, variant.dtype, namespace, registers)
 
 

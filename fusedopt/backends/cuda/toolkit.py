@@ -35,7 +35,7 @@ to be kept busy. A float64 takes two."""
 
 MORE_REGISTERS = {"float32": 96, "float64": 160}
 """The same where all elements of a thread wait for the scales of their blocks, or are rounded at
-random: the numbers are then those without spilling to memory."""
+random, or belong to many arrays: the numbers are then those without spilling to memory."""
 
 Capability = tuple[int, int]
 
