@@ -33,7 +33,7 @@ MAX_REGISTERS = {"float32": 64, "float64": 128}
 """Of a thread, by the type of a kernel's arithmetic: with more, too few threads fit for the memory
 to be kept busy. A float64 takes two."""
 
-MORE_REGISTERS = {"float32": 96, "float64": 160}
+MORE_REGISTERS = {"float32": 112, "float64": 168}
 """The same where all elements of a thread wait for the scales of their blocks, or are rounded at
 random, or belong to many arrays: the numbers are then those without spilling to memory."""
 
