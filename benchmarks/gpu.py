@@ -55,7 +55,7 @@ RULES = {
     for name, cls in fo.RULES.items()
     if cls().program.phases <= 2 and not cls().sides((2, 2))
 }
-"""Those that the backend has."""
+"""The rules that the backend has."""
 
 Lines = Iterator[Row]
 
@@ -365,7 +365,7 @@ def lists(place: Machine, sizes: Sizes) -> Lines:
 
 
 def clipping(place: Machine, sizes: Sizes) -> Lines:
-    """The same with gradients that are clipped."""
+    """AdamW over the lists of tensors, with gradients that are clipped."""
     norm = {"clip_norm": 1.0}
     waiting, not_waiting = "clipped", "clipped, Fixed, not waiting"
     return _steps(

@@ -130,7 +130,7 @@ def current_stream(library: str, device: int, named: int) -> int:
     """The handle of the stream on which a library works now; named: that of its description."""
     if library == "torch":
         torch = sys.modules["torch"]
-        # What current_stream wraps in an object, which takes 2 us more.
+        # What current_stream wraps in an object.
         raw = getattr(getattr(torch, "_C", None), "_cuda_getCurrentRawStream", None)
         return int(raw(device) if raw else torch.cuda.current_stream(device).cuda_stream)
     if library == "cupy":

@@ -33,7 +33,8 @@ class Layout:
     are touched, and the sums of its program. around: what is done beside the rules. decide: asked
     when the first two columns are known whether to go on, and may set the factors; without it they
     are not computed. zero_grads: gradients are set to zero. threads: at most so many, or None.
-    wait: whether a step may wait for what `decide` needs; otherwise see `cuda.guard`. scratch: the
+    wait: whether a step may wait for what `decide` needs; otherwise see `backends.cuda.clipping`.
+    scratch: the
     file that states are in, of which a step is to have a window in memory at a time; None where
     they are in memory.
     """

@@ -38,7 +38,8 @@ class CustomRule(Rule):
     `nonnegative` names states that are never negative, `initial` gives the value that states start
     with, `textbook` the reference for `verify` and the backend "reference"; by default that is
     `element` itself, in float64 on whole arrays, which cannot branch. `sqrt` comes from `math`;
-    `fusedopt.elements` has a quotient that is 0 where the denominator is, `maximum` and `clamp`.
+    `fusedopt.programs.elements` has a quotient that is 0 where the denominator is, `maximum` and
+    `clamp`.
 
     The bits are the same on every machine as long as `element` keeps to + - * / sqrt, comparison
     and selection; `Optimizer.describe` says where it does not.

@@ -27,12 +27,14 @@ def test_every_rule_is_within_its_bound(name: str) -> None:
     for check in checks:
         assert check.passed, f"{check.isa} {check.storage}: {check.worst}, with {check.settings}"
         assert check.variants == 6 * len(fo.RULES[name].examples)
-        # g + lambda p of L2 decay can cancel, and a second moment squares what is left: the bound
-        # knows that, units in the last place do not. ADOPT's v was 1.6 and AdEMAMix's 2.6 away, at
-        # 0.44 and 0.40 of the bound.
+        # g + lambda p of L2 decay can cancel, and a second moment squares what is left, which the
+        # bound knows and units in the last place do not: there half of it, without its slack, will
+        # do. ADOPT's v was 1.6 units away, at 0.44 of the bound, and AdEMAMix's 2.6, at 0.40.
         cancels = "decay='l2'" in check.settings and "weight_decay=0.1" in check.settings
         if check.storage in ("float32", "float64"):
-            assert 0 <= check.worst.ulps <= (4.0 if cancels else 1.5)
+            worst = check.worst
+            assert worst.ulps >= 0
+            assert worst.ulps <= 1.5 or (cancels and worst.share <= 0.5)
 
 
 def test_examples_select_every_kernel() -> None:

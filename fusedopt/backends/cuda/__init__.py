@@ -1,4 +1,4 @@
-"""Steps on a CUDA device: arrays, kernels and plans, behind `backends.numba_cuda`.
+"""Steps on a CUDA device: arrays, kernels and plans, behind the backend "cuda".
 
-`toolkit`, `vectors` and `memory` alone know numba-cuda; nothing is imported before it is needed.
+`toolkit`, `vectors` and `buffers` alone know numba-cuda; nothing is imported before it is needed.
 """

@@ -136,7 +136,7 @@ _NOTHING = contextlib.nullcontext()
 def on_device(number: int) -> contextlib.AbstractContextManager[None]:
     """Return a context in which a device is the current one.
 
-    Numba's own takes 8 us to enter and leave; most often the device is the current one already.
+    Most often the device is the current one already, which Numba's own context finds out slowly.
     """
     if SIMULATED or _NUMBERS.get(current_context()) == number:
         return _NOTHING

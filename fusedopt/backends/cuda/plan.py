@@ -126,7 +126,7 @@ class Seen:
         """Whether these are the same arrays in the same memory."""
         if len(given) != len(self._known):
             return False
-        # The usual case in 0.2 us a tensor, a fifth of what the other takes.
+        # The usual case, without the checks of each array that the last line makes.
         same = map(is_, given, [reference() for reference in self._references])
         if self._references and all(same):
             with suppress(AttributeError):  # None, as a reference to what is gone is
