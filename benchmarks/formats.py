@@ -51,7 +51,7 @@ def streams(stored: Stored) -> Streams:
     for name, g in stored.grads.items():
         if g.size < 4096:  # their states are in float32: another pattern, and no weight
             continue
-        memory, _ = stored.optimizer.memory(name)
+        memory, _ = stored.optimizer.leaf_state(name)
         own = [a for one in memory.operands for a in one.arrays]
         pattern = [(g, 0), *((a, 1) for a in own), *((a, 2) for a in memory.mirrors)]
         leaves.append((g.size, [(a, _tile_bytes(a, g.size), kind) for a, kind in pattern]))

@@ -55,12 +55,12 @@ def textbook(x: Array) -> Array:
 
 def inside_muon(x: Array) -> Step:
     """What an optimizer does between its two passes, in work space made beforehand."""
-    space = Workspace([x.shape], x.dtype)
-    directions = space.direction.reshape(1, *x.shape)
+    workspace = Workspace([x.shape], x.dtype)
+    directions = workspace.direction.reshape(1, *x.shape)
 
     def step() -> None:
-        space.direction[...] = x.reshape(-1)
-        space.orthogonalize(directions, x.shape, MUON.iteration, 1.0)
+        workspace.direction[...] = x.reshape(-1)
+        workspace.orthogonalize(directions, x.shape, MUON.iteration, 1.0)
 
     return step
 

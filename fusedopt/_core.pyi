@@ -67,7 +67,7 @@ def update(
 def sums_of_squares(arrays: list[np.ndarray], /) -> Any: ...
 def orthogonalize(
     stack: np.ndarray,
-    space: np.ndarray,
+    workspace: np.ndarray,
     coefficients: list[float],
     prescale: float,
     eps: float,

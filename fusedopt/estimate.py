@@ -15,7 +15,7 @@ from .arrays.storage import Master, Rounding, StateDtype, Storage
 from .arrays.stored import WINDOW
 from .arrays.trees import Tree
 from .linalg.newton_schulz import Stack, Workspace, batches
-from .plan.extras import Around
+from .plan.extras import Extras
 from .rules.groups import RuleChoice, assign
 
 
@@ -69,7 +69,7 @@ def estimate(
             raise ValueError(f"{leaf.label}: {reason}")
         n, own = int(np.prod(shape, dtype=np.int64)), groups[k].rule
         parameters += n * dtype.itemsize
-        formats = [storage.state(own, name, dtype, n) for name in Around(ema=ema).states(own)]
+        formats = [storage.state(own, name, dtype, n) for name in Extras(ema=ema).states(own)]
         states += sum(f.nbytes(n) for f in formats)
         for side in own.sides(shape).values():
             states += math.prod(side) * compute_dtype(dtype).itemsize

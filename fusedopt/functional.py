@@ -44,7 +44,7 @@ def update(
         return
     if on_device(p):
         backend = get_backend("auto", [p])
-    arrays, g, hessian = _check(backend.space, rule, (p, *states), g, hessian)
+    arrays, g, hessian = _check(backend.device, rule, (p, *states), g, hessian)
     if not backend.update(rule, step, lr, arrays, g, hessian, True):
         raise RuntimeError("the core refused arrays that passed the checks; please report this")
 
@@ -56,9 +56,9 @@ def _check_step(step: Any) -> int:
 
 
 def _check(
-    space: Any, rule: Rule, arrays: tuple[Any, ...], g: Any, hessian: Any
+    device: Any, rule: Rule, arrays: tuple[Any, ...], g: Any, hessian: Any
 ) -> tuple[tuple[Stored, ...], np.ndarray, np.ndarray | None]:
-    p = space.check_parameter("p", arrays[0], rule)
+    p = device.check_parameter("p", arrays[0], rule)
     sides = rule.sides(p.shape)
     states = (*rule.states, *sides)
     if len(arrays) - 1 != len(states):
@@ -67,22 +67,22 @@ def _check(
             f"states: {type(rule).__name__} has {len(states)}{names}, got {len(arrays) - 1};"
             " make them with rule.init(p)"
         )
-    checked = [space.check_state("p", p)]
+    checked = [device.check_state("p", p)]
     for name, state in zip(states, arrays[1:], strict=True):
-        stored = space.check_state(name, state)
+        stored = device.check_state(name, state)
         _check_fit(name, stored, checked[0], sides.get(name))
         checked.append(stored)
     labels = ["p", *states]
     pieces = [(name, a) for name, s in zip(labels, checked, strict=True) for a in s.arrays]
-    space.check_apart([name for name, _ in pieces], [a for _, a in pieces])
-    fit = space.Fit(["p"], [p], [[a for _, a in pieces]])
-    gradient = fit.gradient(0, "g", g)
+    device.check_apart([name for name, _ in pieces], [a for _, a in pieces])
+    gradient_checks = device.GradientChecks(["p"], [p], [[a for _, a in pieces]])
+    gradient = gradient_checks.gradient(0, "g", g)
     if gradient is None:
         raise TypeError("g: expected an ndarray, got None")
     if hessian is not None:
         if not rule.takes_hessian:
             raise ValueError(f"hessian: {type(rule).__name__} takes none")
-        hessian = fit.gradient(0, "hessian", hessian)
+        hessian = gradient_checks.gradient(0, "hessian", hessian)
     return tuple(checked), gradient, hessian
 
 
@@ -122,7 +122,7 @@ def global_norm(grads: Any) -> float:
     if found is None:
         there = any(map(on_device, arrays))
         backend = get_backend("auto", arrays) if there else default_backend()
-        elements = _elements if backend.name in ON_HOST else backend.space.check_input
+        elements = _elements if backend.name in ON_HOST else backend.device.check_input
         given = [(leaf.label, leaf.value) for leaf in leaves_of(grads, "grads")]
         arrays = [elements(label, value) for label, value in given if value is not None]
         found = backend.sums_of_squares(arrays)

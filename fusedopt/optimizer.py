@@ -14,11 +14,11 @@ from .arrays.checks import memory_order
 from .arrays.foreign import Watch
 from .arrays.formats import RandomKey, compute_dtype
 from .arrays.storage import Master, Rounding, StateDtype, synchronize
-from .arrays.stored import AVERAGE, Memory
+from .arrays.stored import AVERAGE, LeafState
 from .arrays.trees import Tree
 from .backends import get_backend
 from .plan.options import ClipNorm, Options, check_grad_scale, check_seed
-from .plan.spec import Layout, results_for
+from .plan.spec import PlanSpec, results_for
 from .rules import Nesterov, Rule
 from .rules.groups import (
     RateChoice,
@@ -31,17 +31,17 @@ from .rules.groups import (
 from .step.accumulate import ACCUMULATED, Accumulator
 from .step.assembly import checked_arrays
 from .step.checkpoint import Snapshot
-from .step.clipping import Guard
+from .step.clipping import GradientClipper
 from .step.exchange import Averaged
-from .step.gradients import Stepper
-from .step.info import Report, StepInfo
-from .step.lazy_rows import Ledger
+from .step.gradients import GradientReader
+from .step.info import StepInfo, StepInfoBuilder
+from .step.lazy_rows import LazyRows
 from .step.summary import digest, table
 from .system.interrupts import deferred
 from .verification.plan import VerifiedPlan
 
 if TYPE_CHECKING:
-    from .arrays.state_file import Scratch
+    from .arrays.state_file import StateFile
 
 
 new_tuple = tuple.__new__
@@ -168,23 +168,23 @@ class Optimizer:
         self._tree = Tree(params)
         leaves = self._tree.leaves
         self._backend = get_backend(backend, [leaf.value for leaf in leaves])
-        self._space = self._backend.space
-        self._space.check_options(self._options, state_path)
+        self._device = self._backend.device
+        self._device.check_options(self._options, state_path)
         self._groups, self._group_of = assign(leaves, rule)
         self._rates = np.ones(2 * len(self._groups))
         clip = self._options.clip_by_group([group.label for group in self._groups])
         self._counters = np.zeros(1 + len(leaves), np.int64)
-        parameters, copies = checked_arrays(self._space, self._tree, self._rules, copy_out)
+        parameters, copies = checked_arrays(self._device, self._tree, self._rules, copy_out)
         labels, dtypes = [leaf.label for leaf in leaves], [p.dtype for p in parameters]
         self._storage.check(labels, dtypes, self._rules)
         self._wide = any(p.dtype == np.float64 for p in parameters)
         self._narrowest = min(
             (compute_dtype(p.dtype) for p in parameters), key=lambda d: d.itemsize
         )
-        self._around = self._options.around(self._wide)
-        programs = [self._around.program(group.rule) for group in self._groups]
+        self._extras = self._options.extras(self._wide)
+        programs = [self._extras.program(group.rule) for group in self._groups]
         self._results = results_for(programs, len(leaves))
-        self._guard = Guard(
+        self._clipper = GradientClipper(
             [leaf.path for leaf in leaves],
             [group.label for group in self._groups],
             self._group_of,
@@ -193,28 +193,28 @@ class Optimizer:
             clip,
             skip_nonfinite,
         )
-        self._guard.begin(1.0)
+        self._clipper.begin(1.0)
         self._parted: list[int] = []  # the leaves that have had their part of the step under way
         self._numbers: dict[str, int] = {}
         self._exchanged = ""  # the context, if parameters are not themselves
         self._sums: Accumulator | None = None
-        self._ledger: Ledger | None = None
-        scratch: AbstractContextManager[Scratch | None] = nullcontext()
+        self._lazy_rows: LazyRows | None = None
+        state_file: AbstractContextManager[StateFile | None] = nullcontext()
         if state_path is not None:
-            from .arrays.state_file import scratch_in  # 5 ms, for this alone
+            from .arrays.state_file import state_file_in  # 5 ms, for this alone
 
-            scratch = scratch_in(state_path)
-        with scratch as self._scratch:
-            block = (self._scratch.reserve,) if self._scratch else ()
-            self._leaves = self._space.allocate(
-                self._storage, self._rules, parameters, copies, self._around.states, *block
+            state_file = state_file_in(state_path)
+        with state_file as self._state_file:
+            block = (self._state_file.reserve,) if self._state_file else ()
+            self._leaves = self._device.allocate(
+                self._storage, self._rules, parameters, copies, self._extras.states, *block
             )
             self._prepare(parameters)
-            if self._scratch:
-                self._scratch.note(
+            if self._state_file:
+                self._state_file.note(
                     {x.path: m.saved for x, m in zip(leaves, self._leaves, strict=True)}
                 )
-                self._scratch.release()
+                self._state_file.release()
         self._plan.give()
 
     @property
@@ -228,16 +228,16 @@ class Optimizer:
     def _checked(self, tree: Tree) -> list[np.ndarray]:
         """A tree's parameters, beside the copies that there are."""
         copy_out = self._options.copy_out
-        return checked_arrays(self._space, tree, self._rules, copy_out)[0]
+        return checked_arrays(self._device, tree, self._rules, copy_out)[0]
 
     def _prepare(self, parameters: Sequence[np.ndarray]) -> None:
         self._parameters = parameters
         self._watch = Watch(self._tree.leaves) or None
         labels = [leaf.label for leaf in self._tree.leaves]
-        written = [memory.written for memory in self._leaves]
-        copies = [len(memory.copies) for memory in self._leaves]
-        fit = self._space.Fit(labels, parameters, written, copies)
-        layout = Layout(
+        written = [leaf_state.written for leaf_state in self._leaves]
+        copies = [len(leaf_state.copies) for leaf_state in self._leaves]
+        gradient_checks = self._device.GradientChecks(labels, parameters, written, copies)
+        spec = PlanSpec(
             tree=self._tree.spec,
             leaves=self._leaves,
             groups=self._groups,
@@ -246,27 +246,27 @@ class Optimizer:
             counters=self._counters,
             keys=self._keys(),
             results=self._results,
-            around=self._around,
-            decide=self._guard if self._options.decides(self._wide) else None,
+            extras=self._extras,
+            decide=self._clipper if self._options.decides(self._wide) else None,
             zero_grads=self._options.zero_grads,
             threads=self._options.threads,
             wait=self._options.wait,
-            scratch=self._scratch,
+            state_file=self._state_file,
         )
         if self._options.verify:
-            plan: Any = VerifiedPlan(self._backend, layout, self._tree.leaves)
+            plan: Any = VerifiedPlan(self._backend, spec, self._tree.leaves)
         else:
-            plan = self._backend.plan(layout)
+            plan = self._backend.plan(spec)
         plan.take()  # until all is ready; the old one stays taken, should a thread still have it
         self._plan = plan
-        if self._ledger is not None:
-            self._ledger.moved(layout, self._plan)
+        if self._lazy_rows is not None:
+            self._lazy_rows.moved(spec, self._plan)
         elif self._options.exact:
-            self._ledger = Ledger(self._tree, layout, self._plan)
-        self._stepper = Stepper(
-            self._tree, fit, self._space.touched, layout, self._plan, self._ledger
+            self._lazy_rows = LazyRows(self._tree, spec, self._plan)
+        self._gradient_reader = GradientReader(
+            self._tree, gradient_checks, self._device.unique_rows, spec, self._plan, self._lazy_rows
         )
-        self._report = Report(self._tree, layout, self._guard)
+        self._info_builder = StepInfoBuilder(self._tree, spec, self._clipper)
         self._settle_rates()
 
     def _settle_rates(self) -> None:
@@ -284,7 +284,7 @@ class Optimizer:
         alone = None if self._options.verify else getattr(self._plan, "step_alone", None)
         one_phase = all(group.rule.program.phases == 1 for group in self._groups)
         options = self._options
-        asked = options.decides(self._wide) or options.stats or options.exact or self._scratch
+        asked = options.decides(self._wide) or options.stats or options.exact or self._state_file
         simple = one_phase and not self._scheduled and not asked
         simple = simple and not self._accumulated and not self._parted
         self._step_alone: Any = alone if simple else None
@@ -327,12 +327,12 @@ class Optimizer:
         with self._exclusively("step", settled=False):
             if self._scheduled:
                 self._set_rates(self.step_count + 1)
-            self._guard.begin(scale)
+            self._clipper.begin(scale)
             try:
                 number = self._number_of_step(grads, hessian)
             finally:
                 self._rates[len(self._groups) :] = 1.0  # the simple way leaves them alone
-            return self._report.info(number, self._rates_by_label())
+            return self._info_builder.info(number, self._rates_by_label())
 
     def step_part(
         self,
@@ -385,9 +385,9 @@ class Optimizer:
                 raise ValueError(f"step_part: a path comes twice in one step: {list(paths)}")
             if self._scheduled:
                 self._set_rates(self.step_count + 1)
-            self._guard.begin(check_grad_scale(grad_scale, self._narrowest))
+            self._clipper.begin(check_grad_scale(grad_scale, self._narrowest))
             try:
-                number = self._stepper.part(numbers, grads)
+                number = self._gradient_reader.part(numbers, grads)
             finally:
                 self._rates[len(self._groups) :] = 1.0
             if last:
@@ -396,7 +396,7 @@ class Optimizer:
                 self._counters[0] -= 1
                 self._parted += numbers
             self._settle_simple()
-            return self._report.info(number, self._rates_by_label())
+            return self._info_builder.info(number, self._rates_by_label())
 
     def _number_of(self, path: str) -> int:
         if not self._numbers:
@@ -413,12 +413,12 @@ class Optimizer:
                 raise RuntimeError(
                     "step(grads): accumulated gradients are waiting; call step() without gradients"
                 )
-            return self._stepper.step(grads, hessian)
+            return self._gradient_reader.step(grads, hessian)
         if not self._accumulated:
             raise RuntimeError("step(): nothing was accumulated; call accumulate(grads) first")
         assert self._sums is not None
         try:
-            number = self._stepper.summed(self._sums.sums, hessian)
+            number = self._gradient_reader.summed(self._sums.sums, hessian)
         except FloatingPointError:
             self._clear_sums()
             raise
@@ -523,7 +523,7 @@ class Optimizer:
             self._groups = [replace(g, rule=rule) for g, rule in zip(old, rules, strict=True)]
             try:
                 # For 1000 tensors a new plan takes 20 ms, other rules in the old one 0.1.
-                if all(kept) or (self._ledger is None and self._plan.adopt(rules)):
+                if all(kept) or (self._lazy_rows is None and self._plan.adopt(rules)):
                     self._settle_rates()
                 else:
                     self._plan.synchronize()
@@ -550,14 +550,14 @@ class Optimizer:
         """
         return {
             leaf.path: {
-                **{name: state.visible for name, state in memory.states.items()},
-                **{name: side.data for name, side in memory.sides.items()},
-                **dict([memory.extra] if memory.extra else []),
+                **{name: state.visible for name, state in leaf_state.states.items()},
+                **{name: side.data for name, side in leaf_state.sides.items()},
+                **dict([leaf_state.extra] if leaf_state.extra else []),
             }
-            for leaf, memory in zip(self._tree.leaves, self._leaves, strict=True)
+            for leaf, leaf_state in zip(self._tree.leaves, self._leaves, strict=True)
         }
 
-    def memory(self, path: str) -> tuple[Memory, list[RandomKey]]:
+    def leaf_state(self, path: str) -> tuple[LeafState, list[RandomKey]]:
         """All that a step writes of a leaf, and the keys of its random bits: for verification."""
         k = [leaf.path for leaf in self._tree.leaves].index(path)
         return self._leaves[k], self._keys()[k]
@@ -573,8 +573,8 @@ class Optimizer:
         """
         with self._exclusively("sync"):
             self._check_caught_up("sync")
-            for memory in self._leaves:
-                synchronize(memory)
+            for leaf_state in self._leaves:
+                synchronize(leaf_state)
             if self._options.verify:
                 self._plan.accept()
 
@@ -593,12 +593,12 @@ class Optimizer:
         The system does the same in its own time; this is for when memory is needed at once. Does
         nothing without `state_path`. Raises OSError where the disk failed.
         """
-        if self._scratch:
-            self._scratch.flush()
+        if self._state_file:
+            self._state_file.flush()
 
     def _check_owner(self) -> None:
-        if self._scratch:
-            self._scratch.check_owner()
+        if self._state_file:
+            self._state_file.check_owner()
 
     @contextmanager
     def lookahead(self) -> Iterator[None]:
@@ -630,7 +630,7 @@ class Optimizer:
         if self._options.ema is None:
             raise ValueError("averaged(): there are no averages; make the optimizer with ema=0.999")
         self._check_caught_up("averaged")
-        averages = [memory.states[AVERAGE].data for memory in self._leaves]
+        averages = [leaf_state.states[AVERAGE].data for leaf_state in self._leaves]
         return Averaged(self._tree.build(averages), self._in_place_of_parameters(averages))
 
     @contextmanager
@@ -676,14 +676,14 @@ class Optimizer:
         what is no path or no index, RuntimeError where the optimizer was made without
         `exact=True`.
         """
-        if self._ledger is None:
+        if self._lazy_rows is None:
             raise RuntimeError("catch_up(): make the optimizer with exact=True")
         with self._exclusively("catch_up"):
-            self._guard.begin(1.0)
-            self._ledger.catch_up(rows)
+            self._clipper.begin(1.0)
+            self._lazy_rows.catch_up(rows)
 
     def _check_caught_up(self, what: str) -> None:
-        behind = self._ledger.behind if self._ledger is not None else ()
+        behind = self._lazy_rows.behind if self._lazy_rows is not None else ()
         if behind:
             raise RuntimeError(
                 f"{what}: rows of {', '.join(behind)} have missed steps; call catch_up() first"
@@ -704,7 +704,7 @@ class Optimizer:
             self._tree, self.params = tree, params
             for k, (old, p) in enumerate(zip(self._parameters, parameters, strict=True)):
                 moved = self._leaves[k] = self._leaves[k].rebound(p)
-                if moved.extra is not None and not self._space.same(old, p):
+                if moved.extra is not None and not self._device.same(old, p):
                     synchronize(moved)
             if self._sums is not None:
                 self._sums.watch(parameters)
@@ -713,7 +713,7 @@ class Optimizer:
     def _check_alike(self, tree: Tree) -> None:
         """ValueError where a leaf cannot take the place of the one that there is."""
         for leaf, old, rule in zip(tree.leaves, self._parameters, self._rules, strict=True):
-            p = self._space.check_parameter(leaf.label, leaf.value, rule)
+            p = self._device.check_parameter(leaf.label, leaf.value, rule)
             expected, got = ((a.shape, a.dtype.name, memory_order(a)) for a in (old, p))
             if got != expected:
                 raise ValueError(
@@ -728,8 +728,10 @@ class Optimizer:
             pairs = zip(self._parameters, self._rules, strict=True)
             lines += dict.fromkeys(filter(None, (rule.note(p.shape) for p, rule in pairs)))
         held = sum(p.nbytes for p in self._parameters)
-        states_held = sum(a.nbytes for memory in self._leaves for a in memory.saved.values())
-        s = self._scratch
+        states_held = sum(
+            a.nbytes for leaf_state in self._leaves for a in leaf_state.saved.values()
+        )
+        s = self._state_file
         where = f" in {s.directory} (scratch; a step has {s.window} in memory)" if s else ""
         lines.append(
             f"{held} bytes of parameters, {states_held} of states{where}, {self._plan.work_bytes}"
@@ -817,7 +819,7 @@ class Optimizer:
 
     def _go_on(self, seed: int) -> None:
         """After another state was loaded: what rows had missed, and sums of gradients, are gone."""
-        self._seed, self._ledger, self._parted = seed, None, []
+        self._seed, self._lazy_rows, self._parted = seed, None, []
         if self._sums is not None:
             self._sums.clear()
         self._prepare(self._parameters)
@@ -852,9 +854,9 @@ class Optimizer:
         # on sharing them; on its own, an optimizer takes its arrays along.
         if self._exchanged:
             raise RuntimeError(f"an optimizer inside of {self._exchanged}() cannot be copied")
-        if self._scratch:
+        if self._state_file:
             raise TypeError(
-                f"an optimizer with state_path {self._scratch.directory} cannot be copied or"
+                f"an optimizer with state_path {self._state_file.directory} cannot be copied or"
                 " pickled, since both would use that directory; take its state_dict()"
             )
         rules = [group.rule for group in self._groups]  # those of a callable may be replaced

@@ -57,8 +57,8 @@ def orthogonalize(
         check_field(where("eps"), NonNegative, eps),
     )
     stack = math.prod(x.shape[:-2]), *x.shape[-2:]
-    space = Workspace([stack], np.dtype(x.dtype.name))
-    result = space.direction.reshape(x.shape)
+    workspace = Workspace([stack], np.dtype(x.dtype.name))
+    result = workspace.direction.reshape(x.shape)
     result[...] = x
-    space.orthogonalize(result, stack, iteration, 1.0)
+    workspace.orthogonalize(result, stack, iteration, 1.0)
     return result

@@ -131,9 +131,9 @@ def _run(rule: Rule, backend: str, way: str, size: int, steps: int, seed: int) -
 
     p = draw()
     optimizer = Optimizer(p, rule, backend=backend, **options)
-    memory, keys = optimizer.memory("params")
+    leaf_state, keys = optimizer.leaf_state("params")
     for t in range(1, max(steps, rule.branches) + 1):
         g, h = draw(), draw() if rule.takes_hessian else None
-        before = [stored.values for stored in memory.stored]
+        before = [stored.values for stored in leaf_state.stored]
         optimizer.step(g, hessian=h)
-        yield from judge(rule, before, memory.stored, g, h, t=t, lr=rule.lr_at(t), keys=keys)
+        yield from judge(rule, before, leaf_state.stored, g, h, t=t, lr=rule.lr_at(t), keys=keys)

@@ -121,7 +121,7 @@ def _range(dense: np.ndarray) -> tuple[int, int]:
     return begin, begin + dense.nbytes
 
 
-class Fit:
+class GradientChecks:
     """Checks gradients against the arrays that a step writes, and lays them out alike.
 
     labels, parameters: of each leaf. written: of each leaf all the arrays that the step writes, the

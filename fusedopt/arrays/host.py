@@ -1,4 +1,4 @@
-"""The `Space` of the host: NumPy's arrays."""
+"""The `Device` of the host: NumPy's arrays."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .checks import Fit, check_apart, check_parameter, check_target
+from .checks import GradientChecks, check_apart, check_parameter, check_target
 from .formats import PLAIN, compute_dtype
-from .rows import touched
+from .rows import unique_rows
 from .storage import Storage
-from .stored import Quantized, Stored, Wanted
+from .stored import ArraySpec, Quantized, Stored
 from .stored import allocate as new
 
 __all__ = [
-    "Fit", "allocate", "blank", "check_apart", "check_options", "check_parameter", "check_state",
-    "check_target", "same", "touched",
+    "GradientChecks", "allocate", "blank", "check_apart", "check_options", "check_parameter",
+    "check_state", "check_target", "same", "unique_rows",
 ]  # fmt: skip
 
 allocate = Storage.allocate
@@ -48,4 +48,4 @@ def check_state(label: str, state: Any) -> Stored:
 
 def blank(parameters: Sequence[np.ndarray]) -> list[Stored]:
     """New arrays like these, in the types that they are computed in."""
-    return new([Wanted(PLAIN[compute_dtype(p.dtype).name], p) for p in parameters])
+    return new([ArraySpec(PLAIN[compute_dtype(p.dtype).name], p) for p in parameters])

@@ -32,7 +32,7 @@ class Rows:
     padding_index: int | None = None
 
 
-class Touched(NamedTuple):
+class UniqueRows(NamedTuple):
     """Rows as plans take them: parameter's row rows[j] has values[places[j]].
 
     rows: int64, ascending, each once. places: int64. values: C-contiguous.
@@ -69,7 +69,7 @@ def as_rows(label: str, gradient: Any) -> Rows | None:
     return Rows(rows, values)
 
 
-def touched(label: str, rows: Rows, p: np.ndarray) -> Touched:
+def unique_rows(label: str, rows: Rows, p: np.ndarray) -> UniqueRows:
     """Checked against the parameter, each row once.
 
     Raises TypeError for other kinds and dtypes, ValueError for other shapes and for indices out of
@@ -105,12 +105,12 @@ def added_up(label: str, rows: Rows) -> np.ndarray:
 
 def _unique(
     indices: np.ndarray, values: np.ndarray, dtype: np.dtype, padding: int | None
-) -> Touched:
+) -> UniqueRows:
     """Each row once, those of `padding` not; the values of equal indices are added up in dtype, in
     order of appearance."""
     rows, starts, order = _sorted(np.ascontiguousarray(indices, np.int64), padding)
     if rows.size == indices.size:
-        return Touched(rows, order, values)
+        return UniqueRows(rows, order, values)
     sums = np.empty((rows.size, *values.shape[1:]), dtype)
     if reason is not None or not core.add_rows(values, starts, order, sums):
         sums[...] = -0.0  # x + -0.0 is x for every x, -0.0 too
@@ -118,7 +118,7 @@ def _unique(
         with np.errstate(all="ignore"):
             places = np.repeat(np.arange(rows.size), counts)
             np.add.at(sums, places, values[order].astype(dtype))
-    return Touched(rows, np.arange(rows.size), sums)
+    return UniqueRows(rows, np.arange(rows.size), sums)
 
 
 def _sorted(indices: np.ndarray, padding: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -166,16 +166,16 @@ def joined(parts: Sequence[Rows]) -> Rows:
 
 def values_of(gradient: Any) -> Any:
     """The array of a gradient's values, whatever it is; None for None."""
-    if isinstance(gradient, (Rows, Touched)):
+    if isinstance(gradient, (Rows, UniqueRows)):
         return gradient.values
     return gradient.data if hasattr(gradient, "indptr") else gradient
 
 
 def whole(gradient: Any, shape: Sequence[int]) -> Any:
     """The gradient of the whole parameter; None for None."""
-    return gradient.dense(shape) if isinstance(gradient, Touched) else gradient
+    return gradient.dense(shape) if isinstance(gradient, UniqueRows) else gradient
 
 
 def selected(gradient: Any) -> Any:
     """What there is of it."""
-    return gradient.gathered if isinstance(gradient, Touched) else gradient
+    return gradient.gathered if isinstance(gradient, UniqueRows) else gradient

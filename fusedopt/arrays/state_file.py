@@ -23,7 +23,7 @@ WHAT = (
 )
 
 
-class Scratch:
+class StateFile:
     """A directory of this optimizer's own, with a file of zeros that is mapped into memory.
 
     directory: an empty one, or a new one beside others. Both files go when this object does, and
@@ -115,18 +115,18 @@ class Scratch:
 
 
 @contextmanager
-def scratch_in(path: object) -> Iterator[Scratch]:
+def state_file_in(path: object) -> Iterator[StateFile]:
     """The scratch in a directory; removed again where what is done with it fails.
 
     Raises TypeError where it is no path.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"state_path: expected a directory's path, got {path!r}")
-    scratch = Scratch(Path(path).absolute())
+    state_file = StateFile(Path(path).absolute())
     try:
-        yield scratch
+        yield state_file
     except BaseException:
-        scratch.remove()
+        state_file.remove()
         raise
 
 

@@ -21,7 +21,7 @@ from .formats import (
     RandomKey,
     compute_dtype,
 )
-from .stored import AVERAGE, Block, Memory, Stored, Wanted, allocate, in_memory
+from .stored import AVERAGE, ArraySpec, Block, LeafState, Stored, allocate, in_memory
 
 StateDtype = str | Mapping[str, str] | None
 Master = Literal["float32", "split16"]
@@ -169,7 +169,7 @@ class Storage:
         self,
         seed: int,
         paths: Sequence[str],
-        memories: Sequence[Memory],
+        leaf_states: Sequence[LeafState],
         first_tiles: Sequence[int] | None = None,
     ) -> list[list[RandomKey]]:
         """The keys of random bits, for each leaf those of its parameter and states.
@@ -177,7 +177,7 @@ class Storage:
         first_tiles: where the leaves begin in those that they are parts of; None: each is whole.
         """
         if self.rounding != "stochastic":
-            return [[RandomKey()] * len(memory.operands) for memory in memories]
+            return [[RandomKey()] * len(leaf_state.operands) for leaf_state in leaf_states]
         from hashlib import blake2b  # 3 ms, for this and fingerprints
 
         def key(path: str, operand: str, first_tile: int) -> RandomKey:
@@ -186,9 +186,9 @@ class Storage:
             return RandomKey(int.from_bytes(bits, "little"), first_tile)
 
         return [
-            [key(path, operand, first) for operand in ("p", *memory.states)]
-            for path, memory, first in zip(
-                paths, memories, first_tiles or [0] * len(memories), strict=True
+            [key(path, operand, first) for operand in ("p", *leaf_state.states)]
+            for path, leaf_state, first in zip(
+                paths, leaf_states, first_tiles or [0] * len(leaf_states), strict=True
             )
         ]
 
@@ -199,67 +199,67 @@ class Storage:
         copies: Sequence[np.ndarray | None],
         states_of: Callable[[Any], tuple[str, ...]] = own_states,
         block: Block = in_memory,
-    ) -> list[Memory]:
+    ) -> list[LeafState]:
         """The memory of each leaf; masters begin as their parameters, and so do averages.
 
         copies: of each leaf the array that gets a copy of the new parameter, or None. states_of:
         the names of a rule's states, and of those kept beside them. block: where what is new lies.
         """
-        wanted: list[Wanted] = []
+        wanted: list[ArraySpec] = []
         for rule, p in zip(rules, parameters, strict=True):
             if self.keeps_more(p):
                 format = self.parameter(p.dtype)
-                wanted.append(Wanted(format, p, beside=format.aux_dtype is not None))
+                wanted.append(ArraySpec(format, p, beside=format.aux_dtype is not None))
             wanted += [
-                Wanted(self.state(rule, s, p.dtype, p.size), p, rule.initial(s))
+                ArraySpec(self.state(rule, s, p.dtype, p.size), p, rule.initial(s))
                 for s in states_of(rule)
             ]
             plain = PLAIN[compute_dtype(p.dtype).name]
-            wanted += [Wanted(plain, p, shape=shape) for shape in rule.sides(p.shape).values()]
+            wanted += [ArraySpec(plain, p, shape=shape) for shape in rule.sides(p.shape).values()]
         fresh = iter(allocate(wanted, block))
-        memories = []
+        leaf_states = []
         for rule, p, copied in zip(rules, parameters, copies, strict=True):
             own = next(fresh) if self.keeps_more(p) else None
             states = {name: next(fresh) for name in states_of(rule)}
             sides = {name: next(fresh) for name in rule.sides(p.shape)}
-            memory = replace(self.memory(Stored.plain(p), own, states, copied), sides=sides)
-            synchronize(memory)
+            leaf_state = replace(self.leaf_state(Stored.plain(p), own, states, copied), sides=sides)
+            synchronize(leaf_state)
             if AVERAGE in states:
-                states[AVERAGE].data[...] = memory.parameter.values
-            memories.append(memory)
-        return memories
+                states[AVERAGE].data[...] = leaf_state.parameter.values
+            leaf_states.append(leaf_state)
+        return leaf_states
 
     def keeps_more(self, p: np.ndarray) -> bool:
         """Whether there is a master of a parameter, or anything beside its elements."""
         format = self.parameter(p.dtype)
         return format.dtype != p.dtype or format.aux_dtype is not None
 
-    def memory(
+    def leaf_state(
         self,
         p: Stored,
         own: Stored | None,
         states: Mapping[str, Stored],
         copied: np.ndarray | None,
-    ) -> Memory:
+    ) -> LeafState:
         """The memory of a parameter, without side states. own: what it keeps besides its elements,
         or instead of them."""
         mirrors = () if copied is None else (copied,)
         if own is None:
             stored = replace(p, format=self.parameter(p.data.dtype))
-            return Memory(stored, states, mirrors)
+            return LeafState(stored, states, mirrors)
         if own.aux is None:
-            return Memory(own, states, (p.data, *mirrors), ("master", own.data))
+            return LeafState(own, states, (p.data, *mirrors), ("master", own.data))
         name = "low" if own.format is SPLIT16 else "compensation"
-        return Memory(own, states, mirrors, (name, own.aux))
+        return LeafState(own, states, mirrors, (name, own.aux))
 
 
-def synchronize(memory: Memory) -> None:
+def synchronize(leaf_state: LeafState) -> None:
     """Takes the master anew from the parameter, where there is one."""
-    if memory.extra is None:
+    if leaf_state.extra is None:
         return
-    name, array = memory.extra
+    name, array = leaf_state.extra
     if name == "master":
-        array[...] = memory.caller
+        array[...] = leaf_state.caller
     else:
         array[...] = 0
 

@@ -122,7 +122,7 @@ class Quantized(Stored):
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ArraySpec:
     """An array to be allocated like another, in a format of its own.
 
     shape: of its own, in C order, if given. beside: only what stands beside the elements; these
@@ -153,7 +153,7 @@ def in_memory(size: int) -> np.ndarray:
     return np.zeros(size, np.uint8)
 
 
-def allocate(wanted: Sequence[Wanted], block: Block = in_memory) -> list[Stored]:
+def allocate(wanted: Sequence[ArraySpec], block: Block = in_memory) -> list[Stored]:
     """New arrays, with the shapes and memory orders of others.
 
     All of them lie in one block, each on a line of its own. With 1000 tensors of 1000 elements a
@@ -172,7 +172,7 @@ def allocate(wanted: Sequence[Wanted], block: Block = in_memory) -> list[Stored]
     return [_make(w, *map(take, w.sizes())) for w in wanted]
 
 
-def _make(w: Wanted, data: np.ndarray, aux: np.ndarray | None = None) -> Stored:
+def _make(w: ArraySpec, data: np.ndarray, aux: np.ndarray | None = None) -> Stored:
     aux_dtype = w.format.aux_dtype or np.dtype(np.uint8)
     shape, order = w.like.shape, memory_order(w.like)
     if w.shape is not None:
@@ -194,7 +194,7 @@ def _make(w: Wanted, data: np.ndarray, aux: np.ndarray | None = None) -> Stored:
 
 
 @dataclass(frozen=True, eq=False)
-class Memory:
+class LeafState:
     """All that a step writes of one leaf.
 
     parameter: the elements that are computed with. states: by name. mirrors: arrays into which the
@@ -251,22 +251,22 @@ class Memory:
                 saved[name] = state.data
         return saved | {name: side.data for name, side in self.sides.items()}
 
-    def copy(self) -> Memory:
+    def copy(self) -> LeafState:
         """The same elements in memory of their own, for a step on trial."""
         parameter = self.parameter.copy()
         states = {name: state.copy() for name, state in self.states.items()}
         mirrors = tuple(a.copy(order="K") for a in self.mirrors)
         extra = self.extra and (self.extra[0], parameter.arrays[-1])
         sides = {name: side.copy() for name, side in self.sides.items()}
-        return Memory(parameter, states, mirrors, extra, sides)
+        return LeafState(parameter, states, mirrors, extra, sides)
 
-    def rebound(self, p: np.ndarray) -> Memory:
+    def rebound(self, p: np.ndarray) -> LeafState:
         """The same with the caller's parameter at another address."""
         if self._separate:
             return replace(self, mirrors=(p, *self.copies))
         return replace(self, parameter=replace(self.parameter, data=p))
 
-    def take(self, other: Memory) -> None:
+    def take(self, other: LeafState) -> None:
         """Copies another one's elements."""
         for a, b in zip(self.written, other.written, strict=True):
             a[...] = b

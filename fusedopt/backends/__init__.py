@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
-from ..arrays import spaces
+from ..arrays import devices
 from ..arrays.device_interface import on_device
 from ..plan.interface import Backend
 from ..system.environment import BACKEND as FORCED
@@ -57,7 +57,7 @@ def get_backend(name: str = "auto", arrays: Iterable[Any] = ()) -> Backend:
     return backend
 
 
-spaces.register(lambda array: get_backend("auto", [array]).space)
+devices.register(lambda array: get_backend("auto", [array]).device)
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import numpy as np
 from ..arrays.formats import compute_dtype
 from ..arrays.stored import Stored
 from ..linalg.newton_schulz import Workspace, batches
-from ..plan.spec import Layout
+from ..plan.spec import PlanSpec
 from ..rules import Rule
 from ..rules.base import Member
 
@@ -21,20 +21,20 @@ class Matrices:
     each the number of its batch. sided: whether any has side states.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, spec: PlanSpec) -> None:
         leaves, works = [], 1
-        self._layout = layout
-        self.sided = any(memory.sides for memory in layout.leaves)
-        for k, group in enumerate(layout.group_of):
-            rule, p = layout.groups[group].rule, layout.leaves[k].parameter
+        self._spec = spec
+        self.sided = any(leaf_state.sides for leaf_state in spec.leaves)
+        for k, group in enumerate(spec.group_of):
+            rule, p = spec.groups[group].rule, spec.leaves[k].parameter
             if rule.program.phases > 1:
                 works = max(works, len(rule.works))
                 compute = compute_dtype(p.format.dtype)
                 leaves.append((k, compute, rule.matrices(p.shape), (group, p.shape, p.order)))
         made = batches(leaves)
-        self._spaces = {
+        self._workspaces = {
             dtype: Workspace(
-                [b.stack for b in made if b.dtype == dtype], dtype, works, layout.threads
+                [b.stack for b in made if b.dtype == dtype], dtype, works, spec.threads
             )
             for dtype in {batch.dtype for batch in made}
         }
@@ -44,22 +44,24 @@ class Matrices:
         self._works: list[list[np.ndarray]] = []
         self._fresh: dict[int, dict[str, np.ndarray]] = {}
         for number, batch in enumerate(made):
-            p, count = layout.leaves[batch.members[0]].parameter, len(batch.members)
-            flats = self._spaces[batch.dtype].directions[: len(self._rule(batch.members[0]).works)]
+            p, count = spec.leaves[batch.members[0]].parameter, len(batch.members)
+            flats = self._workspaces[batch.dtype].directions[
+                : len(self._rule(batch.members[0]).works)
+            ]
             self._works.append([_alike(p, count, flat) for flat in flats])
             for k, *own in zip(batch.members, *self._works[-1], strict=True):
                 self.batches[k], self.work[k] = number, tuple(own)
 
     def _rule(self, k: int) -> Rule:
-        return self._layout.groups[self._layout.group_of[k]].rule
+        return self._spec.groups[self._spec.group_of[k]].rule
 
     def _member(self, k: int) -> Member:
-        sides = {name: side.data for name, side in self._layout.leaves[k].sides.items()}
-        return Member(int(self._layout.counters[k + 1]) + 1, sides)
+        sides = {name: side.data for name, side in self._spec.leaves[k].sides.items()}
+        return Member(int(self._spec.counters[k + 1]) + 1, sides)
 
     @property
     def work_bytes(self) -> int:
-        return sum(space.nbytes for space in self._spaces.values())
+        return sum(workspace.nbytes for workspace in self._workspaces.values())
 
     def before(self, leaves: Sequence[int]) -> None:
         """All that may yet fail, for the leaves that take part in a step, before it begins."""
@@ -78,10 +80,10 @@ class Matrices:
                     assert member is not None
                     np.copyto(member.sides[name], value)
         with np.errstate(all="ignore"):
-            space = self._spaces[made.dtype]
-            self._rule(made.members[0]).between(phase, self._works[batch], space, members)
-        if self.sided and self._layout.scratch:
-            self._layout.scratch.release()
+            workspace = self._workspaces[made.dtype]
+            self._rule(made.members[0]).between(phase, self._works[batch], workspace, members)
+        if self.sided and self._spec.state_file:
+            self._spec.state_file.release()
 
 
 def _alike(p: Stored, count: int, flat: np.ndarray) -> np.ndarray:

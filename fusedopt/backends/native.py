@@ -12,7 +12,7 @@ from ..arrays.formats import FLOAT32, FLOAT64, FORMATS, RandomKey
 from ..arrays.stored import Stored
 from ..plan.extras import EVERYTHING
 from ..plan.interface import Plan
-from ..plan.spec import INPUTS, Layout, single
+from ..plan.spec import INPUTS, PlanSpec, single
 from ..programs.program import HEAD, Operation, Program
 from ..rules import RULES, Nesterov, Rule
 from ..system.extension import core, reason
@@ -22,7 +22,7 @@ from .matrices import Matrices
 def _compile(program: Program) -> Any:
     """The program in the core's terms, made once for each rule object."""
     if program.native is None:
-        names = (*INPUTS, *program.arrays, *program.scratch, *program.sums)
+        names = (*INPUTS, *program.arrays, *program.temporaries, *program.sums)
         slots = {name: k for k, name in enumerate(names)}
         program.native = core.Program(
             [
@@ -39,7 +39,7 @@ def _compile(program: Program) -> Any:
             *program.head,
             len(program.arrays),
             len(program.works),
-            len(program.scratch),
+            len(program.temporaries),
             len(program.sums),
         )
     return program.native
@@ -82,7 +82,7 @@ class NativeBackend:
     """C++ kernels on NumPy arrays."""
 
     name = "native"
-    space = host
+    device = host
 
     def unavailable(self) -> str | None:
         return reason
@@ -90,8 +90,8 @@ class NativeBackend:
     def describe(self) -> str:
         return f"{core.get_level()}, {core.parallel}"
 
-    def plan(self, layout: Layout) -> Plan:
-        return NativePlan(layout)
+    def plan(self, spec: PlanSpec) -> Plan:
+        return NativePlan(spec)
 
     def update(
         self,
@@ -130,39 +130,39 @@ class NativeBackend:
 class NativePlan:
     """The core's plan of an optimizer."""
 
-    def __init__(self, layout: Layout) -> None:
-        matrices = Matrices(layout)
+    def __init__(self, spec: PlanSpec) -> None:
+        matrices = Matrices(spec)
         self.work_bytes = matrices.work_bytes
-        self._around, self._elementwise = layout.around, not matrices.batches
-        programs = [layout.around.program(group.rule) for group in layout.groups]
+        self._extras, self._elementwise = spec.extras, not matrices.batches
+        programs = [spec.extras.program(group.rule) for group in spec.groups]
         # The core's objects are unknown to the garbage collector: what it calls must not lead back
         # to this plan.
         plan = core.Plan(
-            tree=layout.tree,
+            tree=spec.tree,
             arrays=[
-                [*(stored.spec for stored in memory.operands), *matrices.work.get(k, ())]
-                for k, memory in enumerate(layout.leaves)
+                [*(stored.spec for stored in leaf_state.operands), *matrices.work.get(k, ())]
+                for k, leaf_state in enumerate(spec.leaves)
             ],
-            mirrors=[list(memory.mirrors) for memory in layout.leaves],
+            mirrors=[list(leaf_state.mirrors) for leaf_state in spec.leaves],
             # Work space is in the compute type, and takes no random bits.
             keys=[
                 [*keys, *[RandomKey()] * len(matrices.work.get(k, ()))]
-                for k, keys in enumerate(layout.keys)
+                for k, keys in enumerate(spec.keys)
             ],
-            groups=list(layout.group_of),
-            batches=[matrices.batches.get(k, -1) for k in range(len(layout.leaves))],
+            groups=list(spec.group_of),
+            batches=[matrices.batches.get(k, -1) for k in range(len(spec.leaves))],
             programs=[_compile(program) for program in programs],
             folds=[program.folds for program in programs],
-            rates=layout.rates,
-            counters=layout.counters,
-            beside=[s.data for memory in layout.leaves for s in memory.sides.values()],
+            rates=spec.rates,
+            counters=spec.counters,
+            beside=[s.data for leaf_state in spec.leaves for s in leaf_state.sides.values()],
             before=matrices.before if matrices.sided else None,
             between=matrices.between,
-            results=layout.results,
-            decide=layout.decide,
-            zero_grads=layout.zero_grads,
-            threads=layout.threads or 0,
-            scratch=layout.scratch,
+            results=spec.results,
+            decide=spec.decide,
+            zero_grads=spec.zero_grads,
+            threads=spec.threads or 0,
+            scratch=spec.state_file,
         )
         self._reprogram = plan.reprogram
         self.take, self.give = plan.take, plan.give
@@ -175,6 +175,6 @@ class NativePlan:
         """Take other rules for the groups, on the same arrays; False if a new plan is needed."""
         if not self._elementwise:  # what comes between the phases of a matrix has the old rule
             return False
-        programs = [self._around.program(rule) for rule in rules]
+        programs = [self._extras.program(rule) for rule in rules]
         folds = [program.folds for program in programs]
         return bool(self._reprogram([_compile(program) for program in programs], folds))

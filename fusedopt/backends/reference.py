@@ -9,18 +9,18 @@ import numpy as np
 
 from ..arrays import host
 from ..arrays.formats import DTYPES, RandomKey, compute_dtype, least_state
-from ..arrays.rows import Touched, selected, values_of, whole
-from ..arrays.stored import Memory, Stored
-from ..plan.extras import NOTHING, Around
-from ..plan.interface import Plan, Turn
-from ..plan.spec import Layout, single
+from ..arrays.rows import UniqueRows, selected, values_of, whole
+from ..arrays.stored import LeafState, Stored
+from ..plan.extras import NOTHING, Extras
+from ..plan.interface import ExclusiveUse, Plan
+from ..plan.spec import PlanSpec, single
 from ..rules import Rule
 from ..system.interrupts import deferred
 
 
 def reference_step(
     rule: Rule,
-    memory: Memory,
+    leaf_state: LeafState,
     g: np.ndarray,
     hessian: np.ndarray | None,
     keys: Sequence[RandomKey],
@@ -28,23 +28,23 @@ def reference_step(
     t: int,
     lr: float,
     factor: float = 1.0,
-    around: Around = NOTHING,
+    extras: Extras = NOTHING,
 ) -> tuple[list[np.ndarray], list[tuple[Stored, tuple[np.ndarray, Any]]]]:
     """The new parameter and states, in the type that is computed in; and what is to be written,
     and where: these and the copies, encoded."""
-    operands = memory.stored
+    operands = leaf_state.stored
     p, *states = (stored.values.astype(np.float64) for stored in operands)
     dtype = compute_dtype(operands[0].format.dtype)
     estimate = None if hessian is None else hessian.astype(np.float64)
     with np.errstate(all="ignore"):
-        new, after = around.reference(
+        new, after = extras.reference(
             rule, p, g.astype(np.float64), tuple(states), estimate, t=t, lr=lr, factor=factor
         )
         narrow = [np.asarray(a).astype(dtype) for a in (new, *after)]
     for stored, state in zip(operands[1:], narrow[1:], strict=True):
         state[np.abs(state) < least_state(dtype, stored.format.dtype)] = 0
-    copies = [Stored.plain(copy) for copy in memory.mirrors]
-    plain = len(memory.sides) + len(copies)
+    copies = [Stored.plain(copy) for copy in leaf_state.mirrors]
+    plain = len(leaf_state.sides) + len(copies)
     keyed = [key.after(t - 1) for key in keys] + [0] * plain
     targets = zip([*operands, *copies], [*narrow, *[narrow[0]] * len(copies)], keyed, strict=True)
     encoded = [(stored, stored.format.encode(stored.flat(a), key)) for stored, a, key in targets]
@@ -64,7 +64,7 @@ class ReferenceBackend:
     """NumPy alone."""
 
     name = "reference"
-    space = host
+    device = host
 
     def unavailable(self) -> str | None:
         return None
@@ -72,8 +72,8 @@ class ReferenceBackend:
     def describe(self) -> str:
         return f"NumPy {np.__version__}"
 
-    def plan(self, layout: Layout) -> Plan:
-        return ReferencePlan(layout)
+    def plan(self, spec: PlanSpec) -> Plan:
+        return ReferencePlan(spec)
 
     def update(
         self,
@@ -87,9 +87,9 @@ class ReferenceBackend:
     ) -> bool:
         if not checked:
             return False
-        layout = single(rule, rule.program, t, lr, arrays)
-        (memory,), (keys,) = layout.leaves, layout.keys
-        _, new = reference_step(rule, memory, g, hessian, keys, t=t, lr=lr)
+        spec = single(rule, rule.program, t, lr, arrays)
+        (leaf_state,), (keys,) = spec.leaves, spec.keys
+        _, new = reference_step(rule, leaf_state, g, hessian, keys, t=t, lr=lr)
         with deferred():
             for stored, encoded in new:
                 stored.write(encoded)
@@ -104,65 +104,65 @@ class ReferenceBackend:
         p[...] = p.astype(np.float64) - rule.momentum * v.astype(np.float64)
 
 
-class ReferencePlan(Turn):
+class ReferencePlan(ExclusiveUse):
     """Computes every leaf's new arrays, then writes them all."""
 
     work_bytes = 0
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, spec: PlanSpec) -> None:
         super().__init__()
-        self._layout = layout
+        self._spec = spec
 
     def step(self, grads: Any, hessian: Any, flat: bool) -> int | None:
         if not flat:  # the optimizer checks, and sees to it that this is not interrupted
             return None
-        layout, groups = self._layout, len(self._layout.groups)
-        layout.results[...] = 0
+        spec, groups = self._spec, len(self._spec.groups)
+        spec.results[...] = 0
         active = [k for k, g in enumerate(grads) if g is not None]
-        if layout.decide is not None:
+        if spec.decide is not None:
             for k in active:
-                computed = compute_dtype(layout.leaves[k].caller.dtype)
+                computed = compute_dtype(spec.leaves[k].caller.dtype)
                 with np.errstate(over="ignore"):
                     given = selected(grads[k]).astype(computed)
-                layout.results[k, :2] = sum_of_squares(given)
-            if not layout.decide():
-                return int(layout.counters[0])
+                spec.results[k, :2] = sum_of_squares(given)
+            if not spec.decide():
+                return int(spec.counters[0])
         new = {}
         for k in active:
-            group, shape = layout.group_of[k], layout.leaves[k].parameter.shape
+            group, shape = spec.group_of[k], spec.leaves[k].parameter.shape
             new[k] = reference_step(
-                layout.groups[group].rule,
-                layout.leaves[k],
+                spec.groups[group].rule,
+                spec.leaves[k],
                 whole(grads[k], shape),
                 whole(hessian[k], shape) if hessian is not None else None,
-                layout.keys[k],
-                t=int(layout.counters[k + 1]) + 1,
-                lr=float(layout.rates[group]),
-                factor=float(layout.rates[groups + group]),
-                around=layout.around,
+                spec.keys[k],
+                t=int(spec.counters[k + 1]) + 1,
+                lr=float(spec.rates[group]),
+                factor=float(spec.rates[groups + group]),
+                extras=spec.extras,
             )
         for k in active:
             self._sum(k, grads[k], new[k][0])
         for k in active:
-            rows = grads[k].rows if isinstance(grads[k], Touched) else None
+            rows = grads[k].rows if isinstance(grads[k], UniqueRows) else None
             for stored, encoded in new[k][1]:
                 stored.write(encoded, rows)
-            if layout.zero_grads:
+            if spec.zero_grads:
                 values_of(grads[k])[...] = 0
-            layout.counters[k + 1] += 1
-        layout.counters[0] += 1
-        return int(layout.counters[0])
+            spec.counters[k + 1] += 1
+        spec.counters[0] += 1
+        return int(spec.counters[0])
 
     def _sum(self, k: int, g: Any, new: Sequence[np.ndarray]) -> None:
         """Fills in the sums of a leaf's program."""
-        layout, memory = self._layout, self._layout.leaves[k]
-        if not layout.around.stats:
+        spec, leaf_state = self._spec, self._spec.leaves[k]
+        if not spec.extras.stats:
             return
-        rows = g.rows if isinstance(g, Touched) else ...
-        rule = layout.groups[layout.group_of[k]].rule
-        p, *before = (stored.values.astype(np.float64)[rows] for stored in memory.operands)
+        rows = g.rows if isinstance(g, UniqueRows) else ...
+        rule = spec.groups[spec.group_of[k]].rule
+        p, *before = (stored.values.astype(np.float64)[rows] for stored in leaf_state.operands)
         after = [a.astype(np.float64)[rows] for a in new]
-        t = int(layout.counters[k + 1]) + 1
+        t = int(spec.counters[k + 1]) + 1
         with np.errstate(all="ignore"):
             found = {
                 "gradient": np.sum(selected(g).astype(np.float64) ** 2),
@@ -170,7 +170,7 @@ class ReferencePlan(Turn):
                 "weight": np.sum(p**2),
                 **rule.textbook_sums(before, after[1:], t=t),
             }
-        sums = layout.around.program(rule).sums
-        layout.results[k, 1] = layout.results[k, 1] or 1.0
-        layout.results[k, 2] = p.size
-        layout.results[k, 3 : 3 + len(sums)] = [found[name] for name in sums]
+        sums = spec.extras.program(rule).sums
+        spec.results[k, 1] = spec.results[k, 1] or 1.0
+        spec.results[k, 2] = p.size
+        spec.results[k, 3 : 3 + len(sums)] = [found[name] for name in sums]

@@ -75,9 +75,9 @@ def from_bitsandbytes(
             arrivals[path] = Arrival(int(number(entry.get("step", 0))), initial_states(opt, k))
             found = list(_unlike(snapshot.rules[k], group, arrivals[path].t, strict))
             if not found and entry:
-                memory = snapshot.memories[k]
+                leaf_state = snapshot.leaf_states[k]
                 for n, name in enumerate(STATES[snapshot.rules[k].name], 1):
-                    value = _state(entry, n, memory.states[name], memory.caller)
+                    value = _state(entry, n, leaf_state.states[name], leaf_state.caller)
                     if isinstance(value, str):
                         found.append(value)
                     else:

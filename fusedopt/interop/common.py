@@ -11,7 +11,7 @@ import numpy as np
 
 from ..arrays.formats import compute_dtype, least_state
 from ..arrays.storage import synchronize
-from ..arrays.stored import AVERAGE, Memory, Stored
+from ..arrays.stored import AVERAGE, LeafState, Stored
 from ..rules import Muon, Rule
 
 if TYPE_CHECKING:
@@ -69,7 +69,9 @@ def take_over(opt: Optimizer, step: int, arrivals: Mapping[str, Arrival]) -> Non
     saved = snapshot.take()
     saved["step"] = step
     problems = []
-    for path, rule, memory in zip(snapshot.paths, snapshot.rules, snapshot.memories, strict=True):
+    for path, rule, leaf_state in zip(
+        snapshot.paths, snapshot.rules, snapshot.leaf_states, strict=True
+    ):
         arrival, entry = arrivals[path], saved["leaves"][path]
         if set(arrival.states) != set(rule.states):
             problems.append(
@@ -77,33 +79,35 @@ def take_over(opt: Optimizer, step: int, arrivals: Mapping[str, Arrival]) -> Non
             )
             continue
         for name, value in arrival.states.items():
-            if not isinstance(value, Encoded) and value.shape != memory.caller.shape:
+            if not isinstance(value, Encoded) and value.shape != leaf_state.caller.shape:
                 problems.append(
-                    f"{path}: {name} has shape {memory.caller.shape} here, {value.shape} there"
+                    f"{path}: {name} has shape {leaf_state.caller.shape} here, {value.shape} there"
                 )
         if not problems:
             entry["t"] = arrival.t
-            entry["state"] = _stored(memory, arrival.states).saved
+            entry["state"] = _stored(leaf_state, arrival.states).saved
     refuse("the state", problems)
     opt.load_state_dict(saved)
 
 
-def _stored(memory: Memory, states: Mapping[str, Any]) -> Memory:
+def _stored(leaf_state: LeafState, states: Mapping[str, Any]) -> LeafState:
     """The leaf's memory with these states, in arrays of their own."""
-    extra = memory.extra and (memory.extra[0], memory.extra[1].copy(order="A"))
-    fresh = {name: _encoded(memory, memory.states[name].copy(), a) for name, a in states.items()}
-    if AVERAGE in memory.states:
-        fresh[AVERAGE] = _encoded(memory, memory.states[AVERAGE].copy(), memory.caller)
-    trial = replace(memory, states=fresh, extra=extra)
+    extra = leaf_state.extra and (leaf_state.extra[0], leaf_state.extra[1].copy(order="A"))
+    fresh = {
+        name: _encoded(leaf_state, leaf_state.states[name].copy(), a) for name, a in states.items()
+    }
+    if AVERAGE in leaf_state.states:
+        fresh[AVERAGE] = _encoded(leaf_state, leaf_state.states[AVERAGE].copy(), leaf_state.caller)
+    trial = replace(leaf_state, states=fresh, extra=extra)
     synchronize(trial)
     return trial
 
 
-def _encoded(memory: Memory, state: Stored, value: Any) -> Stored:
+def _encoded(leaf_state: LeafState, state: Stored, value: Any) -> Stored:
     if isinstance(value, Encoded):
         state.write((value.data, value.aux))
         return state
-    x = value.astype(compute_dtype(memory.caller.dtype))
+    x = value.astype(compute_dtype(leaf_state.caller.dtype))
     # As the step itself stores it.
     x[np.abs(x) < least_state(x.dtype, state.format.dtype)] = 0
     state.write(state.format.encode(state.flat(x)))
@@ -114,8 +118,8 @@ def departures(opt: Optimizer) -> Iterator[tuple[str, Rule, Arrival]]:
     """Of each leaf its path, its rule, and copies of its states in the type of its arithmetic."""
     snapshot = opt._snapshot
     for k, (path, rule) in enumerate(zip(snapshot.paths, snapshot.rules, strict=True)):
-        memory = snapshot.memories[k]
-        states = {name: memory.states[name].values for name in rule.states}
+        leaf_state = snapshot.leaf_states[k]
+        states = {name: leaf_state.states[name].values for name in rule.states}
         yield path, rule, Arrival(int(snapshot.counters[k + 1]), states)
 
 

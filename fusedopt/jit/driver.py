@@ -96,10 +96,10 @@ def _run_step(step: Any, tile: Any, pointers: Any, n: int) -> None:
 
 @jit
 def _run_tiles(
-    leaf: Any, operands: Any, steps: Any, low: int, high: int, ahead: Any, space: Any
+    leaf: Any, operands: Any, steps: Any, low: int, high: int, ahead: Any, workspace: Any
 ) -> None:
     """Elements [low, high) of a leaf: decode, the program, encode. low: of a tile, or of a row."""
-    scratch, lanes, tile, pointers = space
+    scratch, lanes, tile, pointers = workspace
     zero = np.uint64(0)
     for at in range(low, high, TILE):
         n = min(TILE, high - at)
@@ -133,9 +133,9 @@ def _run_tiles(
 
 @jit
 def _run_span(
-    leaf: Any, operands: Any, steps: Any, low: int, high: int, ahead: Any, space: Any
+    leaf: Any, operands: Any, steps: Any, low: int, high: int, ahead: Any, workspace: Any
 ) -> None:
-    _, lanes, tile, pointers = space
+    _, lanes, tile, pointers = workspace
     in_place = leaf.steps == 1
     for k in range(leaf.operands):
         operand = operands[leaf.operand + k]
@@ -149,7 +149,7 @@ def _run_span(
     if in_place:
         _run_step(steps[leaf.step], tile, pointers, high - low)
     else:
-        _run_tiles(leaf, operands, steps, low, high, ahead, space)
+        _run_tiles(leaf, operands, steps, low, high, ahead, workspace)
 
 
 @jit
@@ -185,12 +185,12 @@ def _run_summing(
     low: int,
     high: int,
     ahead: Any,
-    space: Any,
+    workspace: Any,
     partials: Any,
     segment: int,
 ) -> int:
     """A span, where the sums of `segment` have begun; that of the span's end comes back."""
-    lanes = space[1]
+    lanes = workspace[1]
     at = low
     while at < high:
         if at // SEGMENT != segment:
@@ -198,7 +198,7 @@ def _run_summing(
             segment = at // SEGMENT
         stop = min(high, (segment + 1) * SEGMENT)
         _turn(lanes, at)
-        _run_span(leaf, operands, steps, at, stop, ahead, space)
+        _run_span(leaf, operands, steps, at, stop, ahead, workspace)
         _turn(lanes, LANES - at % LANES)
         at = stop
     return segment
@@ -212,27 +212,37 @@ def _run_leaf(
     rows: Any,
     low: int,
     high: int,
-    space: Any,
+    workspace: Any,
     partials: Any,
 ) -> None:
     length, segment = leaf.length, -1
-    space[1][:] = 0
+    workspace[1][:] = 0
     if not length:
         if leaf.summed:
-            segment = _run_summing(leaf, operands, steps, low, high, 0, space, partials, segment)
+            segment = _run_summing(
+                leaf, operands, steps, low, high, 0, workspace, partials, segment
+            )
         else:
-            _run_span(leaf, operands, steps, low, high, 0, space)
+            _run_span(leaf, operands, steps, low, high, 0, workspace)
     else:
         for k in range(low // length, high // length):
             row, place = rows[leaf.row + k]
             first, ahead = row * length, (place - row) * length
             if leaf.summed:
                 segment = _run_summing(
-                    leaf, operands, steps, first, first + length, ahead, space, partials, segment
+                    leaf,
+                    operands,
+                    steps,
+                    first,
+                    first + length,
+                    ahead,
+                    workspace,
+                    partials,
+                    segment,
                 )
             else:
-                _run_span(leaf, operands, steps, first, first + length, ahead, space)
-    _finish(leaf, operands, space[1], partials, segment)
+                _run_span(leaf, operands, steps, first, first + length, ahead, workspace)
+    _finish(leaf, operands, workspace[1], partials, segment)
 
 
 @jit
@@ -259,7 +269,7 @@ def _run_part(
     leaves: Any, operands: Any, steps: Any, rows: Any, partials: Any, part: int, parts: int
 ) -> None:
     """One of `parts` equal parts of all elements of the leaves."""
-    space = (
+    workspace = (
         np.empty(MAX_OPERANDS * TILE, np.float64),
         np.empty((MAX_OPERANDS, LANES), np.float64),
         np.empty(MAX_OPERANDS, np.uint64),
@@ -273,7 +283,7 @@ def _run_part(
         leaf = leaves[k]
         low, high = _cut(leaf, rows, start), _cut(leaf, rows, stop)
         if low < high:
-            _run_leaf(leaf, operands, steps, rows, low, high, space, partials)
+            _run_leaf(leaf, operands, steps, rows, low, high, workspace, partials)
 
 
 @functools.cache

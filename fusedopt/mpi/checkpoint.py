@@ -13,7 +13,7 @@ import numpy as np
 from ..arrays.checks import memory_order
 from ..arrays.file_set import Tensors, write_index
 from ..arrays.safetensors_file import part_name, write
-from ..arrays.stored import Memory
+from ..arrays.stored import LeafState
 from ..optimizer import Optimizer
 from ..step.checkpoint import CALLERS, Snapshot
 from .ranks import Ranks
@@ -188,11 +188,11 @@ class SharedState:
     def _part(
         self, tensors: Tensors, tensor: str, k: int, name: str, own: np.ndarray
     ) -> np.ndarray:
-        cut, memory = self._cuts[k], self._snapshot.memories[k]
+        cut, leaf_state = self._cuts[k], self._snapshot.leaf_states[k]
         if cut.owner is not None:
             whole = tensors.whole(tensor)
             return whole.T if memory_order(own) == "F" else whole
-        start = _entries(memory, name, cut.bounds[self._ranks.rank])
+        start = _entries(leaf_state, name, cut.bounds[self._ranks.rank])
         part = tensors.part(tensor, start, start + own.size)
         return part.reshape(own.shape) if part.size == own.size else part
 
@@ -241,11 +241,11 @@ def _shape(shape: Sequence[int], sizes: Sequence[int]) -> tuple[int, ...]:
     return (sum(sizes),) if -1 in shape else tuple(shape)
 
 
-def _entries(memory: Memory, name: str, elements: int) -> int:
+def _entries(leaf_state: LeafState, name: str, elements: int) -> int:
     """The number of entries of an array that belong to the first elements of its leaf."""
     state, _, kind = name.rpartition(".")
     if kind == "codes":
-        return memory.states[state].format.data_size(elements)
+        return leaf_state.states[state].format.data_size(elements)
     if kind == "scales":
-        return memory.states[state].format.aux_size(elements)
+        return leaf_state.states[state].format.aux_size(elements)
     return elements

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays.formats import FLOAT64, SEGMENT
-from ..arrays.rows import Rows, touched
+from ..arrays.rows import Rows, unique_rows
 from .ranks import Ranks
 from .shares import Cut, flat
 
@@ -55,7 +55,7 @@ class Norms:
         """For each segment the sum of the squares of its elements times scale, and that scale."""
         if isinstance(share, Rows):
             part = self._cuts[k].part(self._parameters[k], self._ranks.rank)
-            share = touched("grads", share, part).dense(part.shape)
+            share = unique_rows("grads", share, part).dense(part.shape)
         elements = flat(share)
         segments = [elements[a : a + SEGMENT] for a in range(0, elements.size, SEGMENT)]
         found: Sequence[tuple[float, float]] = self._backend.sums_of_squares(segments)

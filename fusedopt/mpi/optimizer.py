@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from ..arrays import host
-from ..arrays.checks import Fit, memory_order
+from ..arrays.checks import GradientChecks, memory_order
 from ..arrays.file_set import open_tensors
 from ..arrays.formats import TILE, compute_dtype
-from ..arrays.rows import Rows, Touched, as_rows, check_indices, touched, values_of
+from ..arrays.rows import Rows, UniqueRows, as_rows, check_indices, unique_rows, values_of
 from ..arrays.stored import AVERAGE
 from ..arrays.trees import Tree
 from ..optimizer import Optimizer
@@ -151,7 +151,7 @@ class ShardedOptimizer:
         local = self._local
         if shard is not None and local._options.decides(local._wide):
             self._norms = Norms(self._ranks, self._whole, self._shares, local._backend)
-            local._guard.agree = self._norms
+            local._clipper.agree = self._norms
         self._watch()
 
     def _checked(
@@ -192,13 +192,13 @@ class ShardedOptimizer:
         """Take note of what gradients must not share memory with."""
         labels = [leaf.label for leaf in self._tree.leaves]
         written = [
-            [p, *([] if copied is None else [copied]), *memory.saved.values()]
-            for p, copied, memory in zip(
+            [p, *([] if copied is None else [copied]), *leaf_state.saved.values()]
+            for p, copied, leaf_state in zip(
                 self._whole, self._copies, self._local._leaves, strict=True
             )
         ]
         counts = [int(copied is not None) for copied in self._copies]
-        self._fit = Fit(labels, self._whole, written, counts)
+        self._checks = GradientChecks(labels, self._whole, written, counts)
 
     # ---------------------------------------------------------------- steps
 
@@ -262,19 +262,19 @@ class ShardedOptimizer:
 
     def _fitted(self, grads: Any, what: str) -> list[Any]:
         """The leaves of a tree of whole gradients, checked."""
-        flat_leaves = self._tree.flatten(self._fit.opened(what, grads), what)
+        flat_leaves = self._tree.flatten(self._checks.opened(what, grads), what)
         return [self._fit_leaf(k, what, g) for k, g in enumerate(flat_leaves)]
 
-    def _fit_leaf(self, k: int, what: str, g: Any) -> np.ndarray | Touched | None:
+    def _fit_leaf(self, k: int, what: str, g: Any) -> np.ndarray | UniqueRows | None:
         label = self._tree.leaves[k].label.replace("params", what, 1)
         rows = as_rows(label, g)
         if rows is None:
-            return self._fit.gradient(k, label, g)
-        taken = touched(label, rows, self._whole[k])
+            return self._checks.gradient(k, label, g)
+        taken = unique_rows(label, rows, self._whole[k])
         refusal = refuses_rows(self._local._rules[k], self._local._leaves[k])
         if refusal:
             raise ValueError(f"{label}: {refusal}; give the whole gradient")
-        self._fit.check_apart(label, taken.values)
+        self._checks.check_apart(label, taken.values)
         return taken
 
     def _check_exclusive(self, grads: Any, hessian: Any) -> None:
@@ -283,7 +283,7 @@ class ShardedOptimizer:
             leaves = [] if tree is None else self._tree.flatten(tree, what)
             given += [(f"{what} of {self._tree.leaves[k].path}", values_of(g))
                       for k, g in enumerate(leaves)]  # fmt: skip
-        self._fit.check_exclusive(given, len(self._tree.leaves))
+        self._checks.check_exclusive(given, len(self._tree.leaves))
 
     def _zero(self, grads: Any) -> None:
         for g in self._tree.flatten(grads, "grads"):
@@ -370,7 +370,7 @@ class ShardedOptimizer:
         if self._norms is None:  # otherwise all ranks have the same in the first two columns
             results[:, 1] = of_ranks[:, :, 1].max(axis=0)
         results[:, 2:] = of_ranks[:, :, 2:].sum(axis=0)
-        return local._report.info(info.step, info.lr)
+        return local._info_builder.info(info.step, info.lr)
 
     # ---------------------------------------------------------------- the rest of an Optimizer
 
@@ -469,8 +469,8 @@ class ShardedOptimizer:
         """The averages of `ema` on every rank, as `Optimizer.averaged`; here they are copies."""
         self._local.averaged()  # which refuses it where there are none
         averages, requests = [], []
-        for p, c, memory in zip(self._whole, self._shares, self._local._leaves, strict=True):
-            mine = memory.states[AVERAGE].data
+        for p, c, leaf_state in zip(self._whole, self._shares, self._local._leaves, strict=True):
+            mine = leaf_state.states[AVERAGE].data
             whole = np.empty_like(p, mine.dtype)
             averages.append(whole)
             if self._shard is None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..arrays.formats import SEGMENT, compute_dtype
-from ..arrays.rows import Rows, Touched, touched
+from ..arrays.rows import Rows, UniqueRows, unique_rows
 from .ranks import Ranks
 from .shares import Cut, flat
 
@@ -85,7 +85,7 @@ class Reduction:
         return [None if g is None else self._kind(k, g) for k, g in enumerate(values)]
 
     def _kind(self, k: int, g: Any) -> Kind:
-        if not isinstance(g, Touched):
+        if not isinstance(g, UniqueRows):
             return Kind(g.dtype)
         cut = self._cuts[k]
         if cut.owner is None and not cut.row:
@@ -108,7 +108,7 @@ class Reduction:
 
         what: "grads" or "hessian": the arrays are those of the last call with the same word, since
         new memory would cost as much as the additions.
-        values: of each leaf a dense array in the memory order of its parameter, `Touched` or None.
+        values: of each leaf a dense array in its parameter's memory order, `UniqueRows` or None.
         kinds: what `kinds` returned on each rank. A rank that has None for a leaf counts as zero.
         Raises ValueError, on all ranks alike, where some give rows and others whole arrays.
         """
@@ -274,7 +274,7 @@ class Reduction:
     # ---------------------------------------------------------------- rows
 
     def _reduce_rows(
-        self, k: int, mine: Touched | None, kinds: Sequence[Kind | None]
+        self, k: int, mine: UniqueRows | None, kinds: Sequence[Kind | None]
     ) -> Rows | None:
         """The rows of this rank's share, those of equal indices added in the order of ranks."""
         ranks, cut, p = self._ranks, self._cuts[k], self._parameters[k]
@@ -305,7 +305,7 @@ class Reduction:
         values = np.concatenate(
             [np.empty((0, *p.shape[1:]), dtype), *(v.astype(dtype) for _, v in received)]
         )
-        found = touched(self._labels[k], Rows(rows, values), p)
+        found = unique_rows(self._labels[k], Rows(rows, values), p)
         sums = found.gathered
         with np.errstate(all="ignore"):
             self._divide(sums)
@@ -331,7 +331,7 @@ def _add_up(out: np.ndarray, parts: Sequence[np.ndarray]) -> None:
             np.add(out, part, out=out)
 
 
-def _between(rows: Touched, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+def _between(rows: UniqueRows, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
     """The rows [start, stop) and their values, copied."""
     a, b = np.searchsorted(rows.rows, (start, stop))
     return rows.rows[a:b].copy(), rows.values[rows.places[a:b]]

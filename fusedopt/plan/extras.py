@@ -13,7 +13,7 @@ from ..programs.program import Operation, Program
 from ..rules.base import Rule
 
 
-class Around(NamedTuple):
+class Extras(NamedTuple):
     """clip_value: every element of the gradient is kept within +- this. ema: how much of the
     average of a parameter a step keeps. stats: sum up what `StepInfo.stats` tells; norms: with the
     gradient's norm, which no other pass finds."""
@@ -35,10 +35,10 @@ class Around(NamedTuple):
         last = max(op.phase for op in own)  # in which the parameter is written
         before: list[Operation] = []
         after: list[Operation] = []
-        scratch: list[str] = []
+        temporaries: list[str] = []
         if self.clip_value is not None:
             limit = (self.clip_value,)
-            scratch.append("clipped")
+            temporaries.append("clipped")
             for phase in sorted({op.phase for op in own if "g" in op.operands}):
                 before.append(
                     Operation("clip_value", ("clipped", "g"), lambda t, lr: limit, "filter", phase)
@@ -48,7 +48,7 @@ class Around(NamedTuple):
                 for op in own
             )
         if self.stats:
-            scratch.append("before")
+            temporaries.append("before")
             before.append(Operation("keep", ("before", "p"), _nothing, "other", last))
             after += [
                 Operation("squared_differences", ("update", "p", "before"), _nothing, "sum", last),
@@ -64,7 +64,7 @@ class Around(NamedTuple):
         refreshes = tuple(op for op in own if op.needs is not None)
         operations = (*before, *steps, *after, *refreshes)
         sums = tuple(op.operands[0] for op in operations if op.loop == "sum")
-        return Program(rule, operations, ("p", *self.states(rule)), tuple(scratch), sums)
+        return Program(rule, operations, ("p", *self.states(rule)), tuple(temporaries), sums)
 
     def reference(
         self,
@@ -107,6 +107,6 @@ def _one(t: int, lr: float) -> tuple[float, ...]:
     return (1.0,)
 
 
-NOTHING = Around()
-EVERYTHING = Around(clip_value=1.0, ema=0.5, stats=True, norms=True)
+NOTHING = Extras()
+EVERYTHING = Extras(clip_value=1.0, ema=0.5, stats=True, norms=True)
 """For whoever checks that all of it is there."""

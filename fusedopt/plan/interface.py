@@ -8,10 +8,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..arrays.rows import Touched
-from ..arrays.stored import Memory, Stored
+from ..arrays.rows import UniqueRows
+from ..arrays.stored import LeafState, Stored
 from ..rules.base import Rule
-from .spec import Layout
+from .spec import PlanSpec
 
 
 class Decision(Protocol):
@@ -34,7 +34,7 @@ class Decision(Protocol):
         """Return the error of a step that a device did not take, because of these leaves."""
 
 
-class Space(Protocol):
+class Device(Protocol):
     """Checks and makes the arrays of a backend: `fusedopt.arrays.host`, or
     `fusedopt.backends.cuda.device`, which has arrays of its own with a shape, a dtype and a size.
 
@@ -42,7 +42,7 @@ class Space(Protocol):
     check_parameter, check_apart, Fit: see `fusedopt.arrays.checks`. check_state: what `update` is
     given, as it is stored. allocate: see `Storage.allocate`.
     blank: new arrays like others, in the types that they are computed in. same: whether two arrays
-    have the same elements. touched: see `fusedopt.arrays.rows`.
+    have the same elements. unique_rows: see `fusedopt.arrays.rows`.
     """
 
     check_options: Callable[..., None]
@@ -50,11 +50,11 @@ class Space(Protocol):
     check_parameter: Callable[..., Any]
     check_apart: Callable[..., None]
     check_state: Callable[..., Stored]
-    Fit: Callable[..., Any]
-    allocate: Callable[..., list[Memory]]
+    GradientChecks: Callable[..., Any]
+    allocate: Callable[..., list[LeafState]]
     blank: Callable[..., list[Stored]]
     same: Callable[..., bool]
-    touched: Callable[..., Touched]
+    unique_rows: Callable[..., UniqueRows]
 
 
 class Plan(Protocol):
@@ -81,12 +81,12 @@ class Plan(Protocol):
         """Updates every leaf that has a gradient, and its counter, in place; the step's number.
 
         flat: grads and hessian are lists of leaves, checked, and laid out like their parameters or
-        `Touched`; otherwise trees, and None comes back, with nothing written, where something is to
-        be checked or explained first. Where `decide` says no, the number of the step before.
+        `UniqueRows`; otherwise trees, and None comes back, with nothing written, where something is
+        to be checked or explained first. Where `decide` says no, the number of the step before.
         """
 
 
-class Turn:
+class ExclusiveUse:
     """The part of a plan that keeps others from using it."""
 
     def __init__(self) -> None:
@@ -115,8 +115,8 @@ class Backend(Protocol):
     name: str
 
     @property
-    def space(self) -> Any:
-        """The `Space` of its arrays."""
+    def device(self) -> Any:
+        """The `Device` of its arrays."""
 
     def unavailable(self) -> str | None:
         """Why it cannot be used here; None where it can."""
@@ -124,7 +124,7 @@ class Backend(Protocol):
     def describe(self) -> str:
         """The variant in use, such as the instruction set."""
 
-    def plan(self, layout: Layout) -> Plan:
+    def plan(self, spec: PlanSpec) -> Plan:
         """Prepares an optimizer's steps."""
 
     def update(

@@ -13,7 +13,7 @@ import numpy as np
 from ..arrays.formats import FLOAT64
 from ..arrays.storage import Master, Rounding, StateDtype, Storage
 from ..system.threads import check_threads
-from .extras import Around
+from .extras import Extras
 
 ClipNorm = float | Mapping[str, float | None] | None
 
@@ -79,11 +79,11 @@ class Options(NamedTuple):
         squares may leave the range and be wanted again."""
         return self.clip_norm is not None or self.skip_nonfinite or (self.stats and wide)
 
-    def around(self, wide: bool) -> Around:
+    def extras(self, wide: bool) -> Extras:
         """What is done beside the rules."""
         clip_value = None if self.clip_value is None else float(self.clip_value)
         ema = None if self.ema is None else float(self.ema)
-        return Around(clip_value, ema, self.stats, self.stats and not self.decides(wide))
+        return Extras(clip_value, ema, self.stats, self.stats and not self.decides(wide))
 
 
 def unsupported(what: str, remedy: str) -> str:

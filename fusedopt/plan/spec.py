@@ -9,19 +9,19 @@ from typing import Any
 import numpy as np
 
 from ..arrays.formats import RandomKey
-from ..arrays.state_file import Scratch
-from ..arrays.stored import Memory, Stored
+from ..arrays.state_file import StateFile
+from ..arrays.stored import LeafState, Stored
 from ..programs.program import Program
 from ..rules.base import Rule
 from ..rules.groups import Group
-from .extras import NOTHING, Around
+from .extras import NOTHING, Extras
 
 INPUTS = ("g", "hessian")
 """The operands that come with each step; they have the first slots."""
 
 
 @dataclass(frozen=True)
-class Layout:
+class PlanSpec:
     """Everything about an optimizer that a plan needs.
 
     tree: the parameters' `Tree.spec`. leaves: what a step writes of each. groups: the rules;
@@ -30,42 +30,41 @@ class Layout:
     then each leaf's; a plan advances them. keys: of each leaf, for its parameter and states, the
     keys of their random bits. results: float64, a row for each leaf, which a step fills in: the sum
     of squares of its gradient times scale, that scale (0 where it takes no part), the elements that
-    are touched, and the sums of its program. around: what is done beside the rules. decide: asked
+    are touched, and the sums of its program. extras: what is done beside the rules. decide: asked
     when the first two columns are known whether to go on, and may set the factors; without it they
     are not computed. zero_grads: gradients are set to zero. threads: at most so many, or None.
     wait: whether a step may wait for what `decide` needs; otherwise see `backends.cuda.clipping`.
-    scratch: the
-    file that states are in, of which a step is to have a window in memory at a time; None where
-    they are in memory.
+    state_file: the file that states are in, of which a step is to have a window in memory at a
+    time; None where they are in memory.
     """
 
     tree: Any
-    leaves: Sequence[Memory]
+    leaves: Sequence[LeafState]
     groups: Sequence[Group]
     group_of: Sequence[int]
     rates: np.ndarray
     counters: np.ndarray
     keys: Sequence[Sequence[RandomKey]]
     results: np.ndarray
-    around: Around = NOTHING
+    extras: Extras = NOTHING
     decide: Callable[[], bool] | None = None
     zero_grads: bool = False
     threads: int | None = None
     wait: bool = True
-    scratch: Scratch | None = None
+    state_file: StateFile | None = None
 
 
 def results_for(programs: Sequence[Program], leaves: int) -> np.ndarray:
-    """The array of a `Layout`."""
+    """The array of a `PlanSpec`."""
     return np.zeros((leaves, 3 + max(len(program.sums) for program in programs)))
 
 
-def single(rule: Rule, program: Program, t: int, lr: float, arrays: Sequence[Stored]) -> Layout:
+def single(rule: Rule, program: Program, t: int, lr: float, arrays: Sequence[Stored]) -> PlanSpec:
     """That of one tensor's t-th step; arrays: the parameter, then those of the program."""
     names = program.arrays[1 : len(program.arrays) - len(program.works)]
     states = dict(zip(names, arrays[1:], strict=False))
     sides = dict(zip(rule.sides(arrays[0].shape), arrays[1 + len(names) :], strict=True))
-    memory = Memory(arrays[0], states, sides=sides)
+    leaf_state = LeafState(arrays[0], states, sides=sides)
     rates, counters = np.array([lr, 1.0]), np.array([0, t - 1])
     group, keys = Group(rule.name, rule), [[RandomKey()] * (1 + len(names))]
-    return Layout(0, [memory], [group], [0], rates, counters, keys, results_for([program], 1))
+    return PlanSpec(0, [leaf_state], [group], [0], rates, counters, keys, results_for([program], 1))

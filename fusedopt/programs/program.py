@@ -63,10 +63,10 @@ class Governed(Protocol):
 class Program:
     """Operations on a rule's arrays, and their scalars.
 
-    arrays: names; work space is added where there are several phases. scratch: names of tiles that
-    live as long as a tile is worked on; sums: of sums over a leaf. folds: of each operation its
-    function from (t, lr). head: (factor, a, b); a rule's own scalars stand behind the factor on the
-    gradient and the coefficient a + b lr of weight decay.
+    arrays: names; work space is added where there are several phases. temporaries: names of tiles
+    that live as long as a tile is worked on; sums: of sums over a leaf. folds: of each operation
+    its function from (t, lr). head: (factor, a, b); the scalars of a rule stand behind the factor
+    on the gradient and the coefficient a + b lr of weight decay.
     """
 
     MODES: ClassVar = ("plain", "l2", "decoupled", "first", "peek", "peek_l2")  # csrc/table.h
@@ -76,10 +76,10 @@ class Program:
         rule: Governed,
         operations: tuple[Operation, ...],
         arrays: tuple[str, ...],
-        scratch: tuple[str, ...] = (),
+        temporaries: tuple[str, ...] = (),
         sums: tuple[str, ...] = (),
     ) -> None:
-        self.operations, self.scratch, self.sums = operations, scratch, sums
+        self.operations, self.temporaries, self.sums = operations, temporaries, sums
         self.phases = 1 + max(op.phase for op in operations)
         self.works = rule.works if self.phases > 1 else ()
         self.arrays = (*arrays, *self.works)

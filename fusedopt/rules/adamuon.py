@@ -76,7 +76,7 @@ class AdaMuon(Muon):
         self,
         phase: int,
         works: Sequence[np.ndarray],
-        space: Workspace,
+        workspace: Workspace,
         members: Sequence[Member | None],
     ) -> None:
         (directions,) = works
@@ -84,15 +84,15 @@ class AdaMuon(Muon):
             return
         stack = count, rows, cols = self.stack(directions)
         if phase == 0:
-            space.orthogonalize(directions, stack, self.iteration, 1.0)
+            workspace.orthogonalize(directions, stack, self.iteration, 1.0)
             return
-        x, _ = space.opened(directions, stack)
+        x, _ = workspace.opened(directions, stack)
         size = self.factor(rows, cols) * math.sqrt(min(rows, cols))
         for k in range(count):
             flat = x[k].reshape(-1)
             norm = math.sqrt(np.dot(flat, flat)) + self.eps_v
             flat *= flat.dtype.type(size / norm if norm else 0.0)
-        space.closed(directions, x)
+        workspace.closed(directions, x)
 
     def textbook(
         self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 
-from ..arrays.spaces import space_of
+from ..arrays.devices import device_of
 from ..arrays.storage import StateDtype, Storage
 from ..linalg.newton_schulz import Stack, Workspace
 from ..programs.arithmetic import Array
@@ -279,12 +279,12 @@ class Rule:
         state_dtype: as `Optimizer` takes it; without it float64 for a float64 parameter, else
         float32. Arrays, or `Quantized` objects where the state is stored so.
         """
-        space = space_of(p)
+        space = device_of(p)
         p = space.check_parameter("p", p, self)
         storage = Storage(state_dtype)
         storage.check(["p"], [p.dtype], [self])
-        (memory,) = space.allocate(storage, [self], [p], [None])
-        stored = [*memory.states.values(), *memory.sides.values()]
+        (leaf_state,) = space.allocate(storage, [self], [p], [None])
+        stored = [*leaf_state.states.values(), *leaf_state.sides.values()]
         return tuple(state.visible for state in stored)
 
     def summary(self) -> str:

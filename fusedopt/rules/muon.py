@@ -244,14 +244,14 @@ class Muon(Rule):
         self,
         phase: int,
         works: Sequence[np.ndarray],
-        space: Workspace,
+        workspace: Workspace,
         members: Sequence[Member | None],
     ) -> None:
         # Leaves of the batch that have no gradient are orthogonalised too, whatever is there.
         (directions,) = works
         if directions.size:
             stack = self.stack(directions)
-            space.orthogonalize(directions, stack, self.iteration, self.factor(*stack[1:]))
+            workspace.orthogonalize(directions, stack, self.iteration, self.factor(*stack[1:]))
 
     def stack(self, directions: np.ndarray) -> Stack:
         """Those of several parameters, whose number is the first dimension."""

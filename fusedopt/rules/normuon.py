@@ -59,15 +59,15 @@ class NorMuon(Muon):
         self,
         phase: int,
         works: Sequence[np.ndarray],
-        space: Workspace,
+        workspace: Workspace,
         members: Sequence[Member | None],
     ) -> None:
         (directions,) = works
         if not directions.size:
             return
         stack = count, rows, cols = self.stack(directions)
-        space.orthogonalize(directions, stack, self.iteration, 1.0)
-        x, y = space.opened(directions, stack)
+        workspace.orthogonalize(directions, stack, self.iteration, 1.0)
+        x, y = workspace.opened(directions, stack)
         factor, spare = self.factor(rows, cols), y.reshape(-1)[:rows]
         for k in range(count):
             leaf, part = divmod(k, self.split)
@@ -75,7 +75,7 @@ class NorMuon(Muon):
             if member is not None:
                 own = slice(part * rows, (part + 1) * rows)
                 self._normalize(x[k], member.sides["v"][own], spare, factor)
-        space.closed(directions, x)
+        workspace.closed(directions, x)
 
     def _normalize(self, o: np.ndarray, v: np.ndarray, spare: np.ndarray, factor: float) -> None:
         """One matrix and its rows' averages, in place; spare: an element for each row."""

@@ -137,12 +137,12 @@ class SOAP(Rule):
         self,
         phase: int,
         works: Sequence[np.ndarray],
-        space: Workspace,
+        workspace: Workspace,
         members: Sequence[Member | None],
     ) -> None:
         for number, work in reversed([*enumerate(works)]) if phase == 0 else [(0, works[0])]:
             leaves, *shape = work.shape
-            x, y = space.opened(work, (leaves, *as_matrix(tuple(shape))), number)
+            x, y = workspace.opened(work, (leaves, *as_matrix(tuple(shape))), number)
             for matrix, spare, member in zip(x, y, members, strict=True):
                 if member is None or not matrix.size:
                     continue
@@ -154,7 +154,7 @@ class SOAP(Rule):
                 if phase == 1 and right is not None:
                     right = right.T
                 _multiply(left, matrix, right, spare)
-            space.closed(work, x)
+            workspace.closed(work, x)
 
     def _accumulate(
         self, g: np.ndarray, spare: np.ndarray, sides: Mapping[str, np.ndarray]

@@ -10,16 +10,16 @@ import numpy as np
 
 from ..arrays.formats import RandomKey
 from ..arrays.rows import Rows, as_rows, joined, values_of
-from ..arrays.stored import Memory
+from ..arrays.stored import LeafState
 from ..arrays.trees import Tree
 from ..plan.interface import Backend
 from ..plan.options import unsupported
-from ..plan.spec import Layout, results_for
+from ..plan.spec import PlanSpec, results_for
 from ..programs.arithmetic import Array
 from ..programs.program import Operation
 from ..rules import Rule
 from ..rules.groups import Group
-from .gradients import Stepper
+from .gradients import GradientReader
 
 
 class Accumulated:
@@ -54,9 +54,9 @@ class Accumulation(Rule):
 class Accumulator:
     """Sums of gradients, in the type that each leaf is computed in.
 
-    fit: of the parameters, which gradients may not share memory with. An empty sum is one whose
-    leaf has counted no gradient; what stands in its array is of no account, so that emptying
-    touches no memory. `Rows` are copied and kept until the step.
+    gradient_checks: of the parameters, which gradients may not share memory with. An empty sum is
+    one whose leaf has counted no gradient; what stands in its array is of no account, so that
+    emptying touches no memory. `Rows` are copied and kept until the step.
     """
 
     def __init__(
@@ -67,14 +67,14 @@ class Accumulator:
         zero_grads: bool,
         threads: int | None,
     ) -> None:
-        self._sums = backend.space.blank(parameters)
-        self._space = backend.space
+        self._sums = backend.device.blank(parameters)
+        self._device = backend.device
         self._counters = np.zeros(1 + len(self._sums), np.int64)
         self._rows: dict[int, list[Rows]] = {}
         rule = Accumulation()
-        layout = Layout(
+        spec = PlanSpec(
             tree=tree.spec,
-            leaves=[Memory(stored, {}) for stored in self._sums],
+            leaves=[LeafState(stored, {}) for stored in self._sums],
             groups=[Group(rule.name, rule)],
             group_of=[0] * len(self._sums),
             rates=np.array([0.0, 1.0]),
@@ -84,14 +84,18 @@ class Accumulator:
             zero_grads=zero_grads,
             threads=threads,
         )
-        self._tree, self._layout, self._plan = tree, layout, backend.plan(layout)
+        self._tree, self._spec, self._plan = tree, spec, backend.plan(spec)
         self.watch(parameters)
 
     def watch(self, parameters: Sequence[np.ndarray]) -> None:
         """Takes note of where the parameters are."""
         written = [[p, *s.arrays] for p, s in zip(parameters, self._sums, strict=True)]
-        fit = self._space.Fit([leaf.label for leaf in self._tree.leaves], parameters, written)
-        self._stepper = Stepper(self._tree, fit, self._space.touched, self._layout, self._plan)
+        gradient_checks = self._device.GradientChecks(
+            [leaf.label for leaf in self._tree.leaves], parameters, written
+        )
+        self._gradient_reader = GradientReader(
+            self._tree, gradient_checks, self._device.unique_rows, self._spec, self._plan
+        )
 
     @property
     def nbytes(self) -> int:
@@ -105,20 +109,20 @@ class Accumulator:
 
     def add(self, grads: Any) -> int:
         """Adds a micro-batch's gradients; how many there are now."""
-        if not self._rows and not self._layout.zero_grads:
+        if not self._rows and not self._spec.zero_grads:
             count = self._plan.step(grads, None, False)
             if count is not None:
                 return count
-        leaves = self._stepper.flatten(grads, "grads")
+        leaves = self._gradient_reader.flatten(grads, "grads")
         some = {k: as_rows("grads", g) for k, g in enumerate(leaves)}
         rows = {k: given for k, given in some.items() if given is not None}
         if not rows:
             self._refuse_mixed([k for k, g in enumerate(leaves) if g is not None], self._rows)
             return self._add(grads)
         self._refuse_mixed(rows, np.flatnonzero(self._counters[1:]))
-        taken = {k: self._stepper.fit_leaf(k, "grads", given) for k, given in rows.items()}
-        if self._layout.zero_grads:
-            self._stepper.check_exclusive(leaves, None)
+        taken = {k: self._gradient_reader.fit_leaf(k, "grads", given) for k, given in rows.items()}
+        if self._spec.zero_grads:
+            self._gradient_reader.check_exclusive(leaves, None)
         if not all(isinstance(t.values, np.ndarray) for t in taken.values()):
             raise ValueError(unsupported("accumulate(Rows)", "give them to step()"))
         kept = {k: Rows(t.rows, t.gathered) for k, t in taken.items()}
@@ -127,14 +131,14 @@ class Accumulator:
         count = self._add(self._tree.build(dense))
         for k, some_rows in kept.items():
             self._rows.setdefault(k, []).append(some_rows)
-            if self._layout.zero_grads:
+            if self._spec.zero_grads:
                 values_of(leaves[k])[...] = 0
         return count
 
     def _add(self, grads: Any) -> int:
-        if self._layout.zero_grads:  # only the slow way knows the parameters, which must stay
-            return self._stepper.explained(grads, None)
-        return self._stepper.step(grads, None)
+        if self._spec.zero_grads:  # only the slow way knows the parameters, which must stay
+            return self._gradient_reader.explained(grads, None)
+        return self._gradient_reader.step(grads, None)
 
     def _refuse_mixed(self, leaves: Iterable[int], others: Collection[int]) -> None:
         for k in leaves:

@@ -14,29 +14,29 @@ from ..rules import Rule
 Arrays = tuple[list[np.ndarray], list[np.ndarray | None]]
 
 
-def checked_arrays(space: Any, tree: Tree, rules: Sequence[Rule], copy_out: Any) -> Arrays:
+def checked_arrays(device: Any, tree: Tree, rules: Sequence[Rule], copy_out: Any) -> Arrays:
     """The parameters, and of each the array that gets a copy of it, or None.
 
-    space: the backend's. Raises TypeError or ValueError where one does not fit, or where two share
+    device: the backend's. Raises TypeError or ValueError where one does not fit, or where two share
     memory.
     """
     parameters = [
-        space.check_parameter(leaf.label, leaf.value, rule)
+        device.check_parameter(leaf.label, leaf.value, rule)
         for leaf, rule in zip(tree.leaves, rules, strict=True)
     ]
-    copies = _copies(space, tree, parameters, copy_out)
+    copies = _copies(device, tree, parameters, copy_out)
     named = [(leaf.label, p) for leaf, p in zip(tree.leaves, parameters, strict=True)]
     named += [
         (_label(leaf), copied)
         for leaf, copied in zip(tree.leaves, copies, strict=True)
         if copied is not None
     ]
-    space.check_apart([label for label, _ in named], [a for _, a in named])
+    device.check_apart([label for label, _ in named], [a for _, a in named])
     return parameters, copies
 
 
 def _copies(
-    space: Any, tree: Tree, parameters: Sequence[np.ndarray], copy_out: Any
+    device: Any, tree: Tree, parameters: Sequence[np.ndarray], copy_out: Any
 ) -> list[np.ndarray | None]:
     if copy_out is None:
         return [None] * len(parameters)
@@ -46,7 +46,7 @@ def _copies(
         if array is None:
             copies.append(None)
             continue
-        copied = space.check_target(_label(leaf), array)
+        copied = device.check_target(_label(leaf), array)
         if copied.shape != p.shape or memory_order(copied) != memory_order(p):
             raise ValueError(
                 f"{_label(leaf)}: expected the shape {p.shape} and memory order {memory_order(p)}"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays.checks import memory_order
-from ..arrays.stored import Memory
+from ..arrays.stored import LeafState
 from ..arrays.trees import Leaf
 from ..rules import Rule
 
@@ -42,19 +42,19 @@ class Snapshot:
         leaves: Sequence[Leaf],
         rules: Sequence[Rule],
         parameters: Sequence[np.ndarray],
-        memories: Sequence[Memory],
+        leaf_states: Sequence[LeafState],
         counters: np.ndarray,
         seed: int,
     ) -> None:
         self.paths = [leaf.path for leaf in leaves]
         self.rules, self.counters, self.seed = rules, counters, seed
-        self.parameters, self.memories = parameters, memories
+        self.parameters, self.leaf_states = parameters, leaf_states
 
     def take(self) -> dict[str, Any]:
         """Counters, and copies of the states."""
         saved = self._described()
-        for path, memory in zip(self.paths, self.memories, strict=True):
-            copies = {name: a.copy(order="A") for name, a in memory.saved.items()}
+        for path, leaf_state in zip(self.paths, self.leaf_states, strict=True):
+            copies = {name: a.copy(order="A") for name, a in leaf_state.saved.items()}
             saved["leaves"][path]["state"] = copies
         return saved
 
@@ -133,7 +133,7 @@ class Snapshot:
                 "shape": p.shape,
                 "dtype": p.dtype.name,
                 "order": memory_order(p),
-                "formats": _formats(self.memories[k]),
+                "formats": _formats(self.leaf_states[k]),
             }
         return {
             "format": FORMAT,
@@ -144,9 +144,9 @@ class Snapshot:
 
     def _held(self, k: int, parameters: bool) -> Mapping[str, np.ndarray]:
         """The arrays of a leaf that are saved, by name."""
-        memory = self.memories[k]
-        callers = dict(zip(CALLERS, (memory.caller, *memory.copies), strict=False))
-        return {**callers, **memory.saved} if parameters else memory.saved
+        leaf_state = self.leaf_states[k]
+        callers = dict(zip(CALLERS, (leaf_state.caller, *leaf_state.copies), strict=False))
+        return {**callers, **leaf_state.saved} if parameters else leaf_state.saved
 
     def _problems(self, saved: Any, strict: bool, parameters: bool) -> Iterator[str]:
         if not isinstance(saved, dict) or saved.get("format") != FORMAT:
@@ -184,7 +184,7 @@ class Snapshot:
             "shape": p.shape,
             "dtype": p.dtype.name,
             "order": memory_order(p),
-            "formats": _formats(self.memories[k]),
+            "formats": _formats(self.leaf_states[k]),
         }
         for what, value in here.items():
             there = tuple(entry[what]) if what == "shape" else entry[what]
@@ -227,9 +227,9 @@ def _other_hyperparameters(rule: Rule, there: dict[str, Any], strict: bool) -> I
             yield f"{name} {own!r} here, {other!r} there"
 
 
-def _formats(memory: Memory) -> dict[str, str]:
+def _formats(leaf_state: LeafState) -> dict[str, str]:
     """What the parameter is computed with and each state is stored in, where dtypes do not tell."""
-    stored = {"p": memory.parameter, **memory.states}
+    stored = {"p": leaf_state.parameter, **leaf_state.states}
     return {name: s.format.name for name, s in stored.items()}
 
 

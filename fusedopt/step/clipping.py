@@ -42,7 +42,7 @@ def _exact_sum(values: np.ndarray) -> float:
         return math.inf
 
 
-class Guard:
+class GradientClipper:
     """Asked between the reading of the gradients and the step: whether to go on, and how.
 
     paths: of the leaves. labels: of the groups; group_of: of each leaf its group. results: the

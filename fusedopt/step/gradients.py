@@ -7,57 +7,57 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays.checks import Fit
+from ..arrays.checks import GradientChecks
 from ..arrays.foreign import host_array
 from ..arrays.formats import TILE
-from ..arrays.rows import Rows, Touched, as_rows, values_of
-from ..arrays.stored import Memory
+from ..arrays.rows import Rows, UniqueRows, as_rows, values_of
+from ..arrays.stored import LeafState
 from ..arrays.trees import Tree
 from ..plan.interface import Plan
-from ..plan.spec import Layout
+from ..plan.spec import PlanSpec
 from ..rules.base import Rule
 from ..system.interrupts import deferred
-from .lazy_rows import Ledger
+from .lazy_rows import LazyRows
 
 
-class Stepper:
+class GradientReader:
     """Runs an optimizer's plan, and finds the reason where it takes something only after a look.
 
-    fit: of the tree's leaves. touched: checks `Rows`, see `arrays.rows.touched`. ledger: of rows
-    that miss steps, where these are to be replayed.
+    gradient_checks: of the tree's leaves. unique_rows: checks `Rows`, see `arrays.rows`. lazy_rows:
+    of rows that miss steps, where these are to be replayed.
     """
 
     def __init__(
         self,
         tree: Tree,
-        fit: Fit,
-        touched: Callable[..., Touched],
-        layout: Layout,
+        gradient_checks: GradientChecks,
+        unique_rows: Callable[..., UniqueRows],
+        spec: PlanSpec,
         plan: Plan,
-        ledger: Ledger | None = None,
+        lazy_rows: LazyRows | None = None,
     ) -> None:
-        self._touched = touched
-        self._tree, self._fit, self._layout, self._plan = tree, fit, layout, plan
-        self._rules = [layout.groups[k].rule for k in layout.group_of]
-        self._ledger = ledger
+        self._unique_rows = unique_rows
+        self._tree, self._checks, self._spec, self._plan = tree, gradient_checks, spec, plan
+        self._rules = [spec.groups[k].rule for k in spec.group_of]
+        self._lazy_rows = lazy_rows
 
     def step(self, grads: Any, hessian: Any) -> int:
         """One step; its number."""
-        if self._ledger is not None:  # which wants to see the leaves
+        if self._lazy_rows is not None:  # which wants to see the leaves
             return self.explained(grads, hessian)
         number = self._plan.step(grads, hessian, False)
         return self.explained(grads, hessian) if number is None else number
 
     def explained(self, grads: Any, hessian: Any) -> int:
         """What the plan did not take: refused with the reason, or laid out so that it will be."""
-        self._fit.check_unmoved()
+        self._checks.check_unmoved()
         fitted = self._fitted(grads, "grads")
         estimates = None if hessian is None else self.estimates(hessian, fitted)
-        if not self._layout.zero_grads:
+        if not self._spec.zero_grads:
             return self.flat(fitted, estimates)
         return self._zeroing(fitted, estimates, self.flatten(grads, "grads"))
 
-    def estimates(self, hessian: Any, grads: Sequence[Any]) -> list[np.ndarray | Touched | None]:
+    def estimates(self, hessian: Any, grads: Sequence[Any]) -> list[np.ndarray | UniqueRows | None]:
         """The leaves of a tree of Hessian estimates, checked; grads: those that go with them, which
         are of the same rows."""
         estimates = self._fitted(hessian, "hessian")
@@ -77,7 +77,7 @@ class Stepper:
     def _same_rows(self, k: int, e: Any, grads: Sequence[Any]) -> Any:
         """A leaf's estimate, with its rows where those of the gradient are."""
         g = grads[k]
-        if g is None or not (isinstance(g, Touched) or isinstance(e, Touched)):
+        if g is None or not (isinstance(g, UniqueRows) or isinstance(e, UniqueRows)):
             return e
         if type(g) is not type(e) or not np.array_equal(g.rows, e.rows):
             raise ValueError(
@@ -88,7 +88,7 @@ class Stepper:
             return e
         values = np.zeros(g.values.shape, e.values.dtype)
         values[g.places] = e.gathered
-        return Touched(g.rows, g.places, values)
+        return UniqueRows(g.rows, g.places, values)
 
     def summed(self, sums: Sequence[Any], hessian: Any) -> int:
         """A step with accumulated gradients; their number."""
@@ -105,35 +105,35 @@ class Stepper:
         for k, g in zip(numbers, grads, strict=True):
             given[k] = host_array(g)
             fitted[k] = self.fit_leaf(k, labels[k], given[k])
-        if self._layout.zero_grads:
+        if self._spec.zero_grads:
             return self._zeroing(fitted, None, given)
         return self.flat(fitted, None)
 
     def flat(self, grads: Sequence[Any], hessian: Sequence[Any] | None) -> int:
         """A step with leaves that passed all checks."""
-        if self._ledger is not None:
-            self._ledger.check(grads)
-        before = int(self._layout.counters[0])
+        if self._lazy_rows is not None:
+            self._lazy_rows.check(grads)
+        before = int(self._spec.counters[0])
         number = self._plan.step(grads, hessian, True)
         if number is None:
             raise RuntimeError(
                 "the core refused arrays that passed the checks; if a parameter was resized, call"
                 " rebind(params), otherwise please report this"
             )
-        if self._ledger is not None and number > before:
-            self._ledger.record(grads, hessian)
+        if self._lazy_rows is not None and number > before:
+            self._lazy_rows.record(grads, hessian)
         return int(number)
 
     def _zeroing(self, fitted: Any, estimates: Any, given: Sequence[Any]) -> int:
         self.check_exclusive(given, estimates)
-        copied = self._fit.copied(given, fitted)
-        if copied and not self._layout.wait:
+        copied = self._checks.copied(given, fitted)
+        if copied and not self._spec.wait:
             raise ValueError(
                 f"{self._labels('grads')[copied[0]]}: zero_grads with wait=False needs it in the"
                 " memory order of its parameter, or a step that is not taken would zero it; pass a"
                 " dense copy in that order"
             )
-        before = int(self._layout.counters[0])
+        before = int(self._spec.counters[0])
         with deferred():
             number = self.flat(fitted, estimates)
             for k in copied if number > before else ():
@@ -145,13 +145,13 @@ class Stepper:
         inputs = list(zip(self._labels("grads"), map(values_of, given), strict=True))
         if estimates is not None:
             inputs += zip(self._labels("hessian"), map(values_of, estimates), strict=True)
-        self._fit.check_exclusive(inputs, len(given))
+        self._checks.check_exclusive(inputs, len(given))
 
     def flatten(self, tree: Any, what: str) -> list[Any]:
         """The leaves of a tree that is like the parameters' own."""
-        return list(map(host_array, self._tree.flatten(self._fit.opened(what, tree), what)))
+        return list(map(host_array, self._tree.flatten(self._checks.opened(what, tree), what)))
 
-    def _fitted(self, tree: Any, what: str) -> list[np.ndarray | Touched | None]:
+    def _fitted(self, tree: Any, what: str) -> list[np.ndarray | UniqueRows | None]:
         values = self.flatten(tree, what)
         return [
             self.fit_leaf(k, label, value)
@@ -162,13 +162,13 @@ class Stepper:
         """The k-th leaf's gradient as the plan takes it; raises where it does not fit."""
         rows = as_rows(label, value)
         if rows is None:
-            return self._fit.gradient(k, label, value)
-        memory, rule = self._layout.leaves[k], self._rules[k]
-        taken = self._touched(label, rows, memory.caller)
-        refusal = refuses_rows(rule, memory)
+            return self._checks.gradient(k, label, value)
+        leaf_state, rule = self._spec.leaves[k], self._rules[k]
+        taken = self._unique_rows(label, rows, leaf_state.caller)
+        refusal = refuses_rows(rule, leaf_state)
         if refusal:
             raise ValueError(f"{label}: {refusal}; give the whole gradient")
-        self._fit.check_apart(label, taken.values)
+        self._checks.check_apart(label, taken.values)
         return taken
 
     def _labels(self, what: str) -> list[str]:
@@ -176,15 +176,15 @@ class Stepper:
         return [what + leaf.label.removeprefix("params") for leaf in self._tree.leaves]
 
 
-def refuses_rows(rule: Rule, memory: Memory) -> str | None:
+def refuses_rows(rule: Rule, leaf_state: LeafState) -> str | None:
     """Why a leaf takes no gradient of some rows; None where it does."""
-    p = memory.caller
+    p = leaf_state.caller
     if rule.program.phases > 1:
         return f"{type(rule).__name__} updates matrices as a whole, not some of their rows"
     if not p.flags.c_contiguous:
         return "rows of a parameter in Fortran order are not dense"
     length = p.size // max(p.shape[0], 1)
-    for name, stored in (("parameter", memory.parameter), *memory.states.items()):
+    for name, stored in (("parameter", leaf_state.parameter), *leaf_state.states.items()):
         unit = TILE if stored.format.random else stored.format.block
         if length % unit:
             why = "random bits" if stored.format.random else "blocks"

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ..arrays.trees import Tree
-from ..plan.spec import Layout
-from .clipping import Guard
+from ..plan.spec import PlanSpec
+from .clipping import GradientClipper
 
 
 class StepInfo(NamedTuple):
@@ -35,31 +35,37 @@ class StepInfo(NamedTuple):
     stats: dict[str, dict[str, float]] | None = None
 
 
-class Report:
+class StepInfoBuilder:
     """Makes the `StepInfo` of a step from what the plan and the guard found."""
 
-    def __init__(self, tree: Tree, layout: Layout, guard: Guard) -> None:
+    def __init__(self, tree: Tree, spec: PlanSpec, clipper: GradientClipper) -> None:
         self._paths = [leaf.path for leaf in tree.leaves]
-        self._layout, self._guard = layout, guard
-        programs = [layout.around.program(group.rule) for group in layout.groups]
+        self._spec, self._clipper = spec, clipper
+        programs = [spec.extras.program(group.rule) for group in spec.groups]
         # By their sums' names the leaves that have these.
         self._alike: dict[tuple[str, ...], list[int]] = {}
-        for k, group in enumerate(layout.group_of):
+        for k, group in enumerate(spec.group_of):
             self._alike.setdefault(programs[group].sums, []).append(k)
 
     def info(self, number: int, lr: float | dict[str, float]) -> StepInfo:
         """Of the step that was taken last."""
-        guard, stats = self._guard, None
-        if self._layout.around.stats and not guard.skipped:
+        clipper, stats = self._clipper, None
+        if self._spec.extras.stats and not clipper.skipped:
             stats = self._stats()
-            if self._layout.decide is None:
-                guard.take_norm()
+            if self._spec.decide is None:
+                clipper.take_norm()
         return StepInfo(
-            number, lr, guard.grad_norm, guard.clip_scale, guard.skipped, guard.bad_leaves, stats
+            number,
+            lr,
+            clipper.grad_norm,
+            clipper.clip_scale,
+            clipper.skipped,
+            clipper.bad_leaves,
+            stats,
         )
 
     def _stats(self) -> dict[str, dict[str, float]]:
-        results = self._layout.results
+        results = self._spec.results
         found: dict[str, dict[str, float]] = {}
         for names, leaves in self._alike.items():
             rows = results[leaves]
@@ -67,7 +73,7 @@ class Report:
             if "gradient" in sums:
                 results[leaves, 0] = rows[:, 0] = sums.pop("gradient")
             with np.errstate(all="ignore"):
-                norms = np.sqrt(rows[:, 0]) / rows[:, 1] * self._guard.factor
+                norms = np.sqrt(rows[:, 0]) / rows[:, 1] * self._clipper.factor
                 update, weight = np.sqrt(sums.pop("update")), np.sqrt(sums.pop("weight"))
                 ratios = np.where(update == 0, 0.0, update / weight)
                 columns = {"grad_norm": norms, "update_ratio": ratios}

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from ..arrays.formats import compute_dtype
-from ..arrays.rows import Touched, check_indices
+from ..arrays.rows import UniqueRows, check_indices
 from ..arrays.trees import Tree
 from ..plan.interface import Plan
-from ..plan.spec import Layout
+from ..plan.spec import PlanSpec
 
 
 @dataclass
@@ -28,24 +28,24 @@ class Table:
     missed: list[tuple[float, bool]] = field(default_factory=list)
 
 
-class Ledger:
+class LazyRows:
     """Replays, for `Optimizer(exact=True)`, the steps with a gradient of zero that rows missed."""
 
-    def __init__(self, tree: Tree, layout: Layout, plan: Plan) -> None:
+    def __init__(self, tree: Tree, spec: PlanSpec, plan: Plan) -> None:
         self._paths = [leaf.path for leaf in tree.leaves]
-        self._layout, self._plan = layout, plan
+        self._spec, self._plan = spec, plan
         self._tables: dict[int, Table] = {}
 
-    def moved(self, layout: Layout, plan: Plan) -> None:
+    def moved(self, spec: PlanSpec, plan: Plan) -> None:
         """Goes on with another plan of the same leaves."""
-        self._layout, self._plan = layout, plan
+        self._spec, self._plan = spec, plan
 
     def check(self, grads: Sequence[Any]) -> None:
         """ValueError where a step would touch rows that are not caught up."""
         for k, table in self._tables.items():
             if grads[k] is None:
                 continue
-            rows = grads[k].rows if isinstance(grads[k], Touched) else slice(None)
+            rows = grads[k].rows if isinstance(grads[k], UniqueRows) else slice(None)
             behind = np.flatnonzero(table.current[rows] < self._t(k))
             if behind.size:
                 row = int(np.arange(table.current.size)[rows][behind[0]])
@@ -62,13 +62,13 @@ class Ledger:
             if g is None:
                 continue
             t = self._t(k)
-            if not isinstance(g, Touched):
+            if not isinstance(g, UniqueRows):
                 self._tables.pop(k, None)
                 continue
-            rows = self._layout.leaves[k].caller.shape[0]
+            rows = self._spec.leaves[k].caller.shape[0]
             table = self._tables.setdefault(k, Table(np.full(rows, t - 1), t - 1))
             table.current[g.rows] = t
-            rate = float(self._layout.rates[self._layout.group_of[k]])
+            rate = float(self._spec.rates[self._spec.group_of[k]])
             table.missed.append((rate, hessian is not None and hessian[k] is not None))
 
     @property
@@ -93,32 +93,32 @@ class Ledger:
                         f" {path!r}"
                     )
                 k = self._paths.index(path)
-                shape = self._layout.leaves[k].caller.shape
+                shape = self._spec.leaves[k].caller.shape
                 chosen[k] = np.unique(check_indices(f"catch_up[{path!r}]", indices, shape))
         for k, indices in chosen.items():
             if k in self._tables and indices.size:
                 self._replay(k, indices)
 
     def _replay(self, k: int, rows: np.ndarray) -> None:
-        layout, table, t = self._layout, self._tables[k], self._t(k)
-        p = layout.leaves[k].caller
+        spec, table, t = self._spec, self._tables[k], self._t(k)
+        p = spec.leaves[k].caller
         nothing = np.zeros((1, *p.shape[1:]), compute_dtype(p.dtype))
         grads: list[Any] = [None] * len(self._paths)
-        counters, rates = layout.counters.copy(), layout.rates.copy()
+        counters, rates = spec.counters.copy(), spec.rates.copy()
         try:
             for step in range(int(table.current[rows].min()) + 1, t + 1):
                 behind = rows[table.current[rows] < step]
                 rate, refreshed = table.missed[step - 1 - table.start]
-                layout.counters[k + 1] = step - 1
-                layout.rates[layout.group_of[k]] = rate
-                grads[k] = Touched(behind, np.zeros(behind.size, np.int64), nothing)
+                spec.counters[k + 1] = step - 1
+                spec.rates[spec.group_of[k]] = rate
+                grads[k] = UniqueRows(behind, np.zeros(behind.size, np.int64), nothing)
                 if self._plan.step(grads, grads if refreshed else None, True) is None:
                     raise RuntimeError("the core refused a replay; please report this")
                 table.current[behind] = step
         finally:
-            layout.counters[...], layout.rates[...] = counters, rates
+            spec.counters[...], spec.rates[...] = counters, rates
         if (table.current == t).all():
             del self._tables[k]
 
     def _t(self, k: int) -> int:
-        return int(self._layout.counters[k + 1])
+        return int(self._spec.counters[k + 1])

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from ..arrays.storage import Storage
-from ..arrays.stored import AVERAGE, Memory
+from ..arrays.stored import AVERAGE, LeafState
 from ..rules import Rule
 
 
@@ -16,17 +16,17 @@ def table(
     paths: Sequence[str],
     parameters: Sequence[np.ndarray],
     rules: Sequence[Rule],
-    memories: Sequence[Memory],
+    leaf_states: Sequence[LeafState],
 ) -> list[str]:
     """A line for each leaf, below a head: what updates it, and what it has beside it."""
     rows = [("path", "shape", "dtype", "rule", "states")]
-    for path, p, rule, memory in zip(paths, parameters, rules, memories, strict=True):
+    for path, p, rule, leaf_state in zip(paths, parameters, rules, leaf_states, strict=True):
         states = [storage.describe(rule, name, p) for name in rule.states]
-        states += [f"{name} {s.shape} {s.data.dtype}" for name, s in memory.sides.items()]
-        if AVERAGE in memory.states:
-            states.append(f"{AVERAGE} {memory.states[AVERAGE].format.name}")
-        if memory.extra:
-            states.append(f"{memory.extra[0]} {memory.extra[1].dtype}")
+        states += [f"{name} {s.shape} {s.data.dtype}" for name, s in leaf_state.sides.items()]
+        if AVERAGE in leaf_state.states:
+            states.append(f"{AVERAGE} {leaf_state.states[AVERAGE].format.name}")
+        if leaf_state.extra:
+            states.append(f"{leaf_state.extra[0]} {leaf_state.extra[1].dtype}")
         shown = ", ".join(states) or "-"
         rows.append((path, str(p.shape), p.dtype.name, rule.summary(), shown))
     widths = [max(len(row[k]) for row in rows) for k in range(5)]

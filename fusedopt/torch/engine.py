@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..arrays.foreign import host_array
-from ..arrays.stored import Memory
+from ..arrays.stored import LeafState
 from ..optimizer import Optimizer
 from ..rules import Rule
 from ..step.info import StepInfo
@@ -75,13 +75,13 @@ class Engine:
         snapshot = self.opt._snapshot
         self._paths: Sequence[str] = snapshot.paths
         self._counters: np.ndarray = snapshot.counters
-        self._memories: Sequence[Memory] = snapshot.memories
+        self._memories: Sequence[LeafState] = snapshot.leaf_states
         self._plain = self._direct = all(leaf.plain for leaf in self._leaves)
         self._single = [k for k, leaf in enumerate(self._leaves) if leaf.array.size == 1]
         self._staged = [leaf for leaf in self._leaves if leaf.staged]
         self._masters = [
-            k for k, memory in enumerate(self._memories)
-            if memory.extra is not None and memory.extra[0] == "master"
+            k for k, leaf_state in enumerate(self._memories)
+            if leaf_state.extra is not None and leaf_state.extra[0] == "master"
         ]  # fmt: skip
         self._take_states(optimizer.state, rule_of)
         self._moved()
@@ -266,11 +266,11 @@ class Engine:
 
     def _take(self, k: int, entry: Mapping[str, Any], rule: Rule) -> int:
         """Write what torch has of a parameter into its states; its number of steps."""
-        memory, leaf = self._memories[k], self._leaves[k]
+        leaf_state, leaf = self._memories[k], self._leaves[k]
         begun = True
-        for name, array in memory.saved.items():
+        for name, array in leaf_state.saved.items():
             key, label = self._key(name), name.partition(".")[0]
-            shaped = array.shape == leaf.array.shape and name not in memory.sides
+            shaped = array.shape == leaf.array.shape and name not in leaf_state.sides
             if entry.get(key) is not None:
                 value = leaf.array_of(entry[key]) if shaped else host_array(entry[key].detach())
                 if value.shape != array.shape:
@@ -280,7 +280,7 @@ class Engine:
                     )
                 array[...] = value.view(array.dtype) if value.dtype.kind == "i" else value
             elif entry.get(self._key(label)) is not None:
-                stored = memory.states[label]  # quantised here, and not there
+                stored = leaf_state.states[label]  # quantised here, and not there
                 value = leaf.array_of(entry[self._key(label)])
                 stored.write(stored.format.encode(stored.flat(value.astype(np.float32))))
             elif label in rule.states:
@@ -297,12 +297,12 @@ class Engine:
         """Show the states of parameters that have taken their first step."""
         begun = self._counters[1 + self._unseen] > 0
         for k in self._unseen[begun].tolist():
-            memory, leaf = self._memories[k], self._leaves[k]
+            leaf_state, leaf = self._memories[k], self._leaves[k]
             entry: dict[str, Any] = {}
             if self._optimizer._counted(self.opt):
                 entry["step"] = tensor_of(self._count[k : k + 1]).reshape(())
-            for name, array in memory.saved.items():
-                shaped = array.shape == leaf.array.shape and name not in memory.sides
+            for name, array in leaf_state.saved.items():
+                shaped = array.shape == leaf.array.shape and name not in leaf_state.sides
                 entry[self._key(name)] = leaf.state(array) if shaped else tensor_of(array)
             if entry:
                 self._state[self.params[k]] = entry
@@ -317,8 +317,8 @@ def has_tensor(value: Any) -> bool:
     )
 
 
-def reconcile(memory: Memory) -> None:
+def reconcile(leaf_state: LeafState) -> None:
     """Make a float32 master agree with its parameter where that is not the master, rounded."""
-    assert memory.extra is not None
-    master, p = memory.extra[1], memory.caller
+    assert leaf_state.extra is not None
+    master, p = leaf_state.extra[1], leaf_state.caller
     np.copyto(master, p, where=master.astype(p.dtype) != p, casting="unsafe")

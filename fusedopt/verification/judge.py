@@ -9,7 +9,7 @@ import numpy as np
 
 from ..arrays.formats import RandomKey, Values, least_state
 from ..arrays.stored import Stored
-from ..plan.extras import NOTHING, Around
+from ..plan.extras import NOTHING, Extras
 from ..rules.base import Rule
 from .running_error import Bounded
 
@@ -97,7 +97,7 @@ def judge(
     keys: Sequence[RandomKey] | None = None,
     copies: Sequence[np.ndarray] = (),
     factor: float = 1.0,
-    around: Around = NOTHING,
+    extras: Extras = NOTHING,
     rows: np.ndarray | None = None,
 ) -> list[Worst]:
     """Compares a step's parameter and states with the reference's.
@@ -115,7 +115,7 @@ def judge(
     old = [lift(a) for a in before]
     p, *states = old
     estimate = None if hessian is None else lift(hessian)
-    new, new_states = around.reference(
+    new, new_states = extras.reference(
         rule, p, lift(g), tuple(states), estimate, t=t, lr=lr, factor=factor
     )
     kept = (
@@ -129,7 +129,7 @@ def judge(
         flat = untouched.reshape(-1)
         expected = [e.where(flat, o) for e, o in zip(expected, old, strict=True)]
         copies, new = [copy[rows].reshape(-1) for copy in copies], new.pick(~flat)
-    names = ("p", *around.states(rule), *rule.sides(after[0].shape))
+    names = ("p", *extras.states(rule), *rule.sides(after[0].shape))
     keyed = [*(keys or ()), *[RandomKey()] * len(after)][: len(after)]
     targets = list(zip(names, after, expected, keyed, strict=True))
     targets += [("copy of p", Stored.plain(copy), new, RandomKey()) for copy in copies]

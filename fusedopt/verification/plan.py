@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from ..arrays.formats import compute_dtype
-from ..arrays.rows import Touched, selected, whole
+from ..arrays.rows import UniqueRows, selected, whole
 from ..arrays.trees import Leaf
-from ..plan.interface import Backend, Turn
-from ..plan.spec import Layout
+from ..plan.interface import Backend, ExclusiveUse
+from ..plan.spec import PlanSpec
 from ..system.interrupts import deferred
 from .judge import judge
 
@@ -25,20 +25,20 @@ class VerificationError(ArithmeticError):
     """A backend's step left the bound round the reference; nothing was committed."""
 
 
-class VerifiedPlan(Turn):
+class VerifiedPlan(ExclusiveUse):
     """A plan over copies, whose results are committed when all leaves pass."""
 
-    def __init__(self, backend: Backend, layout: Layout, leaves: Sequence[Leaf]) -> None:
+    def __init__(self, backend: Backend, spec: PlanSpec, leaves: Sequence[Leaf]) -> None:
         super().__init__()
-        self._layout, self._leaves = layout, leaves
+        self._spec, self._leaves = spec, leaves
         self._copies = replace(
-            layout,
-            leaves=[memory.copy() for memory in layout.leaves],
-            counters=layout.counters.copy(),
+            spec,
+            leaves=[leaf_state.copy() for leaf_state in spec.leaves],
+            counters=spec.counters.copy(),
             zero_grads=False,  # the caller's gradients are not zeroed before all has passed
         )
         self._plan = backend.plan(self._copies)
-        copied = (a for memory in self._copies.leaves for a in memory.written)
+        copied = (a for leaf_state in self._copies.leaves for a in leaf_state.written)
         self.work_bytes = self._plan.work_bytes + sum(a.nbytes for a in copied)
 
     def step(self, grads: Any, hessian: Any, flat: bool) -> int | None:
@@ -49,7 +49,7 @@ class VerifiedPlan(Turn):
         number = self._plan.step(grads, hessian, True)
         try:
             self._check_norms(grads)
-            if number == self._layout.counters[0]:  # skipped
+            if number == self._spec.counters[0]:  # skipped
                 return number
             for k, g in enumerate(grads):
                 if g is not None:
@@ -58,21 +58,21 @@ class VerifiedPlan(Turn):
             self.accept()
             raise
         with deferred():
-            for live, copy in zip(self._layout.leaves, self._copies.leaves, strict=True):
+            for live, copy in zip(self._spec.leaves, self._copies.leaves, strict=True):
                 live.take(copy)
-            self._layout.counters[...] = self._copies.counters
+            self._spec.counters[...] = self._copies.counters
         return number
 
     def accept(self) -> None:
         """Takes the caller's arrays as they are now."""
-        for live, copy in zip(self._layout.leaves, self._copies.leaves, strict=True):
+        for live, copy in zip(self._spec.leaves, self._copies.leaves, strict=True):
             copy.take(live)
-        self._copies.counters[...] = self._layout.counters
+        self._copies.counters[...] = self._spec.counters
 
     def _check_masters(self) -> None:
         """The copies still hold what the last step committed."""
         for leaf, live, copy in zip(
-            self._leaves, self._layout.leaves, self._copies.leaves, strict=True
+            self._leaves, self._spec.leaves, self._copies.leaves, strict=True
         ):
             if live.extra and live.written[0].tobytes() != copy.written[0].tobytes():
                 raise VerificationError(
@@ -81,11 +81,11 @@ class VerifiedPlan(Turn):
                 )
 
     def _check_norms(self, grads: Sequence[Any]) -> None:
-        if self._layout.decide is None:
+        if self._spec.decide is None:
             return
         for k, g in enumerate(grads):
-            total, scale = self._layout.results[k, :2]
-            computed = compute_dtype(self._layout.leaves[k].caller.dtype)
+            total, scale = self._spec.results[k, :2]
+            computed = compute_dtype(self._spec.leaves[k].caller.dtype)
             with np.errstate(all="ignore"):
                 wide = np.zeros(0) if g is None else selected(g).astype(computed).astype(np.float64)
                 found = np.sqrt(total) / scale if scale else 0.0
@@ -99,18 +99,16 @@ class VerifiedPlan(Turn):
                 )
 
     def _check(self, k: int, g: Any, hessian: Any) -> None:
-        layout = self._layout
-        rule = layout.groups[layout.group_of[k]].rule
-        lr, factor = (
-            float(rate) for rate in layout.rates[layout.group_of[k] :: len(layout.groups)]
-        )
-        before = [stored.values for stored in layout.leaves[k].stored]
+        spec = self._spec
+        rule = spec.groups[spec.group_of[k]].rule
+        lr, factor = (float(rate) for rate in spec.rates[spec.group_of[k] :: len(spec.groups)])
+        before = [stored.values for stored in spec.leaves[k].stored]
         after, t = self._copies.leaves[k], int(self._copies.counters[k + 1])
-        shape, rows = after.parameter.shape, g.rows if isinstance(g, Touched) else None
+        shape, rows = after.parameter.shape, g.rows if isinstance(g, UniqueRows) else None
         found = judge(
             rule, before, after.stored, whole(g, shape), whole(hessian, shape),
-            t=t, lr=lr, keys=layout.keys[k], copies=after.mirrors, factor=factor,
-            around=layout.around, rows=rows,
+            t=t, lr=lr, keys=spec.keys[k], copies=after.mirrors, factor=factor,
+            extras=spec.extras, rows=rows,
         )  # fmt: skip
         for worst in found:
             if worst.share > 1.0:

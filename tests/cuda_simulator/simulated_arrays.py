@@ -17,7 +17,7 @@ from exactness import Array, assert_same_bits
 from formatted import draw
 from fusedopt.backends.cuda import buffers, launching, toolkit
 from fusedopt.backends.cuda.plan import Known
-from fusedopt.step.gradients import Stepper
+from fusedopt.step.gradients import GradientReader
 
 DTYPES: list[Any] = [np.float32, np.float64, ml_dtypes.bfloat16, np.float16]
 
@@ -193,14 +193,14 @@ def test_new_tensors_where_the_old_ones_were(
     p, g = np.ones(40, np.float32), np.ones(40, np.float32)
     optimizer = fo.Optimizer([Tensor(p)], fo.SGD(lr=0.5))
     optimizer.step([Tensor(g)])
-    explained = Stepper.explained
+    explained = GradientReader.explained
     looked: list[int] = []
 
-    def watched(self: Stepper, *rest: Any) -> int:
+    def watched(self: GradientReader, *rest: Any) -> int:
         looked.append(1)
         return explained(self, *rest)
 
-    monkeypatch.setattr(Stepper, "explained", watched)
+    monkeypatch.setattr(GradientReader, "explained", watched)
     optimizer.step([Tensor(g)])
     assert not looked
     assert (p == 0).all()

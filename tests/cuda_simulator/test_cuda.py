@@ -25,7 +25,7 @@ from exactness import SUPPORT, TESTS, run_python
 from fusedopt.arrays.formats import PLAIN, Format, compute_dtype
 from fusedopt.arrays.storage import Storage
 from fusedopt.backends import BACKENDS
-from fusedopt.plan.extras import Around
+from fusedopt.plan.extras import Extras
 from fusedopt.rules import Rule
 
 pytest.importorskip("numba")
@@ -96,11 +96,11 @@ def variants_of(
     **more: Any,
 ) -> Iterator[Variant]:
     """The kernels of a rule's phases, for large leaves of a dtype; sums: those of sums."""
-    program = Around(**more).program(rule)
+    program = Extras(**more).program(rule)
     held = PLAIN[p].dtype
     dtype = compute_dtype(held)
     formats: list[tuple[str, Format]] = [("g", PLAIN[g]), ("p", storage.parameter(held))]
-    states = Around(**more).states(rule)
+    states = Extras(**more).states(rule)
     formats += [(name, storage.state(rule, name, held, 1 << 20)) for name in states]
     formats += [(name, PLAIN[dtype.name]) for name in program.works]
     if rule.takes_hessian:
@@ -109,7 +109,7 @@ def variants_of(
         operations = kernels.operations_of(program, phase, rule.takes_hessian, sums)
         steps = tuple(Step.of(program, op) for op in operations)
         mirrors = tuple(PLAIN[name] for name in copies)
-        yield Variant(steps, program.scratch, dtype, tuple(formats), mirrors)
+        yield Variant(steps, program.temporaries, dtype, tuple(formats), mirrors)
 
 
 def every_kernel() -> dict[str, Variant]:

@@ -87,13 +87,13 @@ def ordinary_step(choose: Choose, twin: Twin) -> None:
 
 def bare_step(choose: Choose, twin: Twin) -> None:
     """The plan itself, with any tree; or any list of leaves, but that only our code makes rows."""
-    plan, stepper = twin.opt._plan, twin.opt._stepper
+    plan, reader = twin.opt._plan, twin.opt._gradient_reader
     grads = [
         make(twin, k) for k, make in zip(range(len(twin.params)), gradients(choose), strict=False)
     ]
     flat = choose([False, True])
     if flat:
-        fitted = [outcome(lambda k=k, g=g: stepper.fit_leaf(k, "", g)) for k, g in enumerate(grads)]
+        fitted = [outcome(lambda k=k, g=g: reader.fit_leaf(k, "", g)) for k, g in enumerate(grads)]
         tree = fitted if choose([False, True]) else [any_leaf(choose, fitted) for _ in fitted]
     else:
         tree = twin.recipe.nest(grads) if choose([False, True]) else any_tree(choose, grads)

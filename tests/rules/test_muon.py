@@ -80,9 +80,9 @@ def test_small_matrices_of_one_shape_come_together() -> None:
     batches: list[tuple[int, ...]] = []
 
     class Watched(fo.Muon):
-        def between(self, phase: int, works: Any, space: Any, members: Any) -> None:
+        def between(self, phase: int, works: Any, workspace: Any, members: Any) -> None:
             batches.append(works[0].shape)
-            super().between(phase, works, space, members)
+            super().between(phase, works, workspace, members)
 
     rules = {"0": fo.Muon(lr=2.0), "*": Watched()}
     opt = fo.Optimizer(params, rules)
@@ -115,8 +115,10 @@ def test_buffers_are_made_once_and_shared() -> None:
     params = [np.zeros(s, np.float32) for s in shapes]
     opt = fo.Optimizer(params, rules)
     stacks = [(1, 8, 200), (1, 100, 5), (2, 12, 12), (3, 20, 40)]
-    space = max(min(c, most()) * core.orthogonalize_space(*s) if core else 0 for c, *s in stacks)
-    expected = 4 * (2 * 60 * 40 + 3 * 20 * 20 + space)
+    workspace = max(
+        min(c, most()) * core.orthogonalize_space(*s) if core else 0 for c, *s in stacks
+    )
+    expected = 4 * (2 * 60 * 40 + 3 * 20 * 20 + workspace)
     assert opt._plan.work_bytes == fo.estimate(params, rules).work == expected
     grads = gradients(params)
     opt.step(grads)

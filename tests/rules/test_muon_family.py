@@ -227,7 +227,7 @@ def test_side_states_are_counted_and_shown(rule: Any, tmp_path: Path) -> None:
     params = {"w": np.ones((6, 9), np.float32)}
     optimizer = fo.Optimizer(params, rule, state_path=tmp_path / "states")
     sides = rule.sides((6, 9))
-    memory, _ = optimizer.memory("w")
+    memory, _ = optimizer.leaf_state("w")
     assert {name: s.data.shape for name, s in memory.sides.items()} == sides
     assert fo.estimate(params, rule).states == sum(a.nbytes for a in memory.saved.values())
     assert fo.estimate(params, rule).work == optimizer._plan.work_bytes
@@ -246,7 +246,7 @@ def test_formats_are_for_states_of_the_parameters_shape(rule: Any, state_dtype: 
     optimizer = fo.Optimizer(p, rule, state_dtype=state_dtype, verify=True)
     for g in gradients(p.shape, 4):
         optimizer.step(g)
-    memory, _ = optimizer.memory("params")
+    memory, _ = optimizer.leaf_state("params")
     assert all(s.format.name.startswith(state_dtype) for s in memory.states.values())
     assert all(s.data.dtype == np.float32 for s in memory.sides.values())
 

@@ -181,14 +181,19 @@ def test_a_zero_row_stays_zero_under_its_own_norm(either: str) -> None:
 def test_what_was_in_the_buffers_does_not_matter(gram: bool) -> None:
     iteration = Iteration(coefficient_set("keller", 5), "frobenius", gram, 1e-30)
     u = np.random.default_rng(6).standard_normal((30, 100)).astype(np.float32)
-    space = Workspace([(1, 30, 100)], u.dtype)
+    workspace = Workspace([(1, 30, 100)], u.dtype)
     results = []
     for garbage in (0.0, np.nan, np.inf, 1e38):
-        for buffer in (space.direction, space._other, *space._squares, space._slots):
+        for buffer in (
+            workspace.direction,
+            workspace._other,
+            *workspace._squares,
+            workspace._slots,
+        ):
             buffer.fill(garbage)
-        x = space.direction.reshape(u.shape)
+        x = workspace.direction.reshape(u.shape)
         x[...] = u
-        space.orthogonalize(x, (1, 30, 100), iteration, 1.0)
+        workspace.orthogonalize(x, (1, 30, 100), iteration, 1.0)
         results.append(x.copy())
     for result in results[1:]:
         np.testing.assert_array_equal(result, results[0])
@@ -264,10 +269,10 @@ def test_refusals(settings: dict[str, Any], error: type[Exception], message: str
 # ---------------------------------------------------------------- in the compiled core
 
 
-def in_core(stack: Array, space: Array, threads: int = 1, by_row: bool = False) -> None:
+def in_core(stack: Array, workspace: Array, threads: int = 1, by_row: bool = False) -> None:
     rows = coefficient_set("keller", 5).rows
     triples = [value for row in rows for value in row]
-    core.orthogonalize(stack, space, triples, 1.0, 1e-30, 0.5, by_row, threads)
+    core.orthogonalize(stack, workspace, triples, 1.0, 1e-30, 0.5, by_row, threads)
 
 
 def space_for(stack: Array, threads: int) -> int:
@@ -345,7 +350,7 @@ def test_a_stack_has_the_threads_of_its_optimizer(
 
 
 @pytest.mark.parametrize(
-    ("stack", "space", "error"),
+    ("stack", "workspace", "error"),
     [
         (np.ones((2, 3, 4)), np.ones(1), ValueError),
         (np.ones((2, 3, 4), np.float32), np.ones(9999), TypeError),
@@ -357,11 +362,11 @@ def test_a_stack_has_the_threads_of_its_optimizer(
     ],
 )
 def test_what_the_core_would_write_beyond_is_refused(
-    stack: Array, space: Array, error: type[Exception]
+    stack: Array, workspace: Array, error: type[Exception]
 ) -> None:
     before = stack.copy()
     with pytest.raises(error, match="orthogonalize: "):
-        in_core(stack, space)
+        in_core(stack, workspace)
     np.testing.assert_array_equal(stack, before)
 
 

@@ -203,7 +203,7 @@ def test_decayed_states_hold_no_denormals(rule: fo.Rule, state_dtype: str, p_dty
     start = least * 2.0 ** np.random.default_rng(0).uniform(0, 12, 5003)
     p = np.zeros(5003, p_dtype)
     opt = fo.Optimizer(p, rule, state_dtype=state_dtype)
-    memory, _ = opt.memory("params")
+    memory, _ = opt.leaf_state("params")
     for name, state in memory.states.items():
         sign = 1 if name in rule.nonnegative else np.resize([1, -1], 5003)
         state.write(state.format.encode((sign * start).astype(np.float32)))

@@ -27,7 +27,7 @@ def test_the_core_draws_as_numpy_does(name: str, squares: bool) -> None:
                 np.zeros(N, np.float32), rule, state_dtype=name, rounding="stochastic", seed=3
             )
             opt.step(x)
-            state, (_, keys) = opt.state["params"]["v"], opt.memory("params")
+            state, (_, keys) = opt.state["params"]["v"], opt.leaf_state("params")
             format = QUANTIZED_STOCHASTIC[name][squares]
             values = x * x if squares else x
             codes, scales = format.encode(values, keys[1].after(0))

@@ -100,7 +100,7 @@ def test_bits_are_those_of_the_generator(dtype: Any, n: int) -> None:
         opt = optimizer(np.zeros_like(x), dtype, seed=3)
         for t in range(3):
             opt.step(x)
-            key = opt.memory("params")[1][1].after(t)
+            key = opt.leaf_state("params")[1][1].after(t)
             want, _ = STOCHASTIC[dtype.name].encode(x, key)
             assert_same({"v": opt.state["params"]["v"]}, {"v": want}, f"{isa}, step {t}")
         if dtype == BF16:

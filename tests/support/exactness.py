@@ -47,7 +47,7 @@ def elementwise(rule: fo.Rule) -> fo.Rule:
     if rule.program.phases == 1:
         return rule
 
-    def between(self: fo.Rule, phase: int, works: Any, space: Any, members: Any) -> None:
+    def between(self: fo.Rule, phase: int, works: Any, workspace: Any, members: Any) -> None:
         for work in works:
             work *= 0.5
 

@@ -78,7 +78,7 @@ class Pausing:
 
     def __init__(self, inside: Callable[[], None]) -> None:
         class PausingMuon(fo.Muon):
-            def between(self, phase: int, works: Any, space: Any, members: Any) -> None:
+            def between(self, phase: int, works: Any, workspace: Any, members: Any) -> None:
                 inside()
 
         class PausingSGD(fo.SGD):

@@ -9,7 +9,7 @@ import numpy as np
 
 from ...arrays.formats import compute_dtype
 from ...plan.interface import Plan
-from ...plan.spec import Layout, single
+from ...plan.spec import PlanSpec, single
 from ...rules import Nesterov, Rule
 
 
@@ -33,24 +33,24 @@ class CudaBackend:
         return toolkit.describe()
 
     @property
-    def space(self) -> Any:
+    def device(self) -> Any:
         """What checks and makes arrays."""
         from . import device
 
         return device
 
-    def plan(self, layout: Layout) -> Plan:
+    def plan(self, spec: PlanSpec) -> Plan:
         from ...jit.diagnostics import check_element
         from .plan import CudaPlan
 
-        programs = [layout.around.program(group.rule) for group in layout.groups]
-        for k, group in enumerate(layout.group_of):
-            dtype = compute_dtype(layout.leaves[k].parameter.format.dtype)
+        programs = [spec.extras.program(group.rule) for group in spec.groups]
+        for k, group in enumerate(spec.group_of):
+            dtype = compute_dtype(spec.leaves[k].parameter.format.dtype)
             for op in programs[group].operations:
                 if op.kernel is None and op.element is not None:
                     own = len(op.scalars(1, 0.1))
                     check_element(op.element, dtype, len(op.operands) - 2, own)
-        return CudaPlan(layout, programs)
+        return CudaPlan(spec, programs)
 
     def update(
         self,
@@ -64,7 +64,7 @@ class CudaBackend:
     ) -> bool:
         if not checked:
             return False
-        self.space.check_rule(rule, arrays[0])
+        self.device.check_rule(rule, arrays[0])
         plan = self.plan(single(rule, rule.program, t, lr, arrays))
         return plan.step([g], None if hessian is None else [hessian], True) is not None
 

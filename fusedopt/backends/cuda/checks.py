@@ -138,8 +138,11 @@ def check_apart(labels: Sequence[str], arrays: Sequence[DeviceArray]) -> None:
             )
 
 
-class Fit:
-    """Checks gradients against the arrays that a step writes: see `fusedopt.arrays.checks.Fit`."""
+class GradientChecks:
+    """Checks of gradients against the arrays that a step writes, as on the host.
+
+    See `fusedopt.arrays.checks.GradientChecks`.
+    """
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...arrays.formats import FLOAT64
-from ...plan.spec import Layout
+from ...plan.spec import PlanSpec
 from .arrays import DeviceArray
 from .buffers import Echo, Memory, synchronize
 from .kernels import THREADS
@@ -23,20 +23,21 @@ if TYPE_CHECKING:
     from ...plan.interface import Decision
 
 
-class DeviceGuard:
-    """The `Guard` of steps that do not wait.
+class DeviceClipper:
+    """The `GradientClipper` of steps that do not wait.
 
-    guard: is told, instead of being asked. first: an array that tells where the steps' arrays are.
+    clipper: is told, instead of being asked. first: an array that tells where the arrays of the
+    steps are.
     """
 
-    def __init__(self, layout: Layout, guard: Decision, first: DeviceArray, stream: int) -> None:
-        self._layout, self._guard, self._first = layout, guard, first
-        limits = np.array(guard.limits)
+    def __init__(self, spec: PlanSpec, clipper: Decision, first: DeviceArray, stream: int) -> None:
+        self._spec, self._clipper, self._first = spec, clipper, first
+        limits = np.array(clipper.limits)
         self._limits, self._norms = Memory.new(limits.nbytes), limits.size
         self._limits.write(limits, stream)
         self._control = Memory.new(FACTORS + 16 * self._norms)
         self._control.fill(0, stream)
-        self._kept = Memory.new(8 * len(layout.leaves))
+        self._kept = Memory.new(8 * len(spec.leaves))
         synchronize()  # whatever stream has the first step
         self._echo = Echo(self._control.address)
         self._unsure: deque[tuple[int, np.ndarray]] = deque()
@@ -44,7 +45,7 @@ class DeviceGuard:
 
     def table(self, sums: Sums, stream: int) -> Memory:
         """What `queue` needs to know of these leaves."""
-        norms = np.array(self._layout.group_of)[sums.leaves] if self._norms > 1 else 0
+        norms = np.array(self._spec.group_of)[sums.leaves] if self._norms > 1 else 0
         rows = np.stack([np.broadcast_to(norms, sums.leaves.shape), sums.leaves], axis=1)
         return uploaded(rows.astype(np.int64), stream)
 
@@ -68,7 +69,7 @@ class DeviceGuard:
             number,
         )
         queue = self._first.device, stream
-        guard_kernel().launch(1, THREADS, queue, words, [self._guard.factor])
+        guard_kernel().launch(1, THREADS, queue, words, [self._clipper.factor])
         told.written_on = stream  # where they are to be read, whatever stream is current by then
         scalars = [
             DeviceArray(
@@ -77,7 +78,7 @@ class DeviceGuard:
             )
             for k in range(2 * self._norms)
         ]  # fmt: skip
-        self._guard.told(scalars[::2], scalars[1::2])
+        self._clipper.told(scalars[::2], scalars[1::2])
 
     def note(self, number: int, active: np.ndarray, stream: int) -> None:
         """Remembers a step that was queued, of these leaves."""
@@ -109,11 +110,11 @@ class DeviceGuard:
         synchronize()  # steps after it are not to find that it was forgotten
         stream = self._first.stream
         sums = self._kept.read(stream).view(np.float64)
-        counters = self._layout.counters
+        counters = self._spec.counters
         took_part = self._unsure[0][1] if self._unsure else np.empty(0, np.int64)
         for _, active in self._unsure:
             counters[1:][active] -= 1
             counters[0] -= 1
         self._unsure.clear()
         self._control.fill(0, stream)
-        return self._guard.stopped(stopped, took_part[~np.isfinite(sums[took_part])])
+        return self._clipper.stopped(stopped, took_part[~np.isfinite(sums[took_part])])

@@ -1,4 +1,4 @@
-"""The `Space` of a device: what is kept there, and how it is made."""
+"""The `Device` of arrays on a GPU: what is kept there, and how it is made."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import numpy as np
 from ...arrays.formats import PLAIN, compute_dtype
 from ...arrays.storage import Storage, own_states
 from ...arrays.storage import synchronize as take_parameter
-from ...arrays.stored import AVERAGE, Memory, Stored, Wanted
+from ...arrays.stored import AVERAGE, ArraySpec, LeafState, Stored
 from ...plan.options import Options, unsupported
 from .arrays import DeviceArray, DeviceQuantized, DeviceStored, stored
 from .buffers import Memory as Bytes
 from .buffers import on_device, synchronize
-from .checks import Fit, check_apart, check_input, check_parameter, check_target
-from .rows import touched
+from .checks import GradientChecks, check_apart, check_input, check_parameter, check_target
+from .rows import unique_rows
 
 if TYPE_CHECKING:
     from ...rules import Rule
 
 __all__ = [
-    "Fit",
+    "GradientChecks",
     "allocate",
     "blank",
     "check_apart",
@@ -34,7 +34,7 @@ __all__ = [
     "check_state",
     "check_target",
     "same",
-    "touched",
+    "unique_rows",
 ]
 
 LINE = 256
@@ -78,33 +78,35 @@ def allocate(
     parameters: Sequence[DeviceArray],
     copies: Sequence[DeviceArray | None],
     states_of: Callable[[Any], tuple[str, ...]] = own_states,
-) -> list[Memory]:
+) -> list[LeafState]:
     """The memory of each leaf: see `Storage.allocate`. All that is new lies in one block."""
-    wanted: list[Wanted] = []
+    wanted: list[ArraySpec] = []
     likes: Any = parameters
     for rule, p in zip(rules, likes, strict=True):
         check_rule(rule, p)
         if storage.keeps_more(p):
             format = storage.parameter(p.dtype)
-            wanted.append(Wanted(format, p, beside=format.aux_dtype is not None))
+            wanted.append(ArraySpec(format, p, beside=format.aux_dtype is not None))
         for name in states_of(rule):
-            wanted.append(Wanted(storage.state(rule, name, p.dtype, p.size), p, rule.initial(name)))
+            wanted.append(
+                ArraySpec(storage.state(rule, name, p.dtype, p.size), p, rule.initial(name))
+            )
     fresh = iter(new_arrays(wanted))
-    memories = []
+    made = []
     for rule, p, copied in zip(rules, likes, copies, strict=True):
         own = next(fresh) if storage.keeps_more(p) else None
         states = {name: next(fresh) for name in states_of(rule)}
-        memory = storage.memory(stored(p), own, states, copied)  # type: ignore[arg-type]
-        take_parameter(memory)
+        leaf_state = storage.leaf_state(stored(p), own, states, copied)  # type: ignore[arg-type]
+        take_parameter(leaf_state)
         if AVERAGE in states:
-            states[AVERAGE].data[...] = memory.parameter.data  # there is nothing beside it yet
-        memories.append(memory)
+            states[AVERAGE].data[...] = leaf_state.parameter.data  # there is nothing beside it yet
+        made.append(leaf_state)
     with on_device(parameters[0].device):
         synchronize()  # whatever stream has the first step
-    return memories
+    return made
 
 
-def new_arrays(wanted: Sequence[Wanted]) -> list[Stored]:
+def new_arrays(wanted: Sequence[ArraySpec]) -> list[Stored]:
     """New arrays like others, in formats of their own; each on a line of its own in one block."""
     if not wanted:
         return []
@@ -118,7 +120,7 @@ def new_arrays(wanted: Sequence[Wanted]) -> list[Stored]:
         return [_made(w, block, [next(starts) for _ in w.sizes()]) for w in wanted]
 
 
-def _made(w: Wanted, block: Bytes, addresses: Sequence[int]) -> Stored:
+def _made(w: ArraySpec, block: Bytes, addresses: Sequence[int]) -> Stored:
     """An array at the addresses of its data and of what stands beside it."""
     like: Any = w.like
     format, size = w.format, like.size
@@ -141,7 +143,7 @@ def _made(w: Wanted, block: Bytes, addresses: Sequence[int]) -> Stored:
 def blank(parameters: Sequence[DeviceArray]) -> list[Stored]:
     """New arrays like these, in the types that they are computed in."""
     likes: Any = parameters
-    return new_arrays([Wanted(PLAIN[compute_dtype(p.dtype).name], p) for p in likes])
+    return new_arrays([ArraySpec(PLAIN[compute_dtype(p.dtype).name], p) for p in likes])
 
 
 def same(a: DeviceArray, b: DeviceArray) -> bool:

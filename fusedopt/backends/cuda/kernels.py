@@ -99,14 +99,14 @@ def planes(name: str, format: Format) -> list[tuple[str, int]]:
 class Variant:
     """What leaves have in common that one kernel serves.
 
-    steps: what is done, in order. scratch: names that are no arrays. dtype: of the arithmetic.
+    steps: what is done, in order. temporaries: names that are no arrays. dtype: of the arithmetic.
     formats: by name, of the arrays that the leaves have. mirrors: of the copies of the parameter.
     zeroed: the gradients are set to zero. clipped: the factor on the gradients is found on the
     device, see `sums.guard_kernel`.
     """
 
     steps: tuple[Step, ...]
-    scratch: tuple[str, ...]
+    temporaries: tuple[str, ...]
     dtype: np.dtype
     formats: tuple[tuple[str, Format], ...]
     mirrors: tuple[Format, ...] = ()
@@ -124,7 +124,7 @@ class Variant:
     def stored(self) -> list[str]:
         """The names of the arrays that are written, without copies."""
         written = dict.fromkeys(name for step in self.steps for name in step.written)
-        kept = [name for name in written if name not in self.scratch]
+        kept = [name for name in written if name not in self.temporaries]
         return kept + ["g"] * (self.zeroed and "p" in kept)
 
     @functools.cached_property
@@ -265,7 +265,7 @@ def _computed(variant: Variant) -> list[str]:
     """What is done to one element between its loads and its stores."""
     return [
         *(f"x_{n} = T(decode_{n}({', '.join(_codes(n, f))}))" for n, f in variant.loaded),
-        *(f"x_{name} = zero" for name in variant.scratch),
+        *(f"x_{name} = zero" for name in variant.temporaries),
         *(line for k, step in enumerate(variant.steps) for line in _element_lines(step, k)),
     ]
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from ...arrays.formats import FLOAT64, PLAIN, SEGMENT, compute_dtype
-from ...arrays.rows import Touched, values_of
+from ...arrays.rows import UniqueRows, values_of
 from ...arrays.stored import Stored
 from ...jit.tiles import LANES
 from ...programs.elements import keep
@@ -161,7 +161,7 @@ class Squares:
 class RowSquares:
     """`Squares` of gradients of some rows: the sums that the whole gradients have."""
 
-    def __init__(self, dtype: np.dtype, grads: Sequence[Touched], stream: int) -> None:
+    def __init__(self, dtype: np.dtype, grads: Sequence[UniqueRows], stream: int) -> None:
         first: Any = grads[0].values
         self.dtype, self._device = dtype, first.device
         self._kernel = row_squares_kernel(PLAIN[first.dtype.name], dtype)
@@ -184,8 +184,8 @@ class RowSquares:
     def queue(self, scale: float, stream: int) -> None:
         """Puts the kernel on a stream."""
         if self._count:
-            memories = self._parts, self._pairs, self._partials
-            words = (*(memory.address for memory in memories), self._count)
+            leaf_states = self._parts, self._pairs, self._partials
+            words = (*(memory.address for memory in leaf_states), self._count)
             blocks, threads = -(-self._count // GROUPS), GROUPS * LANES
             self._kernel.launch(blocks, threads, (self._device, stream), words, [scale])
 
@@ -209,14 +209,14 @@ def segments_of(rows: np.ndarray, length: int, before: int) -> list[list[int]]:
 class Sums:
     """Sums of squares of gradients, one for each.
 
-    grads: by place among all leaves, arrays or `Touched`. dtypes: of the arithmetic, by place.
+    grads: by place among all leaves, arrays or `UniqueRows`. dtypes: of the arithmetic, by place.
     After `queue`, `memory` has the sums of `leaves`, float64.
     """
 
     def __init__(self, grads: Mapping[int, Any], dtypes: Sequence[np.dtype], stream: int) -> None:
         alike: dict[tuple[np.dtype, np.dtype, bool], list[int]] = {}
         for k, g in grads.items():
-            key = values_of(g).dtype, dtypes[k], isinstance(g, Touched)
+            key = values_of(g).dtype, dtypes[k], isinstance(g, UniqueRows)
             alike.setdefault(key, []).append(k)
         self._parts = [
             (RowSquares if some else Squares)(dtype, [grads[k] for k in members], stream)

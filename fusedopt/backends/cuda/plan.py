@@ -14,16 +14,16 @@ import numpy as np
 
 from ...arrays import device_interface
 from ...arrays.formats import PLAIN, compute_dtype
-from ...arrays.rows import Touched, values_of
-from ...arrays.stored import Wanted
+from ...arrays.rows import UniqueRows, values_of
+from ...arrays.stored import ArraySpec
 from ...arrays.trees import Fixed, opened
-from ...plan.interface import Turn
-from ...plan.spec import Layout
+from ...plan.interface import ExclusiveUse
+from ...plan.spec import PlanSpec
 from ...programs.program import HEAD, Program
 from ...system.interrupts import deferred
 from .arrays import DeviceArray, Producer
 from .buffers import Memory, on_device, synchronize, wait_for
-from .clipping import DeviceGuard
+from .clipping import DeviceClipper
 from .device import new_arrays
 from .kernels import Step, Variant, operations_of
 from .launching import Launch, Place, Sums, table_row
@@ -38,7 +38,7 @@ class Bound:
 
     active: the leaves that take part; touched: elements of each. before, after: launches, in whose
     midst are the products of `matrices`. sums: of squares, where a norm is wanted; table: what the
-    `DeviceGuard` wants to know of them. stream: which alone may use their memory. others: the
+    `DeviceClipper` wants to know of them. stream: which alone may use their memory. others: the
     producers of all arrays that the step reads or writes, whose streams wait for the step, and the
     step for them; the arrays themselves are not kept alive.
     """
@@ -137,25 +137,25 @@ class Seen:
 
 def selected_size(g: Any) -> int:
     """The number of elements that a gradient touches."""
-    if isinstance(g, Touched):
+    if isinstance(g, UniqueRows):
         return len(g.rows) * prod(g.values.shape[1:])
     return int(g.size)
 
 
-class CudaPlan(Turn):
+class CudaPlan(ExclusiveUse):
     """One optimizer on a CUDA device."""
 
-    def __init__(self, layout: Layout, programs: Sequence[Program]) -> None:
+    def __init__(self, spec: PlanSpec, programs: Sequence[Program]) -> None:
         super().__init__()
-        self._layout, self._programs = layout, programs
+        self._spec, self._programs = spec, programs
         self._filtered = [any(op.loop == "filter" for op in p.operations) for p in programs]
-        self._parameters: list[Any] = [memory.caller for memory in layout.leaves]
+        self._parameters: list[Any] = [memory.caller for memory in spec.leaves]
         self._first = self._parameters[0]
-        self._dtypes = [compute_dtype(m.parameter.format.dtype) for m in layout.leaves]
+        self._dtypes = [compute_dtype(m.parameter.format.dtype) for m in spec.leaves]
         tensors = [p for p in self._parameters if device_interface.library_of(p.owner) == "torch"]
         self._watched = [p.owner for p in tensors]
         self._watched_at = [p.address for p in tensors]
-        outputs: Any = [a for memory in layout.leaves for a in memory.written]
+        outputs: Any = [a for memory in spec.leaves for a in memory.written]
         self._producers: set[Producer] = {a.producer for a in outputs}
         self._blocks = [block for block in self._producers if isinstance(block, Memory)]
         self._bound: Bound | None = None
@@ -163,18 +163,20 @@ class CudaPlan(Turn):
         self._fixed: weakref.ref[Fixed] | None = None
         self._seen: Seen | None = None
         self._make_work_space()
-        self._places = [self._places_of(k) for k in range(len(layout.leaves))]
-        self._guard: DeviceGuard | None = None
-        if layout.decide is not None and not layout.wait:
-            guard: Any = layout.decide
+        self._places = [self._places_of(k) for k in range(len(spec.leaves))]
+        self._clipper: DeviceClipper | None = None
+        if spec.decide is not None and not spec.wait:
+            clipper: Any = spec.decide
             with on_device(self._first.device):
-                self._guard = DeviceGuard(layout, guard, self._first, self._first.current_stream)
+                self._clipper = DeviceClipper(
+                    spec, clipper, self._first, self._first.current_stream
+                )
 
     def _make_work_space(self) -> None:
         """Directions of the leaves whose rule has two phases."""
-        phased = [k for k, g in enumerate(self._layout.group_of) if self._programs[g].phases > 1]
+        phased = [k for k, g in enumerate(self._spec.group_of) if self._programs[g].phases > 1]
         library = Library(self._first.library) if phased else None
-        wanted = [Wanted(PLAIN[self._dtypes[k].name], self._parameters[k]) for k in phased]
+        wanted = [ArraySpec(PLAIN[self._dtypes[k].name], self._parameters[k]) for k in phased]
         with on_device(self._first.device):
             arrays: list[Any] = [stored.data for stored in new_arrays(wanted)]
             self._work = dict(zip(phased, arrays, strict=True))
@@ -209,10 +211,10 @@ class CudaPlan(Turn):
 
     def _look(self, idle: bool) -> None:
         """FloatingPointError where the device has refused a step."""
-        if self._guard is None:
+        if self._clipper is None:
             return
         try:
-            self._guard.look(idle)
+            self._clipper.look(idle)
         except FloatingPointError:
             # Leaves of one launch need not have the same step count any more.
             self._bound = self._key = self._seen = self._fixed = None
@@ -227,7 +229,7 @@ class CudaPlan(Turn):
         fixed = self._fixed and self._fixed()
         if fixed is not None and grads is fixed and hessian is None:
             return True
-        tree, seen = self._layout.tree, self._seen
+        tree, seen = self._spec.tree, self._seen
         if seen is None or [p.data_ptr() for p in self._watched] != self._watched_at:
             return False
         given = _leaves(tree, opened(grads))
@@ -239,8 +241,8 @@ class CudaPlan(Turn):
         estimates = [None] * len(grads) if hessian is None else hessian
         self._seen = self._fixed = None
         inputs = [values_of(g) for g in (*grads, *estimates) if g is not None]
-        some = any(isinstance(g, Touched) for g in grads)
-        offsets = self._layout.counters[1:] - self._layout.counters[0]
+        some = any(isinstance(g, UniqueRows) for g in grads)
+        offsets = self._spec.counters[1:] - self._spec.counters[0]
         stream = self._first.current_stream
         key = (
             stream,
@@ -267,9 +269,9 @@ class CudaPlan(Turn):
         after = [*second, *(queued for queued in first if queued.leaf not in self._work)]
         matrices = [k for k in active if k in self._work]
         sums = table = None
-        if self._layout.decide is not None:
+        if self._spec.decide is not None:
             sums = Sums({k: grads[k] for k in active}, self._dtypes, stream)
-            table = self._guard.table(sums, stream) if self._guard else None
+            table = self._clipper.table(sums, stream) if self._clipper else None
         others = self._producers | {g.producer for g in inputs}
         took_part = np.array(active, np.int64)
         touched = [selected_size(grads[k]) for k in active]
@@ -278,12 +280,12 @@ class CudaPlan(Turn):
     def _launches(
         self, phase: int, active: Sequence[int], grads: Any, estimates: Any, stream: int
     ) -> list[Queued]:
-        layout = self._layout
+        spec = self._spec
         alike: dict[Any, list[int]] = {}
         for k in active:
             variant = self._variant(k, phase, grads[k], estimates[k])
             if variant.steps:
-                key = variant, layout.group_of[k], int(layout.counters[k + 1])
+                key = variant, spec.group_of[k], int(spec.counters[k + 1])
                 alike.setdefault(key, []).append(k)
         made = []
         for (variant, group, _), members in alike.items():
@@ -308,14 +310,14 @@ class CudaPlan(Turn):
         stream: int,
     ) -> list[Queued]:
         """The sums of a phase over the leaves of one launch, which come before it."""
-        group, refreshed = self._layout.group_of[members[0]], estimates[members[0]] is not None
+        group, refreshed = self._spec.group_of[members[0]], estimates[members[0]] is not None
         program = self._programs[group]
         operations = operations_of(program, phase, refreshed, sums=True)
         names = [op.operands[0] for op in operations if op.loop == "sum"]
         if not names:
             return []
         steps = tuple(Step.of(program, op) for op in operations)
-        variant = Variant(steps, program.scratch, variant.dtype, variant.formats)
+        variant = Variant(steps, program.temporaries, variant.dtype, variant.formats)
         leaves = {}
         for k in members:
             places = self._places_with(k, grads[k], estimates[k])
@@ -326,7 +328,7 @@ class CudaPlan(Turn):
         return [Queued(launch, scalars, group, members[0])]
 
     def _variant(self, k: int, phase: int, g: Any, estimate: Any) -> Variant:
-        program, memory = self._programs[self._layout.group_of[k]], self._layout.leaves[k]
+        program, memory = self._programs[self._spec.group_of[k]], self._spec.leaves[k]
         formats = [("g", PLAIN[values_of(g).dtype.name]), ("p", memory.parameter.format)]
         if estimate is not None:
             formats.append(("hessian", PLAIN[values_of(estimate).dtype.name]))
@@ -336,17 +338,17 @@ class CudaPlan(Turn):
         operations = operations_of(program, phase, estimate is not None)
         return Variant(
             tuple(Step.of(program, op) for op in operations),
-            program.scratch,
+            program.temporaries,
             self._dtypes[k],
             tuple(formats),
             tuple(PLAIN[a.dtype.name] for a in memory.mirrors),
-            self._layout.zero_grads,
-            self._guard is not None,
+            self._spec.zero_grads,
+            self._clipper is not None,
         )
 
     def _places_of(self, k: int) -> dict[str, Place]:
         """The places of all arrays of a leaf but its inputs."""
-        memory, keys = self._layout.leaves[k], self._layout.keys[k]
+        memory, keys = self._spec.leaves[k], self._spec.keys[k]
         own = {"p": memory.parameter, **memory.states}
         found = {n: Place.of(a, key.key) for (n, a), key in zip(own.items(), keys, strict=True)}
         if k in self._work:
@@ -363,8 +365,8 @@ class CudaPlan(Turn):
     def _rows(self, k: int, variant: Variant, g: Any, estimate: Any) -> list[list[int]]:
         """What a launch's table has of a leaf."""
         places = self._places_with(k, g, estimate)
-        first_tile = self._layout.keys[k][0].first_tile
-        if isinstance(g, Touched):
+        first_tile = self._spec.keys[k][0].first_tile
+        if isinstance(g, UniqueRows):
             numbers = {"p": g.rows, "g": g.places}
             if estimate is not None:
                 numbers["hessian"] = estimate.places
@@ -376,18 +378,18 @@ class CudaPlan(Turn):
 
     def _run(self) -> int:
         assert self._bound is not None
-        bound, layout, stream = self._bound, self._layout, self._bound.stream
+        bound, spec, stream = self._bound, self._spec, self._bound.stream
         others = {producer.written_on for producer in bound.others} - {stream}
         for other in others:
             wait_for(stream, other)
         for block in self._blocks:
             block.written_on = stream
-        number = int(layout.counters[0]) + 1
+        number = int(spec.counters[0]) + 1
         if bound.sums is not None:
-            layout.results[...] = 0
+            spec.results[...] = 0
             bound.sums.queue(stream)
-            if self._guard is not None and bound.table is not None:
-                self._guard.queue(bound.sums, bound.table, number, stream)
+            if self._clipper is not None and bound.table is not None:
+                self._clipper.queue(bound.sums, bound.table, number, stream)
             elif not self._decided(bound.sums, stream):
                 return number - 1
         self._launch(bound.before, stream)
@@ -396,20 +398,20 @@ class CudaPlan(Turn):
         self._launch(bound.after, stream)
         for other in others:
             wait_for(other, stream)
-        if layout.around.stats:
+        if spec.extras.stats:
             self._read_sums(bound, stream)
         if bound.active.size == len(self._parameters):
-            layout.counters[...] += 1
+            spec.counters[...] += 1
         else:
-            layout.counters[1:][bound.active] += 1
-            layout.counters[0] = number
-        if self._guard is not None:
-            self._guard.note(number, bound.active, stream)
+            spec.counters[1:][bound.active] += 1
+            spec.counters[0] = number
+        if self._clipper is not None:
+            self._clipper.note(number, bound.active, stream)
         return number
 
     def _read_sums(self, bound: Bound, stream: int) -> None:
         """Fills in the results of a step, when they are there."""
-        results = self._layout.results
+        results = self._spec.results
         if bound.sums is None:
             results[...] = 0
             results[bound.active, 1] = 1
@@ -419,30 +421,30 @@ class CudaPlan(Turn):
                 launch.read(results, stream)
 
     def _launch(self, launches: Sequence[Queued], stream: int) -> None:
-        layout, guard = self._layout, self._guard
+        spec, clipper = self._spec, self._clipper
         for launch, scalars, group, leaf in launches:
-            lr, factor = float(layout.rates[group]), float(layout.rates[len(layout.groups) + group])
+            lr, factor = float(spec.rates[group]), float(spec.rates[len(spec.groups) + group])
             sign, base, slope = self._programs[group].head
             # With a guard the kernel puts the factor, which it alone knows, on this sign.
-            factor = sign if guard else sign * factor
+            factor = sign if clipper else sign * factor
             heads: Any = (
                 (),
                 (factor,),
                 (1.0 if self._filtered[group] else factor, base + slope * lr),
             )
-            t = int(layout.counters[leaf + 1]) + 1
+            t = int(spec.counters[leaf + 1]) + 1
             values: list[float] = []
             for head, own in scalars:
                 values += heads[head]
                 values += own(t, lr)
-            more = [guard.factor(group, launch.dtype)] if guard else []
+            more = [clipper.factor(group, launch.dtype)] if clipper else []
             launch.run(values, stream, *more, *[t - 1] * launch.random)
 
     def _orthogonalize(self, leaves: Sequence[int], stream: int) -> None:
         assert self._library is not None
         with self._library.on_stream(stream, self._first.device):
             for k in leaves:
-                rule: Any = self._layout.groups[self._layout.group_of[k]].rule
+                rule: Any = self._spec.groups[self._spec.group_of[k]].rule
                 stack = rule.matrices(self._parameters[k].shape)
                 if self._parameters[k].size:
                     factor = rule.factor(*stack[1:])
@@ -450,6 +452,6 @@ class CudaPlan(Turn):
 
     def _decided(self, sums: Sums, stream: int) -> bool:
         """What `decide` says to sums that were queued: the one place where a step waits."""
-        self._layout.results[sums.leaves, :2] = sums.found(stream)
-        assert self._layout.decide is not None
-        return self._layout.decide()
+        self._spec.results[sums.leaves, :2] = sums.found(stream)
+        assert self._spec.decide is not None
+        return self._spec.decide()

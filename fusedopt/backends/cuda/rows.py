@@ -11,7 +11,7 @@ import numpy as np
 
 from ...arrays import device_interface
 from ...arrays.formats import PLAIN, TILE, Format, compute_dtype
-from ...arrays.rows import Rows, Touched, check_indices
+from ...arrays.rows import Rows, UniqueRows, check_indices
 from .arrays import DeviceArray
 from .buffers import Memory, on_device, wait_for
 from .checks import check_input
@@ -21,9 +21,12 @@ from .toolkit import Kernel
 from .vectors import VECTOR_BYTES, loader, storer, word_loader
 
 
-def touched(label: str, rows: Rows, p: DeviceArray) -> Touched:
-    """`arrays.rows.touched` on a device. Indices may be an ndarray or lie on the device, which is
-    waited for then; values lie on the device."""
+def unique_rows(label: str, rows: Rows, p: DeviceArray) -> UniqueRows:
+    """`arrays.rows.unique_rows` on a device.
+
+    Indices may be an ndarray or lie on the device, which is waited for then; values lie on the
+    device.
+    """
     indices = check_indices(f"{label}.indices", _on_host(rows.indices), p.shape)
     values = check_input(f"{label}.values", rows.values)
     if not values.flags.c_contiguous:
@@ -47,7 +50,7 @@ def touched(label: str, rows: Rows, p: DeviceArray) -> Touched:
         values = _added(indices, values, counts, p)
         places = np.arange(found.size)
     there: Any = values
-    return Touched(found, places.astype(np.int64), there)
+    return UniqueRows(found, places.astype(np.int64), there)
 
 
 def _on_host(indices: Any) -> Any:

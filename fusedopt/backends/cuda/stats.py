@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ...arrays.formats import SEGMENT
-from ...arrays.rows import Touched
+from ...arrays.rows import UniqueRows
 from ...jit.tiles import LANES
 from .buffers import Memory
 from .kernels import (
@@ -123,8 +123,8 @@ def half_byte(code: Any, i: Any) -> Any:
 class SumLaunch:
     """The sums of a variant's steps over leaves, before these are carried out.
 
-    leaves: by place among all, the gradient, `Touched` or an array, and the places of its arrays.
-    columns: of `Layout.results`, one for each sum.
+    leaves: by place among all, the gradient, an array or `UniqueRows`, and its arrays' places.
+    columns: of `PlanSpec.results`, one for each sum.
     """
 
     random = False
@@ -148,7 +148,7 @@ class SumLaunch:
         spans, before = [], 0
         for k, (g, _) in enumerate(leaves.values()):
             rows, length = np.zeros((1, 2), np.int64), 0
-            if isinstance(g, Touched):
+            if isinstance(g, UniqueRows):
                 rows, length = np.stack([g.rows, g.places], axis=1), math.prod(g.values.shape[1:])
             else:
                 length = g.size
@@ -175,14 +175,14 @@ class SumLaunch:
         """Puts the kernels on a stream: see `Launch.run`."""
         queue = self._device, stream
         if self._count:
-            memories = self._parts, self._pairs, self._partials
-            words = (*(memory.address for memory in memories), self._count)
+            leaf_states = self._parts, self._pairs, self._partials
+            words = (*(memory.address for memory in leaf_states), self._count)
             blocks, threads = -(-self._count // GROUPS), GROUPS * LANES
             self._kernel.launch(blocks, threads, queue, words, scalars)
         words = (self._starts.address, self._sums.address)
         totals_kernel().launch(self.leaves.size * len(self._columns), THREADS, queue, words)
 
     def read(self, results: np.ndarray, stream: int) -> None:
-        """Fills in `Layout.results`, when the sums are there."""
+        """Fills in `PlanSpec.results`, when the sums are there."""
         sums = self._sums.read(stream).view(np.float64)
         results[self.leaves[:, None], self._columns] = sums.reshape(self.leaves.size, -1)

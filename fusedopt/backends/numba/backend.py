@@ -10,12 +10,12 @@ import numpy as np
 
 from ...arrays import host
 from ...arrays.formats import DTYPES, PLAIN, TILE, RandomKey, compute_dtype
-from ...arrays.rows import Touched, values_of
+from ...arrays.rows import UniqueRows, values_of
 from ...arrays.stored import Stored
 from ...jit import unavailable
 from ...jit.operations import tile_function
-from ...plan.interface import Plan, Turn
-from ...plan.spec import INPUTS, Layout, single
+from ...plan.interface import ExclusiveUse, Plan
+from ...plan.spec import INPUTS, PlanSpec, single
 from ...programs.program import HEAD, Program
 from ...rules import Nesterov, Rule
 from ...system.interrupts import deferred
@@ -28,7 +28,7 @@ class NumbaBackend:
     """Kernels that Numba compiles on NumPy arrays."""
 
     name = "numba"
-    space = host
+    device = host
 
     def unavailable(self) -> str | None:
         return unavailable()
@@ -39,8 +39,8 @@ class NumbaBackend:
 
         return f"Numba {numba.__version__}, {llvmlite.binding.get_host_cpu_name()}"
 
-    def plan(self, layout: Layout) -> Plan:
-        return NumbaPlan(layout, [layout.around.program(group.rule) for group in layout.groups])
+    def plan(self, spec: PlanSpec) -> Plan:
+        return NumbaPlan(spec, [spec.extras.program(group.rule) for group in spec.groups])
 
     def update(
         self,
@@ -70,13 +70,13 @@ class NumbaBackend:
         return sums_of_dense(arrays)
 
     def shift(self, rule: Nesterov, p: np.ndarray, v: np.ndarray) -> None:
-        layout = single(rule, rule.shift, 1, 0.0, [Stored.plain(p)])
-        NumbaPlan(layout, [rule.shift]).step([v], None, True)
+        spec = single(rule, rule.shift, 1, 0.0, [Stored.plain(p)])
+        NumbaPlan(spec, [rule.shift]).step([v], None, True)
 
 
 def selected_size(gradient: Any) -> int:
     """How many elements of a parameter a step touches."""
-    if isinstance(gradient, Touched):
+    if isinstance(gradient, UniqueRows):
         return len(gradient.rows) * int(gradient.values[:1].size)
     return int(gradient.size)
 
@@ -95,7 +95,7 @@ class Op:
 
 
 def _compiled(program: Program, dtype: np.dtype) -> list[Op]:
-    names = (*INPUTS, *program.arrays, *program.scratch, *program.sums)
+    names = (*INPUTS, *program.arrays, *program.temporaries, *program.sums)
     slots = {name: k for k, name in enumerate(names)}
     ops = []
     for op in program.operations:
@@ -116,16 +116,16 @@ Kind = tuple[int, np.dtype, int]
 """What leaves with the same scalars have in common: rule, compute type and step."""
 
 
-class NumbaPlan(Turn):
+class NumbaPlan(ExclusiveUse):
     """One optimizer on Numba's kernels."""
 
-    def __init__(self, layout: Layout, programs: Sequence[Program]) -> None:
+    def __init__(self, spec: PlanSpec, programs: Sequence[Program]) -> None:
         super().__init__()
-        self._layout, self._programs = layout, programs
-        self._matrices = Matrices(layout)
+        self._spec, self._programs = spec, programs
+        self._matrices = Matrices(spec)
         self.work_bytes = self._matrices.work_bytes
-        self._dtypes = [compute_dtype(m.parameter.format.dtype) for m in layout.leaves]
-        kinds = dict.fromkeys(zip(layout.group_of, self._dtypes, strict=True))
+        self._dtypes = [compute_dtype(m.parameter.format.dtype) for m in spec.leaves]
+        kinds = dict.fromkeys(zip(spec.group_of, self._dtypes, strict=True))
         self._ops = {(g, dtype): _compiled(programs[g], dtype) for g, dtype in kinds}
         self._random: list[tuple[int, int, RandomKey]] = []  # operand, leaf, key
         self._lay_out()
@@ -134,7 +134,7 @@ class NumbaPlan(Turn):
         """What stays the same from step to step: the operands but for the inputs."""
         from ...jit.driver import OPERAND
 
-        rows = [self._row(k) for k in range(len(self._layout.leaves))]
+        rows = [self._row(k) for k in range(len(self._spec.leaves))]
         self._counts = [len(row) for row in rows]
         self._starts = [0, *np.cumsum(self._counts).tolist()]
         self._operands = np.concatenate([*rows, np.zeros(0, OPERAND)])
@@ -142,22 +142,22 @@ class NumbaPlan(Turn):
     def _row(self, k: int) -> np.ndarray:
         from ...jit.driver import INPUT, OPERAND, SCRATCH, SUMS
 
-        memory, dtype = self._layout.leaves[k], self._dtypes[k]
-        program = self._programs[self._layout.group_of[k]]
+        leaf_state, dtype = self._spec.leaves[k], self._dtypes[k]
+        program = self._programs[self._spec.group_of[k]]
         work = [Stored.plain(a) for a in self._matrices.work.get(k, ())]
-        arrays = [*memory.operands, *work]
-        scratch = PARAMETER + len(arrays)
-        sums = scratch + len(program.scratch)
+        arrays = [*leaf_state.operands, *work]
+        temporaries = PARAMETER + len(arrays)
+        sums = temporaries + len(program.temporaries)
         mirrors = sums + len(program.sums)
-        row = np.zeros(mirrors + len(memory.mirrors), OPERAND)
+        row = np.zeros(mirrors + len(leaf_state.mirrors), OPERAND)
         row["source"] = -1
         row["role"][:PARAMETER] = INPUT
-        row["role"][scratch:sums], row["role"][sums:mirrors] = SCRATCH, SUMS
+        row["role"][temporaries:sums], row["role"][sums:mirrors] = SCRATCH, SUMS
         for place, stored in enumerate(arrays, PARAMETER):
             self._set(row[place], stored, dtype)
             if stored.format.random:
-                self._random.append((place, k, self._layout.keys[k][place - PARAMETER]))
-        for place, mirror in enumerate(memory.mirrors, mirrors):
+                self._random.append((place, k, self._spec.keys[k][place - PARAMETER]))
+        for place, mirror in enumerate(leaf_state.mirrors, mirrors):
             self._set(row[place], Stored.plain(mirror), dtype, copy=True)
         return row
 
@@ -181,43 +181,43 @@ class NumbaPlan(Turn):
     def step(self, grads: Any, hessian: Any, flat: bool) -> int | None:
         if not flat:  # the optimizer checks, and sees to it that this is not interrupted
             return None
-        layout = self._layout
+        spec = self._spec
         active = [k for k, g in enumerate(grads) if g is not None]
         self._take(GRADIENT, active, grads)
         self._take(HESSIAN, active, hessian)
-        layout.results[...] = 0
+        spec.results[...] = 0
         if any(program.sums for program in self._programs):
-            layout.results[active, 1] = 1
+            spec.results[active, 1] = 1
             for k in active:
-                layout.results[k, 2] = selected_size(grads[k])
-        if layout.decide is not None:
+                spec.results[k, 2] = selected_size(grads[k])
+        if spec.decide is not None:
             self._measure(active, grads)
-            if not layout.decide():
-                return int(layout.counters[0])
+            if not spec.decide():
+                return int(spec.counters[0])
         for place, k, key in self._random:
             at = self._starts[k] + place
-            self._operands[at]["key"] = key.after(int(layout.counters[k + 1]))
+            self._operands[at]["key"] = key.after(int(spec.counters[k + 1]))
         scalars = self._folded(active)
         if self._matrices.sided:
             self._matrices.before(active)
         batches = self._matrices.batches
         for batch in sorted({batches[k] for k in active if k in batches}):
             members = [k for k in active if batches.get(k) == batch]
-            for phase in range(last := self._programs[layout.group_of[members[0]]].phases - 1):
+            for phase in range(last := self._programs[spec.group_of[members[0]]].phases - 1):
                 self._run(members, phase, scalars, grads)
                 self._matrices.between(batch, phase, members)
             self._run(members, last, scalars, grads)
         self._run([k for k in active if k not in batches], 0, scalars, grads)
-        layout.counters[1:][active] += 1
-        layout.counters[0] += 1
-        return int(layout.counters[0])
+        spec.counters[1:][active] += 1
+        spec.counters[0] += 1
+        return int(spec.counters[0])
 
     def _take(self, slot: int, active: Sequence[int], inputs: Any) -> None:
         """Puts a step's inputs in their places; without one, `data` is 0."""
         from .tables import take_input
 
         self._operands["data"][[start + slot for start in self._starts[:-1]]] = 0
-        zeroed = slot == GRADIENT and self._layout.zero_grads
+        zeroed = slot == GRADIENT and self._spec.zero_grads
         for k in active if inputs is not None else ():
             if inputs[k] is not None:
                 row = self._operands[self._starts[k] + slot]
@@ -227,21 +227,21 @@ class NumbaPlan(Turn):
         from .tables import sums_of_squares
 
         found = sums_of_squares(
-            [grads[k] for k in active], [self._dtypes[k] for k in active], self._layout.threads
+            [grads[k] for k in active], [self._dtypes[k] for k in active], self._spec.threads
         )
         for k, result in zip(active, found, strict=True):
-            self._layout.results[k, :2] = result
+            self._spec.results[k, :2] = result
 
     def _folded(self, active: Sequence[int]) -> dict[Kind, list[np.ndarray]]:
         """The scalars of each operation."""
-        layout, folded = self._layout, {}
+        spec, folded = self._spec, {}
         for k in active:
             g, dtype, t = kind = self._kind(k)
             if kind in folded:
                 continue
-            program, lr = self._programs[g], float(layout.rates[g])
+            program, lr = self._programs[g], float(spec.rates[g])
             sign, base, slope = program.head
-            factor = float(layout.rates[len(layout.groups) + g]) * sign
+            factor = float(spec.rates[len(spec.groups) + g]) * sign
             filtered = any(op.loop == "filter" for op in program.operations)
             heads = {1: (factor,), 2: (1.0 if filtered else factor, base + slope * lr), 0: ()}
             folded[kind] = [
@@ -251,7 +251,7 @@ class NumbaPlan(Turn):
         return folded
 
     def _kind(self, k: int) -> Kind:
-        return self._layout.group_of[k], self._dtypes[k], int(self._layout.counters[k + 1]) + 1
+        return self._spec.group_of[k], self._dtypes[k], int(self._spec.counters[k + 1]) + 1
 
     def _run(
         self,
@@ -274,20 +274,20 @@ class NumbaPlan(Turn):
                 made[key] = self._steps(table, kind, phase, refreshed, scalars[kind])
             steps, used, written, sums = made[key]
             if written >> PARAMETER & 1:
-                mirrors = len(self._layout.leaves[k].mirrors)
+                mirrors = len(self._spec.leaves[k].mirrors)
                 copies = ((1 << mirrors) - 1) << (count - mirrors)
-                zeroed = int(self._layout.zero_grads) << GRADIENT
+                zeroed = int(self._spec.zero_grads) << GRADIENT
                 used, written = used | copies, written | copies | zeroed
-            n = self._layout.leaves[k].parameter.size
+            n = self._spec.leaves[k].parameter.size
             leaf = table.add_leaf(n, first, count, steps, used, written, sums, grads[k])
             summed[k] = leaf, sums
-        total = table.run(self._layout.threads)
+        total = table.run(self._spec.threads)
         for k, (leaf, sums) in summed.items():
-            program = self._programs[self._layout.group_of[k]]
-            at = PARAMETER + len(program.arrays) + len(program.scratch)
+            program = self._programs[self._spec.group_of[k]]
+            at = PARAMETER + len(program.arrays) + len(program.temporaries)
             for j in range(len(program.sums)):
                 if sums >> (at + j) & 1:
-                    self._layout.results[k, 3 + j] = total(leaf, at + j)
+                    self._spec.results[k, 3 + j] = total(leaf, at + j)
 
     def _steps(
         self, table: Any, kind: Kind, phase: int, refreshed: bool, scalars: Sequence[np.ndarray]

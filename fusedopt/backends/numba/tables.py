@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ...arrays.formats import FLOAT64, PLAIN, SEGMENT, compute_dtype
-from ...arrays.rows import Touched, values_of
+from ...arrays.rows import UniqueRows, values_of
 from ...jit import tiles
 from ...jit.driver import INPUT, LEAF, MAX_OPERANDS, OPERAND, STEP, SUMS, run_part
 from ...programs.elements import ELEMENTS
@@ -62,7 +62,7 @@ class Table:
         used, written, summed: operands, as bits. gradient: says which rows are touched."""
         number, whole = len(self._leaves), elements
         row, length = self._row_count, 0
-        if isinstance(gradient, Touched):
+        if isinstance(gradient, UniqueRows):
             rows = np.stack((gradient.rows, gradient.places), axis=1)
             length = gradient.values[:1].size
             elements = len(rows) * length
@@ -111,8 +111,10 @@ class Table:
 def sums_of_squares(
     arrays: Sequence[Any], dtypes: Sequence[np.dtype], threads: int | None
 ) -> list[tuple[float, float]]:
-    """Of each gradient, an array or `Touched`, (sum, scale), as `Backend` has it; dtypes: the types
-    to compute them in."""
+    """Return (sum, scale) of each gradient, an array or `UniqueRows`, as `Backend` defines it.
+
+    dtypes: the types to compute them in.
+    """
     found = _squares(arrays, dtypes, [1.0] * len(arrays), threads)
     # Once more for float64 arrays whose squares left the range: see csrc/norms.hpp.
     lost = [
@@ -149,7 +151,7 @@ def _squares(
 
 def elements_of(a: Any) -> int:
     """Of the rows up to the last that a gradient touches, or of all."""
-    if not isinstance(a, Touched):
+    if not isinstance(a, UniqueRows):
         return int(a.size)
     return int(a.rows[-1] + 1) * a.values[:1].size if len(a.rows) else 0
 

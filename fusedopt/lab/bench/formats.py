@@ -91,26 +91,28 @@ class Stored:
     @property
     def traffic(self) -> list[tuple[list[Array], list[Array]]]:
         """Of each tensor the gradient, and parameter, states and what belongs to them."""
-        memories = {name: self.optimizer.memory(name)[0] for name in self.params}
+        leaf_states = {name: self.optimizer.leaf_state(name)[0] for name in self.params}
         return [
             ([self.grads[name]], [a for stored in memory.stored for a in stored.arrays])
-            for name, memory in memories.items()
+            for name, memory in leaf_states.items()
         ]
 
     @property
     def bytes_per_step(self) -> int:
         """What a step must read and write; copies are only written."""
-        copies = (a for name in self.params for a in self.optimizer.memory(name)[0].mirrors)
+        copies = (a for name in self.params for a in self.optimizer.leaf_state(name)[0].mirrors)
         return moved(self.traffic) + sum(a.nbytes for a in copies)
 
     def check(self) -> None:
         """Takes a step; VerificationError where an element of some leaves leaves its bound."""
         looked_at = [name for name, p in self.params.items() if p.size <= LARGEST_CHECKED]
-        memories = {name: self.optimizer.memory(name) for name in looked_at[:CHECKED]}
-        before = {name: [s.values for s in memory.stored] for name, (memory, _) in memories.items()}
+        leaf_states = {name: self.optimizer.leaf_state(name) for name in looked_at[:CHECKED]}
+        before = {
+            name: [s.values for s in memory.stored] for name, (memory, _) in leaf_states.items()
+        }
         self.step()
         t = self.optimizer.step_count
-        for name, (memory, keys) in memories.items():
+        for name, (memory, keys) in leaf_states.items():
             for worst in judge(
                 self.rule,
                 before[name],

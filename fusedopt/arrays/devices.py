@@ -1,4 +1,4 @@
-"""The memory in which an array lies: where arrays like it are checked and made."""
+"""Find the device of an array: what checks and makes arrays that lie there."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .device_interface import on_device
 _DEVICES: list[Callable[[Any], Any]] = []
 
 
-def register(space_of_device_array: Callable[[Any], Any]) -> None:
-    """Have a function name the space of an array that lies on a device."""
-    _DEVICES[:] = [space_of_device_array]
+def register(device_of_array: Callable[[Any], Any]) -> None:
+    """Take a function that returns the `Device` of an array that does not lie on the host."""
+    _DEVICES[:] = [device_of_array]
 
 
-def space_of(array: Any) -> Any:
-    """Return the space of an array; RuntimeError where no backend can use its device."""
+def device_of(array: Any) -> Any:
+    """Return the `Device` of an array; RuntimeError where no backend can use its device."""
     if not on_device(array):
         return host
     if not _DEVICES:  # in a process that has unpickled a rule and done nothing else
