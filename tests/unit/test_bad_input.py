@@ -216,7 +216,7 @@ def test_rules(name: str) -> None:
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        ({"threads": 0}, ValueError, r"threads: expected an integer >= 1, got 0"),
+        ({"threads": 0}, ValueError, r"threads: expected an integer >= 1 and below 2\^31, got 0"),
         ({"threads": 1.5}, TypeError, r"threads"),
         ({"backend": "fast"}, ValueError, r"auto, native, numba, reference, cuda; got 'fast'"),
         ({"clip": 1.0}, TypeError, r"clip"),

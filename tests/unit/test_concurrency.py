@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import multiprocessing
 import os
@@ -326,6 +327,7 @@ def interrupted_at(line: int, action: Callable[[], object]) -> bool:
         return trace
 
     previous = sys.gettrace()
+    gc.disable()  # Python ignores what is raised in its callbacks, and others' (hypothesis) have lines
     sys.settrace(trace)
     try:
         action()
@@ -333,6 +335,7 @@ def interrupted_at(line: int, action: Callable[[], object]) -> bool:
         return True
     finally:
         sys.settrace(previous)
+        gc.enable()
     assert remaining > 0, "an interrupt was lost"
     return False
 
