@@ -327,7 +327,7 @@ def interrupted_at(line: int, action: Callable[[], object]) -> bool:
         return trace
 
     previous = sys.gettrace()
-    gc.disable()  # Python ignores what is raised in its callbacks, and others' (hypothesis) have lines
+    gc.disable()  # Python ignores what its callbacks raise, and those of hypothesis have lines
     sys.settrace(trace)
     try:
         action()
