@@ -30,7 +30,7 @@ from .rules.groups import (
 )
 from .step.accumulate import ACCUMULATED, Accumulator
 from .step.assembly import checked_arrays
-from .step.checkpoint import Snapshot
+from .step.checkpoint import HALFWAY, Snapshot
 from .step.clipping import GradientClipper
 from .step.exchange import Averaged
 from .step.gradients import GradientReader
@@ -287,6 +287,7 @@ class Optimizer:
         asked = options.decides(self._wide) or options.stats or options.exact or self._state_file
         simple = one_phase and not self._scheduled and not asked
         simple = simple and not self._accumulated and not self._parted
+        simple = simple and self.step_count != HALFWAY
         self._step_alone: Any = alone if simple else None
 
     def step(
@@ -804,16 +805,20 @@ class Optimizer:
         """Goes on from a file of `save`, bit for bit: parameters and states are written in place.
 
         parameters: with False those of the file are left there; the caller's must be in place.
-        strict: as in `load_state_dict`. The file is mapped, and nothing is allocated by its word.
+        strict: as in `load_state_dict`. The file is read into the arrays that there are.
         Returns the metadata that `save` was given, tuples as lists.
 
         Raises OSError where it cannot be read, ValueError where it is not whole, of another version
         or without parameters, or that lists every difference as `load_state_dict` does,
-        RuntimeError inside of `lookahead` and `averaged`; nothing has changed then. Accumulated
-        gradients are forgotten.
+        RuntimeError inside of `lookahead` and `averaged`; nothing has changed then. The one
+        exception is a file that is damaged while it is read, or whose disk fails: after that
+        OSError the optimizer takes nothing but a whole file. Accumulated gradients are forgotten.
         """
         with self._exclusively("load"):
-            seed, metadata = self._snapshot.load(path, strict=strict, parameters=parameters)
+            try:
+                seed, metadata = self._snapshot.load(path, strict=strict, parameters=parameters)
+            finally:
+                self._settle_simple()
             self._go_on(seed)
         return metadata
 
@@ -829,6 +834,11 @@ class Optimizer:
         self._check_owner()
         if self._exchanged:
             raise RuntimeError(f"{what} inside of {self._exchanged}(): leave the context first")
+        if self.step_count == HALFWAY and not what.startswith("load"):
+            raise RuntimeError(
+                f"{what}: a file could not be read to its end, and the parameters and states are"
+                " only in part those that were in it; load a whole file first"
+            )
 
     def _check_settled(self, what: str) -> None:
         """There is nothing but parameters, states and counters."""
