@@ -171,7 +171,8 @@ class Optimizer:
         self._device = self._backend.device
         self._device.check_options(self._options, state_path)
         self._groups, self._group_of = assign(leaves, rule)
-        self._rates = np.ones(2 * len(self._groups))
+        self._rates = np.ones(len(self._groups))
+        self._factors = np.ones(len(self._groups))
         clip = self._options.clip_by_group([group.label for group in self._groups])
         self._counters = np.zeros(1 + len(leaves), np.int64)
         parameters, copies = checked_arrays(self._device, self._tree, self._rules, copy_out)
@@ -189,7 +190,7 @@ class Optimizer:
             [group.label for group in self._groups],
             self._group_of,
             self._results,
-            self._rates,
+            self._factors,
             clip,
             skip_nonfinite,
         )
@@ -243,6 +244,7 @@ class Optimizer:
             groups=self._groups,
             group_of=self._group_of,
             rates=self._rates,
+            factors=self._factors,
             counters=self._counters,
             keys=self._keys(),
             results=self._results,
@@ -331,7 +333,7 @@ class Optimizer:
             try:
                 number = self._number_of_step(grads, hessian)
             finally:
-                self._rates[len(self._groups) :] = 1.0  # the simple way leaves them alone
+                self._factors[:] = 1.0  # the simple way leaves them alone
             return self._info_builder.info(number, self._rates_by_label())
 
     def step_part(
@@ -389,7 +391,7 @@ class Optimizer:
             try:
                 number = self._gradient_reader.part(numbers, grads)
             finally:
-                self._rates[len(self._groups) :] = 1.0
+                self._factors[:] = 1.0
             if last:
                 self._parted = []
             else:
@@ -471,15 +473,15 @@ class Optimizer:
                 self._plan.give()
 
     def _set_rates(self, step: int) -> None:
-        self._rates[: len(self._groups)] = [group.rule.lr_at(step) for group in self._groups]
+        self._rates[:] = [group.rule.lr_at(step) for group in self._groups]
 
     def _use_rates(self, rates: Sequence[float]) -> None:
         """Set the groups' learning rates from the next step on, and leave their rules alone."""
-        self._rates[: len(self._groups)] = rates
+        self._rates[:] = rates
         self._only_rate = float(rates[0]) if len(rates) == 1 else 0.0
 
     def _rates_by_label(self) -> float | dict[str, float]:
-        rates: list[float] = self._rates[: len(self._groups)].tolist()
+        rates: list[float] = self._rates.tolist()
         if len(rates) == 1:
             return rates[0]
         return {group.label: lr for group, lr in zip(self._groups, rates, strict=True)}
