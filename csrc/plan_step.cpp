@@ -1,4 +1,6 @@
 // One step of a plan.
+#include <pybind11/stl.h>
+
 #include <algorithm>
 #include <memory>
 #include <utility>
