@@ -13,8 +13,8 @@ class Rates:
     """The learning rate of each parameter group in the step at hand.
 
     values, factors: float64, the groups' learning rates and the factors on their gradients, which a
-    plan reads. scheduled: whether a learning rate changes from step to step. only: the learning rate,
-    where there is one group without a schedule; 0, which is as good as none, otherwise.
+    plan reads. scheduled: whether a learning rate changes from step to step. only: the learning
+    rate, where there is one group without a schedule; 0, which is as good as none, otherwise.
     """
 
     def __init__(self, groups: Sequence[Group]) -> None:
