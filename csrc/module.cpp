@@ -4,6 +4,7 @@
 #include "cpu.hpp"
 #include "leaves.hpp"
 #include "parallel.hpp"
+#include "placement.hpp"
 #include "rows.hpp"
 #include "stacks.hpp"
 
@@ -52,6 +53,7 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   py::module_::import("atexit").attr("register")(
       py::cpp_function([] { fusedopt::end_threads(); }, py::call_guard<py::gil_scoped_release>()));
   fusedopt::bind_leaves(module);
+  fusedopt::bind_placement(module);
   fusedopt::bind_rows(module);
   fusedopt::bind_stacks(module);
   module.def("operations", &operations);
