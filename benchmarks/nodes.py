@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import heapq
+import itertools
 import random
 from collections import deque
 from collections.abc import Callable
@@ -34,7 +35,7 @@ def shares(parts: int, threads: int) -> Take:
     """Hand out each thread's own parts, then what is left of the next thread's, and so on."""
     each, rest = divmod(parts, threads)
     begins = [k * each + min(k, rest) for k in range(threads + 1)]
-    left = [deque(range(a, b)) for a, b in zip(begins, begins[1:], strict=False)]
+    left = [deque(range(a, b)) for a, b in itertools.pairwise(begins)]
 
     def take(thread: int) -> int | None:
         for k in range(threads):
@@ -80,12 +81,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--threads", type=int, default=16, help="of each node")
     options = parser.parse_args()
-    print(
-        f"AdamW, float32, GPT-2 small: MB on another node per step, of {BYTES * ELEMENTS / 1e6:.0f}"
-    )
-    print(
-        f"{options.threads} threads on each node; a thread is up to `jitter` slower than another\n"
-    )
+    total = BYTES * ELEMENTS / 1e6
+    print(f"AdamW, float32, GPT-2 small: MB on another node per step, of {total:.0f};")
+    print(f"{options.threads} threads on each node, of which one is up to `jitter` slower\n")
     print("| nodes | jitter | one shared counter | shares of their own |")
     print("|---|---|---|---|")
     for nodes in (2, 4, 8):

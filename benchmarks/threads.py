@@ -35,9 +35,10 @@ BETWEEN: dict[str, Callable[[], object]] = {
 }
 
 
-def optimizer_of(
-    elements: int, threads: int | None = None
-) -> tuple[fo.Optimizer, list[np.ndarray]]:
+Stepped = tuple[fo.Optimizer, list[np.ndarray]]
+
+
+def optimizer_of(elements: int, threads: int | None = None) -> Stepped:
     """An optimizer of ten tensors, and gradients."""
     rng = np.random.default_rng(elements)
     params = [rng.standard_normal(elements // 10, np.float32) for _ in range(10)]
@@ -50,19 +51,16 @@ def loop(rounds: int) -> None:
     print("|---|---|---|---|---|")
     for name, before in BETWEEN.items():
         for elements in LOOP_SIZES:
-            steps = {}
-            for threads in (1, None):
-                optimizer, grads = optimizer_of(elements, threads)
-                steps[threads] = lambda o=optimizer, g=grads: o.step(g)
+            made = {threads: optimizer_of(elements, threads) for threads in (1, None)}
             taken: dict[int | None, list[float]] = {1: [], None: []}
             for _ in range(rounds):
-                for threads, step in steps.items():
+                for threads, (optimizer, grads) in made.items():
                     # A loop of its own, as a trainer has it: what comes before each step is the
                     # same for all of them.
                     for _ in range(CALLS):
                         before()
                         start = time.perf_counter()
-                        step()
+                        optimizer.step(grads)
                         taken[threads].append(time.perf_counter() - start)
             one, chosen = (1e6 * statistics.median(taken[k]) for k in (1, None))
             print(f"| {name} | {elements} | {one:.0f} | {chosen:.0f} | {chosen / one:.2f} |")
@@ -88,7 +86,7 @@ class Worker:
 
 def serve() -> None:
     """Answer each size with the seconds that a step of it takes."""
-    known: dict[int, tuple[fo.Optimizer, list[np.ndarray]]] = {}
+    known: dict[int, Stepped] = {}
     for line in sys.stdin:
         if line.strip() == "name":
             print(fo.info()["parallel"], flush=True)
