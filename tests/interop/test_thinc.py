@@ -113,7 +113,7 @@ def test_parameters_are_updated_in_place() -> None:
 
 def test_what_is_no_numpy_array_is_refused() -> None:
     opt = ft.Adam(0.1)
-    other: Any = memoryview(np.ones(3, np.float32))
+    other: Any = [1.0, 1.0, 1.0]
     with pytest.raises(TypeError, match="NumPy array"):
         opt((0, "W"), other, np.ones(3, np.float32))
     with pytest.raises(ValueError, match=r"fusedopt.Adam.v1"):
