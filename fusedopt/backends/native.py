@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from ..arrays import host
 from ..arrays.formats import FLOAT32, FLOAT64, FORMATS, RandomKey
-from ..arrays.stored import Stored
 from ..plan.extras import EVERYTHING
 from ..plan.interface import Plan
-from ..plan.spec import INPUTS, PlanSpec, single
-from ..programs.program import HEAD, Operation, Program
-from ..rules import RULES, Nesterov, Rule
+from ..plan.spec import INPUTS, PlanSpec
+from ..programs.program import HEAD, MODES, Operation, Program
+from ..rules import RULES, Rule
 from ..system.extension import core, reason
 from .matrices import Matrices
 
@@ -28,7 +25,7 @@ def _compile(program: Program) -> Any:
             [
                 (
                     op.kernel or type(op.element).__name__,
-                    program.MODES.index(program.mode(op)),
+                    MODES.index(program.mode(op)),
                     op.phase,
                     INPUTS.index(op.needs) if op.needs else -1,
                     [slots[name] for name in op.operands],
@@ -82,6 +79,7 @@ class NativeBackend:
     """C++ kernels on NumPy arrays."""
 
     name = "native"
+    textbook = False
     device = host
 
     def unavailable(self) -> str | None:
@@ -93,38 +91,20 @@ class NativeBackend:
     def plan(self, spec: PlanSpec) -> Plan:
         return NativePlan(spec)
 
-    def update(
-        self,
-        rule: Rule,
-        t: int,
-        lr: float,
-        arrays: tuple[Any, ...],
-        g: np.ndarray,
-        hessian: np.ndarray | None,
-        checked: bool,
+    @staticmethod
+    def update_alone(
+        rule: Rule, t: int, lr: float, arrays: tuple[Any, ...], g: Any, hessian: Any
     ) -> bool:
+        """Take one step of one tensor, unless the rule has several phases."""
         program = rule.program
         if program.phases > 1:  # what it refuses, only Python knows
-            return checked and self._update_matrix(rule, t, lr, arrays, g)
+            return False
         native = program.native or _compile(program)
-        if checked:
-            arrays = tuple(stored.spec for stored in arrays)
         return core.update(native, program.folds, t, lr, g, hessian, arrays)
-
-    def _update_matrix(
-        self, rule: Rule, t: int, lr: float, arrays: tuple[Stored, ...], g: np.ndarray
-    ) -> bool:
-        plan = NativePlan(single(rule, rule.program, t, lr, arrays))
-        return plan.step(g, None, False) is not None
 
     def sums_of_squares(self, arrays: Sequence[Any]) -> Sequence[tuple[float, float]] | None:
         found: list[tuple[float, float]] | None = core.sums_of_squares(list(arrays))
         return found
-
-    def shift(self, rule: Nesterov, p: np.ndarray, v: np.ndarray) -> None:
-        program = rule.shift
-        if not core.update(_compile(program), program.folds, 1, 0.0, v, None, (p,)):
-            raise RuntimeError("the core refused the look-ahead; please report this")
 
 
 class NativePlan:
@@ -166,7 +146,17 @@ class NativePlan:
         )
         self._reprogram = plan.reprogram
         self.take, self.give = plan.take, plan.give
-        self.step, self.step_alone = plan.step, plan.step_alone
+        self.step_alone, self._step = plan.step_alone, plan.step
+
+    def step(self, grads: Any, hessian: Any) -> int | None:
+        """Take a step with trees; None where Python must look first."""
+        number: int | None = self._step(grads, hessian, False)
+        return number
+
+    def step_leaves(self, grads: Sequence[Any], hessian: Sequence[Any] | None) -> int | None:
+        """Take a step with checked leaves."""
+        number: int | None = self._step(grads, hessian, True)
+        return number
 
     def synchronize(self) -> None:
         """Steps are done when they return."""
