@@ -92,7 +92,7 @@ class ReferencePlan(ExclusiveUse):
         self._spec = spec
 
     def step_leaves(self, grads: Sequence[Any], hessian: Sequence[Any] | None) -> int | None:
-        spec, groups = self._spec, len(self._spec.groups)
+        spec = self._spec
         spec.results[...] = 0
         active = [k for k, g in enumerate(grads) if g is not None]
         if spec.decide is not None:
@@ -114,7 +114,7 @@ class ReferencePlan(ExclusiveUse):
                 spec.keys[k],
                 t=int(spec.counters[k + 1]) + 1,
                 lr=float(spec.rates[group]),
-                factor=float(spec.rates[groups + group]),
+                factor=float(spec.factors[group]),
                 extras=spec.extras,
             )
         for k in active:

@@ -23,7 +23,7 @@ from ..rules.groups import RuleChoice, assign, check_successor
 from ..system.interrupts import deferred
 from ..verification.plan import VerifiedPlan
 from .accumulate import ACCUMULATED, Accumulator
-from .checkpoint import Snapshot
+from .checkpoint import HALFWAY, Snapshot
 from .clipping import GradientClipper
 from .gradients import GradientReader
 from .info import StepInfo, StepInfoBuilder
@@ -82,7 +82,7 @@ class Assembly:
             [group.label for group in self.groups],
             self.group_of,
             self.results,
-            self.rates.vector,
+            self.rates.factors,
             clip,
             options.skip_nonfinite,
         )
@@ -148,7 +148,8 @@ class Assembly:
             leaves=self.leaf_states,
             groups=self.groups,
             group_of=self.group_of,
-            rates=self.rates.vector,
+            rates=self.rates.values,
+            factors=self.rates.factors,
             counters=self.counters,
             keys=self.keys(),
             results=self.results,
@@ -188,6 +189,7 @@ class Assembly:
         asked = self.decides or self.options.stats or self.options.exact or self.state_file
         simple = one_phase and not self.rates.scheduled and not asked
         simple = simple and not self.accumulated and not self.parted
+        simple = simple and self.counters[0] != HALFWAY
         self.step_alone: Any = alone if simple else None
 
     def adopt(self, rules: Sequence[Rule]) -> None:
@@ -229,6 +231,15 @@ class Assembly:
         if self.sums is not None:
             self.sums.watch(parameters)
         self.prepare(parameters)
+
+    @contextmanager
+    def loading(self, what: str) -> Iterator[None]:
+        """Keep everything else out while another state is taken, be it in part (`HALFWAY`)."""
+        with self.exclusively(what):
+            try:
+                yield
+            finally:
+                self.settle_simple()
 
     def go_on(self, seed: int) -> None:
         """Begin anew after another state was loaded: what rows missed and sums are gone."""
@@ -360,6 +371,11 @@ class Assembly:
             self.state_file.check_owner()
         if self.exchanged:
             raise RuntimeError(f"{what} inside of {self.exchanged}(): leave the context first")
+        if self.counters[0] == HALFWAY and not what.startswith("load"):
+            raise RuntimeError(
+                f"{what}: a file could not be read to its end, and the parameters and states are"
+                " only in part those that were in it; load a whole file first"
+            )
 
     def check_settled(self, what: str) -> None:
         """RuntimeError unless there is nothing but parameters, states and counters."""

@@ -427,7 +427,7 @@ class CudaPlan(ExclusiveUse):
         for launch, operations, group, leaf in launches:
             lr, program = float(spec.rates[group]), self._programs[group]
             # A clipper's kernel applies the factor, which it alone knows.
-            factor = 1.0 if clipper else float(spec.rates[len(spec.groups) + group])
+            factor = 1.0 if clipper else float(spec.factors[group])
             t = int(spec.counters[leaf + 1]) + 1
             values = [x for op in operations for x in program.scalars(op, t, lr, factor)]
             more = [clipper.factor(group, launch.dtype)] if clipper else []

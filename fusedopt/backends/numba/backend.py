@@ -218,7 +218,7 @@ class NumbaPlan(ExclusiveUse):
             if kind in folded:
                 continue
             program, lr = self._programs[g], float(spec.rates[g])
-            factor = float(spec.rates[len(spec.groups) + g])
+            factor = float(spec.factors[g])
             folded[kind] = [
                 np.array(program.scalars(op, t, lr, factor), np.float64).astype(dtype)
                 for op in program.operations
