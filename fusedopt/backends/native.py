@@ -205,7 +205,7 @@ class NativePlan:
         plan = core.Plan(_described(spec, programs, matrices))
         self._reprogram = plan.reprogram
         self.take, self.give = plan.take, plan.give
-        self.step, self.step_alone = plan.step, plan.step_alone
+        self.step, self.whole_step, self.settle = plan.step, plan.whole_step, plan.settle
 
     def synchronize(self) -> None:
         """Steps are done when they return."""
