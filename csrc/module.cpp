@@ -3,6 +3,7 @@
 
 #include "cpu.hpp"
 #include "parallel.hpp"
+#include "placement.hpp"
 #include "plan.hpp"
 #include "rows.hpp"
 #include "stacks.hpp"
@@ -54,6 +55,7 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
       py::cpp_function([] { fusedopt::end_threads(); }, py::call_guard<py::gil_scoped_release>()));
   fusedopt::bind_plan(module);
   fusedopt::bind_update(module);
+  fusedopt::bind_placement(module);
   fusedopt::bind_rows(module);
   fusedopt::bind_stacks(module);
   module.def("operations", &operations);

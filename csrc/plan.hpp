@@ -16,6 +16,7 @@
 #include "norms.hpp"
 #include "policy.hpp"
 #include "programs.hpp"
+#include "thread_choice.hpp"
 #include "trees.hpp"
 #include "windows.hpp"
 
@@ -147,6 +148,7 @@ class Plan {
   py::object program_objects_;    // keeps `programs_` alive
   Mapped mapped_;
   std::unique_ptr<Policy> policy_;
+  ThreadChoice choice_;
   std::vector<const Program*> programs_;
   std::vector<Own> own_;
   std::vector<Operand> operands_;  // MAX_OPERANDS for each leaf

@@ -453,7 +453,7 @@ class Optimizer:
             With every difference in paths, rules, hyperparameters, shapes, dtypes, memory orders,
             formats and states. Nothing has changed then.
         """
-        with self._assembly.exclusively("load_state_dict"):
+        with self._assembly.loading("load_state_dict"):
             self._assembly.go_on(self._assembly.snapshot.restore(state, strict=strict))
 
     def save(
@@ -484,20 +484,22 @@ class Optimizer:
     ) -> Any:
         """Go on from a file of `save`, bit for bit: parameters and states are written in place.
 
-        Returns the metadata that `save` was given, tuples as lists. The file is mapped, and nothing
-        is allocated by its word. Accumulated gradients are forgotten.
+        Returns the metadata that `save` was given, tuples as lists. The file is read into
+        the arrays that there are. Accumulated gradients are forgotten.
 
         Parameters
         ----------
         path : path
             The file. OSError where it cannot be read; ValueError, and nothing has changed, where it
-            is not whole or of another version, or lists every difference.
+            is not whole or of another version, or lists every difference. Where the disk fails, or
+            somebody shortens the file, while its arrays are read, the optimizer has part of them
+            and refuses everything until it has loaded a whole file.
         parameters : bool
             With False the file's parameters are left there; the caller's must be in place.
         strict : bool
             As in `load_state_dict`.
         """
-        with self._assembly.exclusively("load"):
+        with self._assembly.loading("load"):
             snapshot = self._assembly.snapshot
             seed, metadata = snapshot.load(path, strict=strict, parameters=parameters)
             self._assembly.go_on(seed)

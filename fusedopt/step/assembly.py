@@ -25,7 +25,7 @@ from ..schedules import formula_of
 from ..system.interrupts import deferred
 from ..verification.plan import VerifiedPlan
 from .accumulate import ACCUMULATED, Accumulator
-from .checkpoint import Snapshot
+from .checkpoint import HALFWAY, Snapshot
 from .clipping import GradientClipper
 from .gradients import GradientReader
 from .info import StepInfo, StepInfoBuilder
@@ -196,7 +196,8 @@ class Assembly:
 
     def settle_simple(self) -> None:
         """Take a whole step in one call where nothing is under way."""
-        self.whole_step = None if self.accumulated or self.parted else self._whole
+        halfway = self.accumulated or self.parted or self.counters[0] == HALFWAY
+        self.whole_step = None if halfway else self._whole
 
     def share_out(self) -> None:
         """Leave norms and sums, which are of all ranks, to Python."""
@@ -275,6 +276,15 @@ class Assembly:
         if self.sums is not None:
             self.sums.watch(parameters)
         self.prepare(parameters)
+
+    @contextmanager
+    def loading(self, what: str) -> Iterator[None]:
+        """Keep everything else out while another state is taken, be it in part (`HALFWAY`)."""
+        with self.exclusively(what):
+            try:
+                yield
+            finally:
+                self.settle_simple()
 
     def go_on(self, seed: int) -> None:
         """Begin anew after another state was loaded: what rows missed and sums are gone."""
@@ -406,6 +416,11 @@ class Assembly:
             self.state_file.check_owner()
         if self.exchanged:
             raise RuntimeError(f"{what} inside of {self.exchanged}(): leave the context first")
+        if self.counters[0] == HALFWAY and not what.startswith("load"):
+            raise RuntimeError(
+                f"{what}: a file could not be read to its end, and the parameters and states are"
+                " only in part those that were in it; load a whole file first"
+            )
 
     def check_settled(self, what: str) -> None:
         """RuntimeError unless there is nothing but parameters, states and counters."""
