@@ -143,7 +143,9 @@ def gradients(draw: st.DrawFn, params: dict[str, np.ndarray]) -> dict[str, Any]:
         kind = draw(st.sampled_from(["plain"] * 6 + ["none", "rows", "wrong", "turned"]))
         with np.errstate(all="ignore"):
             unit = draw(st.sampled_from(UNITS))
-            g = (rng.standard_normal(p.shape) * unit).astype(draw(st.sampled_from([p.dtype, "f"])))
+            g = (rng.standard_normal(p.shape) * unit).astype(
+                draw(st.sampled_from([p.dtype, np.dtype("f")]))
+            )
         if kind == "none":
             found[name] = None
         elif kind == "rows" and p.ndim == 2 and p.size:
