@@ -1,10 +1,10 @@
-"""What a backend is: plans for optimizers, and single steps."""
+"""The interface of a backend: plans for optimizers, and single steps."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ..arrays.rows import UniqueRows
 from ..arrays.stored import LeafState, Stored
@@ -13,13 +13,13 @@ from .spec import PlanSpec
 
 
 class Decision(Protocol):
-    """What a plan asks between the reading of the gradients and the step."""
+    """The decision between the reading of the gradients and the step."""
 
     factor: float
     """The inverse of the scale of the gradients."""
 
     def __call__(self) -> bool:
-        """Whether the step is to be taken; sets the factors on the gradients."""
+        """Return whether the step is to be taken; sets the factors on the gradients."""
 
     @property
     def limits(self) -> list[float]:
@@ -30,6 +30,32 @@ class Decision(Protocol):
 
     def stopped(self, number: int, bad: Sequence[int]) -> FloatingPointError:
         """Return the error of a step that a device did not take, because of these leaves."""
+
+
+class Policy(NamedTuple):
+    """What a whole step in one call of a plan does besides the update, and what it tells.
+
+    info: the class `StepInfo`. labels, paths: of groups and leaves. schedules: of each group the
+    `formula` of its learning rate, or None where that stays or only Python knows. limits: see
+    `Decision`. by_group: whether each group has its own norm. measures: whether gradients are read
+    before the step; clips: whether a norm must be finite; skips: whether a step without one does
+    nothing. narrow: whether gradients are multiplied in float32. refusal: gives the error of a step
+    whose gradients are not finite, from the numbers of these leaves. stats: the names of a
+    program's sums, and the leaves that have them; empty where none are told.
+    """
+
+    info: type
+    labels: list[str]
+    paths: list[str]
+    schedules: list[Any]
+    limits: list[float]
+    by_group: bool
+    measures: bool
+    clips: bool
+    skips: bool
+    narrow: bool
+    refusal: Callable[[Sequence[int]], FloatingPointError]
+    stats: list[tuple[tuple[str, ...], list[int]]]
 
 
 class Device(Protocol):
@@ -143,5 +169,8 @@ class Backend(Protocol):
         """Prepares an optimizer's steps."""
 
     def sums_of_squares(self, arrays: Sequence[Any]) -> Sequence[tuple[float, float]] | None:
-        """Of each dense array the sum of the squares of its elements times scale, and that scale, a
-        power of two which keeps the sum in range. None where something is to be checked first."""
+        """Return the sum of the squares of the elements times scale, and the scale, of each array.
+
+        The scale is a power of two that keeps the sum in range. None where something is to be
+        checked first.
+        """
