@@ -2,8 +2,8 @@
 
     python benchmarks/jax_step.py
 
-On the tensors of GPT-2 small: `step`, which returns new parameters, `update` with
-`optax.apply_updates`, and the same with optax.
+On the tensors of GPT-2 small: `step`, which returns new parameters, and optax's `update` with
+`apply_updates`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,6 @@ def main() -> None:
     ours, theirs = fusedopt.jax.adamw(1e-4), optax.adamw(1e-4)
     ways = {
         "fusedopt.jax, step": (ours, ours.step),
-        "fusedopt.jax, update": (ours, applied(ours)),
         "optax": (theirs, applied(theirs)),
     }
     for label, (opt, step) in ways.items():
