@@ -16,10 +16,11 @@ from ..arrays.formats import RandomKey, compute_dtype
 from ..arrays.storage import synchronize
 from ..arrays.trees import Leaf, Tree
 from ..backends import get_backend
+from ..plan.extras import Extras
 from ..plan.options import Options, check_grad_scale, check_seed
 from ..plan.spec import PlanSpec, results_for
 from ..rules import Rule
-from ..rules.groups import RuleChoice, assign, check_successor
+from ..rules.groups import Group, RuleChoice, assign, at_step, check_successor
 from ..system.interrupts import deferred
 from ..verification.plan import VerifiedPlan
 from .accumulate import ACCUMULATED, Accumulator
@@ -28,7 +29,7 @@ from .clipping import GradientClipper
 from .gradients import GradientReader
 from .info import StepInfo, StepInfoBuilder
 from .lazy_rows import LazyRows
-from .rates import Rates
+from .rates import Rates, StepRate
 
 if TYPE_CHECKING:
     from ..arrays.state_file import StateFile
@@ -44,8 +45,9 @@ class Assembly:
 
     `narrowest` is the narrowest type that gradients are computed in. `step_alone` is the plan's
     single call for a whole step, or None where a step needs more than that. `exchanged` names the
-    context in which the parameters are something else. `parted` are the leaves that have had their
-    part of the step under way.
+    context in which the parameters are something else. `groups` have the rules as they were given,
+    `current` those with the values that schedules gave the step that was begun last. `parted` are
+    the leaves that have had their part of the step under way.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Assembly:
         self.device = self.backend.device
         self.device.check_options(options, state_path)
         self.groups, self.group_of = assign(leaves, rule)
+        self.current = at_step(self.groups, 1)
         self.rates = Rates(self.groups)
         clip = options.clip_by_group([group.label for group in self.groups])
         self.counters = np.zeros(1 + len(leaves), np.int64)
@@ -74,8 +77,9 @@ class Assembly:
         wide = any(dtype == np.float64 for dtype in dtypes)
         self.narrowest = min(map(compute_dtype, dtypes), key=lambda d: d.itemsize)
         self.decides = options.decides(wide)
-        self.extras = options.extras(wide)
-        programs = [self.extras.program(group.rule) for group in self.groups]
+        self._extras = options.extras(wide)
+        self.extras = self._extras.at(1)
+        programs = [self.extras.program(group.rule) for group in self.current]
         self.results = results_for(programs, len(leaves))
         self.clipper = GradientClipper(
             self.paths,
@@ -110,8 +114,8 @@ class Assembly:
 
     @property
     def rules(self) -> list[Any]:
-        """The rule of each leaf."""
-        return [self.groups[k].rule for k in self.group_of]
+        """The rule of each leaf, with the values of the step that was begun last."""
+        return [self.current[k].rule for k in self.group_of]
 
     @property
     def snapshot(self) -> Snapshot:
@@ -146,7 +150,7 @@ class Assembly:
         spec = PlanSpec(
             tree=self.tree.spec,
             leaves=self.leaf_states,
-            groups=self.groups,
+            groups=self.current,
             group_of=self.group_of,
             rates=self.rates.values,
             factors=self.rates.factors,
@@ -166,7 +170,7 @@ class Assembly:
         else:
             plan = self.backend.plan(spec)
         plan.take()  # until all is ready; the old one stays taken, should a thread still have it
-        self.plan = plan
+        self.plan, self._spec = plan, spec
         if self.lazy_rows is not None:
             self.lazy_rows.moved(spec, plan)
         elif self.options.exact:
@@ -185,30 +189,59 @@ class Assembly:
     def settle_simple(self) -> None:
         """Find the plan's own whole step, which guards itself."""
         alone = None if self.options.verify else getattr(self.plan, "step_alone", None)
-        one_phase = all(group.rule.program.phases == 1 for group in self.groups)
+        one_phase = all(group.rule.program.phases == 1 for group in self.current)
         asked = self.decides or self.options.stats or self.options.exact or self.state_file
-        simple = one_phase and not self.rates.scheduled and not asked
+        simple = one_phase and not self.rates.scheduled and not self._scheduled and not asked
         simple = simple and not self.accumulated and not self.parted
         simple = simple and self.counters[0] != HALFWAY
         self.step_alone: Any = alone if simple else None
+
+    @property
+    def _scheduled(self) -> bool:
+        """Whether anything but learning rates has a schedule."""
+        return callable(self._extras.ema) or any(group.rule.scheduled for group in self.groups)
 
     def adopt(self, rules: Sequence[Rule]) -> None:
         """Put rules in the place of the groups' own, all of them or none."""
         with self.exclusively("hyperparameters", settled=False):
             self.check_caught_up("hyperparameters")
-            old = self.groups
+            old, before = self.groups, self.current
             kept = [check_successor(group, rule) for group, rule in zip(old, rules, strict=True)]
             self.groups = [replace(g, rule=rule) for g, rule in zip(old, rules, strict=True)]
             try:
-                # For 1000 tensors a new plan takes 20 ms, other rules in the old one 0.1.
-                if all(kept) or (self.lazy_rows is None and self.plan.adopt(rules)):
-                    self.settle_rates()
+                current = at_step(self.groups, self._upcoming)
+                if all(kept):  # plans take learning rates from elsewhere
+                    self.current = current
                 else:
-                    self.plan.synchronize()
-                    self.prepare(self.checked_arrays(self.tree)[0])
+                    self._use(current, self.extras)
+                self.settle_rates()
             except BaseException:
-                self.groups = old
+                self.groups, self.current = old, before
                 raise
+
+    @property
+    def _upcoming(self) -> int:
+        return int(self.counters[0]) + 1
+
+    def _use(self, current: Sequence[Group], extras: Extras) -> None:
+        """Let the plan have other rules and other numbers beside them."""
+        before = self.current, self.extras
+        if (current, extras) == before:
+            return
+        adopted = self.plan.adopt(current, extras)
+        self.current, self.extras = list(current), extras
+        # For 1000 tensors a new plan takes 20 ms, other rules in the old one 0.1.
+        if adopted:
+            self._spec = replace(self._spec, groups=self.current, extras=extras)
+            if self.lazy_rows is not None:
+                self.lazy_rows.moved(self._spec, self.plan)
+            return
+        try:
+            self.plan.synchronize()
+            self.prepare(self.checked_arrays(self.tree)[0])
+        except BaseException:
+            self.current, self.extras = before
+            raise
 
     def rebind(self, params: Any) -> None:
         """Take new arrays in place of the old ones: see `Optimizer.rebind`."""
@@ -250,9 +283,11 @@ class Assembly:
 
     # ---------------------------------------------------------------- steps
 
-    def step(self, grads: Any, grad_scale: float, hessian: Any) -> StepInfo:
+    def step(
+        self, grads: Any, grad_scale: float, hessian: Any, lr: StepRate | None = None
+    ) -> StepInfo:
         """Take a step of any kind: see `Optimizer.step`."""
-        with self._one_step("step", grad_scale):
+        with self._one_step("step", grad_scale, lr):
             return self._told(self._stepped(grads, hessian))
 
     def step_part(
@@ -279,12 +314,15 @@ class Assembly:
             return self._told(number)
 
     @contextmanager
-    def _one_step(self, what: str, grad_scale: float) -> Iterator[None]:
+    def _one_step(self, what: str, grad_scale: float, lr: StepRate | None = None) -> Iterator[None]:
         scale = check_grad_scale(grad_scale, self.narrowest)
         with self.exclusively(what, settled=False):
-            self.rates.begin(int(self.counters[0]) + 1)
+            if self._scheduled:
+                step = self._upcoming
+                self._use(at_step(self.groups, step), self._extras.at(step))
             self.clipper.begin(scale)
             try:
+                self.rates.begin(self._upcoming, lr)
                 yield
             finally:
                 self.rates.end()
