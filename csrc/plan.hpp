@@ -5,13 +5,16 @@
 
 #include <atomic>
 #include <map>
+#include <memory>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "arrays.hpp"
+#include "clipping.hpp"
 #include "driver.hpp"
 #include "norms.hpp"
+#include "policy.hpp"
 #include "programs.hpp"
 #include "thread_choice.hpp"
 #include "trees.hpp"
@@ -42,14 +45,34 @@ class Plan {
   // written then. `flat`: the trees are lists of leaves already.
   py::object step(const py::object& gradients, const py::object& hessian, bool flat);
 
-  // The same with trees, by one who has not taken it: the whole of a simple optimizer's step.
-  py::object step_alone(const py::object& gradients, const py::object& hessian);
+  // What `whole_step` does from now on, by a caller who has taken the plan.
+  void settle(const py::object& policy);
+
+  // A step with trees and all that its policy says, by a caller who has not taken the plan: its
+  // `StepInfo`. None where something is to be explained or done by Python first; nothing but
+  // learning rates was written then. ask(step), if not None, sets the learning rates.
+  py::object whole_step(const py::object& gradients, const py::object& hessian,
+                        const py::object& grad_scale, const py::object& ask);
 
  private:
   struct Own {
     const Proxy* parameter;
     std::size_t elements;
     int compute, operand_count;
+  };
+  // While there is one, this caller alone uses the plan, and what the step reads is held.
+  class Use {
+   public:
+    explicit Use(Plan& plan) : plan_(plan) { plan.take(); }
+    ~Use() {
+      plan_.refs_.clear();
+      plan_.give();
+    }
+    Use(const Use&) = delete;
+    Use& operator=(const Use&) = delete;
+
+   private:
+    Plan& plan_;
   };
   // What a step touches of a leaf: all elements, or those of some rows.
   struct Touched {
@@ -78,6 +101,12 @@ class Plan {
   void add_leaf(const std::vector<py::object>& arrays, const std::vector<py::object>& mirrors,
                 const std::vector<RandomKey>& keys, std::size_t k);
   void change_level();
+  bool read(const py::object& gradients, const py::object& hessian, bool flat);
+  bool find_rates(const py::object& ask);
+  std::vector<double> norms(double factor) const;
+  void decide(double factor, Found& found);
+  py::object stats_of(double factor);
+  void update();
   bool unmoved() const;
   bool overlaps_written(const Range& range) const;
   // Each other, or an estimate.
@@ -97,7 +126,7 @@ class Plan {
   void run_phase(int batch, int phase);
   void take_sums(int batch);
   int threads() const;
-  std::size_t columns() const { return 3 + static_cast<std::size_t>(sums_); }
+  std::size_t columns() const { return Policy::FIRST_SUM + static_cast<std::size_t>(sums_); }
 
   const Program& program(std::size_t k) const {
     return *programs_[static_cast<std::size_t>(groups_[k])];
@@ -112,12 +141,13 @@ class Plan {
   int batch_count_ = 0, sums_ = 0;  // sums_: of the program that has most
   std::size_t most_ = 0;            // operations, likewise
   std::int64_t* counts_ = nullptr;
-  const double *rate_ = nullptr, *factor_ = nullptr;
+  double *rate_ = nullptr, *factor_ = nullptr;
   double* result_ = nullptr;
   const Table* table_ = nullptr;
   std::vector<py::object> held_;  // arrays
   py::object program_objects_;    // keeps `programs_` alive
   Mapped mapped_;
+  std::unique_ptr<Policy> policy_;
   ThreadChoice choice_;
   std::vector<const Program*> programs_;
   std::vector<Own> own_;

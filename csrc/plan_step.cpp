@@ -28,15 +28,25 @@ void clear(Operand& operand) {
 py::object Plan::step(const py::object& gradients, const py::object& hessian, bool flat) {
   const std::unique_ptr<Plan, void (*)(Plan*)> at_the_end(this,
                                                           [](Plan* plan) { plan->refs_.clear(); });
-  if (level().table != table_) change_level();
-  if (!unmoved() || !read_tree(GRADIENT, gradients, flat) || !read_tree(HESSIAN, hessian, flat) ||
-      (zero_grads_ && gradients_overlap()))
-    return py::none();
-  find_active();
+  if (!read(gradients, hessian, flat)) return py::none();
   if (!decide_.is_none()) {
     measure_gradients();
     if (!decide_().cast<bool>()) return py::int_(counts_[0]);
   }
+  update();
+  return py::int_(counts_[0]);
+}
+
+bool Plan::read(const py::object& gradients, const py::object& hessian, bool flat) {
+  if (level().table != table_) change_level();
+  if (!unmoved() || !read_tree(GRADIENT, gradients, flat) || !read_tree(HESSIAN, hessian, flat) ||
+      (zero_grads_ && gradients_overlap()))
+    return false;
+  find_active();
+  return true;
+}
+
+void Plan::update() {
   prepare();
   if (!before_.is_none()) before_(active_);
   for (int batch = 0; batch < batch_count_; ++batch) {
@@ -53,13 +63,7 @@ py::object Plan::step(const py::object& gradients, const py::object& hessian, bo
   }
   run_phase(-1, 0);
   for (const std::size_t k : active_) ++counts_[k + 1];
-  return py::int_(++counts_[0]);
-}
-
-py::object Plan::step_alone(const py::object& gradients, const py::object& hessian) {
-  take();
-  const std::unique_ptr<Plan, void (*)(Plan*)> at_the_end(this, [](Plan* plan) { plan->give(); });
-  return step(gradients, hessian, false);
+  ++counts_[0];
 }
 
 bool Plan::unmoved() const {
@@ -160,7 +164,8 @@ void Plan::find_active() {
   active_.clear();
   for (std::size_t k = 0; k < own_.size(); ++k)
     if (operands_[k * MAX_OPERANDS + GRADIENT].data) active_.push_back(k);
-  if (sums_ || !decide_.is_none()) std::fill(result_, result_ + own_.size() * columns(), 0.0);
+  if (sums_ || !decide_.is_none() || (policy_ && policy_->measures))
+    std::fill(result_, result_ + own_.size() * columns(), 0.0);
   if (sums_)
     for (const std::size_t k : active_) {
       result_[k * columns() + 1] = 1;
@@ -257,7 +262,7 @@ void Plan::take_sums(int batch) {
     for (int j = 0; j < program(k).sums; ++j) {
       const int slot = program(k).first_sum() + j;
       if (leaf->summed >> slot & 1)
-        result_[k * columns() + 3 + static_cast<std::size_t>(j)] =
+        result_[k * columns() + Policy::FIRST_SUM + static_cast<std::size_t>(j)] =
             Partials::total(*leaf, leaf->operands[slot]);
     }
     ++leaf;

@@ -31,7 +31,15 @@ class Plan:
         /,
     ) -> bool: ...
     def step(self, gradients: Any, hessian: Any, flat: bool, /) -> int | None: ...
-    def step_alone(self, gradients: Any, hessian: Any, /) -> int | None: ...
+    def settle(self, policy: Any, /) -> None: ...
+    def whole_step(
+        self,
+        gradients: Any,
+        hessian: Any,
+        grad_scale: float,
+        ask: Callable[[int], None] | None,
+        /,
+    ) -> Any: ...
 
 def update(
     program: Program,

@@ -25,9 +25,6 @@ from .step.info import StepInfo
 from .step.parameter_group import ParameterGroup
 from .step.rates import StepRate
 
-new_tuple = tuple.__new__
-NOTHING_ASKED = tuple(StepInfo._field_defaults.values())  # the rest of a simple step's StepInfo
-
 
 class Optimizer:
     """Update nested parameters in place, all of them in one fused pass.
@@ -191,15 +188,11 @@ class Optimizer:
             raise RuntimeError(f"step inside of {assembly.exchanged}(): leave the context first")
         if assembly.watch is not None:
             assembly.watch.check()
-        alone = assembly.step_alone
-        if alone is None or grad_scale != 1.0 or lr is not None or grads is ACCUMULATED:
-            return assembly.step(grads, grad_scale, hessian, lr)
-        number = alone(grads, hessian)
-        if number is None:
-            return assembly.step(grads, grad_scale, hessian)
-        # 0.08 us less than StepInfo(number, rate)
-        rates = assembly.rates
-        return new_tuple(StepInfo, (number, rates.only or rates.used(), *NOTHING_ASKED))
+        if grads is not ACCUMULATED and lr is None and assembly.whole_step is not None:
+            info: StepInfo | None = assembly.whole_step(grads, hessian, grad_scale, assembly.ask)
+            if info is not None:
+                return info
+        return assembly.step(grads, grad_scale, hessian, lr)
 
     def step_part(
         self,

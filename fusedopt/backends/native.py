@@ -188,7 +188,7 @@ class NativePlan:
         plan = core.Plan(_described(spec, programs, matrices))
         self._reprogram = plan.reprogram
         self.take, self.give = plan.take, plan.give
-        self.step_alone, self._step = plan.step_alone, plan.step
+        self.whole_step, self.settle, self._step = plan.whole_step, plan.settle, plan.step
 
     def step(self, grads: Any, hessian: Any) -> int | None:
         """Take a step with trees; None where Python must look first."""

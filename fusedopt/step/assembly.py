@@ -17,10 +17,12 @@ from ..arrays.storage import synchronize
 from ..arrays.trees import Leaf, Tree
 from ..backends import get_backend
 from ..plan.extras import Extras
+from ..plan.interface import Policy
 from ..plan.options import Options, check_grad_scale, check_seed
 from ..plan.spec import PlanSpec, results_for
 from ..rules import Rule
 from ..rules.groups import Group, RuleChoice, assign, at_step, check_successor
+from ..schedules import formula_of
 from ..system.interrupts import deferred
 from ..verification.plan import VerifiedPlan
 from .accumulate import ACCUMULATED, Accumulator
@@ -43,11 +45,12 @@ class Assembly:
     first_tiles: where the leaves begin in those that they are parts of, for random bits; None:
     they are whole. Raises as `Optimizer` does.
 
-    `narrowest` is the narrowest type that gradients are computed in. `step_alone` is the plan's
-    single call for a whole step, or None where a step needs more than that. `exchanged` names the
-    context in which the parameters are something else. `groups` have the rules as they were given,
-    `current` those with the values that schedules gave the step that was begun last. `parted` are
-    the leaves that have had their part of the step under way.
+    `narrowest` is the narrowest type that gradients are computed in. `whole_step` is a single call
+    for a whole step, of (grads, hessian, grad_scale, ask), which gives None where there is more to
+    a step; None where there always is. `ask` finds the learning rates that only Python knows, or is
+    None. `exchanged` names the context in which the parameters are something else. `groups` have
+    the rules as they were given, `current` those with the values that schedules gave the step that
+    was begun last. `parted` are the leaves that have had their part of the step under way.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class Assembly:
         )
         self.clipper.begin(1.0)
         self.parted: list[int] = []
+        self._shared_out = False
         self.exchanged = ""
         self.sums: Accumulator | None = None
         self.lazy_rows: LazyRows | None = None
@@ -184,17 +188,59 @@ class Assembly:
     def settle_rates(self) -> None:
         """Take what a step needs to know of the rules' learning rates."""
         self.rates.settle(self.groups)
+        formulas = [formula_of(group.rule.lr) for group in self.groups]
+        known = all(
+            formula is not None or not callable(group.rule.lr)
+            for formula, group in zip(formulas, self.groups, strict=True)
+        )
+        self.ask = None if known else self.rates.begin
+        self._whole: Any = self._whole_step(formulas)
         self.settle_simple()
 
     def settle_simple(self) -> None:
-        """Find the plan's own whole step, which guards itself."""
-        alone = None if self.options.verify else getattr(self.plan, "step_alone", None)
-        one_phase = all(group.rule.program.phases == 1 for group in self.current)
-        asked = self.decides or self.options.stats or self.options.exact or self.state_file
-        simple = one_phase and not self.rates.scheduled and not self._scheduled and not asked
-        simple = simple and not self.accumulated and not self.parted
-        simple = simple and self.counters[0] != HALFWAY
-        self.step_alone: Any = alone if simple else None
+        """Take a whole step in one call where nothing is under way."""
+        halfway = self.accumulated or self.parted or self.counters[0] == HALFWAY
+        self.whole_step = None if halfway else self._whole
+
+    def share_out(self) -> None:
+        """Leave norms and sums, which are of all ranks, to Python."""
+        self._shared_out = True
+        self.settle_rates()
+
+    def _whole_step(self, formulas: list[Any]) -> Any:
+        options, plan = self.options, self.plan
+        phases = max(group.rule.program.phases for group in self.current)
+        if phases > 1 or options.exact or options.verify or self.state_file or self._shared_out:
+            return None
+        if self._scheduled:  # programs change from step to step
+            return None
+        if hasattr(plan, "settle"):
+            plan.settle(self._policy(formulas))
+            return plan.whole_step
+        simple = not (self.decides or options.stats or self.rates.scheduled)
+        return self._simple_step if simple and hasattr(plan, "step_alone") else None
+
+    def _policy(self, formulas: list[Any]) -> Policy:
+        options = self.options
+        return Policy(
+            info=StepInfo,
+            labels=[group.label for group in self.groups],
+            paths=self.paths,
+            schedules=formulas,
+            limits=self.clipper.limits,
+            by_group=self.clipper.by_group,
+            measures=self.decides,
+            clips=options.clip_norm is not None,
+            skips=options.skip_nonfinite,
+            narrow=self.narrowest == np.float32,
+            refusal=self.clipper.refusal,
+            stats=list(self.info_builder.alike.items()) if options.stats else [],
+        )
+
+    def _simple_step(self, grads: Any, hessian: Any, grad_scale: Any, ask: Any) -> StepInfo | None:
+        """Take a step that a plan makes by itself but does not tell of."""
+        number = None if grad_scale != 1.0 else self.plan.step_alone(grads, hessian)
+        return None if number is None else StepInfo(number, self.rates.used())
 
     @property
     def _scheduled(self) -> bool:
