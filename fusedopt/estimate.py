@@ -1,4 +1,4 @@
-"""What an optimizer will take of memory, before anything is allocated."""
+"""Estimate the memory of an optimizer before anything is allocated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands between the phases of a rule: matrices in work space, and their products."""
+"""The work between the phases of a matrix rule: matrices in a workspace, and their products."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Matrices:
             }
 
     def between(self, batch: int, phase: int, leaves: Sequence[int]) -> None:
-        """What comes after a phase of the leaves of a batch that take part."""
+        """Do what comes after a phase, for the leaves of a batch that take part."""
         made = self._made[batch]
         members = [self._member(k) if k in leaves else None for k in made.members]
         if phase == 0:

@@ -112,7 +112,7 @@ class NativeBackend:
 
 
 class PlanDescription(NamedTuple):
-    """What the core makes a plan from; csrc/plan.cpp reads the fields by their names.
+    """The description from which the core makes a plan, field by field (csrc/plan.cpp).
 
     arrays: of each leaf its parameter, states and work space, each an ndarray or (name of the
     codec, data, what is stored beside it or None). mirrors: of each leaf the arrays into which its
@@ -121,7 +121,7 @@ class PlanDescription(NamedTuple):
     matrices whose products come between its phases. programs, folds: of each group its program, and
     the functions from (t, lr) to its operations' scalars. beside: what else a step writes.
     before(leaves), or None: called before anything is written. between(batch, phase, leaves):
-    called after each phase but the last. threads: at most so many; 0: as many as there are for all.
+    called after each phase but the last. threads: the most that a step may use; 0: all.
     The rest is as in `PlanSpec`.
     """
 

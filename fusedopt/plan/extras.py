@@ -1,4 +1,4 @@
-"""What an optimizer does around its rules while a tile is in the cache: clip, average, count."""
+"""Operations around a rule while a tile is in the cache: clip, average, count."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a backend is: plans for optimizers, and single steps."""
+"""The interface of a backend: plans for optimizers, and single steps."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .spec import PlanSpec
 
 
 class Decision(Protocol):
-    """What a plan asks between the reading of the gradients and the step."""
+    """The decision between the reading of the gradients and the step."""
 
     factor: float
     """The inverse of the scale of the gradients."""
 
     def __call__(self) -> bool:
-        """Whether the step is to be taken; sets the factors on the gradients."""
+        """Return whether the step is to be taken; sets the factors on the gradients."""
 
     @property
     def limits(self) -> list[float]:
@@ -169,5 +169,8 @@ class Backend(Protocol):
         """Prepares an optimizer's steps."""
 
     def sums_of_squares(self, arrays: Sequence[Any]) -> Sequence[tuple[float, float]] | None:
-        """Of each dense array the sum of the squares of its elements times scale, and that scale, a
-        power of two which keeps the sum in range. None where something is to be checked first."""
+        """Return the sum of the squares of the elements times scale, and the scale, of each array.
+
+        The scale is a power of two that keeps the sum in range. None where something is to be
+        checked first.
+        """

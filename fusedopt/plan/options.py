@@ -61,7 +61,7 @@ class Options(NamedTuple):
         return self._replace(threads=threads)
 
     def storage(self) -> Storage:
-        """How parameters and states are stored."""
+        """Return how parameters and states are stored."""
         return Storage(self.state_dtype, self.master, self.rounding)
 
     def clip_by_group(self, labels: Sequence[str]) -> float | dict[str, float | None] | None:
@@ -76,12 +76,14 @@ class Options(NamedTuple):
         return {k: None if x is None else float(x) for k, x in self.clip_norm.items()}
 
     def decides(self, wide: bool) -> bool:
-        """Whether gradients are read before the step; wide: whether some leaf is float64, whose
-        squares may leave the range and be wanted again."""
+        """Return whether gradients are read before the step.
+
+        wide: whether some leaf is float64, whose squares may leave the range and be wanted again.
+        """
         return self.clip_norm is not None or self.skip_nonfinite or (self.stats and wide)
 
     def extras(self, wide: bool) -> Extras:
-        """What is done beside the rules."""
+        """Return what is done beside the rules."""
         clip_value = None if self.clip_value is None else float(self.clip_value)
         ema = self.ema if self.ema is None or callable(self.ema) else float(self.ema)
         return Extras(clip_value, ema, self.stats, self.stats and not self.decides(wide))

@@ -108,7 +108,7 @@ def with_hyperparameters(
 
 
 def check_successor(group: Group, rule: Rule) -> bool:
-    """Whether a rule differs from the group's at most in a rate that plans take from elsewhere.
+    """Return whether a rule differs from the group's at most in what plans take from elsewhere.
 
     Raises ValueError where the group's states are not the rule's.
     """
@@ -150,7 +150,7 @@ def _by_pattern(leaves: Sequence[Leaf], rules: Mapping[str, Rule]) -> tuple[list
 
 
 def matches(path: str, pattern: str) -> bool:
-    """Whether a pattern chooses the leaf of this path."""
+    """Return whether a pattern chooses the leaf of this path."""
     return fnmatchcase(path, pattern) or fnmatchcase("." + path, pattern)
 
 

@@ -44,7 +44,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Numbers:
-    """A tuple of so many numbers of one kind."""
+    """A tuple of a fixed length of numbers of one kind."""
 
     length: int
     each: Number

@@ -1,4 +1,4 @@
-"""What an optimizer is made of: leaves, rules, states and counters, and the plan of its steps."""
+"""The parts of an optimizer: leaves, rules, states and counters, and the plan of its steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an optimizer shows of itself."""
+"""Describe an optimizer: a table and a digest."""
 
 from __future__ import annotations
 

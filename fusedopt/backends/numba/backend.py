@@ -57,7 +57,7 @@ class NumbaBackend:
 
 
 def selected_size(gradient: Any) -> int:
-    """How many elements of a parameter a step touches."""
+    """Return the number of elements of a parameter that a step touches."""
     if isinstance(gradient, UniqueRows):
         return len(gradient.rows) * int(gradient.values[:1].size)
     return int(gradient.size)
@@ -123,7 +123,7 @@ class NumbaPlan(ExclusiveUse):
         return True
 
     def _lay_out(self) -> None:
-        """What stays the same from step to step: the operands but for the inputs."""
+        """Fill in what stays the same from step to step: the operands but for the inputs."""
         from ...jit.driver import OPERAND
 
         rows = [self._row(k) for k in range(len(self._spec.leaves))]
