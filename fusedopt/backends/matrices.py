@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from ..linalg.newton_schulz import Workspace, batches
 from ..plan.spec import PlanSpec
 from ..rules import Rule
 from ..rules.base import Member
+from ..rules.groups import Group, only_numbers_differ
 
 
 class Matrices:
@@ -51,6 +53,13 @@ class Matrices:
             self._works.append([_alike(p, count, flat) for flat in flats])
             for k, *own in zip(batch.members, *self._works[-1], strict=True):
                 self.batches[k], self.work[k] = number, tuple(own)
+
+    def adopt(self, groups: Sequence[Group]) -> bool:
+        """Take other rules for the groups; False where their matrices may be others."""
+        if self.batches and not only_numbers_differ(self._spec.groups, [g.rule for g in groups]):
+            return False
+        self._spec = replace(self._spec, groups=groups)
+        return True
 
     def _rule(self, k: int) -> Rule:
         return self._spec.groups[self._spec.group_of[k]].rule

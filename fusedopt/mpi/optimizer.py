@@ -27,6 +27,7 @@ from ..step.assembly import Assembly, checked_arrays
 from ..step.exchange import Averaged
 from ..step.gradients import refuses_rows
 from ..step.info import StepInfo
+from ..step.rates import StepRate
 from ..step.summary import digest
 from ..system import threads as limits
 from ..system.interrupts import deferred
@@ -209,7 +210,12 @@ class ShardedOptimizer:
     # ---------------------------------------------------------------- steps
 
     def step(
-        self, grads: Any = ACCUMULATED, *, grad_scale: float = 1.0, hessian: Any = None
+        self,
+        grads: Any = ACCUMULATED,
+        *,
+        grad_scale: float = 1.0,
+        hessian: Any = None,
+        lr: StepRate | None = None,
     ) -> StepInfo:
         """Update the parameters of all ranks with the average of their gradients.
 
@@ -224,7 +230,7 @@ class ShardedOptimizer:
                 estimates = None if hessian is None else self._fitted(hessian, "hessian")
                 if values is not None and self._zero_grads:
                     self._check_exclusive(grads, hessian)
-                common = (self.step_count, grad_scale, self.lr)
+                common = (self.step_count, grad_scale, self.lr if lr is None else lr)
                 kinds = [v if v is None else self._reduction.kinds(v) for v in (values, estimates)]
                 reports.mine = (*common, *kinds)
             gradients, hessians = self._agreed(reports.all)
@@ -236,7 +242,7 @@ class ShardedOptimizer:
                 self._measure(self._local.assembly.sums.sums, self._accumulated)
             estimate = self._reduced(estimates, hessians, "hessian")[1] if hessians else None
             with self._ranks.together(changing=True):
-                info = self._local.step(share, grad_scale=grad_scale, hessian=estimate)
+                info = self._local.step(share, grad_scale=grad_scale, hessian=estimate, lr=lr)
             self._accumulated = []
             if info.skipped:
                 return info

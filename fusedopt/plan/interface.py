@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, Protocol
 
 from ..arrays.rows import UniqueRows
 from ..arrays.stored import LeafState, Stored
-from ..rules.base import Rule
+from ..rules.groups import Group
+from .extras import Extras
 from .spec import PlanSpec
 
 
@@ -98,8 +99,11 @@ class Plan(Protocol):
     def synchronize(self) -> None:
         """Waits until all steps are done; FloatingPointError where one found no finite norm."""
 
-    def adopt(self, rules: Sequence[Rule]) -> bool:
-        """Take other rules for the groups, on the same arrays; False if a new plan is needed."""
+    def adopt(self, groups: Sequence[Group], extras: Extras) -> bool:
+        """Take other rules for the groups, and other numbers beside them, on the same arrays.
+
+        False, and nothing has changed, if a new plan is needed.
+        """
 
     def step(self, grads: Any, hessian: Any) -> int | None:
         """Take a step with trees of arrays as the caller has them, and return its number.
@@ -132,10 +136,6 @@ class ExclusiveUse:
 
     def synchronize(self) -> None:
         """Steps on the host are done when they return."""
-
-    def adopt(self, rules: Sequence[Rule]) -> bool:
-        """Take other rules for the groups, on the same arrays; False if a new plan is needed."""
-        return False
 
     def step(self, grads: Any, hessian: Any) -> int | None:
         """Refuse trees: the optimizer checks them, and keeps interrupts out of the step."""

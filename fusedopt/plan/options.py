@@ -12,8 +12,9 @@ import numpy as np
 
 from ..arrays.formats import FLOAT64
 from ..arrays.storage import Master, Rounding, StateDtype, Storage
+from ..rules.hyperparameters import Schedule
 from ..system.threads import check_threads
-from .extras import Extras
+from .extras import Extras, check_ema
 
 ClipNorm = float | Mapping[str, float | None] | None
 
@@ -29,7 +30,7 @@ class Options(NamedTuple):
     rounding: Rounding
     master: Master | None
     copy_out: Any
-    ema: float | None
+    ema: float | Schedule | None
     stats: bool
     exact: bool
     seed: int
@@ -53,8 +54,8 @@ class Options(NamedTuple):
             positive("clip_norm", self.clip_norm)
         if self.clip_value is not None:
             positive("clip_value", self.clip_value)
-        if self.ema is not None and not 0.0 <= number("ema", self.ema) <= 1.0:
-            raise ValueError(f"ema: expected a number in [0, 1], got {self.ema!r}")
+        if self.ema is not None and not callable(self.ema):
+            check_ema("ema", self.ema)
         check_seed(self.seed)
         threads = None if self.threads is None else check_threads("threads", self.threads)
         return self._replace(threads=threads)
@@ -84,7 +85,7 @@ class Options(NamedTuple):
     def extras(self, wide: bool) -> Extras:
         """Return what is done beside the rules."""
         clip_value = None if self.clip_value is None else float(self.clip_value)
-        ema = None if self.ema is None else float(self.ema)
+        ema = self.ema if self.ema is None or callable(self.ema) else float(self.ema)
         return Extras(clip_value, ema, self.stats, self.stats and not self.decides(wide))
 
 

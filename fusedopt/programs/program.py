@@ -120,6 +120,15 @@ class Program:
         rule = (1.0 if self._filtered else signed, base + slope * lr)
         return (*{0: (), 1: (signed,), 2: rule}[HEAD[op.loop]], *op.scalars(t, lr))
 
+    def fits(self, other: Program) -> bool:
+        """Whether this program runs on the arrays that another was laid out for."""
+        return (self.arrays, self.temporaries, self.sums, self.phases) == (
+            other.arrays,
+            other.temporaries,
+            other.sums,
+            other.phases,
+        )
+
     def mode(self, op: Operation) -> str:
         """Return how the loop around an operation treats weight decay and the delta."""
         if op.loop == "peek":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from operator import is_
 from typing import Any, NamedTuple
@@ -17,9 +17,11 @@ from ...arrays.formats import PLAIN, compute_dtype
 from ...arrays.rows import UniqueRows, values_of
 from ...arrays.stored import ArraySpec
 from ...arrays.trees import Fixed, opened
+from ...plan.extras import Extras
 from ...plan.interface import ExclusiveUse
 from ...plan.spec import PlanSpec
 from ...programs.program import Operation, Program
+from ...rules.groups import Group, only_numbers_differ
 from ...system.interrupts import deferred
 from .arrays import DeviceArray, Producer
 from .buffers import Memory, on_device, synchronize, wait_for
@@ -172,6 +174,19 @@ class CudaPlan(ExclusiveUse):
                 self._clipper = DeviceClipper(
                     spec, clipper, self._first, self._first.current_stream
                 )
+
+    def adopt(self, groups: Sequence[Group], extras: Extras) -> bool:
+        """Take other rules for the groups; False if a new plan is needed."""
+        programs = [extras.program(group.rule) for group in groups]
+        pairs = zip(programs, self._programs, strict=True)
+        if self._work and not only_numbers_differ(self._spec.groups, [g.rule for g in groups]):
+            return False
+        if not all(new.fits(old) for new, old in pairs):
+            return False
+        self._spec = replace(self._spec, groups=groups, extras=extras)
+        self._programs = programs
+        self._bound = self._key = self._seen = self._fixed = None
+        return True
 
     def _make_work_space(self) -> None:
         """Directions of the leaves whose rule has two phases."""
