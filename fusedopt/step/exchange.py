@@ -11,6 +11,7 @@ import numpy as np
 
 from ..arrays.stored import AVERAGE, LeafState
 from ..plan.spec import fresh
+from ..rules.groups import at_step
 from ..system.interrupts import deferred
 from .assembly import Assembly
 
@@ -63,7 +64,9 @@ def exchange(assembly: Assembly, name: str, leaves: Sequence[int]) -> Iterator[N
 @contextmanager
 def lookahead(assembly: Assembly) -> Iterator[None]:
     """Move parameters to where their rules want the gradient: see `Optimizer.lookahead`."""
-    rules = {k: rule.ahead for k, rule in enumerate(assembly.rules) if rule.ahead is not None}
+    groups = at_step(assembly.groups, int(assembly.counters[0]) + 1)
+    of_leaves = enumerate(groups[k].rule.ahead for k in assembly.group_of)
+    rules = {k: rule for k, rule in of_leaves if rule is not None}
     if not rules:
         raise ValueError("lookahead(): no leaf is updated by Nesterov(form='lookahead')")
     with exchange(assembly, "lookahead", list(rules)):
