@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "floating_point.hpp"
 #include "parallel.hpp"
 #include "windows.hpp"
 
@@ -227,6 +228,7 @@ void run(std::vector<Leaf>& leaves, int threads, const Mapped* mapped) {
   threads = std::max(1, std::min(threads, parallel_limit()));
   if (elements < SERIAL) threads = 1;
   if (threads == 1 && !mapped) {
+    const DefaultControl control;
     for (const Leaf& leaf : leaves)
       if (leaf.elements) run_leaf(leaf, 0, leaf.elements);
     return;
