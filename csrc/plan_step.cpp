@@ -4,8 +4,10 @@
 #include <utility>
 
 #include "cpu.hpp"
+#include "floating_point.hpp"
 #include "plan.hpp"
 #include "python_driver.hpp"
+#include "unlocked.hpp"
 
 namespace fusedopt {
 namespace {
@@ -24,6 +26,7 @@ void clear(Operand& operand) {
 }  // namespace
 
 py::object Plan::step(const py::object& gradients, const py::object& hessian, bool flat) {
+  const DefaultControl control;
   const std::unique_ptr<Plan, void (*)(Plan*)> at_the_end(this,
                                                           [](Plan* plan) { plan->refs_.clear(); });
   if (level().table != table_) change_level();
@@ -33,10 +36,10 @@ py::object Plan::step(const py::object& gradients, const py::object& hessian, bo
   find_active();
   if (!decide_.is_none()) {
     measure_gradients();
-    if (!decide_().cast<bool>()) return py::int_(counts_[0]);
+    if (!called(decide_, py::tuple()).cast<bool>()) return py::int_(counts_[0]);
   }
   prepare();
-  if (!before_.is_none()) before_(active_);
+  if (!before_.is_none()) called(before_, py::make_tuple(active_));
   for (int batch = 0; batch < batch_count_; ++batch) {
     py::list members;
     for (const std::size_t k : active_)
@@ -45,7 +48,7 @@ py::object Plan::step(const py::object& gradients, const py::object& hessian, bo
     const int last = program(py::cast<std::size_t>(members[0])).phases - 1;
     for (int phase = 0; phase < last; ++phase) {
       run_phase(batch, phase);
-      between_(batch, phase, members);
+      called(between_, py::make_tuple(batch, phase, members));
     }
     run_phase(batch, last);
   }

@@ -4,6 +4,7 @@
 
 #include "arrays.hpp"
 #include "cpu.hpp"
+#include "floating_point.hpp"
 #include "norms.hpp"
 #include "programs.hpp"
 #include "python_driver.hpp"
@@ -22,6 +23,10 @@ bool update(const Program& program, const py::tuple& folds, std::int64_t t, doub
   const Proxy* parameter = as_array(arrays[0].ptr());
   const int compute = compute_of(parameter);
   if (compute < 0) return false;
+  const DefaultControl control;
+  const Scalars scalars(program, folds, t, lr, 1.0, compute);
+  // Python has run: nothing is looked at before, and all after.
+  if (compute_of(parameter) != compute) return false;
   const Table& table = *level().table;
   const std::size_t n = elements_of(parameter);
   Operand operands[MAX_OPERANDS];
@@ -54,7 +59,6 @@ bool update(const Program& program, const py::tuple& folds, std::int64_t t, doub
       return false;
     if (n && !apart({operands[i].data, operands[i].data + n * operands[i].bits / 8})) return false;
   }
-  const Scalars scalars(program, folds, t, lr, 1.0, compute);
   std::vector<Step> steps;
   const Phase phase = append_phase(program, 0, compute, scalars, operands, steps);
   std::vector<Leaf> leaves{{n, operands, steps.data(), INPUTS + program.arrays, phase.count,
