@@ -251,6 +251,15 @@ class LeafState:
                 saved[name] = state.data
         return saved | {name: side.data for name, side in self.sides.items()}
 
+    @property
+    def visible(self) -> dict[str, Any]:
+        """What a user sees, by name: the states, and what there is beside the parameter."""
+        return {
+            **{name: state.visible for name, state in self.states.items()},
+            **{name: side.data for name, side in self.sides.items()},
+            **(dict([self.extra]) if self.extra else {}),
+        }
+
     def copy(self) -> LeafState:
         """The same elements in memory of their own, for a step on trial."""
         parameter = self.parameter.copy()

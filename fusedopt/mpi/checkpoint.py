@@ -14,7 +14,7 @@ from ..arrays.checks import memory_order
 from ..arrays.file_set import Tensors, write_index
 from ..arrays.safetensors_file import part_name, write
 from ..arrays.stored import LeafState
-from ..optimizer import Optimizer
+from ..step.assembly import Assembly
 from ..step.checkpoint import CALLERS, Snapshot
 from .ranks import Ranks
 from .shares import Cut, flat
@@ -39,8 +39,8 @@ class SharedState:
     ----------
     ranks : Ranks
         The processes.
-    local : Optimizer
-        This rank's part.
+    local : Assembly
+        This rank's part of an optimizer.
     whole : sequence of arrays
         All parameters.
     cuts : sequence of Cut
@@ -48,10 +48,10 @@ class SharedState:
     """
 
     def __init__(
-        self, ranks: Ranks, local: Optimizer, whole: Sequence[np.ndarray], cuts: Sequence[Cut]
+        self, ranks: Ranks, local: Assembly, whole: Sequence[np.ndarray], cuts: Sequence[Cut]
     ) -> None:
         self._ranks, self._local, self._whole, self._cuts = ranks, local, whole, cuts
-        self._snapshot: Snapshot = local._snapshot
+        self._snapshot: Snapshot = local.snapshot
 
     # ---------------------------------------------------------------- all that ranks hold
 
@@ -217,9 +217,9 @@ class SharedState:
             problems = list(self._snapshot._problems(saved, strict, parameters))
             if problems:
                 raise ValueError(f"{what} does not fit: " + "; ".join(problems))
-        with self._ranks.together(changing=True), self._local._exclusively("load"):
+        with self._ranks.together(changing=True), self._local.exclusively("load"):
             seed = self._snapshot.restore(saved, strict=strict, what=what, parameters=parameters)
-            self._local._go_on(seed)
+            self._local.go_on(seed)
 
 
 def tensors_of(saved: Any) -> Tensors:

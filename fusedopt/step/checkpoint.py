@@ -11,8 +11,10 @@ import numpy as np
 
 from ..arrays.checks import memory_order
 from ..arrays.stored import LeafState
-from ..arrays.trees import Leaf
+from ..arrays.trees import Tree
 from ..rules import Rule
+from ..rules.groups import Group
+from .rates import Rates
 
 FORMAT = 1
 MOST = 1 << 62
@@ -33,21 +35,26 @@ ENTRY: dict[str, Any] = {
 class Snapshot:
     """Reads and writes the states and counters of an optimizer's leaves.
 
-    memories: what a step writes of each leaf. counters: the step, then each leaf's own. seed: of
-    the random bits.
+    groups: the parameter groups; group_of: of each leaf its place among them. leaf_states: what a
+    step writes of each leaf. counters: the step, then each leaf's own. seed: of the random bits.
+    rates: the owner of the learning rates.
     """
 
     def __init__(
         self,
-        leaves: Sequence[Leaf],
-        rules: Sequence[Rule],
+        tree: Tree,
+        groups: Sequence[Group],
+        group_of: Sequence[int],
         parameters: Sequence[np.ndarray],
         leaf_states: Sequence[LeafState],
         counters: np.ndarray,
         seed: int,
+        rates: Rates,
     ) -> None:
-        self.paths = [leaf.path for leaf in leaves]
-        self.rules, self.counters, self.seed = rules, counters, seed
+        self.tree, self.groups, self.group_of = tree, groups, group_of
+        self.paths = [leaf.path for leaf in tree.leaves]
+        self.rules = [groups[k].rule for k in group_of]
+        self.counters, self.seed, self.rates = counters, seed, rates
         self.parameters, self.leaf_states = parameters, leaf_states
 
     def take(self) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def ordinary_step(choose: Choose, twin: Twin) -> None:
 
 def bare_step(choose: Choose, twin: Twin) -> None:
     """The plan itself, with any tree; or any list of leaves, but that only our code makes rows."""
-    plan, reader = twin.opt._plan, twin.opt._gradient_reader
+    plan, reader = twin.opt._assembly.plan, twin.opt._assembly.reader
     grads = [
         make(twin, k) for k, make in zip(range(len(twin.params)), gradients(choose), strict=False)
     ]
