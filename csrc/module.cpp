@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "cpu.hpp"
+#include "errands.hpp"
 #include "floating_point.hpp"
 #include "parallel.hpp"
 #include "plan.hpp"
@@ -57,6 +58,7 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   fusedopt::guard_forks();
   py::module_::import("atexit").attr("register")(
       py::cpp_function([] { fusedopt::end_threads(); }, py::call_guard<py::gil_scoped_release>()));
+  fusedopt::bind_errands(module);
   fusedopt::bind_plan(module);
   fusedopt::bind_update(module);
   fusedopt::bind_rows(module);

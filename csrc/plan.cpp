@@ -29,9 +29,9 @@ T* numbers_of(const py::object& o, std::size_t count) {
 Plan::Plan(const py::object& tree, const py::list& arrays, const py::list& mirrors,
            const std::vector<std::vector<RandomKey>>& keys, std::vector<int> groups,
            std::vector<int> batches, const py::list& programs, std::vector<py::tuple> folds,
-           py::object rates, py::object counters, const py::list& beside, py::object before,
-           py::object between, py::object results, py::object decide, bool zero_grads, int threads,
-           const py::object& scratch)
+           py::object rates, py::object counters, const py::list& beside, const py::list& watched,
+           py::object before, py::object between, py::object results, py::object decide,
+           bool zero_grads, int threads, const py::object& scratch)
     : tree_(tree),
       groups_(std::move(groups)),
       batches_(std::move(batches)),
@@ -70,13 +70,18 @@ Plan::Plan(const py::object& tree, const py::list& arrays, const py::list& mirro
     add_leaf(py::cast<std::vector<py::object>>(arrays[k]),
              py::cast<std::vector<py::object>>(mirrors[k]), keys[k], k);
   for (const py::handle each : beside) {
-    const Proxy* const array = as_array(each.ptr());
-    const int format = format_of(array);
-    if (format < 0) throw py::value_error("plan: no such dtype beside the parameters");
-    held_.push_back(py::reinterpret_borrow<py::object>(each));
-    const std::size_t bytes = elements_of(array) * table_->codecs[format].bits / 8;
-    if (bytes) written_.push_back({array->data, array->data + bytes});
+    if (!py::isinstance<py::array>(each)) throw py::type_error("plan: only ndarrays are beside");
+    const auto array = py::reinterpret_borrow<py::array>(each);
+    held_.push_back(array);
+    const char* const data = proxy_of(array.ptr())->data;
+    if (array.nbytes()) written_.push_back({data, data + array.nbytes()});
   }
+  for (const py::handle each : watched) {
+    if (!py::isinstance<py::array>(each)) throw py::type_error("plan: only ndarrays are watched");
+    held_.push_back(py::reinterpret_borrow<py::object>(each));
+    watch(proxy_of(each.ptr()), false);
+  }
+  passed_.resize(leaves * INPUTS);
   std::sort(written_.begin(), written_.end(), by_address);
   for (const int batch : batches_) batch_count_ = std::max(batch_count_, batch + 1);
 }
@@ -112,7 +117,7 @@ void Plan::add_leaf(const std::vector<py::object>& arrays, const std::vector<py:
         source < 0 && place + static_cast<std::size_t>(program.works) >= INPUTS + arrays.size();
     for (const Range& range : target.ranges)
       if (range.begin != range.end && !work) written_.push_back(range);
-    if (place == PARAMETER || source >= 0) watched_.push_back({target.data, target.data->data, n});
+    if (place == PARAMETER || source >= 0) watch(target.data, true);
     held_.push_back(array);
     return target;
   };
@@ -126,13 +131,22 @@ void Plan::add_leaf(const std::vector<py::object>& arrays, const std::vector<py:
   touched_.push_back({n, {n, n}, {}});
 }
 
-void Plan::take() {
-  if (busy_.exchange(true))
+void Plan::watch(const Proxy* array, bool target) {
+  watched_.push_back({array, array->data, array->descr, array->nd, layouts_.size(), target});
+  // A dtype that an array no longer has must not be another's address.
+  held_.push_back(py::reinterpret_borrow<py::object>(array->descr));
+  layouts_.insert(layouts_.end(), array->dimensions, array->dimensions + array->nd);
+  layouts_.insert(layouts_.end(), array->strides, array->strides + array->nd);
+}
+
+void Plan::seize(const void* token) {
+  const void* nobody = nullptr;
+  if (!holder_.compare_exchange_strong(nobody, token))
     throw std::runtime_error(
         "this optimizer is in use in another thread: give each thread its own optimizer");
 }
 
-void Plan::give() { busy_.store(false); }
+void Plan::release(const void* token) { holder_.compare_exchange_strong(token, nullptr); }
 
 bool Plan::reprogram(const py::list& programs, std::vector<py::tuple> folds) {
   if (programs.size() != programs_.size() || folds.size() != folds_.size()) return false;
@@ -168,18 +182,19 @@ void bind_plan(py::module_& module) {
   py::class_<Program>(module, "Program")
       .def(py::init<const py::list&, double, double, double, int, int, int, int>());
   py::class_<Plan>(module, "Plan")
-      .def(
-          py::init<const py::object&, const py::list&, const py::list&,
-                   const std::vector<std::vector<RandomKey>>&, std::vector<int>, std::vector<int>,
-                   const py::list&, std::vector<py::tuple>, py::object, py::object, const py::list&,
-                   py::object, py::object, py::object, py::object, bool, int, const py::object&>(),
-          py::kw_only(), py::arg("tree"), py::arg("arrays"), py::arg("mirrors"), py::arg("keys"),
-          py::arg("groups"), py::arg("batches"), py::arg("programs"), py::arg("folds"),
-          py::arg("rates"), py::arg("counters"), py::arg("beside"), py::arg("before"),
-          py::arg("between"), py::arg("results"), py::arg("decide"), py::arg("zero_grads"),
-          py::arg("threads"), py::arg("scratch"))
+      .def(py::init<const py::object&, const py::list&, const py::list&,
+                    const std::vector<std::vector<RandomKey>>&, std::vector<int>, std::vector<int>,
+                    const py::list&, std::vector<py::tuple>, py::object, py::object,
+                    const py::list&, const py::list&, py::object, py::object, py::object,
+                    py::object, bool, int, const py::object&>(),
+           py::kw_only(), py::arg("tree"), py::arg("arrays"), py::arg("mirrors"), py::arg("keys"),
+           py::arg("groups"), py::arg("batches"), py::arg("programs"), py::arg("folds"),
+           py::arg("rates"), py::arg("counters"), py::arg("beside"), py::arg("watched"),
+           py::arg("before"), py::arg("between"), py::arg("results"), py::arg("decide"),
+           py::arg("zero_grads"), py::arg("threads"), py::arg("scratch"))
       .def("take", &Plan::take)
       .def("give", &Plan::give)
+      .def("held", &Plan::held)
       .def("reprogram", &Plan::reprogram)
       .def("step", &Plan::step)
       .def("step_alone", &Plan::step_alone);

@@ -31,24 +31,28 @@ class Plan {
   // leaf the keys of the arrays' random bits. batches: for each leaf -1, or the number of the batch
   // of matrices whose products come between its two phases. counters: the optimizer's step number,
   // then each leaf's. folds: for each group those of its operations. rates: float64, the groups'
-  // learning rates and then their factors on gradients, read in each step. beside: what else a step
-  // writes. before(leaves), if not None, is called before anything is written, between(batch,
-  // phase, leaves) after each phase but the last, both with the lock held. results: float64, for
-  // each leaf its gradient's sum of squares, the scale of that (0 of a leaf that took no part), the
-  // elements that were touched, and the sums of its program. decide: asked when the first two are
-  // known, with the lock held, whether to go on; None: they are not computed. zero_grads: gradients
-  // are set to zero; threads 0 means no limit of its own. scratch: None, or an object with the
-  // block, file and window of `Mapped`.
+  // learning rates and then their factors on gradients, read in each step. beside: dense, what else
+  // no gradient may overlap. watched: the caller's own arrays, and those whose memory they use,
+  // where `arrays` has others over the same memory. before(leaves), if not None, is called before
+  // anything is written, between(batch, phase, leaves) after each phase but the last, both with the
+  // lock held. results: float64, for each leaf its gradient's sum of squares, the scale of that (0
+  // of a leaf that took no part), the elements that were touched, and the sums of its program.
+  // decide: asked when the first two are known, with the lock held, whether to go on; None: they
+  // are not computed. zero_grads: gradients are set to zero; threads 0 means no limit of its own.
+  // scratch: None, or an object with the block, file and window of `Mapped`.
   Plan(const py::object& tree, const py::list& arrays, const py::list& mirrors,
        const std::vector<std::vector<RandomKey>>& keys, std::vector<int> groups,
        std::vector<int> batches, const py::list& programs, std::vector<py::tuple> folds,
-       py::object rates, py::object counters, const py::list& beside, py::object before,
-       py::object between, py::object results, py::object decide, bool zero_grads, int threads,
-       const py::object& scratch);
+       py::object rates, py::object counters, const py::list& beside, const py::list& watched,
+       py::object before, py::object between, py::object results, py::object decide,
+       bool zero_grads, int threads, const py::object& scratch);
 
-  // Keeps everything else from using this plan until `give`; refused where something does already.
-  void take();
-  void give();
+  // Keeps everything else from using this plan until `give` of the same token; refused where
+  // something does already. A `give` too many, or of another token, does nothing: whoever may have
+  // been interrupted anywhere can give once more to be sure.
+  void take(const py::object& token) { seize(token.ptr()); }
+  void give(const py::object& token) { release(token.ptr()); }
+  bool held(const py::object& token) const { return holder_.load() == token.ptr(); }
 
   // Other scalars, weight decay and operations on the same arrays, by a caller who has taken the
   // plan. False where the programs would need other arrays; nothing has changed then.
@@ -73,11 +77,15 @@ class Plan {
     Rows rows;
     const Rows* some() const { return rows.rows ? &rows : nullptr; }
   };
-  // An array of the caller's, which he could resize under the plan's feet.
+  // An array of the caller's, which may be given other memory, another dtype or shape under the
+  // plan's feet: what it was. target: is written itself, and not the memory of one that is.
   struct Watched {
     const Proxy* array;
-    char* data;
-    std::size_t elements;
+    const char* data;
+    PyObject* dtype;
+    int nd;
+    std::size_t layout;  // where its dimensions and strides begin among all
+    bool target;
   };
   // An operand whose functions change with the instruction set, and whose key with the step.
   struct Coded {
@@ -89,21 +97,28 @@ class Plan {
     RandomKey key;
   };
 
+  void seize(const void* token);
+  void release(const void* token);
   void add_leaf(const std::vector<py::object>& arrays, const std::vector<py::object>& mirrors,
                 const std::vector<RandomKey>& keys, std::size_t k);
   void change_level();
+  void watch(const Proxy* array, bool target);
   bool unmoved() const;
   bool overlaps_written(const Range& range) const;
   // Each other, or an estimate.
   bool gradients_overlap();
-  bool read_tree(Slot slot, const py::object& tree, bool flat);
+  // Takes hold of a tree's leaves: may run Python.
+  bool collect(Slot slot, const py::object& tree, bool flat);
+  // Reads what was collected, and checks it and all that will be written: runs no Python.
+  bool read(bool checked);
   // checked: by Python, which alone makes tuples of rows; a caller's own could say anything.
-  bool read_leaf(Slot slot, std::size_t k, PyObject* o, bool checked);
-  // (rows, places, values): row rows[j] of the leaf has values[places[j]]; Python has checked the
-  // indices, and that estimates have the gradient's.
+  bool read_leaf(Slot slot, std::size_t k, bool checked);
+  // (rows, places, values): row rows[j] of the leaf has values[places[j]]; Python has checked that
+  // rows come once each and that estimates have the gradient's.
   bool read_rows(Slot slot, std::size_t k, PyObject* o, Operand& operand);
   // Which leaves take part.
   void find_active();
+  void begin_results();
   void measure_gradients();
   // The leaves' scalars: once for each group, compute type and t.
   void prepare();
@@ -139,10 +154,12 @@ class Plan {
   std::vector<Coded> coded_;
   std::vector<Random> random_;
   std::vector<Watched> watched_;
-  std::vector<Range> written_;  // by address
-  std::atomic<bool> busy_{false};
+  std::vector<py::ssize_t> layouts_;  // of these
+  std::vector<Range> written_;        // by address
+  std::vector<Range> passed_;  // INPUTS for each leaf: memory that was found apart from these
+  std::atomic<const void*> holder_{nullptr};
   // Of the step in progress; members so that their memory is kept.
-  std::vector<py::object> refs_;
+  std::vector<Given> given_;  // the gradients, then the estimates
   std::vector<Range> ranges_;
   std::vector<std::size_t> active_;
   std::map<std::tuple<int, int, std::int64_t>, Scalars> scalar_cache_;

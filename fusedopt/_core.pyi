@@ -35,6 +35,7 @@ class Plan:
         rates: np.ndarray,
         counters: np.ndarray,
         beside: list[np.ndarray],
+        watched: list[np.ndarray],
         before: Callable[[Sequence[int]], None] | None,
         between: Callable[[int, int, Sequence[int]], None],
         results: np.ndarray,
@@ -43,8 +44,9 @@ class Plan:
         threads: int,
         scratch: Any,
     ) -> None: ...
-    def take(self) -> None: ...
-    def give(self) -> None: ...
+    def take(self, token: object, /) -> None: ...
+    def give(self, token: object, /) -> None: ...
+    def held(self, token: object, /) -> bool: ...
     def reprogram(
         self,
         programs: list[Program],
@@ -54,6 +56,23 @@ class Plan:
     def step(self, gradients: Any, hessian: Any, flat: bool, /) -> int | None: ...
     def step_alone(self, gradients: Any, hessian: Any, /) -> int | None: ...
 
+class Outcome:
+    def finish(self, result: Any, error: BaseException | None, /) -> None: ...
+
+class Context:
+    def __init__(
+        self,
+        enter: Callable[[], Any],
+        leave: Callable[[], Any],
+        idle: list[Any],
+        ready: Callable[[], bool],
+        directly: Callable[[Callable[[], Any]], Any],
+        /,
+    ) -> None: ...
+    def __enter__(self) -> Any: ...
+    def __exit__(self, *exception: object) -> None: ...
+
+def hand_over(idle: list[Any], function: Callable[[], Any], /) -> Any: ...
 def update(
     program: Program,
     folds: tuple[Callable[[int, float], tuple[float, ...]], ...],

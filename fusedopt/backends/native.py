@@ -16,6 +16,7 @@ from ..plan.spec import INPUTS, PlanSpec, single
 from ..programs.program import HEAD, Operation, Program
 from ..rules import RULES, Nesterov, Rule
 from ..system.extension import core, reason
+from ..system.interrupts import uninterrupted
 from .matrices import Matrices
 
 
@@ -115,7 +116,7 @@ class NativeBackend:
         self, rule: Rule, t: int, lr: float, arrays: tuple[Stored, ...], g: np.ndarray
     ) -> bool:
         plan = NativePlan(single(rule, rule.program, t, lr, arrays))
-        return plan.step(g, None, False) is not None
+        return uninterrupted(lambda: plan.step(g, None, False)) is not None
 
     def sums_of_squares(self, arrays: Sequence[Any]) -> Sequence[tuple[float, float]] | None:
         found: list[tuple[float, float]] | None = core.sums_of_squares(list(arrays))
@@ -133,7 +134,9 @@ class NativePlan:
     def __init__(self, spec: PlanSpec) -> None:
         matrices = Matrices(spec)
         self.work_bytes = matrices.work_bytes
-        self._extras, self._elementwise = spec.extras, not matrices.batches
+        self._extras = spec.extras
+        # Where nothing comes between phases, a step is one call.
+        self.at_once = self._elementwise = not matrices.batches
         programs = [spec.extras.program(group.rule) for group in spec.groups]
         # The core's objects are unknown to the garbage collector: what it calls must not lead back
         # to this plan.
@@ -155,7 +158,11 @@ class NativePlan:
             folds=[program.folds for program in programs],
             rates=spec.rates,
             counters=spec.counters,
-            beside=[s.data for leaf_state in spec.leaves for s in leaf_state.sides.values()],
+            beside=[
+                *(s.data for leaf_state in spec.leaves for s in leaf_state.sides.values()),
+                *spec.beside,
+            ],
+            watched=spec.watch.arrays if spec.watch is not None else [],
             before=matrices.before if matrices.sided else None,
             between=matrices.between,
             results=spec.results,
@@ -165,7 +172,7 @@ class NativePlan:
             scratch=spec.state_file,
         )
         self._reprogram = plan.reprogram
-        self.take, self.give = plan.take, plan.give
+        self.take, self.give, self.held = plan.take, plan.give, plan.held
         self.step, self.step_alone = plan.step, plan.step_alone
 
     def synchronize(self) -> None:

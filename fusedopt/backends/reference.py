@@ -15,7 +15,7 @@ from ..plan.extras import NOTHING, Extras
 from ..plan.interface import ExclusiveUse, Plan
 from ..plan.spec import PlanSpec, single
 from ..rules import Rule
-from ..system.interrupts import deferred
+from ..system.interrupts import uninterrupted
 
 
 def reference_step(
@@ -89,10 +89,13 @@ class ReferenceBackend:
             return False
         spec = single(rule, rule.program, t, lr, arrays)
         (leaf_state,), (keys,) = spec.leaves, spec.keys
-        _, new = reference_step(rule, leaf_state, g, hessian, keys, t=t, lr=lr)
-        with deferred():
+
+        def step() -> None:
+            _, new = reference_step(rule, leaf_state, g, hessian, keys, t=t, lr=lr)
             for stored, encoded in new:
                 stored.write(encoded)
+
+        uninterrupted(step)
         return True
 
     def sums_of_squares(self, arrays: Sequence[Any]) -> Sequence[tuple[float, float]] | None:
@@ -143,6 +146,7 @@ class ReferencePlan(ExclusiveUse):
             )
         for k in active:
             self._sum(k, grads[k], new[k][0])
+        spec.check_unmoved()
         for k in active:
             rows = grads[k].rows if isinstance(grads[k], UniqueRows) else None
             for stored, encoded in new[k][1]:

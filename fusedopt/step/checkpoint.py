@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays.checks import memory_order
+from ..arrays.checks import apart, memory_order
 from ..arrays.stored import LeafState
 from ..arrays.trees import Tree
 from ..rules import Rule
@@ -77,11 +77,15 @@ class Snapshot:
         problems = list(self._problems(saved, strict, parameters))
         if problems:
             raise ValueError(f"{what} does not fit: " + "; ".join(problems))
+        targets, sources = [], []
         for k, path in enumerate(self.paths):
-            entry = saved["leaves"][path]
             for name, a in self._held(k, parameters).items():
-                a[...] = entry["state"][name]
-            self.counters[k + 1] = entry["t"]
+                targets.append(a)
+                sources.append(saved["leaves"][path]["state"][name])
+        for a, new in zip(targets, apart(sources, targets), strict=True):
+            a[...] = new
+        for k, path in enumerate(self.paths):
+            self.counters[k + 1] = saved["leaves"][path]["t"]
         self.counters[0] = saved["step"]
         return int(saved["seed"])
 

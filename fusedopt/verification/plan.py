@@ -13,7 +13,6 @@ from ..arrays.rows import UniqueRows, selected, whole
 from ..arrays.trees import Leaf
 from ..plan.interface import Backend, ExclusiveUse
 from ..plan.spec import PlanSpec
-from ..system.interrupts import deferred
 from .judge import judge
 
 NORM_BOUND = 1e-11
@@ -35,6 +34,7 @@ class VerifiedPlan(ExclusiveUse):
             spec,
             leaves=[leaf_state.copy() for leaf_state in spec.leaves],
             counters=spec.counters.copy(),
+            watch=None,
             zero_grads=False,  # the caller's gradients are not zeroed before all has passed
         )
         self._plan = backend.plan(self._copies)
@@ -44,6 +44,7 @@ class VerifiedPlan(ExclusiveUse):
     def step(self, grads: Any, hessian: Any, flat: bool) -> int | None:
         if not flat:  # the gradients are needed leaf by leaf
             return None
+        self._spec.check_unmoved()
         self._check_masters()
         self.accept()
         number = self._plan.step(grads, hessian, True)
@@ -57,10 +58,10 @@ class VerifiedPlan(ExclusiveUse):
         except BaseException:
             self.accept()
             raise
-        with deferred():
-            for live, copy in zip(self._spec.leaves, self._copies.leaves, strict=True):
-                live.take(copy)
-            self._spec.counters[...] = self._copies.counters
+        self._spec.check_unmoved()
+        for live, copy in zip(self._spec.leaves, self._copies.leaves, strict=True):
+            live.take(copy)
+        self._spec.counters[...] = self._copies.counters
         return number
 
     def accept(self) -> None:

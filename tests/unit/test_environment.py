@@ -88,7 +88,6 @@ def test_flushing_and_rounding_of_a_thread_are_no_concern_of_a_step(
         {"stats": True, "ema": 0.5},
         {"state_dtype": "bfloat16", "rounding": "stochastic"},
         {"state_dtype": "float8"},
-        {"verify": True},
     ],
     ids=lambda options: next(iter(options)),
 )

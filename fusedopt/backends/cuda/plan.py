@@ -187,11 +187,12 @@ class CudaPlan(ExclusiveUse):
     def step_alone(self, grads: Any, hessian: Any) -> int | None:
         """Take a whole step, which needs nothing around it, of the arrays of the step before."""
         with deferred():
-            self.take()
+            token = object()
+            self.take(token)
             try:
                 return self.step(grads, hessian, False)
             finally:
-                self.give()
+                self.give(token)
 
     def step(self, grads: Any, hessian: Any, flat: bool) -> int | None:
         with on_device(self._first.device):

@@ -18,7 +18,7 @@ from ...plan.interface import ExclusiveUse, Plan
 from ...plan.spec import INPUTS, PlanSpec, single
 from ...programs.program import HEAD, Program
 from ...rules import Nesterov, Rule
-from ...system.interrupts import deferred
+from ...system.interrupts import uninterrupted
 from ..matrices import Matrices
 
 GRADIENT, HESSIAN, PARAMETER = range(3)
@@ -55,8 +55,7 @@ class NumbaBackend:
         if not checked:
             return False
         plan = self.plan(single(rule, rule.program, t, lr, arrays))
-        with deferred():
-            return plan.step([g], [hessian], True) is not None
+        return uninterrupted(lambda: plan.step([g], [hessian], True)) is not None
 
     def sums_of_squares(self, arrays: Sequence[Any]) -> Sequence[tuple[float, float]] | None:
         from .tables import sums_of_dense
@@ -281,6 +280,7 @@ class NumbaPlan(ExclusiveUse):
             n = self._spec.leaves[k].parameter.size
             leaf = table.add_leaf(n, first, count, steps, used, written, sums, grads[k])
             summed[k] = leaf, sums
+        self._spec.check_unmoved()
         total = table.run(self._spec.threads)
         for k, (leaf, sums) in summed.items():
             program = self._programs[self._spec.group_of[k]]
