@@ -246,8 +246,7 @@ const Scalars& Plan::scalars_of(std::size_t k) {
   auto found = scalar_cache_.find(key);
   if (found == scalar_cache_.end()) {
     const auto group = static_cast<std::size_t>(groups_[k]);
-    Scalars fresh(program(k), folds_[group], t, rate_[group], rate_[programs_.size() + group],
-                  own_[k].compute);
+    Scalars fresh(program(k), folds_[group], t, rate_[group], factor_[group], own_[k].compute);
     found = scalar_cache_.emplace(key, std::move(fresh)).first;
   }
   return found->second;

@@ -1,4 +1,4 @@
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,29 +21,7 @@ class Program:
     ) -> None: ...
 
 class Plan:
-    def __init__(
-        self,
-        *,
-        tree: Any,
-        arrays: list[list[Any]],
-        mirrors: list[list[np.ndarray]],
-        keys: list[list[tuple[int, int]]],
-        groups: list[int],
-        batches: list[int],
-        programs: list[Program],
-        folds: list[tuple[Callable[[int, float], tuple[float, ...]], ...]],
-        rates: np.ndarray,
-        counters: np.ndarray,
-        beside: list[np.ndarray],
-        watched: list[np.ndarray],
-        before: Callable[[Sequence[int]], None] | None,
-        between: Callable[[int, int, Sequence[int]], None],
-        results: np.ndarray,
-        decide: Callable[[], bool] | None,
-        zero_grads: bool,
-        threads: int,
-        scratch: Any,
-    ) -> None: ...
+    def __init__(self, description: Any, /) -> None: ...
     def take(self, token: object, /) -> None: ...
     def give(self, token: object, /) -> None: ...
     def held(self, token: object, /) -> bool: ...

@@ -87,7 +87,7 @@ class Assembly:
             [group.label for group in self.groups],
             self.group_of,
             self.results,
-            self.rates.vector,
+            self.rates.factors,
             clip,
             options.skip_nonfinite,
         )
@@ -159,7 +159,8 @@ class Assembly:
             leaves=self.leaf_states,
             groups=self.groups,
             group_of=self.group_of,
-            rates=self.rates.vector,
+            rates=self.rates.values,
+            factors=self.rates.factors,
             counters=self.counters,
             keys=self.keys(),
             results=self.results,

@@ -12,15 +12,13 @@ from ..rules.groups import Group
 class Rates:
     """The learning rate of each parameter group in the step at hand.
 
-    vector: float64, the groups' learning rates and then their factors on gradients, which a plan
-    reads. scheduled: whether a learning rate changes from step to step. only: the learning rate,
-    where there is one group without a schedule; 0, which is as good as none, otherwise.
+    values, factors: float64, the groups' learning rates and the factors on their gradients, which a
+    plan reads. scheduled: whether a learning rate changes from step to step. only: the learning
+    rate, where there is one group without a schedule; 0, which is as good as none, otherwise.
     """
 
     def __init__(self, groups: Sequence[Group]) -> None:
-        self.vector = np.ones(2 * len(groups))
-        self.factors = self.vector[len(groups) :]
-        self._rates = self.vector[: len(groups)]
+        self.values, self.factors = np.ones(len(groups)), np.ones(len(groups))
         self.settle(groups)
 
     def settle(self, groups: Sequence[Group]) -> None:
@@ -33,13 +31,13 @@ class Rates:
 
     def use(self, rates: Sequence[float]) -> None:
         """Set the learning rates from the next step on, and leave the rules alone."""
-        self._rates[:] = rates
+        self.values[:] = rates
         self.only = float(rates[0]) if len(rates) == 1 else 0.0
 
     def begin(self, step: int) -> None:
         """Find what the schedules give a step."""
         if self.scheduled:
-            self._rates[:] = [group.rule.lr_at(step) for group in self._groups]
+            self.values[:] = [group.rule.lr_at(step) for group in self._groups]
 
     def end(self) -> None:
         """Forget a step's factors: a step that guards itself leaves them alone."""
@@ -47,7 +45,7 @@ class Rates:
 
     def used(self) -> float | dict[str, float]:
         """Return the learning rates of the last step: one number, or one for each label."""
-        return self.only or self._by_label(self._rates.tolist())
+        return self.only or self._by_label(self.values.tolist())
 
     def upcoming(self, step: int) -> float | dict[str, float]:
         """Return the learning rates that a step will have."""

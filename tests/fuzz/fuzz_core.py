@@ -134,9 +134,9 @@ def spoilt_plan(choose: Choose, twin: Twin) -> None:
     """A plan of wrong arguments; if it is made, a step of it."""
     make = core.Plan
 
-    def misled(**arguments: Any) -> Any:
-        name = choose(sorted(arguments))
-        return make(**{**arguments, name: spoilt(choose, arguments[name])})
+    def misled(description: Any) -> Any:
+        name = choose(sorted(description._fields))
+        return make(description._replace(**{name: spoilt(choose, getattr(description, name))}))
 
     def steps() -> Any:
         other = Twin(twin.recipe, {"backend": "native"}, twin.guards)
