@@ -9,6 +9,7 @@
 #include "errands.hpp"
 #include "floating_point.hpp"
 #include "parallel.hpp"
+#include "placement.hpp"
 #include "plan.hpp"
 #include "rows.hpp"
 #include "stacks.hpp"
@@ -61,6 +62,7 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   fusedopt::bind_errands(module);
   fusedopt::bind_plan(module);
   fusedopt::bind_update(module);
+  fusedopt::bind_placement(module);
   fusedopt::bind_rows(module);
   fusedopt::bind_stacks(module);
   module.def("operations", &operations);

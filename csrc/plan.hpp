@@ -13,6 +13,7 @@
 #include "driver.hpp"
 #include "norms.hpp"
 #include "programs.hpp"
+#include "thread_choice.hpp"
 #include "trees.hpp"
 #include "windows.hpp"
 
@@ -131,6 +132,7 @@ class Plan {
   std::vector<py::object> held_;  // arrays
   py::object program_objects_;    // keeps `programs_` alive
   Mapped mapped_;
+  ThreadChoice choice_;
   std::vector<const Program*> programs_;
   std::vector<Own> own_;
   std::vector<Operand> operands_;  // MAX_OPERANDS for each leaf

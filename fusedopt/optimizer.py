@@ -461,7 +461,7 @@ class Optimizer:
         def restore() -> None:
             self._assembly.go_on(self._assembly.snapshot.restore(state, strict=strict))
 
-        self._assembly.whole("load_state_dict", restore)
+        self._assembly.loaded("load_state_dict", restore)
 
     def save(
         self, path: str | os.PathLike[str], *, parameters: bool = True, metadata: Any = None
@@ -494,14 +494,16 @@ class Optimizer:
     ) -> Any:
         """Go on from a file of `save`, bit for bit: parameters and states are written in place.
 
-        Returns the metadata that `save` was given, tuples as lists. The file is mapped, and nothing
-        is allocated by its word. Accumulated gradients are forgotten.
+        Returns the metadata that `save` was given, tuples as lists. The file is read into
+        the arrays that there are. Accumulated gradients are forgotten.
 
         Parameters
         ----------
         path : path
             The file. OSError where it cannot be read; ValueError, and nothing has changed, where it
-            is not whole or of another version, or lists every difference.
+            is not whole or of another version, or lists every difference. Where the disk fails, or
+            somebody shortens the file, while its arrays are read, the optimizer has part of them
+            and refuses everything until it has loaded a whole file.
         parameters : bool
             With False the file's parameters are left there; the caller's must be in place.
         strict : bool
@@ -514,7 +516,7 @@ class Optimizer:
             self._assembly.go_on(seed)
             return metadata
 
-        return self._assembly.whole("load", load)
+        return self._assembly.loaded("load", load)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Pickled or deep-copied together with a tree that holds the same arrays, both copies go

@@ -117,11 +117,14 @@ def check_apart(labels: Sequence[str], arrays: Sequence[np.ndarray]) -> None:
             )
 
 
-def apart(sources: Sequence[np.ndarray], targets: Sequence[Any]) -> list[np.ndarray]:
-    """Arrays of which a copy stands for each that shares memory with one that will be written."""
+def apart(sources: Sequence[Any], targets: Sequence[Any]) -> list[Any]:
+    """Return the sources, with a copy of each array that shares memory with a target."""
     spans = sorted(_range(a) for a in targets if isinstance(a, np.ndarray) and a.size)
     kept = []
     for a in sources:
+        if not isinstance(a, np.ndarray):
+            kept.append(a)
+            continue
         low, high = np.lib.array_utils.byte_bounds(a)
         last = bisect_left(spans, (high,)) - 1  # they share no memory among themselves
         kept.append(a.copy() if a.size and last >= 0 and spans[last][1] > low else a)

@@ -30,7 +30,7 @@ from ..step.info import StepInfo
 from ..step.summary import digest
 from ..system import threads as limits
 from ..system.interrupts import deferred
-from .checkpoint import SharedState, tensors_of
+from .checkpoint import SharedState
 from .norms import Norms
 from .ranks import Ranks
 from .reduction import Kind, Reduction
@@ -570,7 +570,7 @@ class ShardedOptimizer:
         with self._ranks.together():
             self._local.assembly.check_at_home("load_state_dict")
             try:
-                saved = self._state.part_of(tensors_of(state), False, "state_dict")
+                saved = self._state.part_of(self._state.tensors_of(state), False, "state_dict")
             except (TypeError, KeyError, AttributeError) as error:
                 raise ValueError(f"state_dict: expected one of an optimizer: {error!r}") from error
         self._state.restore(saved, strict=strict, what="state_dict", parameters=False)

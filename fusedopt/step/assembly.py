@@ -25,7 +25,7 @@ from ..rules.groups import RuleChoice, assign, check_successor
 from ..system.interrupts import directly, uninterrupted
 from ..verification.plan import VerifiedPlan
 from .accumulate import ACCUMULATED, Accumulator
-from .checkpoint import Snapshot
+from .checkpoint import HALFWAY, Snapshot
 from .clipping import GradientClipper
 from .gradients import GradientReader
 from .info import StepInfo, StepInfoBuilder
@@ -203,6 +203,7 @@ class Assembly:
         asked = self.decides or self.options.stats or self.options.exact or self.state_file
         waiting = self.accumulated or self.parted or self.options.exact or self.options.verify
         simple = one_phase and not self.rates.scheduled and not asked and not waiting
+        simple = simple and self.counters[0] != HALFWAY
         self.at_once = not waiting and getattr(self.plan, "at_once", False)
         self.step_alone: Any = alone if simple else None
 
@@ -264,6 +265,17 @@ class Assembly:
         if self.sums is not None:
             self.sums.watch(parameters, self.leaf_states)
         self.prepare(parameters)
+
+    def loaded(self, what: str, load: Callable[[], T]) -> T:
+        """Take another state, be it in part (`HALFWAY`), with everything else kept out."""
+
+        def settled() -> T:
+            try:
+                return load()
+            finally:
+                self.settle_simple()
+
+        return self.whole(what, settled)
 
     def go_on(self, seed: int) -> None:
         """Begin anew after another state was loaded: what rows missed and sums are gone."""
@@ -451,6 +463,11 @@ class Assembly:
             self.state_file.check_owner()
         if self.exchanged:
             raise RuntimeError(f"{what} inside of {self.exchanged}(): leave the context first")
+        if self.counters[0] == HALFWAY and not what.startswith("load"):
+            raise RuntimeError(
+                f"{what}: a file could not be read to its end, and the parameters and states are"
+                " only in part those that were in it; load a whole file first"
+            )
 
     def check_settled(self, what: str) -> None:
         """RuntimeError unless there is nothing but parameters, states and counters."""

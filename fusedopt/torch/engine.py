@@ -314,9 +314,9 @@ class Engine:
         np.copyto(self._count, self._counters[1:], casting="unsafe")
         for name, of in self._optimizer._follows.items():
             for rule, span in zip(self._rules, self._spans.values(), strict=True):
-                steps = self._counters[1:][span].tolist()
-                values = {t: of(rule, t) for t in set(steps)}
-                self._followed[name][span] = [values[t] for t in steps]
+                counts = self._counters[1:][span]
+                for t in set(counts.tolist()):
+                    self._followed[name][span][counts == t] = of(rule, t)
 
     def _key(self, name: str) -> str:
         """What torch calls a state."""
