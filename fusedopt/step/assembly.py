@@ -311,7 +311,7 @@ class Assembly:
             try:
                 plan.take(token)
                 self._begin(scale)
-                number = plan.step(grads, hessian, False)
+                number = plan.step(grads, hessian)
                 return None if number is None else self._told(number)
             finally:
                 self._end(plan, token)

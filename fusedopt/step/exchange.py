@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays.stored import AVERAGE
-from ..rules import Nesterov
+from ..arrays.stored import AVERAGE, LeafState
+from ..plan.spec import fresh
 from ..system.interrupts import Uninterrupted
 from .assembly import Assembly
 
@@ -85,17 +85,15 @@ class Averaged(Exchange):
 
 def lookahead(assembly: Assembly) -> Exchange:
     """Move parameters to where their rules want the gradient: see `Optimizer.lookahead`."""
-    moving = [
-        k
-        for k, rule in enumerate(assembly.rules)
-        if isinstance(rule, Nesterov) and rule.form == "lookahead"
-    ]
-    if not moving:
+    rules = {k: rule.ahead for k, rule in enumerate(assembly.rules) if rule.ahead is not None}
+    if not rules:
         raise ValueError("lookahead(): no leaf is updated by Nesterov(form='lookahead')")
 
     def move() -> None:
-        for k in moving:
-            velocity = assembly.leaf_states[k].states["v"].values
-            assembly.backend.shift(assembly.rules[k], assembly.parameters[k], velocity)
+        states = [assembly.leaf_states[k] for k in rules]
+        moving = [LeafState(assembly.device.check_state("p", s.caller), {}) for s in states]
+        plan = assembly.backend.plan(fresh(list(rules.values()), moving, 1, 0.0))
+        if plan.step_leaves([s.states["v"].values for s in states], None) is None:
+            raise RuntimeError("the core refused the look-ahead; please report this")
 
-    return Exchange(assembly, "lookahead", moving, move)
+    return Exchange(assembly, "lookahead", list(rules), move)
