@@ -306,18 +306,20 @@ class Assembly:
         An interrupt may come anywhere, so within the `finally` too, and so what that does is done
         again. It comes before the call or after it.
         """
-        plan, token = self.plan, object()
+        plan, token, info = self.plan, object(), None
         try:
             try:
                 plan.take(token)
                 self._begin(scale)
                 number = plan.step(grads, hessian)
-                return None if number is None else self._told(number)
+                if number is not None:
+                    info = self._told(number)
             finally:
                 self._end(plan, token)
         except BaseException:
             self._end(plan, token)
             raise
+        return info
 
     def _begin(self, scale: float) -> None:
         self.rates.begin(int(self.counters[0]) + 1)
