@@ -191,7 +191,8 @@ void bind_plan(py::module_& module) {
       .def("held", &Plan::held)
       .def("reprogram", &Plan::reprogram)
       .def("step", &Plan::step)
-      .def("step_alone", &Plan::step_alone);
+      .def("settle", &Plan::settle)
+      .def("whole_step", &Plan::whole_step);
 }
 
 }  // namespace fusedopt

@@ -5,13 +5,16 @@
 
 #include <atomic>
 #include <map>
+#include <memory>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "arrays.hpp"
+#include "clipping.hpp"
 #include "driver.hpp"
 #include "norms.hpp"
+#include "policy.hpp"
 #include "programs.hpp"
 #include "thread_choice.hpp"
 #include "trees.hpp"
@@ -45,14 +48,34 @@ class Plan {
   // written then. `flat`: the trees are lists of leaves already.
   py::object step(const py::object& gradients, const py::object& hessian, bool flat);
 
-  // The same with trees, by one who has not taken it: the whole of a simple optimizer's step.
-  py::object step_alone(const py::object& gradients, const py::object& hessian);
+  // What `whole_step` does from now on, by a caller who has taken the plan.
+  void settle(const py::object& policy);
+
+  // A step with trees and all that its policy says, by a caller who has not taken the plan: its
+  // `StepInfo`. None where something is to be explained or done by Python first; nothing but
+  // learning rates was written then. ask(step), if not None, sets the learning rates.
+  py::object whole_step(const py::object& gradients, const py::object& hessian,
+                        const py::object& grad_scale, const py::object& ask);
 
  private:
   struct Own {
     const Proxy* parameter;
     std::size_t elements;
     int compute, operand_count;
+  };
+  // While there is one, this caller alone uses the plan, and what the step reads is held.
+  class Use {
+   public:
+    explicit Use(Plan& plan) : plan_(plan) { plan.seize(&plan); }
+    ~Use() {
+      plan_.given_.clear();
+      plan_.release(&plan_);
+    }
+    Use(const Use&) = delete;
+    Use& operator=(const Use&) = delete;
+
+   private:
+    Plan& plan_;
   };
   // What a step touches of a leaf: all elements, or those of some rows.
   struct Touched {
@@ -88,13 +111,23 @@ class Plan {
                 const std::vector<RandomKey>& keys, std::size_t k);
   void change_level();
   void watch(const Proxy* array, bool target);
+  bool find_rates(const py::object& ask);
+  std::vector<double> norms(double factor) const;
+  void decide(double factor, Found& found);
+  py::object stats_of(double factor);
+  // The step itself, of what was collected; false where something does not fit.
+  bool update(bool flat);
   bool unmoved() const;
   bool overlaps_written(const Range& range) const;
   // Each other, or an estimate.
   bool gradients_overlap();
-  // Takes hold of a tree's leaves: may run Python.
-  bool collect(Slot slot, const py::object& tree, bool flat);
+  // Takes hold of the trees' leaves: may run Python.
+  bool collect(const py::object& gradients, const py::object& hessian, bool flat);
+  bool collect_tree(Slot slot, const py::object& tree, bool flat);
   // Reads what was collected, and checks it and all that will be written: runs no Python.
+  //
+  // Whatever Python runs (comparisons of keys, finalisers, other threads, the rules' own functions)
+  // may give any array other memory: this comes after the last of it, and before what looks.
   bool read(bool checked);
   // checked: by Python, which alone makes tuples of rows; a caller's own could say anything.
   bool read_leaf(Slot slot, std::size_t k, bool checked);
@@ -111,7 +144,7 @@ class Plan {
   void run_phase(int batch, int phase);
   void take_sums(int batch);
   int threads() const;
-  std::size_t columns() const { return 3 + static_cast<std::size_t>(sums_); }
+  std::size_t columns() const { return Policy::FIRST_SUM + static_cast<std::size_t>(sums_); }
 
   const Program& program(std::size_t k) const {
     return *programs_[static_cast<std::size_t>(groups_[k])];
@@ -126,12 +159,13 @@ class Plan {
   int batch_count_ = 0, sums_ = 0;  // sums_: of the program that has most
   std::size_t most_ = 0;            // operations, likewise
   std::int64_t* counts_ = nullptr;
-  const double *rate_ = nullptr, *factor_ = nullptr;
+  double *rate_ = nullptr, *factor_ = nullptr;
   double* result_ = nullptr;
   const Table* table_ = nullptr;
   std::vector<py::object> held_;  // arrays
   py::object program_objects_;    // keeps `programs_` alive
   Mapped mapped_;
+  std::unique_ptr<Policy> policy_;
   ThreadChoice choice_;
   std::vector<const Program*> programs_;
   std::vector<Own> own_;
@@ -148,6 +182,7 @@ class Plan {
   std::vector<Given> given_;  // the gradients, then the estimates
   std::vector<Range> ranges_;
   std::vector<std::size_t> active_;
+  bool measured_ = false;
   std::map<std::tuple<int, int, std::int64_t>, Scalars> scalar_cache_;
   std::vector<const Scalars*> leaf_scalars_;
   std::vector<Step> steps_;

@@ -32,22 +32,32 @@ py::object Plan::step(const py::object& gradients, const py::object& hessian, bo
   const DefaultControl control;
   const std::unique_ptr<Plan, void (*)(Plan*)> at_the_end(this,
                                                           [](Plan* plan) { plan->given_.clear(); });
-  if (level().table != table_) change_level();
-  // Whatever Python runs (comparisons of keys, finalisers, other threads, the rules' own functions)
-  // may give any array other memory: all is read after the last of it, and before what looks at it.
-  if (!collect(GRADIENT, gradients, flat) || !collect(HESSIAN, hessian, flat)) return py::none();
-  find_active();
-  const bool decides = !decide_.is_none(), begins = !before_.is_none();
-  if ((decides || begins) && !read(flat)) return py::none();
-  if (decides) {
-    begin_results();
+  if (!collect(gradients, hessian, flat)) return py::none();
+  if (!decide_.is_none()) {
+    if (!read(flat)) return py::none();
     measure_gradients();
     if (!called(decide_, py::tuple()).cast<bool>()) return py::int_(counts_[0]);
   }
+  return update(flat) ? py::int_(counts_[0]) : py::object(py::none());
+}
+
+bool Plan::collect(const py::object& gradients, const py::object& hessian, bool flat) {
+  if (level().table != table_) change_level();
+  measured_ = false;
+  if (!collect_tree(GRADIENT, gradients, flat) || !collect_tree(HESSIAN, hessian, flat))
+    return false;
+  find_active();
+  return true;
+}
+
+bool Plan::update(bool flat) {
   prepare();
-  if (begins) called(before_, py::make_tuple(active_));
-  if (!read(flat)) return py::none();
-  if (!decides) begin_results();
+  if (!before_.is_none()) {
+    if (!read(flat)) return false;
+    called(before_, py::make_tuple(active_));
+  }
+  if (!read(flat)) return false;
+  if (!measured_) begin_results();
   for (int batch = 0; batch < batch_count_; ++batch) {
     py::list members;
     for (const std::size_t k : active_)
@@ -65,14 +75,8 @@ py::object Plan::step(const py::object& gradients, const py::object& hessian, bo
   }
   run_phase(-1, 0);
   for (const std::size_t k : active_) ++counts_[k + 1];
-  return py::int_(++counts_[0]);
-}
-
-py::object Plan::step_alone(const py::object& gradients, const py::object& hessian) {
-  seize(this);
-  const std::unique_ptr<Plan, void (*)(Plan*)> at_the_end(this,
-                                                          [](Plan* plan) { plan->release(plan); });
-  return step(gradients, hessian, false);
+  ++counts_[0];
+  return true;
 }
 
 bool Plan::unmoved() const {
@@ -107,7 +111,7 @@ bool Plan::gradients_overlap() {
   return false;
 }
 
-bool Plan::collect(Slot slot, const py::object& tree, bool flat) {
+bool Plan::collect_tree(Slot slot, const py::object& tree, bool flat) {
   const std::size_t first = slot == GRADIENT ? 0 : own_.size(), end = first + own_.size();
   if (slot == HESSIAN && tree.is_none()) {
     given_.resize(end);
@@ -203,7 +207,8 @@ void Plan::find_active() {
 }
 
 void Plan::begin_results() {
-  if (sums_ || !decide_.is_none()) std::fill(result_, result_ + own_.size() * columns(), 0.0);
+  if (sums_ || !decide_.is_none() || (policy_ && policy_->measures))
+    std::fill(result_, result_ + own_.size() * columns(), 0.0);
   if (sums_)
     for (const std::size_t k : active_) {
       result_[k * columns() + 1] = 1;
@@ -212,6 +217,8 @@ void Plan::begin_results() {
 }
 
 void Plan::measure_gradients() {
+  measured_ = true;
+  begin_results();
   std::vector<Measured> inputs;
   for (const std::size_t k : active_)
     inputs.push_back({operands_[k * MAX_OPERANDS + GRADIENT], touched_[k].elements, own_[k].compute,
@@ -300,7 +307,7 @@ void Plan::take_sums(int batch) {
     for (int j = 0; j < program(k).sums; ++j) {
       const int slot = program(k).first_sum() + j;
       if (leaf->summed >> slot & 1)
-        result_[k * columns() + 3 + static_cast<std::size_t>(j)] =
+        result_[k * columns() + Policy::FIRST_SUM + static_cast<std::size_t>(j)] =
             Partials::total(*leaf, leaf->operands[slot]);
     }
     ++leaf;

@@ -22,9 +22,6 @@ from .step.checkpoint import Snapshot
 from .step.exchange import Averaged, Exchange
 from .step.info import StepInfo
 
-new_tuple = tuple.__new__
-NOTHING_ASKED = tuple(StepInfo._field_defaults.values())  # the rest of a simple step's StepInfo
-
 
 class Optimizer:
     """Update nested parameters in place, all of them in one fused pass.
@@ -181,15 +178,11 @@ class Optimizer:
             raise RuntimeError(f"step inside of {assembly.exchanged}(): leave the context first")
         if assembly.watch.has_tensors:
             assembly.watch.check_tensors()
-        alone = assembly.step_alone
-        if alone is None or grad_scale != 1.0 or grads is ACCUMULATED:
-            return assembly.step(grads, grad_scale, hessian)
-        number = alone(grads, hessian)
-        if number is None:
-            return assembly.step(grads, grad_scale, hessian)
-        # 0.08 us less than StepInfo(number, rate)
-        rates = assembly.rates
-        return new_tuple(StepInfo, (number, rates.only or rates.used(), *NOTHING_ASKED))
+        if grads is not ACCUMULATED and assembly.whole_step is not None:
+            info: StepInfo | None = assembly.whole_step(grads, hessian, grad_scale, assembly.ask)
+            if info is not None:
+                return info
+        return assembly.step(grads, grad_scale, hessian)
 
     def step_part(
         self,

@@ -87,6 +87,16 @@ __all__ = [
 ]
 
 
+Formula = tuple[str, tuple[float, ...], tuple[Any, ...]]
+"""A kind, its numbers, and the formulas of parts: from these the compiled core (csrc/schedules.cpp)
+computes the values of a schedule, in the same operations."""
+
+
+def formula_of(schedule: Any) -> Formula | None:
+    """The formula of a schedule of this module; None for what only Python can compute."""
+    return schedule.formula if type(schedule).__module__ == __name__ else None
+
+
 @dataclass(frozen=True)
 class Schedule(ABC):
     """What all have: a base, a call, products, and checks of what they are given.
@@ -99,6 +109,11 @@ class Schedule(ABC):
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    @property
+    def formula(self) -> Formula | None:
+        """What the core computes the values from; None where it cannot."""
+        return None
 
     @abstractmethod
     def __call__(self, step: int) -> float:
@@ -123,6 +138,10 @@ class Constant(Schedule):
 
     _: KW_ONLY
     warmup: NonNegative = 0.0
+
+    @property
+    def formula(self) -> Formula | None:
+        return "constant", (self.base, self.warmup), ()
 
     def __call__(self, step: int) -> float:
         return self.base * (step / self.warmup if step < self.warmup else 1.0)
@@ -149,6 +168,21 @@ class _Falling(Schedule):
         if step < self.warmup:
             return self.base * (step / self.warmup)
         return self.base * self._fallen(_share(step, self._start, self.steps + 1.0))
+
+    @property
+    def formula(self) -> Formula | None:
+        ends = (self._start, self.steps + 1.0)
+        return self._kind, (self.base, self.warmup, *ends, self.final, *self._more), ()
+
+    @property
+    def _kind(self) -> str:
+        """The name of the way down."""
+        return type(self).__name__.lower()
+
+    @property
+    def _more(self) -> tuple[float, ...]:
+        """The further numbers of its formula."""
+        return ()
 
     @property
     def _start(self) -> float:
@@ -200,6 +234,10 @@ class Polynomial(_Falling):
 
     _: KW_ONLY
     power: NonNegative = 1.0
+
+    @property
+    def _more(self) -> tuple[float, ...]:
+        return (self.power,)
 
     def _fallen(self, x: float) -> float:
         left: float = (1.0 - x) ** self.power
@@ -260,6 +298,10 @@ class WarmupStableDecay(_Falling):
             )
 
     @property
+    def _kind(self) -> str:
+        return {"linear": "linear", "cosine": "half cosine", "sqrt": "root"}[self.form]
+
+    @property
     def _start(self) -> float:
         return self.steps - self.decay + 1.0
 
@@ -291,6 +333,11 @@ class OneCycle(Schedule):
     start: Fraction = 0.04
     final: Fraction = 4e-6
 
+    @property
+    def formula(self) -> Formula | None:
+        peak, end = 1.0 + self.rise * self.steps, self.steps + 1.0
+        return "one cycle", (self.base, peak, end, self.start, self.final), ()
+
     def __call__(self, step: int) -> float:
         peak, end = 1.0 + self.rise * self.steps, self.steps + 1.0
         if step < peak:
@@ -320,6 +367,10 @@ class CosineRestarts(Schedule):
     growth: Annotated[float, Number(low=1.0)] = 1.0
     final: Fraction = 0.0
 
+    @property
+    def formula(self) -> Formula | None:
+        return "restarts", (self.base, self.period, self.growth, self.final), ()
+
     def __call__(self, step: int) -> float:
         since, length = float(step - 1), float(self.period)
         if self.growth == 1.0:
@@ -346,6 +397,10 @@ class Step(Schedule):
     every: Count
     factor: Fraction = 0.1
 
+    @property
+    def formula(self) -> Formula | None:
+        return "stair", (self.base, self.factor, self.every), ()
+
     def __call__(self, step: int) -> float:
         return self.base * self.factor ** ((step - 1) // self.every)
 
@@ -364,6 +419,10 @@ class Exponential(Schedule):
     _: KW_ONLY
     factor: Fraction
     every: Count = 1
+
+    @property
+    def formula(self) -> Formula | None:
+        return "exponential", (self.base, self.factor, self.every), ()
 
     def __call__(self, step: int) -> float:
         left: float = self.factor ** ((step - 1) / self.every)
@@ -384,6 +443,10 @@ class InverseSqrt(Schedule):
 
     _: KW_ONLY
     warmup: Count
+
+    @property
+    def formula(self) -> Formula | None:
+        return "inverse sqrt", (self.base, self.warmup), ()
 
     def __call__(self, step: int) -> float:
         return self.base * min(step / self.warmup, sqrt(self.warmup / step))
@@ -511,6 +574,11 @@ class Product(Schedule):
         super().__post_init__()
         object.__setattr__(self, "base", self.left.base * self.right.base)
 
+    @property
+    def formula(self) -> Formula | None:
+        parts = formula_of(self.left), formula_of(self.right)
+        return None if None in parts else ("product", (), parts)
+
     def __call__(self, step: int) -> float:
         return self.left(step) * self.right(step)
 
@@ -541,6 +609,11 @@ class Sequential(Schedule):
                 f" ({len(self.parts)}), got {self.at}"
             )
         object.__setattr__(self, "base", max(part.base for part in self.parts))
+
+    @property
+    def formula(self) -> Formula | None:
+        parts = tuple(map(formula_of, self.parts))
+        return None if None in parts else ("sequential", self.at, parts)
 
     def __call__(self, step: int) -> float:
         k = sum(step > end for end in self.at)

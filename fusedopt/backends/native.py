@@ -187,15 +187,14 @@ class NativePlan:
         matrices = Matrices(spec)
         self.work_bytes = matrices.work_bytes
         self._extras = spec.extras
-        # Where nothing comes between phases, a step is one call.
-        self.at_once = self._elementwise = not matrices.batches
+        self._elementwise = not matrices.batches
         programs = [spec.extras.program(group.rule) for group in spec.groups]
         # The core's objects are unknown to the garbage collector: what it calls must not lead back
         # to this plan.
         plan = core.Plan(_described(spec, programs, matrices))
         self._reprogram = plan.reprogram
         self.take, self.give, self.held = plan.take, plan.give, plan.held
-        self.step_alone, self._step = plan.step_alone, plan.step
+        self.whole_step, self.settle, self._step = plan.whole_step, plan.settle, plan.step
 
     def step(self, grads: Any, hessian: Any) -> int | None:
         """Take a step with trees; None where Python must look first."""

@@ -51,6 +51,7 @@ class Share(Optimizer):
     def __init__(self, first_tiles: Sequence[int], *args: Any, **options: Any) -> None:
         self._first_tiles = first_tiles
         super().__init__(*args, **options)
+        self._assembly.share_out()
 
     @property
     def assembly(self) -> Assembly:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ..arrays.rows import UniqueRows
 from ..arrays.stored import LeafState, Stored
@@ -29,6 +29,32 @@ class Decision(Protocol):
 
     def stopped(self, number: int, bad: Sequence[int]) -> FloatingPointError:
         """Return the error of a step that a device did not take, because of these leaves."""
+
+
+class Policy(NamedTuple):
+    """What a whole step in one call of a plan does besides the update, and what it tells.
+
+    info: the class `StepInfo`. labels, paths: of groups and leaves. schedules: of each group the
+    `formula` of its learning rate, or None where that stays or only Python knows. limits: see
+    `Decision`. by_group: whether each group has its own norm. measures: whether gradients are read
+    before the step; clips: whether a norm must be finite; skips: whether a step without one does
+    nothing. narrow: whether gradients are multiplied in float32. refusal: gives the error of a step
+    whose gradients are not finite, from the numbers of these leaves. stats: the names of a
+    program's sums, and the leaves that have them; empty where none are told.
+    """
+
+    info: type
+    labels: list[str]
+    paths: list[str]
+    schedules: list[Any]
+    limits: list[float]
+    by_group: bool
+    measures: bool
+    clips: bool
+    skips: bool
+    narrow: bool
+    refusal: Callable[[Sequence[int]], FloatingPointError]
+    stats: list[tuple[tuple[str, ...], list[int]]]
 
 
 class Device(Protocol):

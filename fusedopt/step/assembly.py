@@ -18,10 +18,12 @@ from ..arrays.storage import synchronize
 from ..arrays.trees import Leaf, Tree
 from ..arrays.watch import Watch
 from ..backends import get_backend
+from ..plan.interface import Policy
 from ..plan.options import Options, check_grad_scale, check_seed
 from ..plan.spec import PlanSpec, results_for
 from ..rules import Rule
 from ..rules.groups import RuleChoice, assign, check_successor
+from ..schedules import formula_of
 from ..system.interrupts import directly, uninterrupted
 from ..verification.plan import VerifiedPlan
 from .accumulate import ACCUMULATED, Accumulator
@@ -46,10 +48,11 @@ class Assembly:
     first_tiles: where the leaves begin in those that they are parts of, for random bits; None:
     they are whole. Raises as `Optimizer` does.
 
-    `narrowest` is the narrowest type that gradients are computed in. `step_alone` is the plan's
-    single call for a whole step, or None where a step needs more than that; `at_once` says that it
-    needs but another call around that. `exchanged` names the context in which the parameters are
-    something else. `parted` are the leaves that have had their part of the step under way.
+    `narrowest` is the narrowest type that gradients are computed in. `whole_step` is a single call
+    for a whole step, of (grads, hessian, grad_scale, ask), which gives None where there is more to
+    a step; None where there always is. `ask` finds the learning rates that only Python knows, or is
+    None. `exchanged` names the context in which the parameters are something else. `parted` are the
+    leaves that have had their part of the step under way.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class Assembly:
         )
         self.clipper.begin(1.0)
         self.parted: list[int] = []
+        self._shared_out = False
         self.exchanged = ""
         self.sums: Accumulator | None = None
         self.lazy_rows: LazyRows | None = None
@@ -177,9 +181,8 @@ class Assembly:
             plan = VerifiedPlan(self.backend, spec, self.tree.leaves)
         else:
             plan = self.backend.plan(spec)
-        plan.take(
-            self._token
-        )  # until all is ready; the old one stays taken, should a thread still have it
+        # Until all is ready; the old one stays taken, should a thread still have it.
+        plan.take(self._token)
         self.plan = plan
         if self.lazy_rows is not None:
             self.lazy_rows.moved(spec, plan)
@@ -194,18 +197,57 @@ class Assembly:
     def settle_rates(self) -> None:
         """Take what a step needs to know of the rules' learning rates."""
         self.rates.settle(self.groups)
+        formulas = [formula_of(group.rule.lr) for group in self.groups]
+        known = all(
+            formula is not None or not callable(group.rule.lr)
+            for formula, group in zip(formulas, self.groups, strict=True)
+        )
+        self.ask = None if known else self.rates.begin
+        self._whole: Any = self._whole_step(formulas)
         self.settle_simple()
 
     def settle_simple(self) -> None:
-        """Find the plan's own whole step, which guards itself."""
-        alone = None if self.options.verify else getattr(self.plan, "step_alone", None)
-        one_phase = all(group.rule.program.phases == 1 for group in self.groups)
-        asked = self.decides or self.options.stats or self.options.exact or self.state_file
-        waiting = self.accumulated or self.parted or self.options.exact or self.options.verify
-        simple = one_phase and not self.rates.scheduled and not asked and not waiting
-        simple = simple and self.counters[0] != HALFWAY
-        self.at_once = not waiting and getattr(self.plan, "at_once", False)
-        self.step_alone: Any = alone if simple else None
+        """Take a whole step in one call where nothing is under way."""
+        halfway = self.accumulated or self.parted or self.counters[0] == HALFWAY
+        self.whole_step = None if halfway else self._whole
+
+    def share_out(self) -> None:
+        """Leave norms and sums, which are of all ranks, to Python."""
+        self._shared_out = True
+        self.settle_rates()
+
+    def _whole_step(self, formulas: list[Any]) -> Any:
+        options, plan = self.options, self.plan
+        phases = max(group.rule.program.phases for group in self.groups)
+        if phases > 1 or options.exact or options.verify or self.state_file or self._shared_out:
+            return None
+        if hasattr(plan, "settle"):
+            plan.settle(self._policy(formulas))
+            return plan.whole_step
+        simple = not (self.decides or options.stats or self.rates.scheduled)
+        return self._simple_step if simple and hasattr(plan, "step_alone") else None
+
+    def _policy(self, formulas: list[Any]) -> Policy:
+        options = self.options
+        return Policy(
+            info=StepInfo,
+            labels=[group.label for group in self.groups],
+            paths=self.paths,
+            schedules=formulas,
+            limits=self.clipper.limits,
+            by_group=self.clipper.by_group,
+            measures=self.decides,
+            clips=options.clip_norm is not None,
+            skips=options.skip_nonfinite,
+            narrow=self.narrowest == np.float32,
+            refusal=self.clipper.refusal,
+            stats=list(self.info_builder.alike.items()) if options.stats else [],
+        )
+
+    def _simple_step(self, grads: Any, hessian: Any, grad_scale: Any, ask: Any) -> StepInfo | None:
+        """Take a step that a plan makes by itself but does not tell of."""
+        number = None if grad_scale != 1.0 else self.plan.step_alone(grads, hessian)
+        return None if number is None else StepInfo(number, self.rates.used())
 
     def adopt(self, rules: Sequence[Rule]) -> None:
         """Put rules in the place of the groups' own, all of them or none."""
@@ -289,46 +331,11 @@ class Assembly:
     def step(self, grads: Any, grad_scale: float, hessian: Any) -> StepInfo:
         """Take a step of any kind: see `Optimizer.step`."""
         scale = check_grad_scale(grad_scale, self.narrowest)
-        if self.at_once and grads is not ACCUMULATED:
-            self.check_at_home("step")
-            info = self._at_once(grads, scale, hessian)
-            if info is not None:
-                return info
 
         def step() -> StepInfo:
             return self._told(self._stepped(grads, hessian))
 
         return self._one_step("step", scale, step)
-
-    def _at_once(self, grads: Any, scale: float, hessian: Any) -> StepInfo | None:
-        """Take a step that is one call of the plan's; None where there is more to it.
-
-        An interrupt may come anywhere, so within the `finally` too, and so what that does is done
-        again. It comes before the call or after it.
-        """
-        plan, token, info = self.plan, object(), None
-        try:
-            try:
-                plan.take(token)
-                self._begin(scale)
-                number = plan.step(grads, hessian)
-                if number is not None:
-                    info = self._told(number)
-            finally:
-                self._end(plan, token)
-        except BaseException:
-            self._end(plan, token)
-            raise
-        return info
-
-    def _begin(self, scale: float) -> None:
-        self.rates.begin(int(self.counters[0]) + 1)
-        self.clipper.begin(scale)
-
-    def _end(self, plan: Any, token: object) -> None:
-        if plan.held(token):
-            self.rates.end()
-            plan.give(token)
 
     def step_part(
         self, paths: Sequence[str], grads: Sequence[Any], grad_scale: float, last: bool
@@ -358,7 +365,8 @@ class Assembly:
 
     def _one_step(self, what: str, scale: float, step: Callable[[], StepInfo]) -> StepInfo:
         def begun() -> StepInfo:
-            self._begin(scale)
+            self.rates.begin(int(self.counters[0]) + 1)
+            self.clipper.begin(scale)
             try:
                 return step()
             finally:

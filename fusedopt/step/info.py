@@ -43,9 +43,9 @@ class StepInfoBuilder:
         self._spec, self._clipper = spec, clipper
         programs = [spec.extras.program(group.rule) for group in spec.groups]
         # By their sums' names the leaves that have these.
-        self._alike: dict[tuple[str, ...], list[int]] = {}
+        self.alike: dict[tuple[str, ...], list[int]] = {}
         for k, group in enumerate(spec.group_of):
-            self._alike.setdefault(programs[group].sums, []).append(k)
+            self.alike.setdefault(programs[group].sums, []).append(k)
 
     def info(self, number: int, lr: float | dict[str, float]) -> StepInfo:
         """Of the step that was taken last."""
@@ -67,7 +67,7 @@ class StepInfoBuilder:
     def _stats(self) -> dict[str, dict[str, float]]:
         results = self._spec.results
         found: dict[str, dict[str, float]] = {}
-        for names, leaves in self._alike.items():
+        for names, leaves in self.alike.items():
             rows = results[leaves]
             sums = dict(zip(names, rows[:, 3:].T, strict=False))
             if "gradient" in sums:

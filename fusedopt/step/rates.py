@@ -25,14 +25,17 @@ class Rates:
         """Take the learning rates of other rules from the next step on."""
         self._groups = groups
         self.scheduled = any(callable(group.rule.lr) for group in groups)
-        self.only = 0.0
-        if not self.scheduled:
-            self.use([group.rule.lr_at(1) for group in groups])
+        self.use(
+            [
+                before if callable(group.rule.lr) else group.rule.lr
+                for group, before in zip(groups, self.values.tolist(), strict=True)
+            ]
+        )
 
     def use(self, rates: Sequence[float]) -> None:
         """Set the learning rates from the next step on, and leave the rules alone."""
         self.values[:] = rates
-        self.only = float(rates[0]) if len(rates) == 1 else 0.0
+        self.only = float(rates[0]) if len(rates) == 1 and not self.scheduled else 0.0
 
     def begin(self, step: int) -> None:
         """Find what the schedules give a step."""

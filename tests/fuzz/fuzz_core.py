@@ -99,7 +99,8 @@ def bare_step(choose: Choose, twin: Twin) -> None:
         tree = twin.recipe.nest(grads) if choose([False, True]) else any_tree(choose, grads)
     hessian = choose([None, tree])
     fingerprint, before = twin.opt.fingerprint(), [contents(g) for g in grads]
-    if refused(lambda: (plan.step_leaves if flat else plan.step_alone)(tree, hessian)):
+    arguments = (tree, hessian) if flat else (tree, hessian, 1.0, None)
+    if refused(lambda: (plan.step_leaves if flat else plan.whole_step)(*arguments)):
         assert twin.opt.fingerprint() == fingerprint, "a step that was refused changed something"
         assert [contents(g) for g in grads] == before, "gradients were written"
 
