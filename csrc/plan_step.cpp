@@ -295,7 +295,7 @@ void Plan::run_phase(int batch, int phase) {
   }
   leaves_.resize(count);
   partials_.place();
-  // refs_ and held_ keep every array alive
+  // given_ and held_ keep every array alive
   run_unlocked(leaves_, elements, threads(), mapped_.data ? &mapped_ : nullptr, &choice_);
   if (sums_) take_sums(batch);
 }
