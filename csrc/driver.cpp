@@ -194,7 +194,7 @@ std::size_t cut(const Leaf& leaf, std::size_t position) {
   return k * rows.length;
 }
 
-// How many threads a step over so many elements takes, of those that it may.
+// The number of threads that a step over `elements` takes, of those that it may use.
 int threads_for(std::size_t elements, int threads) {
   return elements < SERIAL ? 1 : std::max(1, std::min(threads, parallel_limit()));
 }

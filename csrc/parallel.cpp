@@ -67,7 +67,7 @@ void take_part(void* of, int member) {
   }
 }
 
-// How many threads a loop of so many parts takes.
+// The number of threads that a loop of `count` parts takes.
 int team_of(std::size_t count, int threads) {
   return static_cast<int>(std::min<std::size_t>(count, static_cast<std::size_t>(threads)));
 }

@@ -166,7 +166,7 @@ class Plan {
   py::object program_objects_;    // keeps `programs_` alive
   Mapped mapped_;
   std::unique_ptr<Policy> policy_;
-  ThreadChoice choice_;
+  ThreadChoice choice_, norm_choice_;  // of the elementwise pass, and of the norm
   std::vector<const Program*> programs_;
   std::vector<Own> own_;
   std::vector<Operand> operands_;  // MAX_OPERANDS for each leaf

@@ -223,7 +223,7 @@ void Plan::measure_gradients() {
   for (const std::size_t k : active_)
     inputs.push_back({operands_[k * MAX_OPERANDS + GRADIENT], touched_[k].elements, own_[k].compute,
                       touched_[k].some()});
-  measure(inputs, threads());
+  measure(inputs, threads(), &norm_choice_);
   for (std::size_t j = 0; j < active_.size(); ++j) {
     double* const row = result_ + active_[j] * columns();
     row[0] = inputs[j].sum;
@@ -296,7 +296,8 @@ void Plan::run_phase(int batch, int phase) {
   leaves_.resize(count);
   partials_.place();
   // given_ and held_ keep every array alive
-  run_unlocked(leaves_, elements, threads(), mapped_.data ? &mapped_ : nullptr, &choice_);
+  run_unlocked(leaves_, elements, threads(), mapped_.data ? &mapped_ : nullptr,
+               batch < 0 ? &choice_ : nullptr);
   if (sums_) take_sums(batch);
 }
 

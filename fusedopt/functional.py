@@ -15,12 +15,19 @@ from .arrays.trees import leaves_of, values_of
 from .backends import default_backend, get_backend
 from .plan.spec import single
 from .rules import Rule
+from .rules.hyperparameters import Number
 from .step.clipping import combined
 from .system.interrupts import directly, uninterrupted
 
 
 def update(
-    rule: Rule, step: int, p: np.ndarray, g: np.ndarray, *states: Any, hessian: Any = None
+    rule: Rule,
+    step: int,
+    p: np.ndarray,
+    g: np.ndarray,
+    *states: Any,
+    hessian: Any = None,
+    lr: float | None = None,
 ) -> None:
     """Updates a parameter and its states in place.
 
@@ -30,6 +37,8 @@ def update(
     shape that refreshes h after the update. What is stored is rounded to the nearest. All of them
     may be arrays on a CUDA device instead; an `Optimizer` is the fast way there.
 
+    lr: the learning rate of this step, instead of the rule's.
+
     Raises TypeError for a value of the wrong kind, ValueError for one that does not fit; nothing
     was written then.
     """
@@ -37,10 +46,14 @@ def update(
         step = _check_step(step)
     if not isinstance(rule, Rule):
         raise TypeError(f"rule: expected a fusedopt rule such as fo.AdamW(), got {rule!r}")
+    if rule.scheduled:
+        rule = rule.at(step)
+    if lr is not None:
+        lr = Number().accept("lr", lr)
+    else:
+        own = rule.lr
+        lr = own if type(own) is float else rule.lr_at(step)
     backend = default_backend()
-    lr = rule.lr
-    if type(lr) is not float:
-        lr = rule.lr_at(step)
     alone = backend.update_alone
     if alone is not None and alone(rule, step, lr, (p, *states), g, hessian):
         return

@@ -15,12 +15,15 @@ from .arrays.stored import LeafState
 from .plan.options import ClipNorm, Options
 from .rules import Rule
 from .rules.groups import RateChoice, RuleChoice, with_hyperparameters, with_rates
+from .rules.hyperparameters import Schedule
 from .step import exchange, summary
 from .step.accumulate import ACCUMULATED
 from .step.assembly import Assembly
 from .step.checkpoint import Snapshot
 from .step.exchange import Averaged, Exchange
 from .step.info import StepInfo
+from .step.parameter_group import ParameterGroup
+from .step.rates import StepRate
 
 
 class Optimizer:
@@ -59,7 +62,7 @@ class Optimizer:
     copy_out : nested arrays, optional
         Arrays like the parameters, of any supported dtype, or None, into which the same pass writes
         the new parameters.
-    ema : float, optional
+    ema : float or schedule, optional
         Keep an average of each parameter (of its master, where there is one): average := average
         + (1 - ema) (parameter - average) in every step. See `averaged`.
     stats : bool
@@ -122,7 +125,7 @@ class Optimizer:
         rounding: Rounding = "nearest",
         master: Master | None = None,
         copy_out: Any = None,
-        ema: float | None = None,
+        ema: float | Schedule | None = None,
         stats: bool = False,
         exact: bool = False,
         state_path: str | os.PathLike[str] | None = None,
@@ -141,7 +144,12 @@ class Optimizer:
         self._assembly = Assembly(params, rule, options, state_path, self._first_tiles)
 
     def step(
-        self, grads: Any = ACCUMULATED, *, grad_scale: float = 1.0, hessian: Any = None
+        self,
+        grads: Any = ACCUMULATED,
+        *,
+        grad_scale: float = 1.0,
+        hessian: Any = None,
+        lr: StepRate | None = None,
     ) -> StepInfo:
         """Take one step, in place.
 
@@ -158,6 +166,8 @@ class Optimizer:
             the number of micro-batches.
         hessian : nested arrays, optional
             Hessian estimates for Sophia, nested like the gradients.
+        lr : float or mapping, optional
+            Learning rate of this step alone, for all parameter groups or for each label.
 
         Returns
         -------
@@ -178,11 +188,11 @@ class Optimizer:
             raise RuntimeError(f"step inside of {assembly.exchanged}(): leave the context first")
         if assembly.watch.has_tensors:
             assembly.watch.check_tensors()
-        if grads is not ACCUMULATED and assembly.whole_step is not None:
+        if grads is not ACCUMULATED and lr is None and assembly.whole_step is not None:
             info: StepInfo | None = assembly.whole_step(grads, hessian, grad_scale, assembly.ask)
             if info is not None:
                 return info
-        return assembly.step(grads, grad_scale, hessian)
+        return assembly.step(grads, grad_scale, hessian, lr)
 
     def step_part(
         self,
@@ -256,6 +266,13 @@ class Optimizer:
     @lr.setter
     def lr(self, lr: RateChoice) -> None:
         self._adopt(with_rates(self._assembly.groups, lr))
+
+    @property
+    def groups(self) -> dict[str, ParameterGroup]:
+        """The parameter groups by label, as in `lr`: `opt.groups["*.w"].lr = 1e-4`."""
+        assembly = self._assembly
+        labels = enumerate(group.label for group in assembly.groups)
+        return {label: ParameterGroup(self, assembly, k) for k, label in labels}
 
     def replace(self, label: str | None = None, /, **hyperparameters: Any) -> None:
         """Change hyperparameters from the next step on: `opt.replace(weight_decay=0.05)`.

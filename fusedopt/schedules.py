@@ -64,15 +64,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import KW_ONLY, asdict, dataclass, field
 from itertools import pairwise
-from math import cos, inf, pi, sqrt
+from math import cos, expm1, inf, log, pi, sqrt
 from typing import Annotated, Any, Literal
 
-from .rules.hyperparameters import Count, Fraction, NonNegative, Number, check_fields
+from .rules.hyperparameters import Amount, Count, Number, Share, check_fields
 
 __all__ = [
     "Constant",
     "Cosine",
     "CosineRestarts",
+    "EmaDebiased",
+    "EmaWarmup",
     "Exponential",
     "InverseSqrt",
     "Linear",
@@ -105,7 +107,7 @@ class Schedule(ABC):
     for one out of range.
     """
 
-    base: NonNegative
+    base: Amount
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -137,7 +139,7 @@ class Constant(Schedule):
     """
 
     _: KW_ONLY
-    warmup: NonNegative = 0.0
+    warmup: Amount = 0.0
 
     @property
     def formula(self) -> Formula | None:
@@ -153,8 +155,8 @@ class _Falling(Schedule):
 
     steps: Count
     _: KW_ONLY
-    warmup: NonNegative = 0.0
-    final: Fraction = 0.0
+    warmup: Amount = 0.0
+    final: Share = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -233,7 +235,7 @@ class Polynomial(_Falling):
     """
 
     _: KW_ONLY
-    power: NonNegative = 1.0
+    power: Amount = 1.0
 
     @property
     def _more(self) -> tuple[float, ...]:
@@ -286,7 +288,7 @@ class WarmupStableDecay(_Falling):
     """
 
     _: KW_ONLY
-    decay: NonNegative
+    decay: Amount
     form: Literal["linear", "cosine", "sqrt"] = "linear"
 
     def __post_init__(self) -> None:
@@ -329,9 +331,9 @@ class OneCycle(Schedule):
 
     steps: Count
     _: KW_ONLY
-    rise: Fraction = 0.3
-    start: Fraction = 0.04
-    final: Fraction = 4e-6
+    rise: Share = 0.3
+    start: Share = 0.04
+    final: Share = 4e-6
 
     @property
     def formula(self) -> Formula | None:
@@ -365,7 +367,7 @@ class CosineRestarts(Schedule):
     period: Count
     _: KW_ONLY
     growth: Annotated[float, Number(low=1.0)] = 1.0
-    final: Fraction = 0.0
+    final: Share = 0.0
 
     @property
     def formula(self) -> Formula | None:
@@ -395,7 +397,7 @@ class Step(Schedule):
 
     _: KW_ONLY
     every: Count
-    factor: Fraction = 0.1
+    factor: Share = 0.1
 
     @property
     def formula(self) -> Formula | None:
@@ -417,7 +419,7 @@ class Exponential(Schedule):
     """
 
     _: KW_ONLY
-    factor: Fraction
+    factor: Share
     every: Count = 1
 
     @property
@@ -495,11 +497,11 @@ class ReduceOnPlateau(Schedule):
     """
 
     _: KW_ONLY
-    factor: Fraction = 0.1
+    factor: Share = 0.1
     patience: Annotated[int, Number(integer=True)] = 10
-    threshold: Fraction = 1e-4
+    threshold: Share = 1e-4
     cooldown: Annotated[int, Number(integer=True)] = 0
-    minimum: NonNegative = 0.0
+    minimum: Amount = 0.0
     _told: _Told = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -566,7 +568,7 @@ class Product(Schedule):
     Product(left=Constant(base=0.5, warmup=0.0), right=Constant(base=0.5, warmup=0.0))
     """
 
-    base: NonNegative = field(init=False, repr=False, compare=False)
+    base: Amount = field(init=False, repr=False, compare=False)
     left: Annotated[Schedule, _OneOf()]
     right: Annotated[Schedule, _OneOf()]
 
@@ -597,7 +599,7 @@ class Sequential(Schedule):
     [0.1, 0.1, 0.1, 0.075, 0.025]
     """
 
-    base: NonNegative = field(init=False, repr=False, compare=False)
+    base: Amount = field(init=False, repr=False, compare=False)
     parts: Annotated[tuple[Schedule, ...], _Several(_OneOf())]
     at: Annotated[tuple[int, ...], _Several(Number(low=1, integer=True))]
 
@@ -618,6 +620,52 @@ class Sequential(Schedule):
     def __call__(self, step: int) -> float:
         k = sum(step > end for end in self.at)
         return self.parts[k](step - (0, *self.at)[k])
+
+
+@dataclass(frozen=True)
+class EmaWarmup:
+    """A warm-up of averages of weights: min(decay, (1 + t) / (10 + t)), for `Optimizer(ema=...)`.
+
+    decay: in [0, 1). The first steps move the average nearly to the parameters, so that what these
+    were initialised with is soon forgotten.
+
+    >>> [round(EmaWarmup(0.999)(step), 3) for step in (1, 90, 100_000)]
+    [0.182, 0.91, 0.999]
+    """
+
+    decay: Share
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def __call__(self, step: int) -> float:
+        """Return the share of the average that a step keeps."""
+        return min(self.decay, (1 + step) / (10 + step))
+
+
+@dataclass(frozen=True)
+class EmaDebiased:
+    """Averages of weights without bias: after t steps, sum decay^(t-k) p_k / sum decay^(t-k).
+
+    decay: in [0, 1). As `Optimizer(ema=EmaDebiased(decay))` a step keeps the share
+    decay (1 - decay^(t-1)) / (1 - decay^t), 0 in the first, so that the average is that of Adam's
+    bias correction, of the parameters after each step.
+
+    >>> [round(EmaDebiased(0.9)(step), 4) for step in (1, 2, 1000)]
+    [0.0, 0.4737, 0.9]
+    """
+
+    decay: Share
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def __call__(self, step: int) -> float:
+        """Return the share of the average that a step keeps."""
+        if not self.decay:
+            return 0.0
+        rate = log(self.decay)
+        return self.decay * (expm1((step - 1) * rate) / expm1(step * rate))
 
 
 def _share(step: float, low: float, high: float) -> float:

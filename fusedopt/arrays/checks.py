@@ -1,4 +1,4 @@
-"""What may be a parameter or a gradient, and the explanation of every refusal."""
+"""Check parameters and gradients, and explain every refusal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXPECTED = "float32, float64, bfloat16 (of ml_dtypes) or float16"
 
 
 class Refusing(Protocol):
-    """What may refuse a parameter: see `fusedopt.rules.base.Rule`."""
+    """The part of a rule that may refuse a parameter: see `fusedopt.rules.base.Rule`."""
 
     def refuses(self, p: np.ndarray) -> str | None:
         """Why this parameter cannot be updated, with the remedy; None where it can."""
@@ -57,7 +57,7 @@ def _check_array(label: str, array: Any) -> np.ndarray:
 
 
 def _plain(a: np.ndarray) -> np.ndarray:
-    """The same memory as an exact ndarray under NumPy's own dtype object; equal ones can differ."""
+    """Return the array as an exact ndarray whose dtype is the object that NumPy has for it."""
     if type(a) is np.ndarray and any(a.dtype is dtype for dtype in DTYPES):
         return a
     dtype = next(dtype for dtype in DTYPES if dtype == a.dtype)
@@ -140,7 +140,7 @@ class GradientChecks:
     """Checks gradients against the arrays that a step writes, and lays them out alike.
 
     labels, parameters: of each leaf. written: of each leaf all the arrays that the step writes, the
-    caller's parameter first, then so many copies of it.
+    caller's parameter first, then its copies, whose number `copies` gives.
     """
 
     def __init__(
@@ -195,7 +195,7 @@ class GradientChecks:
         return tree
 
     def copied(self, given: Sequence[Any], fitted: Sequence[Any]) -> list[int]:
-        """Of which gradients the step may have been given a copy."""
+        """Return the gradients of which the step may have been given a copy."""
         return [k for k, g in enumerate(given) if g is not None]
 
     def gradient(self, k: int, label: str, g: Any) -> np.ndarray | None:

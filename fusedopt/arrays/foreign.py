@@ -44,7 +44,7 @@ def read_only(array: Any) -> str:
 
 
 def address_of(array: Any) -> Any:
-    """What tells where the elements of a tensor of PyTorch are; None for other arrays."""
+    """Return a function that tells where a tensor's elements are; None for other arrays."""
     if isinstance(array, np.ndarray) or library_of(array) != "torch" or on_device(array):
         return None
     return getattr(array, "data_ptr", None)

@@ -25,7 +25,7 @@ same = functools.partial(np.array_equal, equal_nan=True)
 
 
 class Waiting(Protocol):
-    """What is looked at of an optimizer's options."""
+    """The option of an optimizer that the host looks at."""
 
     @property
     def wait(self) -> bool:

@@ -10,11 +10,12 @@ import numpy as np
 from ..arrays import host
 from ..arrays.formats import FLOAT32, FLOAT64, FORMATS, RandomKey
 from ..arrays.state_file import StateFile
-from ..plan.extras import EVERYTHING
+from ..plan.extras import EVERYTHING, Extras
 from ..plan.interface import Plan
 from ..plan.spec import INPUTS, PlanSpec
 from ..programs.program import HEAD, MODES, Operation, Program
 from ..rules import RULES, Rule
+from ..rules.groups import Group
 from ..system.extension import core, reason
 from .matrices import Matrices
 
@@ -111,7 +112,7 @@ class NativeBackend:
 
 
 class PlanDescription(NamedTuple):
-    """What the core makes a plan from; csrc/plan.cpp reads the fields by their names.
+    """The description from which the core makes a plan, field by field (csrc/plan.cpp).
 
     arrays: of each leaf its parameter, states and work space, each an ndarray or (name of the
     codec, data, what is stored beside it or None). mirrors: of each leaf the arrays into which its
@@ -121,7 +122,7 @@ class PlanDescription(NamedTuple):
     the functions from (t, lr) to its operations' scalars. beside: dense, what else no
     gradient may overlap. watched: the caller's own arrays, and those whose memory they use.
     before(leaves), or None: called before anything is written. between(batch, phase, leaves):
-    called after each phase but the last. threads: at most so many; 0: as many as there are for all.
+    called after each phase but the last. threads: the most that a step may use; 0: all.
     The rest is as in `PlanSpec`.
     """
 
@@ -186,8 +187,7 @@ class NativePlan:
     def __init__(self, spec: PlanSpec) -> None:
         matrices = Matrices(spec)
         self.work_bytes = matrices.work_bytes
-        self._extras = spec.extras
-        self._elementwise = not matrices.batches
+        self._matrices = matrices
         programs = [spec.extras.program(group.rule) for group in spec.groups]
         # The core's objects are unknown to the garbage collector: what it calls must not lead back
         # to this plan.
@@ -209,10 +209,10 @@ class NativePlan:
     def synchronize(self) -> None:
         """Steps are done when they return."""
 
-    def adopt(self, rules: Sequence[Rule]) -> bool:
-        """Take other rules for the groups, on the same arrays; False if a new plan is needed."""
-        if not self._elementwise:  # what comes between the phases of a matrix has the old rule
-            return False
-        programs = [self._extras.program(rule) for rule in rules]
+    def adopt(self, groups: Sequence[Group], extras: Extras) -> bool:
+        """Take other rules for the groups; False if a new plan is needed."""
+        programs = [extras.program(group.rule) for group in groups]
         folds = [program.folds for program in programs]
+        if not self._matrices.adopt(groups):
+            return False
         return bool(self._reprogram([_compile(program) for program in programs], folds))

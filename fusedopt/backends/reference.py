@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from ..plan.extras import NOTHING, Extras
 from ..plan.interface import ExclusiveUse, Plan
 from ..plan.spec import PlanSpec
 from ..rules import Rule
+from ..rules.groups import Group
 
 
 def reference_step(
@@ -90,6 +92,11 @@ class ReferencePlan(ExclusiveUse):
     def __init__(self, spec: PlanSpec) -> None:
         super().__init__()
         self._spec = spec
+
+    def adopt(self, groups: Sequence[Group], extras: Extras) -> bool:
+        """Take other rules for the groups."""
+        self._spec = replace(self._spec, groups=groups, extras=extras)
+        return True
 
     def step_leaves(self, grads: Sequence[Any], hessian: Sequence[Any] | None) -> int | None:
         spec = self._spec

@@ -51,7 +51,7 @@ LEAF = np.dtype(
         ("start", np.int64),  # in the concatenation of all leaves
         ("elements", np.int64),
         ("operand", np.int64),  # its first
-        ("operands", np.int64),  # so many
+        ("operands", np.int64),  # their number
         ("step", np.int64),
         ("steps", np.int64),
         ("used", np.int64),  # operands, as bits
@@ -115,7 +115,7 @@ _subkey = device(scalar_codecs.subkey)
 
 @jit
 def _at(operand: Any, element: Any, ahead: Any) -> Any:
-    """Where an element is; inputs have it `ahead` further on."""
+    """Return the address of an element; inputs have it `ahead` further on."""
     if operand.role == INPUT:
         element += ahead
     return operand.data + np.uint64(element * operand.bits // 8)
@@ -302,7 +302,7 @@ def _cut(leaf: Any, rows: Any, position: Any) -> Any:
 def _run_part(
     leaves: Any, operands: Any, steps: Any, rows: Any, partials: Any, part: int, parts: int
 ) -> None:
-    """One of `parts` equal parts of all elements of the leaves."""
+    """Run one of `parts` equal parts of all elements of the leaves."""
     control = _exchange_control(CONTROL)
     workspace = (
         np.empty(MAX_OPERANDS * TILE, np.float64),

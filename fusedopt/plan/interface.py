@@ -1,4 +1,4 @@
-"""What a backend is: plans for optimizers, and single steps."""
+"""The interface of a backend: plans for optimizers, and single steps."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from typing import Any, NamedTuple, Protocol
 
 from ..arrays.rows import UniqueRows
 from ..arrays.stored import LeafState, Stored
-from ..rules.base import Rule
+from ..rules.groups import Group
+from .extras import Extras
 from .spec import PlanSpec
 
 
 class Decision(Protocol):
-    """What a plan asks between the reading of the gradients and the step."""
+    """The decision between the reading of the gradients and the step."""
 
     factor: float
     """The inverse of the scale of the gradients."""
 
     def __call__(self) -> bool:
-        """Whether the step is to be taken; sets the factors on the gradients."""
+        """Return whether the step is to be taken; sets the factors on the gradients."""
 
     @property
     def limits(self) -> list[float]:
@@ -103,8 +104,11 @@ class Plan(Protocol):
     def synchronize(self) -> None:
         """Waits until all steps are done; FloatingPointError where one found no finite norm."""
 
-    def adopt(self, rules: Sequence[Rule]) -> bool:
-        """Take other rules for the groups, on the same arrays; False if a new plan is needed."""
+    def adopt(self, groups: Sequence[Group], extras: Extras) -> bool:
+        """Take other rules for the groups, and other numbers beside them, on the same arrays.
+
+        False, and nothing has changed, if a new plan is needed.
+        """
 
     def step(self, grads: Any, hessian: Any) -> int | None:
         """Take a step with trees of arrays as the caller has them, and return its number.
@@ -144,10 +148,6 @@ class ExclusiveUse:
     def synchronize(self) -> None:
         """Steps on the host are done when they return."""
 
-    def adopt(self, rules: Sequence[Rule]) -> bool:
-        """Take other rules for the groups, on the same arrays; False if a new plan is needed."""
-        return False
-
     def step(self, grads: Any, hessian: Any) -> int | None:
         """Refuse trees: the optimizer checks them, and keeps interrupts out of the step."""
         return None
@@ -180,5 +180,8 @@ class Backend(Protocol):
         """Prepares an optimizer's steps."""
 
     def sums_of_squares(self, arrays: Sequence[Any]) -> Sequence[tuple[float, float]] | None:
-        """Of each dense array the sum of the squares of its elements times scale, and that scale, a
-        power of two which keeps the sum in range. None where something is to be checked first."""
+        """Return the sum of the squares of the elements times scale, and the scale, of each array.
+
+        The scale is a power of two that keeps the sum in range. None where something is to be
+        checked first.
+        """

@@ -34,7 +34,7 @@ class PlanSpec:
     takes no part), the elements that are touched, and the sums of its program. extras: what is done
     beside the rules. decide: asked when the first two columns are known whether to go on, and may
     set the factors; without it they are not computed. zero_grads: gradients are set to zero.
-    threads: at most so many, or None. wait: whether a step may wait for what `decide` needs;
+    threads: the most to use, or None. wait: whether a step may wait for what `decide` needs;
     otherwise see `backends.cuda.clipping`. state_file: the file that states are in, of which a step
     is to have a window in memory at a time; None where they are in memory. watch: of the caller's
     arrays, to be asked before anything is written. beside: dense arrays that no gradient may

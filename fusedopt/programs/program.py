@@ -42,9 +42,9 @@ class Operation:
     loop: what the loop around the kernel does: "rule" applies the delta, "peek" only writes it to
     the last operand, "filter" makes its first operand of the gradient times its factor, "sum" adds
     up, and "other" writes its first operand. needs: run only where this input was given. written:
-    of a rule's states the first so many; None: all. element: the kernel in Python, where
-    elements.py does not have it under the kernel's name. kernel: None where the core has none, and
-    is given the compiled element.
+    the number of a rule's states that are written, the first ones; None: all. element: the kernel
+    in Python, where elements.py does not have it under the kernel's name. kernel: None where the
+    core has none, and is given the compiled element.
     """
 
     kernel: str | None
@@ -58,7 +58,7 @@ class Operation:
 
 
 class Governed(Protocol):
-    """What a program needs to know of its rule: see `fusedopt.rules.base.Rule`."""
+    """The part of a rule that a program needs: see `fusedopt.rules.base.Rule`."""
 
     @property
     def maximize(self) -> bool:
@@ -120,8 +120,17 @@ class Program:
         rule = (1.0 if self._filtered else signed, base + slope * lr)
         return (*{0: (), 1: (signed,), 2: rule}[HEAD[op.loop]], *op.scalars(t, lr))
 
+    def fits(self, other: Program) -> bool:
+        """Whether this program runs on the arrays that another was laid out for."""
+        return (self.arrays, self.temporaries, self.sums, self.phases) == (
+            other.arrays,
+            other.temporaries,
+            other.sums,
+            other.phases,
+        )
+
     def mode(self, op: Operation) -> str:
-        """How the loop around an operation treats weight decay and the delta."""
+        """Return how the loop around an operation treats weight decay and the delta."""
         if op.loop == "peek":
             return "peek_l2" if self._decay == "l2" else "peek"
         return self._decay if op.loop == "rule" else "plain"

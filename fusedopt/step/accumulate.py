@@ -110,7 +110,7 @@ class Accumulator:
 
     @property
     def nbytes(self) -> int:
-        """Of the sums."""
+        """The bytes of the sums."""
         return sum(stored.nbytes for stored in self._sums)
 
     @property
@@ -161,7 +161,7 @@ class Accumulator:
 
     @property
     def sums(self) -> list[np.ndarray | Rows | None]:
-        """Of each leaf; None where there was no gradient."""
+        """The sum of each leaf; None where there was no gradient."""
         counted = zip(self._sums, self._counters[1:], strict=True)
         dense = [stored.data if count else None for stored, count in counted]
         return [joined(self._rows[k]) if k in self._rows else g for k, g in enumerate(dense)]

@@ -1,4 +1,4 @@
-"""What an optimizer is made of: leaves, rules, states and counters, and the plan of its steps."""
+"""The parts of an optimizer: leaves, rules, states and counters, and the plan of its steps."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from ..arrays.storage import synchronize
 from ..arrays.trees import Leaf, Tree
 from ..arrays.watch import Watch
 from ..backends import get_backend
+from ..plan.extras import Extras
 from ..plan.interface import Policy
 from ..plan.options import Options, check_grad_scale, check_seed
 from ..plan.spec import PlanSpec, results_for
 from ..rules import Rule
-from ..rules.groups import RuleChoice, assign, check_successor
+from ..rules.groups import Group, RuleChoice, assign, at_step, check_successor
 from ..schedules import formula_of
 from ..system.interrupts import directly, uninterrupted
 from ..verification.plan import VerifiedPlan
@@ -32,7 +33,7 @@ from .clipping import GradientClipper
 from .gradients import GradientReader
 from .info import StepInfo, StepInfoBuilder
 from .lazy_rows import LazyRows
-from .rates import Rates
+from .rates import Rates, StepRate
 
 if TYPE_CHECKING:
     from ..arrays.state_file import StateFile
@@ -51,8 +52,9 @@ class Assembly:
     `narrowest` is the narrowest type that gradients are computed in. `whole_step` is a single call
     for a whole step, of (grads, hessian, grad_scale, ask), which gives None where there is more to
     a step; None where there always is. `ask` finds the learning rates that only Python knows, or is
-    None. `exchanged` names the context in which the parameters are something else. `parted` are the
-    leaves that have had their part of the step under way.
+    None. `exchanged` names the context in which the parameters are something else. `groups` have
+    the rules as they were given, `current` those with the values that schedules gave the step that
+    was begun last. `parted` are the leaves that have had their part of the step under way.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Assembly:
         self.device = self.backend.device
         self.device.check_options(options, state_path)
         self.groups, self.group_of = assign(leaves, rule)
+        self.current = at_step(self.groups, 1)
         self.rates = Rates(self.groups)
         clip = options.clip_by_group([group.label for group in self.groups])
         self.counters = np.zeros(1 + len(leaves), np.int64)
@@ -82,8 +85,9 @@ class Assembly:
         wide = any(dtype == np.float64 for dtype in dtypes)
         self.narrowest = min(map(compute_dtype, dtypes), key=lambda d: d.itemsize)
         self.decides = options.decides(wide)
-        self.extras = options.extras(wide)
-        programs = [self.extras.program(group.rule) for group in self.groups]
+        self._extras = options.extras(wide)
+        self.extras = self._extras.at(1)
+        programs = [self.extras.program(group.rule) for group in self.current]
         self.results = results_for(programs, len(leaves))
         self.clipper = GradientClipper(
             self.paths,
@@ -120,8 +124,8 @@ class Assembly:
 
     @property
     def rules(self) -> list[Any]:
-        """The rule of each leaf."""
-        return [self.groups[k].rule for k in self.group_of]
+        """The rule of each leaf, with the values of the step that was begun last."""
+        return [self.current[k].rule for k in self.group_of]
 
     @property
     def snapshot(self) -> Snapshot:
@@ -161,7 +165,7 @@ class Assembly:
         spec = PlanSpec(
             tree=self.tree.spec,
             leaves=self.leaf_states,
-            groups=self.groups,
+            groups=self.current,
             group_of=self.group_of,
             rates=self.rates.values,
             factors=self.rates.factors,
@@ -183,7 +187,7 @@ class Assembly:
             plan = self.backend.plan(spec)
         # Until all is ready; the old one stays taken, should a thread still have it.
         plan.take(self._token)
-        self.plan = plan
+        self.plan, self._spec = plan, spec
         if self.lazy_rows is not None:
             self.lazy_rows.moved(spec, plan)
         elif self.options.exact:
@@ -218,8 +222,10 @@ class Assembly:
 
     def _whole_step(self, formulas: list[Any]) -> Any:
         options, plan = self.options, self.plan
-        phases = max(group.rule.program.phases for group in self.groups)
+        phases = max(group.rule.program.phases for group in self.current)
         if phases > 1 or options.exact or options.verify or self.state_file or self._shared_out:
+            return None
+        if self._scheduled:  # programs change from step to step
             return None
         if hasattr(plan, "settle"):
             plan.settle(self._policy(formulas))
@@ -249,21 +255,26 @@ class Assembly:
         number = None if grad_scale != 1.0 else self.plan.step_alone(grads, hessian)
         return None if number is None else StepInfo(number, self.rates.used())
 
+    @property
+    def _scheduled(self) -> bool:
+        """Whether anything but learning rates has a schedule."""
+        return callable(self._extras.ema) or any(group.rule.scheduled for group in self.groups)
+
     def adopt(self, rules: Sequence[Rule]) -> None:
         """Put rules in the place of the groups' own, all of them or none."""
         self.check_caught_up("hyperparameters")
-        old = self.groups
+        old, before = self.groups, self.current
         kept = [check_successor(group, rule) for group, rule in zip(old, rules, strict=True)]
         self.groups = [replace(g, rule=rule) for g, rule in zip(old, rules, strict=True)]
         try:
-            # For 1000 tensors a new plan takes 20 ms, other rules in the old one 0.1.
-            if all(kept) or (self.lazy_rows is None and self.plan.adopt(rules)):
-                self.settle_rates()
+            current = at_step(self.groups, self._upcoming)
+            if all(kept):  # plans take learning rates from elsewhere
+                self.current = current
             else:
-                self.plan.synchronize()
-                self.prepare(self.checked_arrays(self.tree)[0])
+                self._use(current, self.extras)
+            self.settle_rates()
         except BaseException:
-            self.groups = old
+            self.groups, self.current = old, before
             raise
 
     def sync(self) -> None:
@@ -279,6 +290,30 @@ class Assembly:
         assert self.lazy_rows is not None
         self.clipper.begin(1.0)
         self.lazy_rows.catch_up(rows)
+
+    @property
+    def _upcoming(self) -> int:
+        return int(self.counters[0]) + 1
+
+    def _use(self, current: Sequence[Group], extras: Extras) -> None:
+        """Let the plan have other rules and other numbers beside them."""
+        before = self.current, self.extras
+        if (current, extras) == before:
+            return
+        adopted = self.plan.adopt(current, extras)
+        self.current, self.extras = list(current), extras
+        # For 1000 tensors a new plan takes 20 ms, other rules in the old one 0.1.
+        if adopted:
+            self._spec = replace(self._spec, groups=self.current, extras=extras)
+            if self.lazy_rows is not None:
+                self.lazy_rows.moved(self._spec, self.plan)
+            return
+        try:
+            self.plan.synchronize()
+            self.prepare(self.checked_arrays(self.tree)[0])
+        except BaseException:
+            self.current, self.extras = before
+            raise
 
     def rebind(self, params: Any) -> None:
         """Take new arrays in place of the old ones: see `Optimizer.rebind`."""
@@ -328,14 +363,16 @@ class Assembly:
 
     # ---------------------------------------------------------------- steps
 
-    def step(self, grads: Any, grad_scale: float, hessian: Any) -> StepInfo:
+    def step(
+        self, grads: Any, grad_scale: float, hessian: Any, lr: StepRate | None = None
+    ) -> StepInfo:
         """Take a step of any kind: see `Optimizer.step`."""
         scale = check_grad_scale(grad_scale, self.narrowest)
 
         def step() -> StepInfo:
             return self._told(self._stepped(grads, hessian))
 
-        return self._one_step("step", scale, step)
+        return self._one_step("step", scale, step, lr)
 
     def step_part(
         self, paths: Sequence[str], grads: Sequence[Any], grad_scale: float, last: bool
@@ -363,11 +400,20 @@ class Assembly:
 
         return self._one_step("step_part", check_grad_scale(grad_scale, self.narrowest), step)
 
-    def _one_step(self, what: str, scale: float, step: Callable[[], StepInfo]) -> StepInfo:
+    def _one_step(
+        self,
+        what: str,
+        scale: float,
+        step: Callable[[], StepInfo],
+        lr: StepRate | None = None,
+    ) -> StepInfo:
         def begun() -> StepInfo:
-            self.rates.begin(int(self.counters[0]) + 1)
+            number = self._upcoming
+            if self._scheduled:
+                self._use(at_step(self.groups, number), self._extras.at(number))
             self.clipper.begin(scale)
             try:
+                self.rates.begin(number, lr)
                 return step()
             finally:
                 self.rates.end()

@@ -142,7 +142,7 @@ class Snapshot:
         return seed, saved.get("metadata")
 
     def _described(self) -> dict[str, Any]:
-        """What there is to know apart from the arrays."""
+        """Return everything but the arrays."""
         leaves = {}
         for k, (path, rule) in enumerate(zip(self.paths, self.rules, strict=True)):
             p = self.parameters[k]
@@ -240,7 +240,7 @@ def _plain(value: Any) -> Any:
 
 
 def _other_hyperparameters(rule: Rule, there: dict[str, Any], strict: bool) -> Iterator[str]:
-    """What differs; unless `strict`, of what the states themselves depend on."""
+    """Return what differs; unless `strict`, only in what the states themselves depend on."""
     here = hyperparameters(rule)
     for name in sorted(here.keys() | there.keys()):
         own, other = (side.get(name, "nothing") for side in (here, there))
@@ -249,7 +249,7 @@ def _other_hyperparameters(rule: Rule, there: dict[str, Any], strict: bool) -> I
 
 
 def _formats(leaf_state: LeafState) -> dict[str, str]:
-    """What the parameter is computed with and each state is stored in, where dtypes do not tell."""
+    """Return the formats of the parameter and of each state, where dtypes do not tell them."""
     stored = {"p": leaf_state.parameter, **leaf_state.states}
     return {name: s.format.name for name, s in stored.items()}
 

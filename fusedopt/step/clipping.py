@@ -117,7 +117,7 @@ class GradientClipper:
 
     @property
     def limits(self) -> list[float]:
-        """Of the norm of all, or of those of the groups; infinite where there is none."""
+        """The limits on the norm of all, or of each group; infinite where there is none."""
         clip = self._clip_norm
         found = [clip[label] for label in self._labels] if isinstance(clip, Mapping) else [clip]
         return [math.inf if limit is None else limit for limit in found]

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..arrays.stored import AVERAGE, LeafState
 from ..plan.spec import fresh
+from ..rules.groups import at_step
 from ..system.interrupts import Uninterrupted
 from .assembly import Assembly
 
@@ -85,7 +86,9 @@ class Averaged(Exchange):
 
 def lookahead(assembly: Assembly) -> Exchange:
     """Move parameters to where their rules want the gradient: see `Optimizer.lookahead`."""
-    rules = {k: rule.ahead for k, rule in enumerate(assembly.rules) if rule.ahead is not None}
+    groups = at_step(assembly.groups, int(assembly.counters[0]) + 1)
+    of_leaves = enumerate(groups[k].rule.ahead for k in assembly.group_of)
+    rules = {k: rule for k, rule in of_leaves if rule is not None}
     if not rules:
         raise ValueError("lookahead(): no leaf is updated by Nesterov(form='lookahead')")
 

@@ -48,7 +48,7 @@ class GradientReader:
         return self.explained(grads, hessian) if number is None else number
 
     def explained(self, grads: Any, hessian: Any) -> int:
-        """What the plan did not take: refused with the reason, or laid out so that it will be."""
+        """Refuse what the plan did not take, with the reason, or lay it out anew."""
         self._checks.check_unmoved()
         self._spec.check_unmoved()
         fitted = self._fitted(grads, "grads")
@@ -171,7 +171,7 @@ class GradientReader:
         return taken
 
     def _labels(self, what: str) -> list[str]:
-        """How messages call the leaves of another tree."""
+        """Return the names of the leaves of another tree, for messages."""
         return [what + leaf.label.removeprefix("params") for leaf in self._tree.leaves]
 
 

@@ -1,4 +1,4 @@
-"""What a step tells of itself."""
+"""The information that a step returns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .clipping import GradientClipper
 
 
 class StepInfo(NamedTuple):
-    """What a step did.
+    """The result of one step.
 
     step: its number, 1 for the first; of a skipped one that of the step before. lr: the learning
     rate that it used; with several rules a dict of them, by pattern (or by rule name where a
@@ -48,7 +48,7 @@ class StepInfoBuilder:
             self.alike.setdefault(programs[group].sums, []).append(k)
 
     def info(self, number: int, lr: float | dict[str, float]) -> StepInfo:
-        """Of the step that was taken last."""
+        """Return the information of the step that was taken last."""
         clipper, stats = self._clipper, None
         if self._spec.extras.stats and not clipper.skipped:
             stats = self._stats()

@@ -1,4 +1,4 @@
-"""How many threads a step may use."""
+"""Return the number of threads that a step may use."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ _in_use = _most = 1
 
 
 def in_use() -> int:
-    """How many threads a step may use; the core has a copy of its own."""
+    """Return the number of threads that a step may use; the core has a copy of its own."""
     return _in_use
 
 
 def most() -> int:
-    """How many there have ever been: at the start all that the process was granted."""
+    """Return the largest number so far: at the start, all threads that the process was granted."""
     return _most
 
 
 def use(n: int) -> None:
-    """Sets that."""
+    """Set the number of threads that a step may use."""
     global _in_use, _most
     _in_use, _most = n, max(n, _most)
 

@@ -11,8 +11,10 @@ import numpy as np
 from ..arrays.formats import compute_dtype
 from ..arrays.rows import UniqueRows, selected, whole
 from ..arrays.trees import Leaf
+from ..plan.extras import Extras
 from ..plan.interface import Backend, ExclusiveUse
 from ..plan.spec import PlanSpec
+from ..rules.groups import Group
 from .judge import judge
 
 NORM_BOUND = 1e-11
@@ -61,6 +63,13 @@ class VerifiedPlan(ExclusiveUse):
             live.take(copy)
         self._spec.counters[...] = self._copies.counters
         return number
+
+    def adopt(self, groups: Sequence[Group], extras: Extras) -> bool:
+        """Take other rules for the groups; False if a new plan is needed."""
+        if not self._plan.adopt(groups, extras):
+            return False
+        self._spec = replace(self._spec, groups=groups, extras=extras)
+        return True
 
     def accept(self) -> None:
         """Takes the caller's arrays as they are now."""

@@ -33,7 +33,7 @@ class CudaBackend:
 
     @property
     def device(self) -> Any:
-        """What checks and makes arrays."""
+        """The `Device` that checks and makes arrays."""
         from . import device
 
         return device

@@ -149,5 +149,5 @@ def blank(parameters: Sequence[DeviceArray]) -> list[Stored]:
 
 
 def same(a: DeviceArray, b: DeviceArray) -> bool:
-    """Whether two arrays have the same elements, any NaN being like any other."""
+    """Return whether two arrays have the same elements, any NaN being like any other."""
     return np.array_equal(a.copy(), b.copy(), equal_nan=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from operator import is_
 from typing import Any, NamedTuple
@@ -17,9 +17,11 @@ from ...arrays.formats import PLAIN, compute_dtype
 from ...arrays.rows import UniqueRows, values_of
 from ...arrays.stored import ArraySpec
 from ...arrays.trees import Fixed, opened
+from ...plan.extras import Extras
 from ...plan.interface import ExclusiveUse
 from ...plan.spec import PlanSpec
 from ...programs.program import Operation, Program
+from ...rules.groups import Group, only_numbers_differ
 from ...system.interrupts import deferred
 from .arrays import DeviceArray, Producer
 from .buffers import Memory, on_device, synchronize, wait_for
@@ -34,7 +36,7 @@ from .stats import SumLaunch
 
 @dataclass
 class Bound:
-    """What a step launches for the same inputs.
+    """The launches of a step for the same inputs.
 
     active: the leaves that take part; touched: elements of each. before, after: launches, in whose
     midst are the products of `matrices`. sums: of squares, where a norm is wanted; table: what the
@@ -65,8 +67,10 @@ class Queued(NamedTuple):
 
 
 def _leaves(spec: Any, tree: Any) -> list[Any]:
-    """What stands at the leaves of a `Tree.spec`, in its order; where the tree has another shape,
-    something else than there was in one of its shape."""
+    """Return the values at the leaves of a `Tree.spec`, in its order.
+
+    A tree of another shape gives something else than one of that shape did.
+    """
     if isinstance(spec, tuple):
         keys, children = spec
         fits = isinstance(tree, dict) and len(tree) == len(keys)
@@ -98,7 +102,7 @@ class Known:
             raise TypeError("only its own exchange knows when this array may be read")
 
     def again(self, x: Any) -> bool:
-        """Whether this is the same array, or a tensor in its place, in the same memory."""
+        """Return whether this is the same array, or a tensor in its place, in the same memory."""
         if x is None:  # as a reference to what is gone is
             return False
         same = self._array() is x
@@ -123,7 +127,7 @@ class Seen:
         self._addresses = [g.address for g in tensors]
 
     def again(self, given: Sequence[Any]) -> bool:
-        """Whether these are the same arrays in the same memory."""
+        """Return whether these are the same arrays in the same memory."""
         if len(given) != len(self._known):
             return False
         # The usual case, without the checks of each array that the last line makes.
@@ -170,6 +174,19 @@ class CudaPlan(ExclusiveUse):
                 self._clipper = DeviceClipper(
                     spec, clipper, self._first, self._first.current_stream
                 )
+
+    def adopt(self, groups: Sequence[Group], extras: Extras) -> bool:
+        """Take other rules for the groups; False if a new plan is needed."""
+        programs = [extras.program(group.rule) for group in groups]
+        pairs = zip(programs, self._programs, strict=True)
+        if self._work and not only_numbers_differ(self._spec.groups, [g.rule for g in groups]):
+            return False
+        if not all(new.fits(old) for new, old in pairs):
+            return False
+        self._spec = replace(self._spec, groups=groups, extras=extras)
+        self._programs = programs
+        self._bound = self._key = self._seen = self._fixed = None
+        return True
 
     def _make_work_space(self) -> None:
         """Directions of the leaves whose rule has two phases."""
@@ -228,7 +245,7 @@ class CudaPlan(ExclusiveUse):
     # ---------------------------------------------------------------- what is given
 
     def _known(self, grads: Any, hessian: Any) -> bool:
-        """Whether these are the arrays of the step before, in the same places, on its stream."""
+        """Return whether these are the arrays, places and stream of the step before."""
         if self._bound is None or self._bound.stream != self._first.current_stream:
             return False
         fixed = self._fixed and self._fixed()
@@ -366,7 +383,7 @@ class CudaPlan(ExclusiveUse):
         return self._places[k] | inputs
 
     def _rows(self, k: int, variant: Variant, g: Any, estimate: Any) -> list[list[int]]:
-        """What a launch's table has of a leaf."""
+        """Return the rows of a launch's table for a leaf."""
         places = self._places_with(k, g, estimate)
         first_tile = self._spec.keys[k][0].first_tile
         if isinstance(g, UniqueRows):
@@ -445,7 +462,7 @@ class CudaPlan(ExclusiveUse):
                     self._library.orthogonalize(self._views[k], stack, rule.iteration, factor)
 
     def _decided(self, sums: Sums, stream: int) -> bool:
-        """What `decide` says to sums that were queued: the one place where a step waits."""
+        """Return what `decide` says to sums that were queued: the one place where a step waits."""
         self._spec.results[sums.leaves, :2] = sums.found(stream)
         assert self._spec.decide is not None
         return self._spec.decide()

@@ -14,9 +14,11 @@ from ...arrays.rows import UniqueRows, values_of
 from ...arrays.stored import Stored
 from ...jit import unavailable
 from ...jit.operations import tile_function
+from ...plan.extras import Extras
 from ...plan.interface import ExclusiveUse, Plan
 from ...plan.spec import INPUTS, PlanSpec
 from ...programs.program import Program
+from ...rules.groups import Group
 from ..matrices import Matrices
 
 GRADIENT, HESSIAN, PARAMETER = range(3)
@@ -55,7 +57,7 @@ class NumbaBackend:
 
 
 def selected_size(gradient: Any) -> int:
-    """How many elements of a parameter a step touches."""
+    """Return the number of elements of a parameter that a step touches."""
     if isinstance(gradient, UniqueRows):
         return len(gradient.rows) * int(gradient.values[:1].size)
     return int(gradient.size)
@@ -110,8 +112,18 @@ class NumbaPlan(ExclusiveUse):
         self._random: list[tuple[int, int, RandomKey]] = []  # operand, leaf, key
         self._lay_out()
 
+    def adopt(self, groups: Sequence[Group], extras: Extras) -> bool:
+        """Take other rules for the groups; False if a new plan is needed."""
+        programs = [extras.program(group.rule) for group in groups]
+        pairs = zip(programs, self._programs, strict=True)
+        if not all(new.fits(old) for new, old in pairs) or not self._matrices.adopt(groups):
+            return False
+        self._ops = {(g, dtype): _compiled(programs[g], dtype) for g, dtype in self._ops}
+        self._programs = programs
+        return True
+
     def _lay_out(self) -> None:
-        """What stays the same from step to step: the operands but for the inputs."""
+        """Fill in what stays the same from step to step: the operands but for the inputs."""
         from ...jit.driver import OPERAND
 
         rows = [self._row(k) for k in range(len(self._spec.leaves))]

@@ -15,7 +15,7 @@ _pool: ThreadPoolExecutor | None = None
 
 
 def parallel_for(parts: int, threads: int, run: Callable[[int], None]) -> None:
-    """run(part) for each part, on so many threads, of which this is one. run must not raise."""
+    """Call run(part) for each part, on `threads` threads with this one; run must not raise."""
     left = deque(range(parts))
 
     def work() -> None:
@@ -49,7 +49,7 @@ def _unbind() -> None:
 
 
 def _forget() -> None:
-    """In a forked child, where the threads do not exist."""
+    """Forget the threads in a forked child, where they do not exist."""
     global _pool
     _pool = None
 
