@@ -1,5 +1,8 @@
 #include "update.hpp"
 
+#include <pybind11/stl.h>
+
+#include <cstdint>
 #include <vector>
 
 #include "arrays.hpp"
@@ -70,6 +73,44 @@ bool update(const Program& program, const py::tuple& folds, std::int64_t t, doub
   return true;
 }
 
+// One step of many tensors in place, wherever they are: for each its elements; their addresses are
+// those of all parameters, then of each state and of the gradients. They are dense, apart, and of
+// the compute type; whoever calls keeps them alive.
+void step_at(const Program& program, const py::tuple& folds, std::int64_t t, double lr, bool wide,
+             const std::vector<std::size_t>& elements,
+             const std::vector<std::uintptr_t>& addresses) {
+  const int compute = wide ? F64 : F32;
+  const std::size_t count = elements.size();
+  const auto arrays = static_cast<std::size_t>(program.arrays);
+  if (program.phases != 1 || program.scratch || program.sums || program.takes_hessian ||
+      addresses.size() != count * (arrays + 1))
+    throw py::value_error("not the addresses of a step's arrays");
+  std::vector<Operand> operands(count * MAX_OPERANDS);
+  const Scalars scalars(program, folds, t, lr, 1.0, compute);
+  std::vector<Step> steps;
+  std::vector<Phase> phases;
+  std::size_t total = 0;
+  for (std::size_t leaf = 0; leaf < count; ++leaf) {
+    Operand* const own = &operands[leaf * MAX_OPERANDS];
+    for (std::size_t k = 0; k <= arrays; ++k) {
+      Operand& operand = own[k < arrays ? PARAMETER + k : std::size_t{GRADIENT}];
+      operand.data = reinterpret_cast<char*>(addresses[k * count + leaf]);
+      operand.bits = static_cast<std::uint32_t>(8 * SIZES[compute]);
+    }
+    own[GRADIENT].role = Role::INPUT;
+    phases.push_back(append_phase(program, 0, compute, scalars, own, steps));
+    total += elements[leaf];
+  }
+  std::vector<Leaf> leaves;
+  for (std::size_t leaf = 0; leaf < count; ++leaf) {
+    const Phase& phase = phases[leaf];
+    leaves.push_back({elements[leaf], &operands[leaf * MAX_OPERANDS], &steps[phase.first],
+                      INPUTS + program.arrays, phase.count, phase.used, phase.written, 0, nullptr,
+                      0});
+  }
+  run_unlocked(leaves, total, thread_count.load());
+}
+
 // For each array (sum, scale), as `measure` finds them; None where one does not fit.
 py::object sums_of_squares(const py::list& arrays) {
   std::vector<Measured> inputs;
@@ -95,6 +136,7 @@ py::object sums_of_squares(const py::list& arrays) {
 
 void bind_update(py::module_& module) {
   module.def("update", &update);
+  module.def("step_at", &step_at);
   module.def("sums_of_squares", &sums_of_squares);
   module.def("set_threads", [](int n) { thread_count.store(n); });
   module.def("get_threads", [] { return thread_count.load(); });

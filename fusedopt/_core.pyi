@@ -69,6 +69,16 @@ def update(
     arrays: tuple[Any, ...],
     /,
 ) -> bool: ...
+def step_at(
+    program: Program,
+    folds: tuple[Callable[[int, float], tuple[float, ...]], ...],
+    t: int,
+    lr: float,
+    wide: bool,
+    elements: list[int],
+    addresses: list[int],
+    /,
+) -> None: ...
 def sums_of_squares(arrays: list[np.ndarray], /) -> Any: ...
 def orthogonalize(
     stack: np.ndarray,

@@ -20,7 +20,7 @@ from ..system.extension import core, reason
 from .matrices import Matrices
 
 
-def _compile(program: Program) -> Any:
+def compiled(program: Program) -> Any:
     """The program in the core's terms, made once for each rule object."""
     if program.native is None:
         names = (*INPUTS, *program.arrays, *program.temporaries, *program.sums)
@@ -103,7 +103,7 @@ class NativeBackend:
         program = rule.program
         if program.phases > 1:  # what it refuses, only Python knows
             return False
-        native = program.native or _compile(program)
+        native = program.native or compiled(program)
         return core.update(native, program.folds, t, lr, g, hessian, arrays)
 
     def sums_of_squares(self, arrays: Sequence[Any]) -> Sequence[tuple[float, float]] | None:
@@ -161,7 +161,7 @@ def _described(spec: PlanSpec, programs: Sequence[Program], matrices: Matrices) 
         keys=[[*keys, *[RandomKey()] * len(work.get(k, ()))] for k, keys in enumerate(spec.keys)],
         groups=list(spec.group_of),
         batches=[matrices.batches.get(k, -1) for k in range(len(leaves))],
-        programs=[_compile(program) for program in programs],
+        programs=[compiled(program) for program in programs],
         folds=[program.folds for program in programs],
         rates=spec.rates,
         factors=spec.factors,
@@ -215,4 +215,4 @@ class NativePlan:
         folds = [program.folds for program in programs]
         if not self._matrices.adopt(groups):
             return False
-        return bool(self._reprogram([_compile(program) for program in programs], folds))
+        return bool(self._reprogram([compiled(program) for program in programs], folds))
