@@ -7,6 +7,7 @@
 
 #include "arrays.hpp"
 #include "cpu.hpp"
+#include "floating_point.hpp"
 #include "norms.hpp"
 #include "programs.hpp"
 #include "python_driver.hpp"
@@ -25,6 +26,14 @@ bool update(const Program& program, const py::tuple& folds, std::int64_t t, doub
   const Proxy* parameter = as_array(arrays[0].ptr());
   const int compute = compute_of(parameter);
   if (compute < 0) return false;
+  const DefaultControl control;
+  PyObject* const inputs[INPUTS] = {gradient.ptr(), hessian.ptr()};
+  Given given[INPUTS];
+  for (int i = 0; i < INPUTS; ++i)
+    if (inputs[i] != Py_None) given[i] = Given(inputs[i]);
+  const Scalars scalars(program, folds, t, lr, 1.0, compute);
+  // Python has run: nothing is looked at before, and all after.
+  if (compute_of(parameter) != compute) return false;
   const Table& table = *level().table;
   const std::size_t n = elements_of(parameter);
   Operand operands[MAX_OPERANDS];
@@ -46,18 +55,16 @@ bool update(const Program& program, const py::tuple& folds, std::int64_t t, doub
       ranges[range_count++] = range;
     }
   }
-  PyObject* const inputs[INPUTS] = {gradient.ptr(), hessian.ptr()};
   for (int i = 0; i < INPUTS; ++i) {
-    if (inputs[i] == Py_None) {
+    if (!given[i].object) {
       if (i == GRADIENT) return false;
       continue;
     }
     if ((i == HESSIAN && !program.takes_hessian) ||
-        !read_input(inputs[i], parameter, compute, table, false, operands[i]))
+        !read_input(given[i], parameter, compute, table, false, operands[i]))
       return false;
     if (n && !apart({operands[i].data, operands[i].data + n * operands[i].bits / 8})) return false;
   }
-  const Scalars scalars(program, folds, t, lr, 1.0, compute);
   std::vector<Step> steps;
   const Phase phase = append_phase(program, 0, compute, scalars, operands, steps);
   std::vector<Leaf> leaves{{n, operands, steps.data(), INPUTS + program.arrays, phase.count,
@@ -107,12 +114,13 @@ void step_at(const Program& program, const py::tuple& folds, std::int64_t t, dou
 // For each array (sum, scale), as `measure` finds them; None where one does not fit.
 py::object sums_of_squares(const py::list& arrays) {
   std::vector<Measured> inputs;
+  const DefaultControl control;
   for (const py::handle array : arrays) {
     const Proxy* const a = as_array(array.ptr());
     Measured m{};
     m.compute = compute_of(a);
     if (m.compute < 0 || !(a->flags & DENSE) ||
-        !read_input(array.ptr(), a, m.compute, *level().table, false, m.input))
+        !read_input(Given(array.ptr()), a, m.compute, *level().table, false, m.input))
       return py::none();
     m.elements = elements_of(a);
     m.scale = 1;
