@@ -11,29 +11,28 @@
 #include "table.h"
 
 namespace fusedopt {
-namespace {
 
 // The array behind a Python object, or null: subclasses and unusual dtype objects take the slow
 // way, through Python.
-const Proxy* as_array(PyObject* o) {
-  return Py_TYPE(o) == numpy().ndarray ? py::detail::array_proxy(o) : nullptr;
+inline const Proxy* as_array(PyObject* o) {
+  return Py_TYPE(o) == numpy().ndarray ? proxy_of(o) : nullptr;
 }
 
 // -1: no array, or of none of the formats that are NumPy's own.
-int format_of(const Proxy* a) {
+inline int format_of(const Proxy* a) {
   for (int f = 0; f < FORMATS; ++f)
     if (a && a->descr == numpy().dtypes[f]) return f;
   return -1;
 }
 
-std::size_t elements_of(const Proxy* a) {
+inline std::size_t elements_of(const Proxy* a) {
   std::size_t n = 1;
   for (int k = 0; k < a->nd; ++k) n *= static_cast<std::size_t>(a->dimensions[k]);
   return n;
 }
 
 // The same shape, and element i of one stands where element i of the other stands.
-bool same_layout(const Proxy* a, std::size_t a_size, const Proxy* b, std::size_t b_size) {
+inline bool same_layout(const Proxy* a, std::size_t a_size, const Proxy* b, std::size_t b_size) {
   if (a->nd != b->nd) return false;
   bool empty = false;
   for (int k = 0; k < a->nd; ++k) {
@@ -47,7 +46,7 @@ bool same_layout(const Proxy* a, std::size_t a_size, const Proxy* b, std::size_t
   return true;
 }
 
-bool is_target(const Proxy* a) {
+inline bool is_target(const Proxy* a) {
   const int needed = ALIGNED | WRITEABLE;
   return (a->flags & needed) == needed && (a->flags & DENSE);
 }
@@ -57,6 +56,7 @@ struct Range {
 };
 
 inline bool overlap(const Range& a, const Range& b) { return a.begin < b.end && b.begin < a.end; }
+inline bool by_address(const Range& a, const Range& b) { return a.begin < b.begin; }
 
 // The type in which a leaf is computed; -1 where its parameter has no format.
 inline int compute_of(const Proxy* parameter) {
@@ -65,7 +65,7 @@ inline int compute_of(const Proxy* parameter) {
 }
 
 // The codec's part of an operand: looked up in the table of the instruction set in use.
-void use_codec(const Codec& codec, int compute, Operand& out) {
+inline void use_codec(const Codec& codec, int compute, Operand& out) {
   out.decode = codec.decode[compute];
   out.encode = codec.encode[compute];
   out.bits = static_cast<std::uint32_t>(codec.bits);
@@ -101,10 +101,10 @@ struct Target {
   Range ranges[2] = {};  // of data and aux
 };
 
-bool read_bytes(PyObject* o, std::size_t bytes, Range& out) {
+inline bool read_bytes(PyObject* o, std::size_t bytes, Range& out) {
   if (!py::isinstance<py::array>(o)) return false;
   const auto a = py::reinterpret_borrow<py::array>(o);
-  const Proxy* const proxy = py::detail::array_proxy(o);
+  const Proxy* const proxy = proxy_of(o);
   if (static_cast<std::size_t>(a.nbytes()) < bytes || !is_target(proxy)) return false;
   out = {proxy->data, proxy->data + bytes};
   return true;
@@ -149,5 +149,4 @@ inline bool read_target(PyObject* o, const Proxy* parameter, std::size_t n, int 
   return true;
 }
 
-}  // namespace
 }  // namespace fusedopt

@@ -8,7 +8,6 @@
 #include "numpy_names.hpp"
 
 namespace fusedopt {
-namespace {
 
 // DLPack's structs, as its version 1 lays them out.
 struct DLTensor {
@@ -98,5 +97,4 @@ class Foreign {
   py::ssize_t shape_[MOST], strides_[MOST];
 };
 
-}  // namespace
 }  // namespace fusedopt

@@ -34,9 +34,9 @@ constexpr int written(long) {
   return Rule::states;
 }
 
-// The operands of a tile never overlap: the checks in leaves.cpp see to that, so the compiler need
-// not. (GCC loses `__restrict` on a pack of pointers, and would test them all at run time, for each
-// tensor.)
+// The operands of a tile never overlap: the checks of plans and updates see to that, so the
+// compiler need not. (GCC loses `__restrict` on a pack of pointers, and would test them all at run
+// time, for each tensor.)
 #if defined(__clang__)
 #define OPERANDS_DO_NOT_OVERLAP _Pragma("clang loop vectorize(assume_safety)")
 #elif defined(__GNUC__)
@@ -80,6 +80,7 @@ template <class Rule, class T, Mode mode, std::size_t... S>
 inline void unpack_rule(void* const* x, const void* scalars, std::size_t n,
                         std::index_sequence<S...>) {
   const T* fields = static_cast<const T*>(scalars);
+  static_assert(__is_trivially_copyable(Rule), "its fields are copied");
   Rule rule;
   std::memcpy(&rule, fields + 2, sizeof rule);
   constexpr bool peek = mode == PEEK || mode == PEEK_L2;
@@ -109,6 +110,7 @@ constexpr int fields() {
 
 template <class Op>
 Op from_scalars(const void* scalars) {
+  static_assert(__is_trivially_copyable(Op), "its fields are copied");
   Op op;
   if constexpr (!__is_empty(Op)) std::memcpy(&op, scalars, sizeof op);
   return op;

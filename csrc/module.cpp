@@ -2,10 +2,12 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu.hpp"
-#include "leaves.hpp"
 #include "parallel.hpp"
+#include "placement.hpp"
+#include "plan.hpp"
 #include "rows.hpp"
 #include "stacks.hpp"
+#include "update.hpp"
 
 namespace py = pybind11;
 
@@ -51,7 +53,9 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   fusedopt::guard_forks();
   py::module_::import("atexit").attr("register")(
       py::cpp_function([] { fusedopt::end_threads(); }, py::call_guard<py::gil_scoped_release>()));
-  fusedopt::bind_leaves(module);
+  fusedopt::bind_plan(module);
+  fusedopt::bind_update(module);
+  fusedopt::bind_placement(module);
   fusedopt::bind_rows(module);
   fusedopt::bind_stacks(module);
   module.def("operations", &operations);

@@ -5,11 +5,12 @@
 #include "table.h"
 
 namespace fusedopt {
-namespace {
 
 namespace py = pybind11;
 
+// The fields of NumPy's array object. What pybind11 calls its detail stays inside these two lines.
 using Proxy = py::detail::PyArray_Proxy;
+inline Proxy* proxy_of(PyObject* array) { return py::detail::array_proxy(array); }
 
 struct Numpy {
   PyTypeObject* ndarray;
@@ -17,7 +18,7 @@ struct Numpy {
 };
 
 // Never destroyed: module teardown and interpreter exit race otherwise.
-const Numpy& numpy() {
+inline const Numpy& numpy() {
   static const Numpy* names = [] {
     const py::module_ np = py::module_::import("numpy");
     const auto dtype = [&](const char* name) {
@@ -36,5 +37,4 @@ constexpr std::size_t SIZES[FORMATS] = {4, 8, 2, 2};
 constexpr int C_ORDER = 0x1, DENSE = C_ORDER | 0x2, ALIGNED = 0x100,
               WRITEABLE = 0x400;  // NumPy's C and F order
 
-}  // namespace
 }  // namespace fusedopt

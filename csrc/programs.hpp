@@ -1,26 +1,26 @@
 // A rule's operations and scalars, as Python declares them, turned into steps for the driver.
 #pragma once
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
-#include <algorithm>
-#include <cstring>
 #include <deque>
 #include <string>
-#include <tuple>
 #include <utility>
 #include <vector>
 
-#include "arrays.hpp"
 #include "cpu.hpp"
 #include "driver.hpp"
+#include "numpy_names.hpp"
 
 namespace fusedopt {
-namespace {
+
+namespace py = pybind11;
 
 // Operand slots of a program: what comes anew with each step, then the leaf's own arrays
 // (parameter, states, work space), scratch, and sums.
 enum Slot { GRADIENT, HESSIAN, INPUTS, PARAMETER = INPUTS };
+
+// The operation of that name; KeyError where the table has none.
+const Operation& operation_named(const Table& table, const std::string& name);
 
 // One rule's operations, by their place in the table, or in the program itself.
 struct Program {
@@ -43,44 +43,7 @@ struct Program {
   // sums: how many slots each of these have; works: how many of the arrays, the last ones, are work
   // space.
   Program(const py::list& rows, double factor, double base, double slope, int arrays, int works,
-          int scratch, int sums)
-      : arrays(arrays),
-        works(works),
-        scratch(scratch),
-        sums(sums),
-        factor(factor),
-        base(base),
-        slope(slope) {
-    const int slot_count = INPUTS + arrays + scratch + sums;
-    if (arrays < 1 || works < 0 || works >= arrays || scratch < 0 || sums < 0 ||
-        slot_count > MAX_OPERANDS)
-      throw py::value_error("a program has 1 to " + std::to_string(MAX_OPERANDS) + " operands");
-    const Table& table = *level().table;
-    for (const py::handle row : rows) {
-      const auto [name, mode, phase, input, slots, outside] =
-          row.cast<std::tuple<std::string, int, int, int, std::vector<int>, py::object>>();
-      const int index = outside.is_none() ? find(table, name)
-                                          : adopt(name, mode, static_cast<int>(slots.size()),
-                                                  outside.cast<Outside>());
-      const Operation* const op = &operation(index);
-      const bool peek = mode == PEEK || mode == PEEK_L2;
-      if (mode < 0 || mode >= MODES || !op->compute[0].mode[mode] || phase < 0 ||
-          static_cast<int>(slots.size()) != op->operands + peek)
-        throw py::value_error("operation '" + name + "' cannot be used so");
-      std::vector<std::uint8_t> operands;
-      for (const int slot : slots) {
-        if (slot < 0 || slot >= slot_count) throw py::value_error("no such operand slot");
-        operands.push_back(static_cast<std::uint8_t>(slot));
-      }
-      const auto [used, written] = masks(*op, peek, operands);
-      const std::uint32_t summed = op->kind == SUM ? written : 0;
-      ops.push_back({index, mode, phase, input, operands, used, written & ~summed, summed});
-      scalar_count += op->scalars;
-      phases = std::max(phases, phase + 1);
-      takes_hessian = takes_hessian || input == HESSIAN;
-      filtered = filtered || op->kind == FILTER;
-    }
-  }
+          int scratch, int sums);
 
   // Of the instruction set in use, where it is in the table.
   const Operation& operation(int index) const {
@@ -93,43 +56,8 @@ struct Program {
  private:
   using Outside = std::pair<int, std::vector<std::uintptr_t>>;
 
-  static int find(const Table& table, const std::string& name) {
-    const Operation* const end = table.operations + table.operation_count;
-    const Operation* const op =
-        std::find_if(table.operations, end, [&](const Operation& o) { return name == o.name; });
-    if (op == end) throw py::key_error(name);
-    return static_cast<int>(op - table.operations);
-  }
-
   // A rule compiled elsewhere: it writes all of its states.
-  int adopt(const std::string& name, int mode, int operands, const Outside& outside) {
-    const auto& [scalars, addresses] = outside;
-    if (mode < 0 || mode >= PEEK || operands < 2 || scalars < 2 ||
-        addresses.size() != static_cast<std::size_t>(COMPUTE_TYPES))
-      throw py::value_error("operation '" + name + "' cannot be used so");
-    foreign.emplace_back(name, Operation{});
-    auto& [kept, operation] = foreign.back();
-    operation = {kept.c_str(), operands, RULE, operands - 2, scalars, {}};
-    for (int compute = 0; compute < COMPUTE_TYPES; ++compute)
-      operation.compute[compute].mode[mode] =
-          reinterpret_cast<TileFunction>(addresses[static_cast<std::size_t>(compute)]);
-    return ~static_cast<int>(foreign.size() - 1);
-  }
-
-  static std::pair<std::uint32_t, std::uint32_t> masks(const Operation& op, bool peek,
-                                                       const std::vector<std::uint8_t>& operands) {
-    std::uint32_t used = 0, written = 0;
-    for (std::size_t k = 0; k < operands.size(); ++k) {
-      const std::uint32_t bit = 1u << operands[k];
-      const int place = static_cast<int>(k);
-      used |= bit;
-      if (peek              ? k + 1 == operands.size()
-          : op.kind == RULE ? place == 0 || (place >= 2 && place < 2 + op.written)
-                            : place == 0)
-        written |= bit;
-    }
-    return {used, written};
-  }
+  int adopt(const std::string& name, int mode, int operands, const Outside& outside);
 };
 
 // The scalars of a program, folded in float64 and cast once to the compute type.
@@ -138,47 +66,14 @@ class Scalars {
   // folds: for each operation Python's function from (t, lr) to a tuple of its own scalars. factor:
   // on the gradient, beside the program's own.
   Scalars(const Program& program, const py::tuple& folds, std::int64_t t, double lr, double factor,
-          int compute)
-      : storage_(static_cast<std::size_t>(program.scalar_count)), compute_(compute) {
-    const py::int_ step(t);
-    const py::float_ rate(lr);
-    PyObject* const arguments[] = {step.ptr(), rate.ptr()};
-    if (folds.size() != program.ops.size()) throw py::value_error("one fold for each operation");
-    for (std::size_t k = 0; k < program.ops.size(); ++k) {
-      const Operation& operation = program.operation(program.ops[k].index);
-      const int first = filled_;
-      if (operation.kind == FILTER) append(factor * program.factor);
-      if (operation.kind == RULE) {
-        append(program.filtered ? 1.0 : factor * program.factor);
-        append(program.base + program.slope * lr);
-      }
-      const auto own = py::reinterpret_steal<py::object>(PyObject_Vectorcall(
-          PyTuple_GET_ITEM(folds.ptr(), static_cast<Py_ssize_t>(k)), arguments, 2, nullptr));
-      if (!own) throw py::error_already_set();
-      if (!PyTuple_Check(own.ptr()) ||
-          PyTuple_GET_SIZE(own.ptr()) != first + operation.scalars - filled_)
-        throw py::value_error("the scalars of '" + std::string(operation.name) +
-                              "' are not the tuple that it takes");
-      for (Py_ssize_t j = 0; j < PyTuple_GET_SIZE(own.ptr()); ++j) {
-        const double value = PyFloat_AsDouble(PyTuple_GET_ITEM(own.ptr(), j));
-        if (value == -1.0 && PyErr_Occurred()) throw py::error_already_set();
-        append(value);
-      }
-    }
-  }
+          int compute);
+
   const void* at(int index) const {
     return reinterpret_cast<const char*>(storage_.data()) + SIZES[compute_] * index;
   }
 
  private:
-  void append(double value) {
-    char* const place = reinterpret_cast<char*>(storage_.data()) + SIZES[compute_] * filled_++;
-    const float narrow = static_cast<float>(value);
-    if (compute_ == F32)
-      std::memcpy(place, &narrow, sizeof narrow);
-    else
-      std::memcpy(place, &value, sizeof value);
-  }
+  void append(double value);
 
   std::vector<double> storage_;  // raw, and aligned for either type
   int compute_, filled_ = 0;
@@ -193,33 +88,6 @@ struct Phase {
 
 // Appends them to `steps`; what needs an input that is not there is left out.
 Phase append_phase(const Program& program, int phase, int compute, const Scalars& scalars,
-                   const Operand* operands, std::vector<Step>& steps) {
-  Phase result;
-  result.first = steps.size();
-  int first = 0;
-  for (const Program::Op& op : program.ops) {
-    const Operation& operation = program.operation(op.index);
-    if (op.phase == phase && (op.input < 0 || operands[op.input].data)) {
-      steps.push_back({operation.compute[compute].mode[op.mode], scalars.at(first),
-                       op.operands.data(), static_cast<int>(op.operands.size())});
-      ++result.count;
-      result.used |= op.used;
-      result.written |= op.written;
-      result.summed |= op.summed;
-    }
-    first += operation.scalars;
-  }
-  // The gradient is zeroed where the parameter has been written.
-  if (operands[GRADIENT].encode && (result.written >> PARAMETER & 1))
-    result.written |= 1u << GRADIENT;
-  // A mirror is stored together with its source.
-  for (int k = PARAMETER; k < MAX_OPERANDS; ++k)
-    if (operands[k].data && operands[k].source >= 0 && (result.written >> operands[k].source & 1)) {
-      result.used |= 1u << k;
-      result.written |= 1u << k;
-    }
-  return result;
-}
+                   const Operand* operands, std::vector<Step>& steps);
 
-}  // namespace
 }  // namespace fusedopt

@@ -5,7 +5,6 @@
 #include <vector>
 
 namespace fusedopt {
-namespace {
 
 namespace py = pybind11;
 
@@ -43,7 +42,7 @@ using Item = py::handle;
 
 // None where the key is not there. Keys may compare themselves by Python code, which may do
 // whatever it likes to the containers that are being walked.
-py::object value_of(PyObject* dict, PyObject* key) {
+inline py::object value_of(PyObject* dict, PyObject* key) {
 #if PY_VERSION_HEX >= 0x030d0000
   PyObject* value = nullptr;
   if (PyDict_GetItemRef(dict, key, &value) < 0) throw py::error_already_set();
@@ -56,7 +55,7 @@ py::object value_of(PyObject* dict, PyObject* key) {
 }
 
 // None where a list has become too short.
-Item item_of(PyObject* sequence, Py_ssize_t k) {
+inline Item item_of(PyObject* sequence, Py_ssize_t k) {
 #if defined(Py_GIL_DISABLED)
   if (PyList_Check(sequence)) {
     const auto item = py::reinterpret_steal<py::object>(PyList_GetItemRef(sequence, k));
@@ -100,5 +99,4 @@ bool walk(const Node& node, PyObject* o, const Visit& visit) {
   return true;
 }
 
-}  // namespace
 }  // namespace fusedopt

@@ -6,23 +6,29 @@ Each class has the signature, the defaults and the layout of `state_dict` of its
 
 from __future__ import annotations
 
+from .adam import Adam, Adamax, AdamW, NAdam, RAdam
 from .offload import CPUOffload
 from .optimizer import Optimizer
 from .own import SOAP, AdaMuon, Lion, NorMuon, Sophia
-from .rules import SGD, Adagrad, Adam, AdamW, Muon, RMSprop
+from .rules import SGD, Adadelta, Adagrad, Muon, RMSprop, Rprop
 
 __all__ = [
     "SGD",
     "SOAP",
     "AdaMuon",
+    "Adadelta",
     "Adagrad",
     "Adam",
     "AdamW",
+    "Adamax",
     "CPUOffload",
     "Lion",
     "Muon",
+    "NAdam",
     "NorMuon",
     "Optimizer",
+    "RAdam",
     "RMSprop",
+    "Rprop",
     "Sophia",
 ]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from itertools import repeat
+from math import isclose
 from typing import Any
 
 import numpy as np
@@ -66,16 +67,17 @@ class Engine:
         self.opt = Optimizer(
             self._tree([leaf.array for leaf in self._leaves]),
             {
-                f"{k}.*": replace(rule, lr=float(group.get("initial_lr", group["lr"])))
+                f"{k}.*": replace(rule, lr=base_of(group.get("initial_lr", group["lr"])))
                 for k, (rule, group) in enumerate(zip(self._rules, groups, strict=True))
             },
             copy_out=self._tree([copies[p] for p in self.params]) if copies else None,
             **options,
         )
-        snapshot = self.opt._snapshot
+        snapshot = self.opt.snapshot()
         self._paths: Sequence[str] = snapshot.paths
         self._counters: np.ndarray = snapshot.counters
         self._memories: Sequence[LeafState] = snapshot.leaf_states
+        self._learning_rates = snapshot.rates
         self._plain = self._direct = all(leaf.plain for leaf in self._leaves)
         self._single = [k for k, leaf in enumerate(self._leaves) if leaf.array.size == 1]
         self._staged = [leaf for leaf in self._leaves if leaf.staged]
@@ -126,8 +128,18 @@ class Engine:
         """Let the next step have the groups' learning rates."""
         rates = [self._rate(group["lr"]) for group in self._groups]
         if rates != self._rates:
-            self.opt._use_rates(rates)
+            self._learning_rates.use(rates)
             self._rates = rates
+            for rule, rate, span in zip(self._rules, rates, self._spans.values(), strict=True):
+                if "lr" in rule.settled:
+                    self._begin(replace(rule, lr=rate), span)
+
+    def _begin(self, rule: Rule, span: slice) -> None:
+        """Fill the states, which begin with the learning rate, of parameters without a step."""
+        for k in self._unseen.tolist():
+            if span.start <= k < span.stop:
+                for name in rule.states:
+                    self._memories[k].states[name].fill(rule.initial(name))
 
     def _rate(self, lr: Any) -> float:
         if callable(lr):
@@ -200,7 +212,7 @@ class Engine:
         torch.autograd.graph.increment_version(stepped)
         if self._masters:
             self._versions = [self.params[k]._version for k in self._masters]
-        np.copyto(self._count, self._counters[1:], casting="unsafe")
+        self._show_counts()
         if self._unseen.size:
             self._show_new()
 
@@ -253,13 +265,14 @@ class Engine:
     def _take_states(self, state: Any, rule_of: Sequence[Rule]) -> None:
         """Take over what `state` holds of the parameters, and show the live states there."""
         self._count = np.zeros(len(self.params), np.float32)
+        self._followed = {name: self._count.copy() for name in self._optimizer._follows}
         for k, p in enumerate(self.params):
             if state.get(p):
                 self._counters[k + 1] = self._take(k, state[p], rule_of[k])
                 if k in self._masters:
                     reconcile(self._memories[k])
         self._counters[0] = self._counters.max(initial=0)
-        np.copyto(self._count, self._counters[1:], casting="unsafe")
+        self._show_counts()
         self._state = state
         self._unseen = np.arange(len(self.params))
         self._show_new()
@@ -286,7 +299,24 @@ class Engine:
             elif label in rule.states:
                 begun = False
         step = entry.get("step")
-        return int(step) if step is not None else int(begun)
+        t = int(step) if step is not None else int(begun)
+        for name, of in self._optimizer._follows.items():
+            if name in entry and not isclose(entry[name], of(rule, t), abs_tol=1e-5):
+                raise ValueError(
+                    f"state[{name!r}] of parameter {k}: expected {of(rule, t)}, which follows from"
+                    f" step {t} and the group's hyperparameters, got {float(entry[name])}; give the"
+                    " group those of the run that was saved"
+                )
+        return t
+
+    def _show_counts(self) -> None:
+        """Show the numbers of steps, and what follows from them."""
+        np.copyto(self._count, self._counters[1:], casting="unsafe")
+        for name, of in self._optimizer._follows.items():
+            for rule, span in zip(self._rules, self._spans.values(), strict=True):
+                counts = self._counters[1:][span]
+                for t in set(counts.tolist()):
+                    self._followed[name][span][counts == t] = of(rule, t)
 
     def _key(self, name: str) -> str:
         """What torch calls a state."""
@@ -301,6 +331,8 @@ class Engine:
             entry: dict[str, Any] = {}
             if self._optimizer._counted(self.opt):
                 entry["step"] = tensor_of(self._count[k : k + 1]).reshape(())
+            for name, values in self._followed.items():
+                entry[name] = tensor_of(values[k : k + 1]).reshape(())
             for name, array in leaf_state.saved.items():
                 shaped = array.shape == leaf.array.shape and name not in leaf_state.sides
                 entry[self._key(name)] = leaf.state(array) if shaped else tensor_of(array)
@@ -308,6 +340,13 @@ class Engine:
                 self._state[self.params[k]] = entry
         self._unseen = self._unseen[~begun]
         self._entries = len(self._state)
+
+
+def base_of(lr: Any) -> float:
+    """The base value of a learning rate: a number, a tensor or a schedule."""
+    if callable(lr):
+        lr = lr.base if hasattr(lr, "base") else lr(1)
+    return float(lr)
 
 
 def has_tensor(value: Any) -> bool:

@@ -61,6 +61,8 @@ class Base(torch.optim.Optimizer):
 
     _state_names: ClassVar[Mapping[str, str]] = {}
     """torch's names of states, by fusedopt's."""
+    _follows: ClassVar[Mapping[str, Callable[[Any, int], float]]] = {}
+    """What torch keeps beside the states, though a rule and its step count say it."""
     _step_supports_amp_scaling = True  # torch.amp.GradScaler gives `grad_scale` and `found_inf`
 
     def __init__(

@@ -19,10 +19,13 @@ class TorchRule(Base):
     _layout: ClassVar[Layout]
     _watched_names: ClassVar[list[str]]
 
-    def __init_subclass__(cls, layout: str) -> None:
+    def __init_subclass__(cls, layout: str | None = None) -> None:
         super().__init_subclass__()
+        if layout is None:  # a user's own subclass
+            return
         cls._layout = found = _LAYOUTS[layout]
         cls._state_names = {ours: theirs for theirs, ours in found.states.items()}
+        cls._follows = found.follows
         names = (*found.named, *found.flags)
         cls._watched_names = [name for name in names if name != "lr" and name not in HOW]
 
@@ -89,110 +92,6 @@ class SGD(TorchRule, layout="SGD"):
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
         return super()._rule(group)
-
-
-class Adam(TorchRule, layout="Adam"):
-    """Adam as `torch.optim.Adam`, or AdamW with `decoupled_weight_decay`.
-
-    A sparse gradient updates the rows that it has, as `torch.optim.SparseAdam` does.
-
-    Parameters
-    ----------
-    params : iterable
-        Tensors, named tensors or parameter groups.
-    lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay
-        As in `torch.optim.Adam`.
-    foreach, fused
-        Without effect.
-    capturable, differentiable
-        Refused if True.
-    **options
-        fusedopt's own: state_dtype, master, rounding, clip_norm, clip_value, skip_nonfinite, ema,
-        zero_grads, stats, verify, seed, threads, backend. See `fusedopt.Optimizer`.
-    """
-
-    def __init__(
-        self,
-        params: Params,
-        lr: Number = 1e-3,
-        betas: tuple[Number, Number] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0,
-        amsgrad: bool = False,
-        *,
-        foreach: bool | None = None,
-        maximize: bool = False,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        decoupled_weight_decay: bool = False,
-        **options: Unpack[Options],
-    ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "foreach": foreach,
-            "maximize": maximize,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-            "decoupled_weight_decay": decoupled_weight_decay,
-        }
-        super().__init__(params, defaults, options)
-
-
-class AdamW(Adam, layout="Adam"):
-    """Adam with decoupled weight decay, as `torch.optim.AdamW`.
-
-    Parameters
-    ----------
-    params : iterable
-        Tensors, named tensors or parameter groups.
-    lr, betas, eps, weight_decay, amsgrad, maximize
-        As in `torch.optim.AdamW`.
-    foreach, fused
-        Without effect.
-    capturable, differentiable
-        Refused if True.
-    **options
-        fusedopt's own: state_dtype, master, rounding, clip_norm, clip_value, skip_nonfinite, ema,
-        zero_grads, stats, verify, seed, threads, backend. See `fusedopt.Optimizer`.
-    """
-
-    def __init__(
-        self,
-        params: Params,
-        lr: Number = 1e-3,
-        betas: tuple[Number, Number] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        *,
-        foreach: bool | None = None,
-        maximize: bool = False,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(
-            params,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            amsgrad=amsgrad,
-            foreach=foreach,
-            maximize=maximize,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-            decoupled_weight_decay=True,
-            **options,
-        )
 
 
 class Adagrad(TorchRule, layout="Adagrad"):
@@ -282,6 +181,98 @@ class RMSprop(TorchRule, layout="RMSprop"):
             "weight_decay": weight_decay,
             "momentum": momentum,
             "centered": centered,
+            "capturable": capturable,
+            "foreach": foreach,
+            "maximize": maximize,
+            "differentiable": differentiable,
+        }
+        super().__init__(params, defaults, options)
+
+
+class Adadelta(TorchRule, layout="Adadelta"):
+    """Adadelta as `torch.optim.Adadelta`.
+
+    Parameters
+    ----------
+    params : iterable
+        Tensors, named tensors or parameter groups.
+    lr, rho, eps, weight_decay, maximize
+        As in `torch.optim.Adadelta`.
+    foreach
+        Without effect.
+    capturable, differentiable
+        Refused if True.
+    **options
+        fusedopt's own: state_dtype, master, rounding, clip_norm, clip_value, skip_nonfinite, ema,
+        zero_grads, stats, verify, seed, threads, backend. See `fusedopt.Optimizer`.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Number = 1.0,
+        rho: float = 0.9,
+        eps: float = 1e-6,
+        weight_decay: float = 0,
+        foreach: bool | None = None,
+        *,
+        capturable: bool = False,
+        maximize: bool = False,
+        differentiable: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "rho": rho,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "foreach": foreach,
+            "capturable": capturable,
+            "maximize": maximize,
+            "differentiable": differentiable,
+        }
+        super().__init__(params, defaults, options)
+
+
+class Rprop(TorchRule, layout="Rprop"):
+    """Resilient propagation as `torch.optim.Rprop`.
+
+    Parameters
+    ----------
+    params : iterable
+        Tensors, named tensors or parameter groups.
+    lr, etas, step_sizes, maximize
+        As in `torch.optim.Rprop`.
+    foreach
+        Without effect.
+    capturable, differentiable
+        Refused if True.
+    **options
+        fusedopt's own: state_dtype, master, rounding, clip_norm, clip_value, skip_nonfinite, ema,
+        zero_grads, stats, verify, seed, threads, backend. See `fusedopt.Optimizer`.
+
+    Notes
+    -----
+    The learning rate is the size of a parameter's first step, and has no effect after it.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Number = 1e-2,
+        etas: tuple[float, float] = (0.5, 1.2),
+        step_sizes: tuple[float, float] = (1e-6, 50),
+        *,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "etas": etas,
+            "step_sizes": step_sizes,
             "capturable": capturable,
             "foreach": foreach,
             "maximize": maximize,

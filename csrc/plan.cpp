@@ -1,0 +1,182 @@
+#include "plan.hpp"
+
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <utility>
+
+#include "cpu.hpp"
+
+namespace fusedopt {
+namespace {
+
+// What Python and a plan share.
+template <class T>
+T* numbers_of(const py::object& o, std::size_t count) {
+  using Numbers = py::array_t<T, py::array::c_style>;
+  if (!py::isinstance<Numbers>(o))
+    throw py::type_error("plan: counters are int64, rates and results float64, dense");
+  auto numbers = py::reinterpret_borrow<Numbers>(o);
+  if (static_cast<std::size_t>(numbers.size()) != count)
+    throw py::value_error("plan: the counters, rates or results have another size");
+  return numbers.mutable_data();
+}
+
+}  // namespace
+
+Plan::Plan(const py::object& description)
+    : tree_(description.attr("tree")),
+      groups_(description.attr("groups").cast<std::vector<int>>()),
+      batches_(description.attr("batches").cast<std::vector<int>>()),
+      folds_(description.attr("folds").cast<std::vector<py::tuple>>()),
+      rates_(description.attr("rates")),
+      factors_(description.attr("factors")),
+      counters_(description.attr("counters")),
+      before_(description.attr("before")),
+      between_(description.attr("between")),
+      results_(description.attr("results")),
+      decide_(description.attr("decide")),
+      zero_grads_(description.attr("zero_grads").cast<bool>()),
+      threads_(description.attr("threads").cast<int>()) {
+  use_file(description.attr("state_file"));
+  const py::list programs = description.attr("programs");
+  using Arrays = std::vector<std::vector<py::object>>;
+  const auto arrays = description.attr("arrays").cast<Arrays>();
+  const auto mirrors = description.attr("mirrors").cast<Arrays>();
+  const auto keys = description.attr("keys").cast<std::vector<std::vector<RandomKey>>>();
+  program_objects_ = programs;
+  for (const py::handle program : programs) programs_.push_back(&program.cast<const Program&>());
+  const std::size_t leaves = arrays.size();
+  if (groups_.size() != leaves || batches_.size() != leaves || mirrors.size() != leaves ||
+      keys.size() != leaves || folds_.size() != programs_.size())
+    throw py::value_error("plan: the lists differ in length");
+  for (const Program* program : programs_) {
+    sums_ = std::max(sums_, program->sums);
+    most_ = std::max(most_, program->ops.size());
+  }
+  counts_ = numbers_of<std::int64_t>(counters_, leaves + 1);
+  rate_ = numbers_of<double>(rates_, programs_.size());
+  factor_ = numbers_of<double>(factors_, programs_.size());
+  result_ = numbers_of<double>(results_, leaves * columns());
+  table_ = level().table;
+  for (std::size_t k = 0; k < leaves; ++k) add_leaf(arrays[k], mirrors[k], keys[k], k);
+  for (const py::handle each : description.attr("beside")) {
+    const Proxy* const array = as_array(each.ptr());
+    const int format = format_of(array);
+    if (format < 0) throw py::value_error("plan: no such dtype beside the parameters");
+    held_.push_back(py::reinterpret_borrow<py::object>(each));
+    const std::size_t bytes = elements_of(array) * table_->codecs[format].bits / 8;
+    if (bytes) written_.push_back({array->data, array->data + bytes});
+  }
+  std::sort(written_.begin(), written_.end(), by_address);
+  for (const int batch : batches_) batch_count_ = std::max(batch_count_, batch + 1);
+}
+
+void Plan::use_file(const py::object& file) {
+  if (file.is_none()) return;
+  const py::object block = file.attr("block");
+  const auto memory = py::cast<py::array>(block);
+  mapped_ = {static_cast<char*>(proxy_of(memory.ptr())->data),
+             static_cast<std::size_t>(memory.nbytes()), file.attr("file").cast<int>(),
+             file.attr("window").cast<std::size_t>()};
+  held_.push_back(file);
+}
+
+void Plan::add_leaf(const std::vector<py::object>& arrays, const std::vector<py::object>& mirrors,
+                    const std::vector<RandomKey>& keys, std::size_t k) {
+  const Program& program = *programs_.at(static_cast<std::size_t>(groups_[k]));
+  const std::size_t first_mirror =
+      INPUTS + arrays.size() + static_cast<std::size_t>(program.scratch + program.sums);
+  if (static_cast<int>(arrays.size()) != program.arrays || keys.size() < arrays.size() ||
+      first_mirror + mirrors.size() > static_cast<std::size_t>(MAX_OPERANDS))
+    throw py::value_error("plan: a leaf's arrays do not fit its program");
+  PyObject* const first = arrays[0].ptr();
+  const Proxy* const parameter = as_array(
+      PyTuple_Check(first) && PyTuple_GET_SIZE(first) > 1 ? PyTuple_GET_ITEM(first, 1) : first);
+  const int compute = compute_of(parameter);
+  if (compute < 0) throw py::value_error("plan: no such dtype");
+  const std::size_t n = elements_of(parameter);
+  operands_.resize(operands_.size() + MAX_OPERANDS);
+  Operand* const own = &operands_[k * MAX_OPERANDS];
+  for (int j = 0; j < INPUTS; ++j) own[j].role = Role::INPUT;
+  for (int j = 0; j < program.scratch; ++j) own[INPUTS + program.arrays + j].role = Role::SCRATCH;
+  for (int j = 0; j < program.sums; ++j) own[program.first_sum() + j].role = Role::SUMS;
+  const auto add = [&](const py::object& array, std::size_t place, int source) {
+    Target target;
+    Operand& operand = own[place];
+    if (!read_target(array.ptr(), parameter, n, compute, *table_, target, operand))
+      throw py::value_error("plan: an array does not fit its parameter");
+    if (source >= 0) use_copy(table_->codecs[target.codec], compute, source, operand);
+    coded_.push_back({k * MAX_OPERANDS + place, compute, target.codec});
+    // Work space comes last of the arrays, is nobody's business, and is shared between leaves.
+    const bool work =
+        source < 0 && place + static_cast<std::size_t>(program.works) >= INPUTS + arrays.size();
+    for (const Range& range : target.ranges)
+      if (range.begin != range.end && !work) written_.push_back(range);
+    if (place == PARAMETER || source >= 0) watched_.push_back({target.data, target.data->data, n});
+    held_.push_back(array);
+    return target;
+  };
+  for (std::size_t j = 0; j < arrays.size(); ++j) {
+    const Target target = add(arrays[j], PARAMETER + j, -1);
+    if (table_->codecs[target.codec].random)
+      random_.push_back({k * MAX_OPERANDS + PARAMETER + j, k, keys[j]});
+  }
+  for (std::size_t j = 0; j < mirrors.size(); ++j) add(mirrors[j], first_mirror + j, PARAMETER);
+  own_.push_back({parameter, n, compute, static_cast<int>(first_mirror + mirrors.size())});
+  touched_.push_back({n, {n, n}, {}});
+}
+
+void Plan::take() {
+  if (busy_.exchange(true))
+    throw std::runtime_error(
+        "this optimizer is in use in another thread: give each thread its own optimizer");
+}
+
+void Plan::give() { busy_.store(false); }
+
+bool Plan::reprogram(const py::list& programs, std::vector<py::tuple> folds) {
+  if (programs.size() != programs_.size() || folds.size() != folds_.size()) return false;
+  std::vector<const Program*> fresh;
+  for (const py::handle each : programs) {
+    const auto& program = each.cast<const Program&>();
+    const Program& old = *programs_[fresh.size()];
+    if (program.arrays != old.arrays || program.works != old.works ||
+        program.phases != old.phases || program.scratch != old.scratch || program.sums != old.sums)
+      return false;
+    fresh.push_back(&program);
+  }
+  programs_ = std::move(fresh);
+  folds_ = std::move(folds);
+  program_objects_ = programs;
+  most_ = 0;
+  for (const Program* program : programs_) most_ = std::max(most_, program->ops.size());
+  return true;
+}
+
+void Plan::change_level() {
+  table_ = level().table;
+  for (const Coded& coded : coded_) {
+    Operand& operand = operands_[coded.operand];
+    const Codec& codec = table_->codecs[coded.codec];
+    use_codec(codec, coded.compute, operand);
+    if (operand.source >= 0) use_copy(codec, coded.compute, operand.source, operand);
+  }
+}
+
+void bind_plan(py::module_& module) {
+  numpy();
+  py::class_<Program>(module, "Program")
+      .def(py::init<const py::list&, double, double, double, int, int, int, int>());
+  py::class_<Plan>(module, "Plan")
+      .def(py::init<const py::object&>())
+      .def("take", &Plan::take)
+      .def("give", &Plan::give)
+      .def("reprogram", &Plan::reprogram)
+      .def("step", &Plan::step)
+      .def("step_alone", &Plan::step_alone);
+}
+
+}  // namespace fusedopt

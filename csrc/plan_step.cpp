@@ -1,0 +1,272 @@
+// One step of a plan.
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <memory>
+#include <utility>
+
+#include "cpu.hpp"
+#include "plan.hpp"
+#include "python_driver.hpp"
+
+namespace fusedopt {
+namespace {
+
+Range range_of(const Operand& input, std::size_t n) {
+  return {input.data, input.data + n * input.bits / 8};
+}
+
+// Absent: no operation that needs it runs, and nothing is decoded.
+void clear(Operand& operand) {
+  operand.data = nullptr;
+  operand.decode = nullptr;
+  operand.encode = nullptr;
+}
+
+}  // namespace
+
+py::object Plan::step(const py::object& gradients, const py::object& hessian, bool flat) {
+  const std::unique_ptr<Plan, void (*)(Plan*)> at_the_end(this,
+                                                          [](Plan* plan) { plan->refs_.clear(); });
+  if (level().table != table_) change_level();
+  if (!unmoved() || !read_tree(GRADIENT, gradients, flat) || !read_tree(HESSIAN, hessian, flat) ||
+      (zero_grads_ && gradients_overlap()))
+    return py::none();
+  find_active();
+  if (!decide_.is_none()) {
+    measure_gradients();
+    if (!decide_().cast<bool>()) return py::int_(counts_[0]);
+  }
+  prepare();
+  if (!before_.is_none()) before_(active_);
+  for (int batch = 0; batch < batch_count_; ++batch) {
+    py::list members;
+    for (const std::size_t k : active_)
+      if (batches_[k] == batch) members.append(k);
+    if (members.empty()) continue;
+    const int last = program(py::cast<std::size_t>(members[0])).phases - 1;
+    for (int phase = 0; phase < last; ++phase) {
+      run_phase(batch, phase);
+      between_(batch, phase, members);
+    }
+    run_phase(batch, last);
+  }
+  run_phase(-1, 0);
+  for (const std::size_t k : active_) ++counts_[k + 1];
+  return py::int_(++counts_[0]);
+}
+
+py::object Plan::step_alone(const py::object& gradients, const py::object& hessian) {
+  take();
+  const std::unique_ptr<Plan, void (*)(Plan*)> at_the_end(this, [](Plan* plan) { plan->give(); });
+  return step(gradients, hessian, false);
+}
+
+bool Plan::unmoved() const {
+  for (const Watched& w : watched_)
+    if (!is_target(w.array) || w.array->data != w.data || elements_of(w.array) != w.elements)
+      return false;
+  return true;
+}
+
+bool Plan::overlaps_written(const Range& range) const {
+  auto it = std::partition_point(written_.begin(), written_.end(),
+                                 [&](const Range& w) { return w.begin < range.end; });
+  return range.begin != range.end && it != written_.begin() && overlap(*--it, range);
+}
+
+bool Plan::gradients_overlap() {
+  ranges_.clear();
+  for (std::size_t k = 0; k < own_.size(); ++k)
+    for (const int slot : {GRADIENT, HESSIAN}) {
+      const Operand& input = operands_[k * MAX_OPERANDS + slot];
+      const std::size_t n = touched_[k].given[slot];
+      if (input.data && n) ranges_.push_back(range_of(input, n));
+    }
+  std::sort(ranges_.begin(), ranges_.end(), by_address);
+  for (std::size_t k = 1; k < ranges_.size(); ++k)
+    if (ranges_[k].begin < ranges_[k - 1].end) return true;
+  return false;
+}
+
+bool Plan::read_tree(Slot slot, const py::object& tree, bool flat) {
+  if (slot == HESSIAN && tree.is_none()) {
+    for (std::size_t k = 0; k < own_.size(); ++k) clear(operands_[k * MAX_OPERANDS + slot]);
+    return true;
+  }
+  std::size_t k = 0;
+  const auto visit = [&](PyObject* o) { return k < own_.size() && read_leaf(slot, k++, o, flat); };
+  if (!flat) return walk(tree_, tree.ptr(), visit) && k == own_.size();
+  for (const py::handle leaf : tree)
+    if (!visit(leaf.ptr())) return false;
+  return k == own_.size();
+}
+
+bool Plan::read_leaf(Slot slot, std::size_t k, PyObject* o, bool checked) {
+  Operand& operand = operands_[k * MAX_OPERANDS + slot];
+  const char* const passed = operand.data;
+  const std::uint32_t passed_bits = operand.bits;
+  clear(operand);
+  const std::size_t n = own_[k].elements;
+  if (slot == GRADIENT) touched_[k] = {n, {n, n}, {}};
+  if (o == Py_None) return true;
+  refs_.push_back(py::reinterpret_borrow<py::object>(o));
+  const bool some = checked && PyTuple_Check(o);
+  bool fits = (slot != HESSIAN || program(k).takes_hessian) &&
+              (some ? read_rows(slot, k, o, operand)
+                    : read_input(o, own_[k].parameter, own_[k].compute, *table_,
+                                 zero_grads_ && slot == GRADIENT, operand));
+  // Memory that passed in the last step passes again.
+  if (some || operand.data != passed || operand.bits != passed_bits)
+    fits = fits && !overlaps_written(range_of(operand, touched_[k].given[slot]));
+  if (!fits) clear(operand);
+  return fits;
+}
+
+bool Plan::read_rows(Slot slot, std::size_t k, PyObject* o, Operand& operand) {
+  if (PyTuple_GET_SIZE(o) != 3 || program(k).phases > 1) return false;
+  const Proxy* parts[3];
+  for (int j = 0; j < 3; ++j)
+    if (!(parts[j] = as_array(PyTuple_GET_ITEM(o, j)))) return false;
+  const auto [rows, places, values] = parts;
+  const Proxy* const p = own_[k].parameter;
+  const int format = format_of(values);
+  const int needed = ALIGNED | C_ORDER, passed = values->flags & rows->flags & places->flags;
+  if (format < 0 || (passed & needed) != needed || !(p->flags & C_ORDER) || p->nd < 1 ||
+      values->nd != p->nd || rows->nd != 1 || places->nd != 1 ||
+      elements_of(rows) != elements_of(places))
+    return false;
+  for (int j = 1; j < p->nd; ++j)
+    if (values->dimensions[j] != p->dimensions[j]) return false;
+  const bool zero = zero_grads_ && slot == GRADIENT;
+  if (zero && !(values->flags & WRITEABLE)) return false;
+  const Codec& codec = table_->codecs[format];
+  use_codec(codec, own_[k].compute, operand);
+  operand.encode = zero ? codec.zero : nullptr;
+  operand.data = values->data;
+  Touched& touched = touched_[k];
+  touched.given[slot] = elements_of(values);
+  if (slot != GRADIENT) return true;
+  touched.rows = {
+      reinterpret_cast<const std::int64_t*>(rows->data),
+      reinterpret_cast<const std::int64_t*>(places->data),
+      own_[k].elements / std::max<std::size_t>(1, static_cast<std::size_t>(p->dimensions[0])),
+      own_[k].elements};
+  touched.elements = elements_of(rows) * touched.rows.length;
+  return true;
+}
+
+void Plan::find_active() {
+  active_.clear();
+  for (std::size_t k = 0; k < own_.size(); ++k)
+    if (operands_[k * MAX_OPERANDS + GRADIENT].data) active_.push_back(k);
+  if (sums_ || !decide_.is_none()) std::fill(result_, result_ + own_.size() * columns(), 0.0);
+  if (sums_)
+    for (const std::size_t k : active_) {
+      result_[k * columns() + 1] = 1;
+      result_[k * columns() + 2] = static_cast<double>(touched_[k].elements);
+    }
+}
+
+void Plan::measure_gradients() {
+  std::vector<Measured> inputs;
+  for (const std::size_t k : active_)
+    inputs.push_back({operands_[k * MAX_OPERANDS + GRADIENT], touched_[k].elements, own_[k].compute,
+                      touched_[k].some()});
+  measure(inputs, threads());
+  for (std::size_t j = 0; j < active_.size(); ++j) {
+    double* const row = result_ + active_[j] * columns();
+    row[0] = inputs[j].sum;
+    row[1] = inputs[j].scale;
+  }
+}
+
+void Plan::prepare() {
+  scalar_cache_.clear();
+  leaf_scalars_.resize(own_.size());
+  std::size_t last = own_.size();  // the leaf before this one that takes part
+  for (const std::size_t k : active_) {
+    const bool alike = last < k && groups_[k] == groups_[last] &&
+                       own_[k].compute == own_[last].compute && counts_[k + 1] == counts_[last + 1];
+    leaf_scalars_[k] = alike ? leaf_scalars_[last] : &scalars_of(k);
+    last = k;
+  }
+  for (const Random& r : random_)
+    operands_[r.operand].key =
+        subkey(r.key.first, static_cast<std::uint64_t>(counts_[r.leaf + 1])) +
+        r.key.second * GOLDEN;
+}
+
+const Scalars& Plan::scalars_of(std::size_t k) {
+  const std::int64_t t = counts_[k + 1] + 1;
+  const std::tuple<int, int, std::int64_t> key{groups_[k], own_[k].compute, t};
+  auto found = scalar_cache_.find(key);
+  if (found == scalar_cache_.end()) {
+    const auto group = static_cast<std::size_t>(groups_[k]);
+    Scalars fresh(program(k), folds_[group], t, rate_[group], factor_[group], own_[k].compute);
+    found = scalar_cache_.emplace(key, std::move(fresh)).first;
+  }
+  return found->second;
+}
+
+void Plan::run_phase(int batch, int phase) {
+  steps_.clear();
+  steps_.reserve(active_.size() * most_);  // the leaves point into it
+  leaves_.resize(active_.size());
+  partials_.clear();
+  std::size_t count = 0, elements = 0;
+  const Scalars* scalars = nullptr;
+  bool refreshed = false;
+  int operand_count = 0;
+  Phase steps;
+  for (const std::size_t k : active_) {
+    if (batches_[k] != batch) continue;
+    Operand* const operands = &operands_[k * MAX_OPERANDS];
+    // Neighbours with the same scalars, inputs and number of mirrors have the same steps.
+    if (leaf_scalars_[k] != scalars || refreshed != (operands[HESSIAN].data != nullptr) ||
+        operand_count != own_[k].operand_count) {
+      scalars = leaf_scalars_[k];
+      refreshed = operands[HESSIAN].data != nullptr;
+      operand_count = own_[k].operand_count;
+      steps = append_phase(program(k), phase, own_[k].compute, *scalars, operands, steps_);
+    }
+    // Field by field: a struct made beside its place and copied stalls on its own stores.
+    Leaf& leaf = leaves_[count++];
+    elements += leaf.elements = touched_[k].elements;
+    leaf.operands = operands;
+    leaf.steps = steps_.data() + steps.first;
+    leaf.operand_count = operand_count;
+    leaf.step_count = steps.count;
+    leaf.used = steps.used;
+    leaf.written = steps.written;
+    leaf.summed = steps.summed;
+    leaf.rows = touched_[k].some();
+    if (leaf.summed) partials_.add(leaf, operands);
+  }
+  leaves_.resize(count);
+  partials_.place();
+  // refs_ and held_ keep every array alive
+  run_unlocked(leaves_, elements, threads(), mapped_.data ? &mapped_ : nullptr, &choice_);
+  if (sums_) take_sums(batch);
+}
+
+void Plan::take_sums(int batch) {
+  auto leaf = leaves_.begin();
+  for (const std::size_t k : active_) {
+    if (batches_[k] != batch) continue;
+    for (int j = 0; j < program(k).sums; ++j) {
+      const int slot = program(k).first_sum() + j;
+      if (leaf->summed >> slot & 1)
+        result_[k * columns() + 3 + static_cast<std::size_t>(j)] =
+            Partials::total(*leaf, leaf->operands[slot]);
+    }
+    ++leaf;
+  }
+}
+
+int Plan::threads() const {
+  const int limit = thread_count.load();
+  return threads_ > 0 ? std::min(threads_, limit) : limit;
+}
+
+}  // namespace fusedopt
