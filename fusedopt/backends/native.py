@@ -10,12 +10,11 @@ import numpy as np
 from ..arrays import host
 from ..arrays.formats import FLOAT32, FLOAT64, FORMATS, RandomKey
 from ..arrays.state_file import StateFile
-from ..arrays.stored import Stored
 from ..plan.extras import EVERYTHING
 from ..plan.interface import Plan
-from ..plan.spec import INPUTS, PlanSpec, single
-from ..programs.program import HEAD, Operation, Program
-from ..rules import RULES, Nesterov, Rule
+from ..plan.spec import INPUTS, PlanSpec
+from ..programs.program import HEAD, MODES, Operation, Program
+from ..rules import RULES, Rule
 from ..system.extension import core, reason
 from .matrices import Matrices
 
@@ -29,7 +28,7 @@ def _compile(program: Program) -> Any:
             [
                 (
                     op.kernel or type(op.element).__name__,
-                    program.MODES.index(program.mode(op)),
+                    MODES.index(program.mode(op)),
                     op.phase,
                     INPUTS.index(op.needs) if op.needs else -1,
                     [slots[name] for name in op.operands],
@@ -83,6 +82,7 @@ class NativeBackend:
     """C++ kernels on NumPy arrays."""
 
     name = "native"
+    textbook = False
     device = host
 
     def unavailable(self) -> str | None:
@@ -94,38 +94,20 @@ class NativeBackend:
     def plan(self, spec: PlanSpec) -> Plan:
         return NativePlan(spec)
 
-    def update(
-        self,
-        rule: Rule,
-        t: int,
-        lr: float,
-        arrays: tuple[Any, ...],
-        g: np.ndarray,
-        hessian: np.ndarray | None,
-        checked: bool,
+    @staticmethod
+    def update_alone(
+        rule: Rule, t: int, lr: float, arrays: tuple[Any, ...], g: Any, hessian: Any
     ) -> bool:
+        """Take one step of one tensor, unless the rule has several phases."""
         program = rule.program
         if program.phases > 1:  # what it refuses, only Python knows
-            return checked and self._update_matrix(rule, t, lr, arrays, g)
+            return False
         native = program.native or _compile(program)
-        if checked:
-            arrays = tuple(stored.spec for stored in arrays)
         return core.update(native, program.folds, t, lr, g, hessian, arrays)
-
-    def _update_matrix(
-        self, rule: Rule, t: int, lr: float, arrays: tuple[Stored, ...], g: np.ndarray
-    ) -> bool:
-        plan = NativePlan(single(rule, rule.program, t, lr, arrays))
-        return plan.step(g, None, False) is not None
 
     def sums_of_squares(self, arrays: Sequence[Any]) -> Sequence[tuple[float, float]] | None:
         found: list[tuple[float, float]] | None = core.sums_of_squares(list(arrays))
         return found
-
-    def shift(self, rule: Nesterov, p: np.ndarray, v: np.ndarray) -> None:
-        program = rule.shift
-        if not core.update(_compile(program), program.folds, 1, 0.0, v, None, (p,)):
-            raise RuntimeError("the core refused the look-ahead; please report this")
 
 
 class PlanDescription(NamedTuple):
@@ -205,7 +187,17 @@ class NativePlan:
         plan = core.Plan(_described(spec, programs, matrices))
         self._reprogram = plan.reprogram
         self.take, self.give = plan.take, plan.give
-        self.step, self.step_alone = plan.step, plan.step_alone
+        self.step_alone, self._step = plan.step_alone, plan.step
+
+    def step(self, grads: Any, hessian: Any) -> int | None:
+        """Take a step with trees; None where Python must look first."""
+        number: int | None = self._step(grads, hessian, False)
+        return number
+
+    def step_leaves(self, grads: Sequence[Any], hessian: Sequence[Any] | None) -> int | None:
+        """Take a step with checked leaves."""
+        number: int | None = self._step(grads, hessian, True)
+        return number
 
     def synchronize(self) -> None:
         """Steps are done when they return."""

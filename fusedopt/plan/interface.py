@@ -6,8 +6,6 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import numpy as np
-
 from ..arrays.rows import UniqueRows
 from ..arrays.stored import LeafState, Stored
 from ..rules.base import Rule
@@ -77,12 +75,17 @@ class Plan(Protocol):
     def adopt(self, rules: Sequence[Rule]) -> bool:
         """Take other rules for the groups, on the same arrays; False if a new plan is needed."""
 
-    def step(self, grads: Any, hessian: Any, flat: bool) -> int | None:
-        """Updates every leaf that has a gradient, and its counter, in place; the step's number.
+    def step(self, grads: Any, hessian: Any) -> int | None:
+        """Take a step with trees of arrays as the caller has them, and return its number.
 
-        flat: grads and hessian are lists of leaves, checked, and laid out like their parameters or
-        `UniqueRows`; otherwise trees, and None comes back, with nothing written, where something is
-        to be checked or explained first. Where `decide` says no, the number of the step before.
+        None, with nothing written, where something must be checked, explained or laid out first.
+        """
+
+    def step_leaves(self, grads: Sequence[Any], hessian: Sequence[Any] | None) -> int | None:
+        """Update every leaf that has a gradient, and its counter, in place; return the number.
+
+        grads, hessian: of each leaf, checked, and laid out like its parameter or `UniqueRows`; or
+        None. Where `decide` says no, the number of the step before.
         """
 
 
@@ -108,11 +111,23 @@ class ExclusiveUse:
         """Take other rules for the groups, on the same arrays; False if a new plan is needed."""
         return False
 
+    def step(self, grads: Any, hessian: Any) -> int | None:
+        """Refuse trees: the optimizer checks them, and keeps interrupts out of the step."""
+        return None
+
 
 class Backend(Protocol):
     """A way to run programs."""
 
     name: str
+    textbook: bool
+    """Whether rules run as their textbooks write them, in float64."""
+
+    @property
+    def update_alone(self) -> Callable[..., bool] | None:
+        """A function (rule, t, lr, arrays, gradient, hessian) that takes one step of one tensor's
+        parameter and states, in place; or None. It returns False, with nothing written, where a
+        plan must do it or something must be checked."""
 
     @property
     def device(self) -> Any:
@@ -127,26 +142,6 @@ class Backend(Protocol):
     def plan(self, spec: PlanSpec) -> Plan:
         """Prepares an optimizer's steps."""
 
-    def update(
-        self,
-        rule: Rule,
-        t: int,
-        lr: float,
-        arrays: tuple[Any, ...],
-        g: np.ndarray,
-        hessian: np.ndarray | None,
-        checked: bool,
-    ) -> bool:
-        """One step of one tensor (its parameter, then its states), in place.
-
-        checked: the arrays are `Stored`, fit, and are laid out alike; otherwise they are what the
-        caller passed, and False comes back, with nothing written, where something is to be checked
-        or explained first.
-        """
-
     def sums_of_squares(self, arrays: Sequence[Any]) -> Sequence[tuple[float, float]] | None:
         """Of each dense array the sum of the squares of its elements times scale, and that scale, a
         power of two which keeps the sum in range. None where something is to be checked first."""
-
-    def shift(self, rule: Any, p: np.ndarray, v: np.ndarray) -> None:
-        """Moves a parameter to where a look-ahead rule wants its gradient."""

@@ -60,20 +60,27 @@ def results_for(programs: Sequence[Program], leaves: int) -> np.ndarray:
     return np.zeros((leaves, 3 + max(len(program.sums) for program in programs)))
 
 
-def single(rule: Rule, program: Program, t: int, lr: float, arrays: Sequence[Stored]) -> PlanSpec:
-    """That of one tensor's t-th step; arrays: the parameter, then those of the program."""
+def single(rule: Rule, t: int, lr: float, arrays: Sequence[Stored]) -> PlanSpec:
+    """Describe the t-th step of one tensor; arrays: its parameter, states, and side states."""
+    program = rule.program
     names = program.arrays[1 : len(program.arrays) - len(program.works)]
     states = dict(zip(names, arrays[1:], strict=False))
     sides = dict(zip(rule.sides(arrays[0].shape), arrays[1 + len(names) :], strict=True))
     leaf_state = LeafState(arrays[0], states, sides=sides)
+    return fresh([rule], [leaf_state], t, lr)
+
+
+def fresh(rules: Sequence[Rule], leaves: Sequence[LeafState], t: int, lr: float) -> PlanSpec:
+    """Describe the t-th step of leaves, each with its rule, with nothing around it."""
+    count = len(leaves)
     return PlanSpec(
-        tree=0,
-        leaves=[leaf_state],
-        groups=[Group(rule.name, rule)],
-        group_of=[0],
-        rates=np.array([lr]),
-        factors=np.ones(1),
-        counters=np.array([0, t - 1]),
-        keys=[[RandomKey()] * (1 + len(names))],
-        results=results_for([program], 1),
+        tree=list(range(count)),
+        leaves=leaves,
+        groups=[Group(rule.name, rule) for rule in rules],
+        group_of=list(range(count)),
+        rates=np.full(count, lr),
+        factors=np.ones(count),
+        counters=np.array([0] + [t - 1] * count),
+        keys=[[RandomKey()] * (1 + len(leaf.states)) for leaf in leaves],
+        results=results_for([rule.program for rule in rules], count),
     )

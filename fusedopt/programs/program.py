@@ -4,12 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from .elements import Element
 
 HEAD = {"rule": 2, "peek": 2, "filter": 1, "sum": 0, "other": 0}
 """How many scalars an operation has before its own, by its loop."""
+
+MODES = ("plain", "l2", "decoupled", "first", "peek", "peek_l2")
+"""What the loop around a rule does about weight decay and the delta, as in csrc/table.h."""
+
+
+def loop_lines(mode: str, target: str, decay: str = "decay") -> tuple[str, str, str]:
+    """Return the loop around a rule as Python: on the gradient, before the rule, and after it.
+
+    The lines know the parameter w, its gradient, and the rule's delta. target: what takes the
+    result; decay: the coefficient of weight decay.
+    """
+    decayed, subtracted = f"gradient = gradient + {decay} * w", f"{target} = w - delta"
+    lines = {
+        "plain": ("", "", subtracted),
+        "l2": (decayed, "", subtracted),
+        "decoupled": ("", "", f"{target} = w - ({decay} * w + delta)"),
+        "first": ("", f"w = {decay} * w", subtracted),
+        "peek": ("", "", f"{target} = delta"),
+        "peek_l2": (decayed, "", f"{target} = delta"),
+    }
+    return lines[mode]
 
 
 @dataclass(frozen=True)
@@ -69,8 +90,6 @@ class Program:
     on the gradient and the coefficient a + b lr of weight decay.
     """
 
-    MODES: ClassVar = ("plain", "l2", "decoupled", "first", "peek", "peek_l2")  # csrc/table.h
-
     def __init__(
         self,
         rule: Governed,
@@ -88,7 +107,18 @@ class Program:
         self.folds = tuple(op.scalars for op in operations)
         line = rule.decay_line if rule.weight_decay else (0.0, 0.0)
         self.head = (-1.0 if rule.maximize else 1.0, *line)
+        self._filtered = any(op.loop == "filter" for op in operations)
         self.native: Any = None  # what the native backend compiled it to
+
+    def scalars(self, op: Operation, t: int, lr: float, factor: float) -> tuple[float, ...]:
+        """Return all scalars of an operation: those that the loop around it takes, then its own.
+
+        factor: on the gradient, which a filter has applied where there is one.
+        """
+        sign, base, slope = self.head
+        signed = sign * factor
+        rule = (1.0 if self._filtered else signed, base + slope * lr)
+        return (*{0: (), 1: (signed,), 2: rule}[HEAD[op.loop]], *op.scalars(t, lr))
 
     def mode(self, op: Operation) -> str:
         """How the loop around an operation treats weight decay and the delta."""

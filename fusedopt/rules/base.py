@@ -177,9 +177,15 @@ class Rule:
         """The same, from the states before and after a step."""
         return {}
 
+    @property
+    def ahead(self) -> Rule | None:
+        """The rule whose step, with the velocity for gradient, moves p to where the gradient is
+        wanted; None where that is p itself."""
+        return None
+
     def every_operation(self) -> tuple[Operation, ...]:
-        """Of the step, and of whatever else the rule runs."""
-        return self.operations()
+        """Return the operations of the step, and of whatever else the rule runs."""
+        return (*self.operations(), *(self.ahead.operations() if self.ahead else ()))
 
     def absorb(self, states: tuple[Array, ...], hessian: Array) -> tuple[Array, ...]:
         """The textbook form of what a step does with a Hessian estimate."""

@@ -111,7 +111,7 @@ class Accumulator:
     def add(self, grads: Any) -> int:
         """Adds a micro-batch's gradients; how many there are now."""
         if not self._rows and not self._spec.zero_grads:
-            count = self._plan.step(grads, None, False)
+            count = self._plan.step(grads, None)
             if count is not None:
                 return count
         leaves = self._gradient_reader.flatten(grads, "grads")

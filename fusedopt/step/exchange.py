@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays.stored import AVERAGE
-from ..rules import Nesterov
+from ..arrays.stored import AVERAGE, LeafState
+from ..plan.spec import fresh
 from ..system.interrupts import deferred
 from .assembly import Assembly
 
@@ -63,17 +63,15 @@ def exchange(assembly: Assembly, name: str, leaves: Sequence[int]) -> Iterator[N
 @contextmanager
 def lookahead(assembly: Assembly) -> Iterator[None]:
     """Move parameters to where their rules want the gradient: see `Optimizer.lookahead`."""
-    moving = [
-        k
-        for k, rule in enumerate(assembly.rules)
-        if isinstance(rule, Nesterov) and rule.form == "lookahead"
-    ]
-    if not moving:
+    rules = {k: rule.ahead for k, rule in enumerate(assembly.rules) if rule.ahead is not None}
+    if not rules:
         raise ValueError("lookahead(): no leaf is updated by Nesterov(form='lookahead')")
-    with exchange(assembly, "lookahead", moving):
-        for k in moving:
-            velocity = assembly.leaf_states[k].states["v"].values
-            assembly.backend.shift(assembly.rules[k], assembly.parameters[k], velocity)
+    with exchange(assembly, "lookahead", list(rules)):
+        states = [assembly.leaf_states[k] for k in rules]
+        moving = [LeafState(assembly.device.check_state("p", s.caller), {}) for s in states]
+        plan = assembly.backend.plan(fresh(list(rules.values()), moving, 1, 0.0))
+        if plan.step_leaves([s.states["v"].values for s in states], None) is None:
+            raise RuntimeError("the core refused the look-ahead; please report this")
         yield
 
 

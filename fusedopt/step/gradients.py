@@ -45,7 +45,7 @@ class GradientReader:
         """One step; its number."""
         if self._lazy_rows is not None:  # which wants to see the leaves
             return self.explained(grads, hessian)
-        number = self._plan.step(grads, hessian, False)
+        number = self._plan.step(grads, hessian)
         return self.explained(grads, hessian) if number is None else number
 
     def explained(self, grads: Any, hessian: Any) -> int:
@@ -114,7 +114,7 @@ class GradientReader:
         if self._lazy_rows is not None:
             self._lazy_rows.check(grads)
         before = int(self._spec.counters[0])
-        number = self._plan.step(grads, hessian, True)
+        number = self._plan.step_leaves(grads, hessian)
         if number is None:
             raise RuntimeError(
                 "the core refused arrays that passed the checks; if a parameter was resized, call"

@@ -112,7 +112,7 @@ class LazyRows:
                 spec.counters[k + 1] = step - 1
                 spec.rates[spec.group_of[k]] = rate
                 grads[k] = UniqueRows(behind, np.zeros(behind.size, np.int64), nothing)
-                if self._plan.step(grads, grads if refreshed else None, True) is None:
+                if self._plan.step_leaves(grads, grads if refreshed else None) is None:
                     raise RuntimeError("the core refused a replay; please report this")
                 table.current[behind] = step
         finally:

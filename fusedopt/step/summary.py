@@ -17,7 +17,7 @@ def describe(assembly: Assembly) -> str:
     parameters, rules, leaf_states = assembly.parameters, assembly.rules, assembly.leaf_states
     lines = table(assembly.storage, assembly.paths, parameters, rules, leaf_states)
     backend, s = assembly.backend, assembly.state_file
-    if backend.name != "reference":
+    if not backend.textbook:
         notes = (rule.note(p.shape) for p, rule in zip(parameters, rules, strict=True))
         lines += dict.fromkeys(filter(None, notes))
     held = sum(p.nbytes for p in parameters)

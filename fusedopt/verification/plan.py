@@ -41,12 +41,10 @@ class VerifiedPlan(ExclusiveUse):
         copied = (a for leaf_state in self._copies.leaves for a in leaf_state.written)
         self.work_bytes = self._plan.work_bytes + sum(a.nbytes for a in copied)
 
-    def step(self, grads: Any, hessian: Any, flat: bool) -> int | None:
-        if not flat:  # the gradients are needed leaf by leaf
-            return None
+    def step_leaves(self, grads: Sequence[Any], hessian: Sequence[Any] | None) -> int | None:
         self._check_masters()
         self.accept()
-        number = self._plan.step(grads, hessian, True)
+        number = self._plan.step_leaves(grads, hessian)
         try:
             self._check_norms(grads)
             if number == self._spec.counters[0]:  # skipped

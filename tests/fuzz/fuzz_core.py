@@ -99,8 +99,7 @@ def bare_step(choose: Choose, twin: Twin) -> None:
         tree = twin.recipe.nest(grads) if choose([False, True]) else any_tree(choose, grads)
     hessian = choose([None, tree])
     fingerprint, before = twin.opt.fingerprint(), [contents(g) for g in grads]
-    arguments = (tree, hessian, True) if flat else (tree, hessian)
-    if refused(lambda: (plan.step if flat else plan.step_alone)(*arguments)):
+    if refused(lambda: (plan.step_leaves if flat else plan.step_alone)(tree, hessian)):
         assert twin.opt.fingerprint() == fingerprint, "a step that was refused changed something"
         assert [contents(g) for g in grads] == before, "gradients were written"
 

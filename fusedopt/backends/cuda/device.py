@@ -27,15 +27,17 @@ __all__ = [
     "allocate",
     "blank",
     "check_apart",
-    "check_input",
     "check_options",
     "check_parameter",
     "check_rule",
     "check_state",
+    "check_summed",
     "check_target",
     "same",
     "unique_rows",
 ]
+
+check_summed = check_input
 
 LINE = 256
 """Bytes: new arrays begin on a multiple of it."""

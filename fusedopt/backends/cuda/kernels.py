@@ -21,9 +21,9 @@ import numpy as np
 from ...arrays.formats import FLOAT64, TILE, Format
 from ...jit import scalar_codecs as bits
 from ...jit.block_codecs import BLOCKS, element_functions
-from ...jit.tiles import MODES, normal_or_zero_of
+from ...jit.tiles import normal_or_zero_of
 from ...programs.elements import ELEMENTS, OF_STATES, Element
-from ...programs.program import HEAD, Operation, Program
+from ...programs.program import HEAD, Operation, Program, loop_lines
 from .toolkit import MAX_REGISTERS, MORE_REGISTERS, Kernel
 from .vectors import VECTOR_BYTES, loader, storer, word_loader
 
@@ -204,20 +204,19 @@ def _element_lines(step: Step, k: int) -> list[str]:
     if step.loop in ("filter", "other"):
         value = f"element{k}({', '.join([*operands, *scalars])})"
         return [f"{operands[0]} = " + (f"normal({value})" if step.state else value)]
-    gradient, before, after = MODES[step.mode]
     p, g, *states = operands
-    if step.loop == "peek":
-        after = f"{states.pop()} = delta"
+    target = states.pop() if step.loop == "peek" else p
+    gradient, before, after = loop_lines(step.mode, target, scalars[1])
     new = [f"x_{name}" for name in step.written[1:]] if step.loop == "rule" else []
     lines = [
         f"w = {p}",
         f"gradient = {scalars[0]} * {g}",
-        gradient.replace("decay", scalars[1]),
-        before.replace("decay", scalars[1]),
+        gradient,
+        before,
         f"result = element{k}({', '.join(['w', 'gradient', *states, *scalars[head:]])})",
         "delta = result[0]" if states else "delta = result",
         *(f"{name} = normal(result[{j}])" for j, name in enumerate(new, 1)),
-        after.replace("p[i]", p).replace("decay", scalars[1]),
+        after,
     ]
     return [line for line in lines if line]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
@@ -19,7 +19,7 @@ from ...arrays.stored import ArraySpec
 from ...arrays.trees import Fixed, opened
 from ...plan.interface import ExclusiveUse
 from ...plan.spec import PlanSpec
-from ...programs.program import HEAD, Program
+from ...programs.program import Operation, Program
 from ...system.interrupts import deferred
 from .arrays import DeviceArray, Producer
 from .buffers import Memory, on_device, synchronize, wait_for
@@ -55,11 +55,11 @@ class Bound:
 
 
 class Queued(NamedTuple):
-    """A launch, the scalars of its operations (how many come before an operation's own, and what
-    computes these), the group of its leaves, and one of them, whose step count all have."""
+    """A launch, its operations, the group of its leaves, and one of them, whose step count all
+    have."""
 
     launch: Launch | SumLaunch
-    scalars: Sequence[tuple[int, Callable[[int, float], Sequence[float]]]]
+    operations: Sequence[Operation]
     group: int
     leaf: int
 
@@ -148,7 +148,6 @@ class CudaPlan(ExclusiveUse):
     def __init__(self, spec: PlanSpec, programs: Sequence[Program]) -> None:
         super().__init__()
         self._spec, self._programs = spec, programs
-        self._filtered = [any(op.loop == "filter" for op in p.operations) for p in programs]
         self._parameters: list[Any] = [memory.caller for memory in spec.leaves]
         self._first = self._parameters[0]
         self._dtypes = [compute_dtype(m.parameter.format.dtype) for m in spec.leaves]
@@ -189,19 +188,24 @@ class CudaPlan(ExclusiveUse):
         with deferred():
             self.take()
             try:
-                return self.step(grads, hessian, False)
+                return self.step(grads, hessian)
             finally:
                 self.give()
 
-    def step(self, grads: Any, hessian: Any, flat: bool) -> int | None:
+    def step(self, grads: Any, hessian: Any) -> int | None:
+        """Take a step with the arrays of the step before; None where these are others."""
         with on_device(self._first.device):
             self._look(idle=False)
-            if flat:
-                self._bind(grads, hessian)
-            elif not self._known(grads, hessian):
+            if not self._known(grads, hessian):
                 return None
-            elif hessian is None and isinstance(grads, Fixed):
+            if hessian is None and isinstance(grads, Fixed):
                 self._fixed = weakref.ref(grads)
+            return self._run()
+
+    def step_leaves(self, grads: Sequence[Any], hessian: Sequence[Any] | None) -> int | None:
+        with on_device(self._first.device):
+            self._look(idle=False)
+            self._bind(grads, hessian)
             return self._run()
 
     def synchronize(self) -> None:
@@ -296,8 +300,7 @@ class CudaPlan(ExclusiveUse):
             for k in members:
                 rows += self._rows(k, variant, grads[k], estimates[k])
             launch = Launch(variant, rows, self._first.device, stream)
-            scalars = [(HEAD[op.loop], op.scalars) for op in operations]
-            made.append(Queued(launch, scalars, group, members[0]))
+            made.append(Queued(launch, operations, group, members[0]))
         return made
 
     def _sums(
@@ -324,8 +327,7 @@ class CudaPlan(ExclusiveUse):
             leaves[k] = grads[k], [places[name] for name, _ in variant.arrays]
         columns = [3 + program.sums.index(name) for name in names]
         launch = SumLaunch(variant, leaves, columns, self._first.device, stream)
-        scalars = [(HEAD[op.loop], op.scalars) for op in operations]
-        return [Queued(launch, scalars, group, members[0])]
+        return [Queued(launch, operations, group, members[0])]
 
     def _variant(self, k: int, phase: int, g: Any, estimate: Any) -> Variant:
         program, memory = self._programs[self._spec.group_of[k]], self._spec.leaves[k]
@@ -422,21 +424,12 @@ class CudaPlan(ExclusiveUse):
 
     def _launch(self, launches: Sequence[Queued], stream: int) -> None:
         spec, clipper = self._spec, self._clipper
-        for launch, scalars, group, leaf in launches:
-            lr, factor = float(spec.rates[group]), float(spec.factors[group])
-            sign, base, slope = self._programs[group].head
-            # With a guard the kernel puts the factor, which it alone knows, on this sign.
-            factor = sign if clipper else sign * factor
-            heads: Any = (
-                (),
-                (factor,),
-                (1.0 if self._filtered[group] else factor, base + slope * lr),
-            )
+        for launch, operations, group, leaf in launches:
+            lr, program = float(spec.rates[group]), self._programs[group]
+            # A clipper's kernel applies the factor, which it alone knows.
+            factor = 1.0 if clipper else float(spec.factors[group])
             t = int(spec.counters[leaf + 1]) + 1
-            values: list[float] = []
-            for head, own in scalars:
-                values += heads[head]
-                values += own(t, lr)
+            values = [x for op in operations for x in program.scalars(op, t, lr, factor)]
             more = [clipper.factor(group, launch.dtype)] if clipper else []
             launch.run(values, stream, *more, *[t - 1] * launch.random)
 
