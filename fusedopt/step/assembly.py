@@ -196,6 +196,8 @@ class Assembly:
             self.tree, gradient_checks, self.device.unique_rows, spec, plan, self.lazy_rows
         )
         self.info_builder = StepInfoBuilder(self.tree, spec, self.clipper)
+        self._one_phase = all(group.rule.program.phases == 1 for group in self.current)
+        self._formulas: list[Any] | None = None  # of which the plan has been told
         self.settle_rates()
 
     def settle_rates(self) -> None:
@@ -222,13 +224,16 @@ class Assembly:
 
     def _whole_step(self, formulas: list[Any]) -> Any:
         options, plan = self.options, self.plan
-        phases = max(group.rule.program.phases for group in self.current)
-        if phases > 1 or options.exact or options.verify or self.state_file or self._shared_out:
+        if options.exact or options.verify or self.state_file or self._shared_out:
             return None
-        if self._scheduled:  # programs change from step to step
+        if (
+            self._scheduled or not self._one_phase
+        ):  # programs change, or Python has its part in them
             return None
         if hasattr(plan, "settle"):
-            plan.settle(self._policy(formulas))
+            if formulas != self._formulas:
+                plan.settle(self._policy(formulas))
+                self._formulas = formulas
             return plan.whole_step
         simple = not (self.decides or options.stats or self.rates.scheduled)
         return self._simple_step if simple and hasattr(plan, "step_alone") else None
