@@ -32,11 +32,11 @@ def base_of(a: Array) -> None:
 
 
 def as_integers(a: Array) -> None:
-    a.dtype = np.dtype(f"i{a.itemsize}")
+    a.dtype = np.dtype(f"i{a.itemsize}")  # type: ignore[misc]
 
 
 def as_float16(a: Array) -> None:
-    a.dtype = np.dtype(np.float16 if a.itemsize == 2 else np.float64)
+    a.dtype = np.dtype(np.float16 if a.itemsize == 2 else np.float64)  # type: ignore[misc]
 
 
 def flat(a: Array) -> None:
@@ -146,7 +146,7 @@ def test_what_a_comparison_of_keys_does(what: str, options: dict[str, Any], back
         if what == "dtype":
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)
-                p.dtype = np.dtype(np.int32)
+                p.dtype = np.dtype(np.int32)  # type: ignore[misc,assignment]
         else:
             resize(p if what == "parameter" else g)
         others.extend(np.full(N, 7, np.float32) for _ in range(8))
