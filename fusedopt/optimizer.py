@@ -266,7 +266,11 @@ class Optimizer:
 
     @lr.setter
     def lr(self, lr: RateChoice) -> None:
-        self._adopt(with_rates(self._assembly.groups, lr))
+        groups = self._assembly.groups
+        if len(groups) == 1 and self._assembly.set_rates([lr]):
+            self._show_rules([group.rule for group in self._assembly.groups])
+        else:
+            self._adopt(with_rates(groups, lr))
 
     @property
     def groups(self) -> dict[str, ParameterGroup]:
@@ -303,6 +307,9 @@ class Optimizer:
 
     def _adopt(self, rules: Sequence[Rule]) -> None:
         self._assembly.adopt(rules)
+        self._show_rules(rules)
+
+    def _show_rules(self, rules: Sequence[Rule]) -> None:
         if isinstance(self.rule, Rule):
             self.rule = rules[0]
         elif isinstance(self.rule, Mapping):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -186,8 +187,10 @@ class Assembly:
         self.settle_rates()
 
     def settle_rates(self) -> None:
-        """Take what a step needs to know of the rules' learning rates."""
+        """Take what a step needs to know of the rules' learning rates and schedules."""
         self.rates.settle(self.groups)
+        numbers = any(group.rule.scheduled for group in self.groups)
+        self._scheduled = numbers or callable(self._extras.ema)  # but for learning rates
         formulas = [formula_of(group.rule.lr) for group in self.groups]
         known = all(
             formula is not None or not callable(group.rule.lr)
@@ -212,12 +215,10 @@ class Assembly:
         phases = max(group.rule.program.phases for group in self.current)
         if phases > 1 or options.exact or options.verify or self.state_file or self._shared_out:
             return None
-        if self._scheduled:  # programs change from step to step
-            return None
         if hasattr(plan, "settle"):
             plan.settle(self._policy(formulas))
-            return plan.whole_step
-        simple = not (self.decides or options.stats or self.rates.scheduled)
+            return self._scheduled_step if self._scheduled else plan.whole_step
+        simple = not (self.decides or options.stats or self.rates.scheduled or self._scheduled)
         return self._simple_step if simple and hasattr(plan, "step_alone") else None
 
     def _policy(self, formulas: list[Any]) -> Policy:
@@ -237,15 +238,22 @@ class Assembly:
             stats=list(self.info_builder.alike.items()) if options.stats else [],
         )
 
+    def _scheduled_step(self, grads: Any, hessian: Any, scale: Any, ask: Any) -> StepInfo | None:
+        """Take a whole step after the plan was given the values of its schedules."""
+        with self.exclusively("step", settled=False):
+            self._follow_schedules()
+        info: StepInfo | None = self.plan.whole_step(grads, hessian, scale, ask)
+        return info
+
+    def _follow_schedules(self) -> None:
+        if self._scheduled:
+            step = self._upcoming
+            self._use(at_step(self.groups, step), self._extras.at(step))
+
     def _simple_step(self, grads: Any, hessian: Any, grad_scale: Any, ask: Any) -> StepInfo | None:
         """Take a step that a plan makes by itself but does not tell of."""
         number = None if grad_scale != 1.0 else self.plan.step_alone(grads, hessian)
         return None if number is None else StepInfo(number, self.rates.used())
-
-    @property
-    def _scheduled(self) -> bool:
-        """Whether anything but learning rates has a schedule."""
-        return callable(self._extras.ema) or any(group.rule.scheduled for group in self.groups)
 
     def adopt(self, rules: Sequence[Rule]) -> None:
         """Put rules in the place of the groups' own, all of them or none."""
@@ -260,10 +268,36 @@ class Assembly:
                     self.current = current
                 else:
                     self._use(current, self.extras)
-                self.settle_rates()
+                if not all(map(_same_rate, old, self.groups)):
+                    self.settle_rates()
             except BaseException:
                 self.groups, self.current = old, before
                 raise
+
+    def set_rates(self, rates: Sequence[Any]) -> bool:
+        """Take numbers as the groups' learning rates; False, and nothing is done, where that is for
+        `adopt`."""
+        if self.exchanged or self.options.exact or self.state_file or self._scheduled:
+            return False
+        old, rates_before = self.groups, self.rates.values.tolist()
+        groups = []
+        for group, lr in zip(old, rates, strict=True):
+            number = type(lr) is float and 0.0 <= lr < math.inf
+            rule = group.rule.with_rate(lr) if number else None
+            if rule is None or self.counters[0] == HALFWAY:
+                return False
+            groups.append(Group(group.label, rule))
+        self.plan.take()
+        try:
+            self.rates.change(groups, rates)
+            self.groups = self.current = groups
+        except BaseException:  # an interrupt: before or after it, not within
+            self.groups = self.current = old
+            self.rates.change(old, rates_before)
+            raise
+        finally:
+            self.plan.give()
+        return True
 
     @property
     def _upcoming(self) -> int:
@@ -363,9 +397,7 @@ class Assembly:
     def _one_step(self, what: str, grad_scale: float, lr: StepRate | None = None) -> Iterator[None]:
         scale = check_grad_scale(grad_scale, self.narrowest)
         with self.exclusively(what, settled=False):
-            if self._scheduled:
-                step = self._upcoming
-                self._use(at_step(self.groups, step), self._extras.at(step))
+            self._follow_schedules()
             self.clipper.begin(scale)
             try:
                 self.rates.begin(self._upcoming, lr)
@@ -480,6 +512,11 @@ class Assembly:
     def checked_arrays(self, tree: Tree) -> Arrays:
         """Return a tree's parameters, and the copies of them, checked."""
         return checked_arrays(self.device, tree, self.rules, self.options.copy_out)
+
+
+def _same_rate(a: Group, b: Group) -> bool:
+    """Whether groups have the same learning rate, and schedules of the same other numbers."""
+    return a.rule.lr is b.rule.lr and a.rule.scheduled == b.rule.scheduled
 
 
 def _state_file(
