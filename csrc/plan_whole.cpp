@@ -1,9 +1,13 @@
 // A whole step in one call: learning rates, norms, clipping, the update, and what it tells.
+#include <pybind11/stl.h>
+
 #include <algorithm>
 #include <cmath>
 #include <memory>
 
+#include "floating_point.hpp"
 #include "plan.hpp"
+#include "unlocked.hpp"
 
 namespace fusedopt {
 
@@ -11,18 +15,20 @@ void Plan::settle(const py::object& policy) { policy_ = std::make_unique<Policy>
 
 py::object Plan::whole_step(const py::object& gradients, const py::object& hessian,
                             const py::object& grad_scale, const py::object& ask) {
+  const DefaultControl control;
   const Use use(*this);
   const double factor = policy_ ? policy_->factor(grad_scale.ptr()) : 0.0;
-  if (factor == 0.0 || !read(gradients, hessian, false) || !find_rates(ask)) return py::none();
+  if (factor == 0.0 || !collect(gradients, hessian, false) || !find_rates(ask)) return py::none();
   const Policy& policy = *policy_;
   std::fill_n(factor_, programs_.size(), factor);
   Found found;
   found.scales.assign(policy.limits.size(), 1.0);
   if (policy.measures) {
+    if (!read(false)) return py::none();
     measure_gradients();
     decide(factor, found);
   }
-  if (!found.skipped) update();
+  if (!found.skipped && !update(false)) return py::none();
   const std::vector<double> rates(rate_, rate_ + programs_.size());
   py::object stats = py::none();
   if (!policy.stats.empty() && !found.skipped) {
@@ -36,7 +42,7 @@ py::object Plan::whole_step(const py::object& gradients, const py::object& hessi
 bool Plan::find_rates(const py::object& ask) {
   const std::int64_t step = counts_[0] + 1;
   if (!ask.is_none()) {
-    ask(step);
+    called(ask, py::make_tuple(step));
     return true;
   }
   for (std::size_t k = 0; k < programs_.size(); ++k) {
@@ -70,7 +76,7 @@ void Plan::decide(double factor, Found& found) {
     found.skipped = policy.skips;
     if (policy.skips) return;
     if (policy.clips) {
-      const py::object error = policy.refusal(found.bad);
+      const py::object error = called(policy.refusal, py::make_tuple(found.bad));
       PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
       throw py::error_already_set();
     }

@@ -7,6 +7,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
+from .arrays import host
 from .arrays.device_interface import on_device
 from .arrays.formats import compute_dtype
 from .arrays.stored import Stored
@@ -16,7 +17,7 @@ from .plan.spec import single
 from .rules import Rule
 from .rules.hyperparameters import Number
 from .step.clipping import combined
-from .system.interrupts import deferred
+from .system.interrupts import directly, uninterrupted
 
 
 def update(
@@ -63,9 +64,9 @@ def update(
     if alone is not None and alone(rule, step, lr, tuple(a.spec for a in arrays), g, hessian):
         return
     plan = backend.plan(single(rule, step, lr, arrays))
-    with deferred():
-        number = plan.step_leaves([g], None if hessian is None else [hessian])
-    if number is None:
+    as_a_whole = uninterrupted if backend.device is host else directly
+    estimates = None if hessian is None else [hessian]
+    if as_a_whole(lambda: plan.step_leaves([g], estimates)) is None:
         raise RuntimeError("the core refused arrays that passed the checks; please report this")
 
 

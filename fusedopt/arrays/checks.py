@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal, Protocol
@@ -114,6 +115,20 @@ def check_apart(labels: Sequence[str], arrays: Sequence[np.ndarray]) -> None:
                 f"{labels[b]}: shares memory with {labels[a]}, so that one update would disturb the"
                 " other; pass each array once, or a copy"
             )
+
+
+def apart(sources: Sequence[Any], targets: Sequence[Any]) -> list[Any]:
+    """Return the sources, with a copy of each array that shares memory with a target."""
+    spans = sorted(_range(a) for a in targets if isinstance(a, np.ndarray) and a.size)
+    kept = []
+    for a in sources:
+        if not isinstance(a, np.ndarray):
+            kept.append(a)
+            continue
+        low, high = np.lib.array_utils.byte_bounds(a)
+        last = bisect_left(spans, (high,)) - 1  # they share no memory among themselves
+        kept.append(a.copy() if a.size and last >= 0 and spans[last][1] > low else a)
+    return kept
 
 
 def _range(dense: np.ndarray) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from ..system.extension import core, reason
 from .matrices import Matrices
 
 
-def _compile(program: Program) -> Any:
+def compiled(program: Program) -> Any:
     """The program in the core's terms, made once for each rule object."""
     if program.native is None:
         names = (*INPUTS, *program.arrays, *program.temporaries, *program.sums)
@@ -103,7 +103,7 @@ class NativeBackend:
         program = rule.program
         if program.phases > 1:  # what it refuses, only Python knows
             return False
-        native = program.native or _compile(program)
+        native = program.native or compiled(program)
         return core.update(native, program.folds, t, lr, g, hessian, arrays)
 
     def sums_of_squares(self, arrays: Sequence[Any]) -> Sequence[tuple[float, float]] | None:
@@ -119,7 +119,8 @@ class PlanDescription(NamedTuple):
     parameter is written besides. keys: of each leaf the keys of its arrays' random bits. groups: of
     each leaf the place of its group. batches: of each leaf -1, or the number of the batch of
     matrices whose products come between its phases. programs, folds: of each group its program, and
-    the functions from (t, lr) to its operations' scalars. beside: what else a step writes.
+    the functions from (t, lr) to its operations' scalars. beside: dense, what else no
+    gradient may overlap. watched: the caller's own arrays, and those whose memory they use.
     before(leaves), or None: called before anything is written. between(batch, phase, leaves):
     called after each phase but the last. threads: the most that a step may use; 0: all.
     The rest is as in `PlanSpec`.
@@ -138,6 +139,7 @@ class PlanDescription(NamedTuple):
     counters: np.ndarray
     results: np.ndarray
     beside: list[np.ndarray]
+    watched: list[np.ndarray]
     before: Callable[[Sequence[int]], None] | None
     between: Callable[[int, int, Sequence[int]], None]
     decide: Callable[[], bool] | None
@@ -159,13 +161,17 @@ def _described(spec: PlanSpec, programs: Sequence[Program], matrices: Matrices) 
         keys=[[*keys, *[RandomKey()] * len(work.get(k, ()))] for k, keys in enumerate(spec.keys)],
         groups=list(spec.group_of),
         batches=[matrices.batches.get(k, -1) for k in range(len(leaves))],
-        programs=[_compile(program) for program in programs],
+        programs=[compiled(program) for program in programs],
         folds=[program.folds for program in programs],
         rates=spec.rates,
         factors=spec.factors,
         counters=spec.counters,
         results=spec.results,
-        beside=[side.data for leaf_state in leaves for side in leaf_state.sides.values()],
+        beside=[
+            *(side.data for leaf_state in leaves for side in leaf_state.sides.values()),
+            *spec.beside,
+        ],
+        watched=spec.watch.arrays if spec.watch is not None else [],
         before=matrices.before if matrices.sided else None,
         between=matrices.between,
         decide=spec.decide,
@@ -187,7 +193,7 @@ class NativePlan:
         # to this plan.
         plan = core.Plan(_described(spec, programs, matrices))
         self._reprogram = plan.reprogram
-        self.take, self.give = plan.take, plan.give
+        self.take, self.give, self.held = plan.take, plan.give, plan.held
         self.whole_step, self.settle, self._step = plan.whole_step, plan.settle, plan.step
 
     def step(self, grads: Any, hessian: Any) -> int | None:
@@ -209,4 +215,4 @@ class NativePlan:
         folds = [program.folds for program in programs]
         if not self._matrices.adopt(groups):
             return False
-        return bool(self._reprogram([_compile(program) for program in programs], folds))
+        return bool(self._reprogram([compiled(program) for program in programs], folds))

@@ -126,6 +126,7 @@ class ReferencePlan(ExclusiveUse):
             )
         for k in active:
             self._sum(k, grads[k], new[k][0])
+        spec.check_unmoved()
         for k in active:
             rows = grads[k].rows if isinstance(grads[k], UniqueRows) else None
             for stored, encoded in new[k][1]:

@@ -228,9 +228,13 @@ class SharedState:
             problems = list(self._snapshot._problems(saved, strict, parameters))
             if problems:
                 raise ValueError(f"{what} does not fit: " + "; ".join(problems))
-        with self._ranks.together(changing=True), self._local.loading("load"):
+
+        def restored() -> None:
             seed = self._snapshot.restore(saved, strict=strict, what=what, parameters=parameters)
             self._local.go_on(seed)
+
+        with self._ranks.together(changing=True):
+            self._local.loaded("load", restored)
 
 
 def _is_flat(name: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -87,14 +86,20 @@ class Plan(Protocol):
 
     work_bytes: int
 
-    def take(self) -> None:
-        """Keeps everything else from using the plan until `give`; RuntimeError where it is in use.
+    def take(self, token: object) -> None:
+        """Keep everything else from using the plan until `give`; RuntimeError if it is in use.
 
         One that was replaced is never given back, and so refused to a thread that still has it.
         """
 
-    def give(self) -> None:
-        """Ends what `take` began."""
+    def give(self, token: object) -> None:
+        """End what `take` of the same token began; do nothing if it had not, or if it is over.
+
+        Whoever may have been interrupted anywhere can so give once more, to be sure.
+        """
+
+    def held(self, token: object) -> bool:
+        """Whether this token has the plan."""
 
     def synchronize(self) -> None:
         """Waits until all steps are done; FloatingPointError where one found no finite norm."""
@@ -123,16 +128,22 @@ class ExclusiveUse:
     """The part of a plan that keeps others from using it."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._holder: list[object] = []  # the first has it; to append and to remove is one step
 
-    def take(self) -> None:
-        if not self._lock.acquire(blocking=False):
+    def take(self, token: object) -> None:
+        self._holder.append(token)
+        if self._holder[0] is not token:
+            self.give(token)
             raise RuntimeError(
                 "this optimizer is in use in another thread: give each thread its own optimizer"
             )
 
-    def give(self) -> None:
-        self._lock.release()
+    def give(self, token: object) -> None:
+        if token in self._holder:
+            self._holder.remove(token)
+
+    def held(self, token: object) -> bool:
+        return self._holder[:1] == [token]
 
     def synchronize(self) -> None:
         """Steps on the host are done when they return."""

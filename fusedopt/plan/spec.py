@@ -11,6 +11,7 @@ import numpy as np
 from ..arrays.formats import RandomKey
 from ..arrays.state_file import StateFile
 from ..arrays.stored import LeafState, Stored
+from ..arrays.watch import Watch
 from ..programs.program import Program
 from ..rules.base import Rule
 from ..rules.groups import Group
@@ -35,7 +36,9 @@ class PlanSpec:
     set the factors; without it they are not computed. zero_grads: gradients are set to zero.
     threads: the most to use, or None. wait: whether a step may wait for what `decide` needs;
     otherwise see `backends.cuda.clipping`. state_file: the file that states are in, of which a step
-    is to have a window in memory at a time; None where they are in memory.
+    is to have a window in memory at a time; None where they are in memory. watch: of the caller's
+    arrays, to be asked before anything is written. beside: dense arrays that no gradient may
+    overlap and that the plan itself does not write.
     """
 
     tree: Any
@@ -53,6 +56,13 @@ class PlanSpec:
     threads: int | None = None
     wait: bool = True
     state_file: StateFile | None = None
+    watch: Watch | None = None
+    beside: Sequence[np.ndarray] = ()
+
+    def check_unmoved(self) -> None:
+        """ValueError where an array of the caller's is not what it was."""
+        if self.watch is not None:
+            self.watch.check()
 
 
 def results_for(programs: Sequence[Program], leaves: int) -> np.ndarray:

@@ -7,7 +7,7 @@ import math
 import numbers
 import typing
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Annotated, Any, Literal
 
 from ..linalg.coefficients import Row
@@ -76,12 +76,15 @@ class Quintics:
         return a, b, c
 
 
+NONNEGATIVE = Number()
+
+
 @dataclass(frozen=True)
 class Rate:
     """A learning rate: a number, or a schedule."""
 
     def accept(self, where: str, value: Any) -> float | Schedule:
-        return value if callable(value) else Number().accept(where, value)
+        return value if callable(value) else NONNEGATIVE.accept(where, value)
 
 
 Amount = Annotated[float, Number()]
@@ -104,13 +107,34 @@ def check_fields(value: Any, scheduled: Collection[str] = ()) -> None:
     scheduled: names of those whose values are found, and checked, step by step. TypeError or
     ValueError where one does not fit.
     """
-    kinds = _kinds(type(value))  # type: ignore[arg-type]  # typeshed: a class is no Hashable
-    for field in fields(value):
+    for name, where, kind, default in _checks(type(value)):  # type: ignore[arg-type]
+        given = getattr(value, name)
+        if given is not default:
+            check = _check_scheduled if name in scheduled else check_field
+            object.__setattr__(value, name, check(where, kind, given))
+
+
+@functools.cache
+def _checks(cls: Any) -> list[tuple[str, str, Any, Any]]:
+    """Return each field's name, how messages call it, its kind, and a default that needs no check.
+
+    A rule is made whenever a learning rate is set: three quarters of that were checks of defaults.
+    """
+    found = []
+    for field in fields(cls):
         if field.init:
-            where = f"{type(value).__name__}({field.name})"
-            check = _check_scheduled if field.name in scheduled else check_field
-            checked = check(where, kinds[field.name], getattr(value, field.name))
-            object.__setattr__(value, field.name, checked)
+            where, kind = f"{cls.__name__}({field.name})", _kinds(cls)[field.name]
+            kept = field.default if _is_checked(where, kind, field.default) else MISSING
+            found.append((field.name, where, kind, kept))
+    return found
+
+
+def _is_checked(where: str, kind: Any, default: Any) -> bool:
+    """Whether a default is what a check would make of it."""
+    try:
+        return repr(check_field(where, kind, default)) == repr(default)
+    except (TypeError, ValueError):  # a field without one, or of a rule of one's own
+        return False
 
 
 def _check_scheduled(where: str, annotation: Any, value: Any) -> Any:
@@ -139,7 +163,12 @@ def field_names(cls: Any) -> tuple[str, ...]:
 
 def number_names(cls: Any) -> tuple[str, ...]:
     """Return the names of a rule's hyperparameters that are numbers, or tuples of them."""
-    kinds = _kinds(cls)  # type: ignore[arg-type,unused-ignore]
+    return _number_names(cls)  # type: ignore[arg-type,unused-ignore]
+
+
+@functools.cache
+def _number_names(cls: Any) -> tuple[str, ...]:
+    kinds = _kinds(cls)
     return tuple(field.name for field in fields(cls) if _is_number(kinds[field.name]))
 
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from ..arrays import host
 from ..arrays.checks import memory_order
-from ..arrays.foreign import Watch
 from ..arrays.formats import RandomKey, compute_dtype
 from ..arrays.storage import synchronize
 from ..arrays.trees import Leaf, Tree
+from ..arrays.watch import Watch
 from ..backends import get_backend
 from ..plan.extras import Extras
 from ..plan.interface import Policy
@@ -24,7 +26,7 @@ from ..plan.spec import PlanSpec, results_for
 from ..rules import Rule
 from ..rules.groups import Group, RuleChoice, assign, at_step, check_successor
 from ..schedules import formula_of
-from ..system.interrupts import deferred
+from ..system.interrupts import directly, uninterrupted
 from ..verification.plan import VerifiedPlan
 from .accumulate import ACCUMULATED, Accumulator
 from .checkpoint import HALFWAY, Snapshot
@@ -36,6 +38,8 @@ from .rates import Rates, StepRate
 
 if TYPE_CHECKING:
     from ..arrays.state_file import StateFile
+
+T = TypeVar("T")
 
 Arrays = tuple[list[np.ndarray], list[np.ndarray | None]]
 
@@ -77,6 +81,7 @@ class Assembly:
         self.counters = np.zeros(1 + len(leaves), np.int64)
         parameters, copies = self.checked_arrays(self.tree)
         labels, dtypes = [leaf.label for leaf in leaves], [p.dtype for p in parameters]
+        self._layouts = [(p.shape, p.dtype.name, memory_order(p)) for p in parameters]
         self.storage.check(labels, dtypes, self.rules)
         wide = any(dtype == np.float64 for dtype in dtypes)
         self.narrowest = min(map(compute_dtype, dtypes), key=lambda d: d.itemsize)
@@ -100,6 +105,7 @@ class Assembly:
         self.exchanged = ""
         self.sums: Accumulator | None = None
         self.lazy_rows: LazyRows | None = None
+        self._token = object()
         with _state_file(state_path) as self.state_file:
             block = (self.state_file.reserve,) if self.state_file else ()
             self.leaf_states = self.device.allocate(
@@ -110,7 +116,7 @@ class Assembly:
                 saved = zip(self.paths, self.leaf_states, strict=True)
                 self.state_file.note({path: held.saved for path, held in saved})
                 self.state_file.release()
-        self.plan.give()
+        self.plan.give(self._token)
 
     @property
     def paths(self) -> list[str]:
@@ -145,7 +151,12 @@ class Assembly:
     def prepare(self, parameters: Sequence[np.ndarray]) -> None:
         """Make the plan anew, for these arrays and the states and rules that there are."""
         self.parameters = parameters
-        self.watch = Watch(self.tree.leaves) or None
+        watched = self.tree.leaves
+        if self.options.copy_out is not None:
+            copies = self.tree.flatten(self.options.copy_out, "copy_out")
+            pairs = zip(self.tree.leaves, copies, strict=True)
+            watched = [*watched, *(Leaf(leaf.path, _label(leaf), a) for leaf, a in pairs)]
+        self.watch = Watch(watched)
         gradient_checks = self.device.GradientChecks(
             [leaf.label for leaf in self.tree.leaves],
             parameters,
@@ -168,13 +179,15 @@ class Assembly:
             threads=self.options.threads,
             wait=self.options.wait,
             state_file=self.state_file,
+            watch=self.watch,
         )
         plan: Any
         if self.options.verify:
             plan = VerifiedPlan(self.backend, spec, self.tree.leaves)
         else:
             plan = self.backend.plan(spec)
-        plan.take()  # until all is ready; the old one stays taken, should a thread still have it
+        # Until all is ready; the old one stays taken, should a thread still have it.
+        plan.take(self._token)
         self.plan, self._spec = plan, spec
         if self.lazy_rows is not None:
             self.lazy_rows.moved(spec, plan)
@@ -184,6 +197,8 @@ class Assembly:
             self.tree, gradient_checks, self.device.unique_rows, spec, plan, self.lazy_rows
         )
         self.info_builder = StepInfoBuilder(self.tree, spec, self.clipper)
+        self._one_phase = all(group.rule.program.phases == 1 for group in self.current)
+        self._formulas: list[Any] | None = None  # of which the plan has been told
         self.settle_rates()
 
     def settle_rates(self) -> None:
@@ -212,11 +227,14 @@ class Assembly:
 
     def _whole_step(self, formulas: list[Any]) -> Any:
         options, plan = self.options, self.plan
-        phases = max(group.rule.program.phases for group in self.current)
-        if phases > 1 or options.exact or options.verify or self.state_file or self._shared_out:
+        if options.exact or options.verify or self.state_file or self._shared_out:
+            return None
+        if not self._one_phase:  # Python has its part in them
             return None
         if hasattr(plan, "settle"):
-            plan.settle(self._policy(formulas))
+            if formulas != self._formulas:
+                plan.settle(self._policy(formulas))
+                self._formulas = formulas
             return self._scheduled_step if self._scheduled else plan.whole_step
         simple = not (self.decides or options.stats or self.rates.scheduled or self._scheduled)
         return self._simple_step if simple and hasattr(plan, "step_alone") else None
@@ -240,15 +258,16 @@ class Assembly:
 
     def _scheduled_step(self, grads: Any, hessian: Any, scale: Any, ask: Any) -> StepInfo | None:
         """Take a whole step after the plan was given the values of its schedules."""
-        with self.exclusively("step", settled=False):
-            self._follow_schedules()
+        current, extras = self._values
+        if (current, extras) != (self.current, self.extras):
+            self.whole("step", partial(self._use, current, extras), settled=False)
         info: StepInfo | None = self.plan.whole_step(grads, hessian, scale, ask)
         return info
 
-    def _follow_schedules(self) -> None:
-        if self._scheduled:
-            step = self._upcoming
-            self._use(at_step(self.groups, step), self._extras.at(step))
+    @property
+    def _values(self) -> tuple[list[Group], Extras]:
+        """The groups and what is beside them, with the values of the next step."""
+        return at_step(self.groups, self._upcoming), self._extras.at(self._upcoming)
 
     def _simple_step(self, grads: Any, hessian: Any, grad_scale: Any, ask: Any) -> StepInfo | None:
         """Take a step that a plan makes by itself but does not tell of."""
@@ -257,22 +276,35 @@ class Assembly:
 
     def adopt(self, rules: Sequence[Rule]) -> None:
         """Put rules in the place of the groups' own, all of them or none."""
-        with self.exclusively("hyperparameters", settled=False):
-            self.check_caught_up("hyperparameters")
-            old, before = self.groups, self.current
-            kept = [check_successor(group, rule) for group, rule in zip(old, rules, strict=True)]
-            self.groups = [replace(g, rule=rule) for g, rule in zip(old, rules, strict=True)]
-            try:
-                current = at_step(self.groups, self._upcoming)
-                if all(kept):  # plans take learning rates from elsewhere
-                    self.current = current
-                else:
-                    self._use(current, self.extras)
-                if not all(map(_same_rate, old, self.groups)):
-                    self.settle_rates()
-            except BaseException:
-                self.groups, self.current = old, before
-                raise
+        self.check_caught_up("hyperparameters")
+        old, before = self.groups, self.current
+        kept = [check_successor(group, rule) for group, rule in zip(old, rules, strict=True)]
+        self.groups = [replace(g, rule=rule) for g, rule in zip(old, rules, strict=True)]
+        try:
+            current = at_step(self.groups, self._upcoming)
+            if all(kept):  # plans take learning rates from elsewhere
+                self.current = current
+            else:
+                self._use(current, self.extras)
+            if not all(map(_same_rate, old, self.groups)):
+                self.settle_rates()
+        except BaseException:
+            self.groups, self.current = old, before
+            raise
+
+    def sync(self) -> None:
+        """Take the masters anew from the parameters: see `Optimizer.sync`."""
+        self.check_caught_up("sync")
+        for leaf_state in self.leaf_states:
+            synchronize(leaf_state)
+        if self.options.verify:
+            self.plan.accept()
+
+    def catch_up(self, rows: Mapping[str, np.ndarray] | None) -> None:
+        """Replay what rows have missed: see `Optimizer.catch_up`."""
+        assert self.lazy_rows is not None
+        self.clipper.begin(1.0)
+        self.lazy_rows.catch_up(rows)
 
     def set_rates(self, rates: Sequence[Any]) -> bool:
         """Take numbers as the groups' learning rates; False, and nothing is done, where that is for
@@ -287,7 +319,8 @@ class Assembly:
             if rule is None or self.counters[0] == HALFWAY:
                 return False
             groups.append(Group(group.label, rule))
-        self.plan.take()
+        token = object()
+        self.plan.take(token)
         try:
             self.rates.change(groups, rates)
             self.groups = self.current = groups
@@ -296,7 +329,7 @@ class Assembly:
             self.rates.change(old, rates_before)
             raise
         finally:
-            self.plan.give()
+            self.plan.give(token)
         return True
 
     @property
@@ -327,32 +360,40 @@ class Assembly:
         """Take new arrays in place of the old ones: see `Optimizer.rebind`."""
         tree = Tree(params)
         self.tree.flatten(params, "params")
-        for leaf, old, rule in zip(tree.leaves, self.parameters, self.rules, strict=True):
+        for leaf, expected, rule in zip(tree.leaves, self._layouts, self.rules, strict=True):
             p = self.device.check_parameter(leaf.label, leaf.value, rule)
-            expected, got = ((a.shape, a.dtype.name, memory_order(a)) for a in (old, p))
+            got = p.shape, p.dtype.name, memory_order(p)
             if got != expected:
                 raise ValueError(
                     f"{leaf.label}: expected (shape, dtype, memory order) {expected}, got {got};"
                     " make a new optimizer for other arrays"
                 )
         parameters = self.checked_arrays(tree)[0]
+        states = [a for held in self.leaf_states for a in held.saved.values()]
+        self.device.check_apart(
+            [*("the states" for _ in states), *(leaf.label for leaf in tree.leaves)],
+            [*states, *parameters],
+        )
         self.tree = tree
+        kept = not self.watch.moved()  # otherwise the old arrays may lie in memory that is free
         for k, (old, p) in enumerate(zip(self.parameters, parameters, strict=True)):
-            moved = self.leaf_states[k] = self.leaf_states[k].rebound(p)
-            if moved.extra is not None and not self.device.same(old, p):
-                synchronize(moved)
+            held = self.leaf_states[k] = self.leaf_states[k].rebound(p)
+            if held.extra is not None and not (kept and self.device.same(old, p)):
+                synchronize(held)
         if self.sums is not None:
-            self.sums.watch(parameters)
+            self.sums.watch(parameters, self.leaf_states)
         self.prepare(parameters)
 
-    @contextmanager
-    def loading(self, what: str) -> Iterator[None]:
-        """Keep everything else out while another state is taken, be it in part (`HALFWAY`)."""
-        with self.exclusively(what):
+    def loaded(self, what: str, load: Callable[[], T]) -> T:
+        """Take another state, be it in part (`HALFWAY`), with everything else kept out."""
+
+        def settled() -> T:
             try:
-                yield
+                return load()
             finally:
                 self.settle_simple()
+
+        return self.whole(what, settled)
 
     def go_on(self, seed: int) -> None:
         """Begin anew after another state was loaded: what rows missed and sums are gone."""
@@ -367,8 +408,12 @@ class Assembly:
         self, grads: Any, grad_scale: float, hessian: Any, lr: StepRate | None = None
     ) -> StepInfo:
         """Take a step of any kind: see `Optimizer.step`."""
-        with self._one_step("step", grad_scale, lr):
+        scale = check_grad_scale(grad_scale, self.narrowest)
+
+        def step() -> StepInfo:
             return self._told(self._stepped(grads, hessian))
+
+        return self._one_step("step", scale, step, lr)
 
     def step_part(
         self, paths: Sequence[str], grads: Sequence[Any], grad_scale: float, last: bool
@@ -380,7 +425,8 @@ class Assembly:
                 "step_part: clip_norm, skip_nonfinite and exact need all gradients of a step at"
                 " once; call step() with them"
             )
-        with self._one_step("step_part", grad_scale):
+
+        def step() -> StepInfo:
             if self.accumulated:
                 raise RuntimeError("step_part: accumulated gradients are waiting; call step()")
             leaves = self._numbers(paths)
@@ -393,17 +439,26 @@ class Assembly:
             self.settle_simple()
             return self._told(number)
 
-    @contextmanager
-    def _one_step(self, what: str, grad_scale: float, lr: StepRate | None = None) -> Iterator[None]:
-        scale = check_grad_scale(grad_scale, self.narrowest)
-        with self.exclusively(what, settled=False):
-            self._follow_schedules()
+        return self._one_step("step_part", check_grad_scale(grad_scale, self.narrowest), step)
+
+    def _one_step(
+        self,
+        what: str,
+        scale: float,
+        step: Callable[[], StepInfo],
+        lr: StepRate | None = None,
+    ) -> StepInfo:
+        def begun() -> StepInfo:
+            if self._scheduled:
+                self._use(*self._values)
             self.clipper.begin(scale)
             try:
                 self.rates.begin(self._upcoming, lr)
-                yield
+                return step()
             finally:
                 self.rates.end()
+
+        return self.whole(what, begun, settled=False)
 
     def _told(self, number: int) -> StepInfo:
         return self.info_builder.info(number, self.rates.used())
@@ -445,17 +500,20 @@ class Assembly:
 
     def accumulate(self, grads: Any) -> int:
         """Add gradients to the sums, and return the number of micro-batches there."""
-        with self.exclusively("accumulate", settled=False):
-            if self.sums is None:
-                self.sums = Accumulator(
-                    self.backend,
-                    self.tree,
-                    self.parameters,
-                    self.options.zero_grads,
-                    self.options.threads,
-                )
-            count = self.sums.add(grads)
-            self.settle_simple()
+        return self.whole("accumulate", partial(self._accumulate, grads), settled=False)
+
+    def _accumulate(self, grads: Any) -> int:
+        if self.sums is None:
+            self.sums = Accumulator(
+                self.backend,
+                self.tree,
+                self.parameters,
+                self.leaf_states,
+                self.options.zero_grads,
+                self.options.threads,
+            )
+        count = self.sums.add(grads)
+        self.settle_simple()
         return count
 
     def _clear_sums(self) -> None:
@@ -465,21 +523,35 @@ class Assembly:
 
     # ---------------------------------------------------------------- what must hold
 
-    @contextmanager
-    def exclusively(self, what: str, *, settled: bool = True) -> Iterator[None]:
-        """Keep interrupts and other threads out; the parameters are themselves.
+    def whole(
+        self, what: str, action: Callable[[], T], *, settled: bool = True, moved: bool = False
+    ) -> T:
+        """Call an action as a whole or not at all, with other threads kept out.
 
-        settled: all steps are done.
+        settled: all steps are done, and the parameters are where they were; unless `moved`.
         """
         self.check_at_home(what)
-        with deferred():
-            self.plan.take()
+
+        def taken() -> T:
+            token = object()
+            self.plan.take(token)
+            self._token = token
             try:
                 if settled:
                     self.plan.synchronize()
-                yield
+                    if not moved:
+                        self.watch.check()
+                return action()
             finally:
-                self.plan.give()
+                self.plan.give(token)
+
+        return self.run(taken)
+
+    @property
+    def run(self) -> Callable[[Callable[[], T]], T]:
+        """What calls an action as a whole. A context of CUDA's, and MPI, are of one thread."""
+        on_host = self.device is host and self.clipper.agree is None
+        return uninterrupted if on_host else directly
 
     def check_at_home(self, what: str) -> None:
         """RuntimeError unless the parameters are themselves and the states this process's."""

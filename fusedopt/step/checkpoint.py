@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays.checks import apart
 from ..arrays.file_array import FileArray
 from ..arrays.order import memory_order, turned
 from ..arrays.stored import LeafState
@@ -83,12 +84,17 @@ class Snapshot:
         problems = list(self._problems(saved, strict, parameters))
         if problems:
             raise ValueError(f"{what} does not fit: " + "; ".join(problems))
-        self.counters[0] = HALFWAY
+        targets, sources = [], []
         for k, path in enumerate(self.paths):
-            entry = saved["leaves"][path]
             for name, held in self._held(k, parameters).items():
-                _fill(held, entry["state"][name])
-            self.counters[k + 1] = entry["t"]
+                targets.append(held)
+                sources.append(saved["leaves"][path]["state"][name])
+        sources = apart(sources, targets)
+        self.counters[0] = HALFWAY
+        for held, source in zip(targets, sources, strict=True):
+            _fill(held, source)
+        for k, path in enumerate(self.paths):
+            self.counters[k + 1] = saved["leaves"][path]["t"]
         self.counters[0] = saved["step"]
         return int(saved["seed"])
 

@@ -16,7 +16,6 @@ from ..arrays.trees import Tree
 from ..plan.interface import Plan
 from ..plan.spec import PlanSpec
 from ..rules.base import Rule
-from ..system.interrupts import deferred
 from .lazy_rows import LazyRows
 
 
@@ -51,6 +50,7 @@ class GradientReader:
     def explained(self, grads: Any, hessian: Any) -> int:
         """Refuse what the plan did not take, with the reason, or lay it out anew."""
         self._checks.check_unmoved()
+        self._spec.check_unmoved()
         fitted = self._fitted(grads, "grads")
         estimates = None if hessian is None else self.estimates(hessian, fitted)
         if not self._spec.zero_grads:
@@ -117,8 +117,8 @@ class GradientReader:
         number = self._plan.step_leaves(grads, hessian)
         if number is None:
             raise RuntimeError(
-                "the core refused arrays that passed the checks; if a parameter was resized, call"
-                " rebind(params), otherwise please report this"
+                "the core refused arrays that passed the checks; if another thread has changed them"
+                " meanwhile, keep it from that, otherwise please report this"
             )
         if self._lazy_rows is not None and number > before:
             self._lazy_rows.record(grads, hessian)
@@ -134,10 +134,9 @@ class GradientReader:
                 " dense copy in that order"
             )
         before = int(self._spec.counters[0])
-        with deferred():
-            number = self.flat(fitted, estimates)
-            for k in copied if number > before else ():
-                values_of(given[k])[...] = 0  # the step has zeroed the copy
+        number = self.flat(fitted, estimates)
+        for k in copied if number > before else ():
+            values_of(given[k])[...] = 0  # the step has zeroed the copy
         return number
 
     def check_exclusive(self, given: Sequence[Any], estimates: Sequence[Any] | None) -> None:

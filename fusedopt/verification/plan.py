@@ -15,7 +15,6 @@ from ..plan.extras import Extras
 from ..plan.interface import Backend, ExclusiveUse
 from ..plan.spec import PlanSpec
 from ..rules.groups import Group
-from ..system.interrupts import deferred
 from .judge import judge
 
 NORM_BOUND = 1e-11
@@ -37,6 +36,7 @@ class VerifiedPlan(ExclusiveUse):
             spec,
             leaves=[leaf_state.copy() for leaf_state in spec.leaves],
             counters=spec.counters.copy(),
+            watch=None,
             zero_grads=False,  # the caller's gradients are not zeroed before all has passed
         )
         self._plan = backend.plan(self._copies)
@@ -44,6 +44,7 @@ class VerifiedPlan(ExclusiveUse):
         self.work_bytes = self._plan.work_bytes + sum(a.nbytes for a in copied)
 
     def step_leaves(self, grads: Sequence[Any], hessian: Sequence[Any] | None) -> int | None:
+        self._spec.check_unmoved()
         self._check_masters()
         self.accept()
         number = self._plan.step_leaves(grads, hessian)
@@ -57,10 +58,10 @@ class VerifiedPlan(ExclusiveUse):
         except BaseException:
             self.accept()
             raise
-        with deferred():
-            for live, copy in zip(self._spec.leaves, self._copies.leaves, strict=True):
-                live.take(copy)
-            self._spec.counters[...] = self._copies.counters
+        self._spec.check_unmoved()
+        for live, copy in zip(self._spec.leaves, self._copies.leaves, strict=True):
+            live.take(copy)
+        self._spec.counters[...] = self._copies.counters
         return number
 
     def adopt(self, groups: Sequence[Group], extras: Extras) -> bool:

@@ -203,11 +203,12 @@ class CudaPlan(ExclusiveUse):
     def step_alone(self, grads: Any, hessian: Any) -> int | None:
         """Take a whole step, which needs nothing around it, of the arrays of the step before."""
         with deferred():
-            self.take()
+            token = object()
+            self.take(token)
             try:
                 return self.step(grads, hessian)
             finally:
-                self.give()
+                self.give(token)
 
     def step(self, grads: Any, hessian: Any) -> int | None:
         """Take a step with the arrays of the step before; None where these are others."""

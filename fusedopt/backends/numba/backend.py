@@ -268,6 +268,7 @@ class NumbaPlan(ExclusiveUse):
             n = self._spec.leaves[k].parameter.size
             leaf = table.add_leaf(n, first, count, steps, used, written, sums, grads[k])
             summed[k] = leaf, sums
+        self._spec.check_unmoved()
         total = table.run(self._spec.threads)
         for k, (leaf, sums) in summed.items():
             program = self._programs[self._spec.group_of[k]]

@@ -8,6 +8,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
+from ...system.extension import core
+from ...system.threads import granted
+
 _pool: ThreadPoolExecutor | None = None
 
 
@@ -35,8 +38,14 @@ def parallel_for(parts: int, threads: int, run: Callable[[int], None]) -> None:
 def _workers() -> ThreadPoolExecutor:
     global _pool
     if _pool is None:
-        _pool = ThreadPoolExecutor(os.cpu_count() or 1, "fusedopt")
+        _pool = ThreadPoolExecutor(os.cpu_count() or 1, "fusedopt", _unbind)
     return _pool
+
+
+def _unbind() -> None:
+    """A new thread has the affinity of the one that made it, which OpenMP may have bound."""
+    if core is not None and core.bound_processors():
+        os.sched_setaffinity(0, granted())
 
 
 def _forget() -> None:
