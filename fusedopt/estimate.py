@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from .arrays.checks import EXPECTED, memory_order
+from .arrays.checks import EXPECTED
 from .arrays.formats import DTYPES, compute_dtype
+from .arrays.order import memory_order
 from .arrays.storage import Master, Rounding, StateDtype, Storage
 from .arrays.stored import WINDOW
 from .arrays.trees import Tree

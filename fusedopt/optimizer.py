@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from .arrays.formats import RandomKey
+from .arrays.order import memory_order
 from .arrays.storage import Master, Rounding, StateDtype, synchronize
 from .arrays.stored import LeafState
 from .plan.options import ClipNorm, Options
@@ -32,8 +34,9 @@ class Optimizer:
     Parameters
     ----------
     params : array or nested dicts, lists and tuples of arrays
-        Arrays of float32, float64, bfloat16 (of ml_dtypes) or float16: dense in C or Fortran order,
-        aligned, writable, none overlapping another. A float64 parameter is updated in float64
+        Arrays of float32, float64, bfloat16 (of ml_dtypes) or float16: dense, with their axes in any
+        order in memory (for rules of matrices in C or Fortran order), aligned, writable, none
+        overlapping another. A float64 parameter is updated in float64
         arithmetic, any other in float32. On a CUDA device, arrays of CuPy, PyTorch or Numba.
     rule : Rule, mapping or callable
         One rule for all leaves; a mapping of path patterns to rules, of which the first that
@@ -475,7 +478,7 @@ class Optimizer:
         ----------
         path : path
             The file. The parameter of the leaf `block.0.w` is called `p:block.0.w` there, its state
-            m `m:block.0.w`; arrays in Fortran order lie there transposed. Every bit is kept.
+            m `m:block.0.w`; arrays lie there with their axes as they are in memory. Every bit is kept.
         parameters : bool
             Whether to write the parameters and the arrays of `copy_out` too.
         metadata : optional
@@ -513,6 +516,20 @@ class Optimizer:
         return metadata
 
     def __reduce__(self) -> tuple[Any, ...]:
+        for leaf, p in zip(self._assembly.tree.leaves, self._assembly.parameters, strict=True):
+            if memory_order(p) not in ("C", "F"):  # NumPy's pickle would put it in C order
+                raise TypeError(
+                    f"{leaf.label}: a pickle does not keep the memory order of its axes, which is"
+                    f" {memory_order(p)}; use save() and load(), or copy.deepcopy"
+                )
+        return self._recipe()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Optimizer:
+        rebuild, arguments = self._recipe()
+        made: Optimizer = rebuild(*copy.deepcopy(arguments, memo))
+        return made
+
+    def _recipe(self) -> tuple[Any, ...]:
         # Pickled or deep-copied together with a tree that holds the same arrays, both copies go
         # on sharing them; on its own, an optimizer takes its arrays along.
         assembly = self._assembly

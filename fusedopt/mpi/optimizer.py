@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from ..arrays import host
-from ..arrays.checks import GradientChecks, memory_order
+from ..arrays.checks import GradientChecks
 from ..arrays.file_set import open_tensors
 from ..arrays.formats import TILE, compute_dtype
+from ..arrays.order import memory_order
 from ..arrays.rows import Rows, UniqueRows, as_rows, check_indices, unique_rows, values_of
 from ..arrays.stored import AVERAGE
 from ..arrays.trees import Tree

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..arrays.checks import memory_order
 from ..arrays.foreign import Watch
 from ..arrays.formats import RandomKey, compute_dtype
+from ..arrays.order import memory_order
 from ..arrays.storage import synchronize
 from ..arrays.trees import Leaf, Tree
 from ..backends import get_backend

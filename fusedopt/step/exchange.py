@@ -48,7 +48,7 @@ def exchange(assembly: Assembly, name: str, leaves: Sequence[int]) -> Iterator[N
             assembly.plan.take()  # all the while, for a thread that comes past the checks
             taken = True
             assembly.plan.synchronize()
-            backup += (assembly.parameters[k].copy(order="A") for k in leaves)
+            backup += (assembly.parameters[k].copy(order="K") for k in leaves)
             assembly.exchanged = name
         yield
     finally:
