@@ -1,4 +1,4 @@
-"""What this process runs on: backends, instruction sets, threads."""
+"""Describe what this process runs on: backends, instruction sets, threads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .optimizer import Optimizer
 from .rules import RULES, Rule
 from .system.extension import core
 from .system.isa import get_isa, get_threads, isas
-from .system.numa import nodes
+from .system.numa import nodes, thread_nodes
 from .system.threads import available
 
 
@@ -38,7 +38,7 @@ def warmup(*rules: Rule, dtype: str = "float32", backend: str = "auto", **option
 
 
 def info() -> dict[str, Any]:
-    """What was chosen and why the rest was not; every value goes into JSON."""
+    """Return what was chosen, and why the rest was not, as values for JSON."""
     reasons = {name: backend.unavailable() for name, backend in BACKENDS.items()}
     usable = [name for name, reason in reasons.items() if reason is None]
     limits = available()
@@ -51,6 +51,7 @@ def info() -> dict[str, Any]:
         "threads": get_threads(),
         "thread_limits": limits,
         "numa_nodes": nodes(),
+        "thread_nodes": thread_nodes(core.thread_processors(get_threads()) if core else []),
         "parallel": core.parallel if core else "none",
         "compiler": core.compiler if core else "none",
         "numpy": np.__version__,

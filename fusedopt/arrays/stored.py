@@ -91,13 +91,13 @@ class Stored:
         self.write(self.format.encode(np.full(self.size, value)))
 
     def copy(self) -> Stored:
-        """The same elements in memory of their own."""
+        """Return a copy of the elements in memory of their own."""
         aux = None if self.aux is None else self.aux.copy()
         return type(self)(self.format, self.data.copy(order="K"), aux, self.shape, self.order)
 
     @property
     def visible(self) -> Any:
-        """What a user sees of a state: its array, or this object where that is quantised."""
+        """The state as a user sees it: its array, or this object where it is quantised."""
         return self if self.format.quantized else self.data
 
 
@@ -129,7 +129,7 @@ class ArraySpec:
     """An array to be allocated like another, in a format of its own.
 
     shape: of its own, in C order, if given. beside: only what stands beside the elements; these
-    are the other array's own.
+    are the other array's own. filled: whether its maker writes to it before the first step.
     """
 
     format: Format
@@ -137,6 +137,7 @@ class ArraySpec:
     initial: float = 0.0
     beside: bool = False
     shape: tuple[int, ...] | None = None
+    filled: bool = False
 
     def sizes(self) -> Iterator[int]:
         """Bytes of its data and of what stands beside it, where they are to be allocated."""
@@ -148,7 +149,7 @@ class ArraySpec:
 
 
 Block = Callable[[int], np.ndarray]
-"""Makes so many bytes of memory, uint8, zero."""
+"""A function of a number of bytes that returns as many zeros, uint8."""
 
 
 def in_memory(size: int) -> np.ndarray:
@@ -156,11 +157,16 @@ def in_memory(size: int) -> np.ndarray:
     return np.zeros(size, np.uint8)
 
 
-def allocate(wanted: Sequence[ArraySpec], block: Block = in_memory) -> list[Stored]:
-    """New arrays, with the shapes and memory orders of others.
+def allocate(
+    wanted: Sequence[ArraySpec],
+    block: Block = in_memory,
+    place: Callable[[Sequence[Sequence[np.ndarray]]], None] = lambda pieces: None,
+) -> list[Stored]:
+    """Return new arrays, with the shapes and memory orders of others.
 
     All of them lie in one block, each on a line of its own. With 1000 tensors of 1000 elements a
-    step took 250 us on one core, and 310 to 430 with each state an array of its own.
+    step took 250 us on one core, and 310 to 430 with each state an array of its own. place: gets
+    the bytes of each array, and of what stands beside it, before anything is written to them.
     """
     total = sum(-(-size // LINE) * LINE for w in wanted for size in w.sizes())
     memory = block(total + LINE if total else 0)
@@ -172,7 +178,9 @@ def allocate(wanted: Sequence[ArraySpec], block: Block = in_memory) -> list[Stor
         at += -(-size // LINE) * LINE
         return piece
 
-    return [_make(w, *map(take, w.sizes())) for w in wanted]
+    pieces = [[take(size) for size in w.sizes()] for w in wanted]
+    place(pieces)
+    return [_make(w, *own) for w, own in zip(wanted, pieces, strict=True)]
 
 
 def _make(w: ArraySpec, data: np.ndarray, aux: np.ndarray | None = None) -> Stored:
@@ -229,7 +237,7 @@ class LeafState:
 
     @property
     def copies(self) -> tuple[np.ndarray, ...]:
-        """What the caller gets besides."""
+        """The copies of the parameter that the caller gets."""
         return self.mirrors[1:] if self._separate else self.mirrors
 
     @property
@@ -256,7 +264,7 @@ class LeafState:
 
     @property
     def visible(self) -> dict[str, Any]:
-        """What a user sees, by name: the states, and what there is beside the parameter."""
+        """The states as a user sees them, by name, with what there is beside the parameter."""
         return {
             **{name: state.visible for name, state in self.states.items()},
             **{name: side.data for name, side in self.sides.items()},
@@ -264,7 +272,7 @@ class LeafState:
         }
 
     def copy(self) -> LeafState:
-        """The same elements in memory of their own, for a step on trial."""
+        """Return a copy in memory of its own, for a step on trial."""
         parameter = self.parameter.copy()
         states = {name: state.copy() for name, state in self.states.items()}
         mirrors = tuple(a.copy(order="K") for a in self.mirrors)
@@ -273,7 +281,7 @@ class LeafState:
         return LeafState(parameter, states, mirrors, extra, sides)
 
     def rebound(self, p: np.ndarray) -> LeafState:
-        """The same with the caller's parameter at another address."""
+        """Return the state of a leaf whose parameter is at another address."""
         if self._separate:
             return replace(self, mirrors=(p, *self.copies))
         return replace(self, parameter=replace(self.parameter, data=p))

@@ -1,4 +1,4 @@
-"""What may be a parameter or a gradient on a device: see `fusedopt.arrays.checks`."""
+"""Check parameters and gradients on a device: see `fusedopt.arrays.checks`."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ class GradientChecks:
         return opened(tree)
 
     def copied(self, given: Sequence[Any], fitted: Sequence[DeviceArray | None]) -> list[int]:
-        """Of which gradients the step has been given a copy."""
+        """Return the gradients of which the step has been given a copy."""
         pairs = enumerate(zip(given, fitted, strict=True))
         return [
             k
