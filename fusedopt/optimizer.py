@@ -265,7 +265,11 @@ class Optimizer:
 
     @lr.setter
     def lr(self, lr: RateChoice) -> None:
-        self._adopt(with_rates(self._assembly.groups, lr))
+        groups = self._assembly.groups
+        if len(groups) == 1 and self._assembly.set_rates([lr]):
+            self._show_rules([group.rule for group in self._assembly.groups])
+        else:
+            self._adopt(with_rates(groups, lr))
 
     @property
     def groups(self) -> dict[str, ParameterGroup]:
@@ -303,12 +307,15 @@ class Optimizer:
     def _adopt(self, rules: Sequence[Rule]) -> None:
         def adopt() -> None:
             self._assembly.adopt(rules)
-            if isinstance(self.rule, Rule):
-                self.rule = rules[0]
-            elif isinstance(self.rule, Mapping):
-                self.rule = dict(zip(self.rule, rules, strict=True))
+            self._show_rules(rules)
 
         self._assembly.whole("hyperparameters", adopt, settled=False)
+
+    def _show_rules(self, rules: Sequence[Rule]) -> None:
+        if isinstance(self.rule, Rule):
+            self.rule = rules[0]
+        elif isinstance(self.rule, Mapping):
+            self.rule = dict(zip(self.rule, rules, strict=True))
 
     @property
     def step_count(self) -> int:

@@ -145,8 +145,7 @@ class Muon(Rule):
     weight_decay: NonNegative = 0.0
     decay: DecayForm = "decoupled"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check_together(self) -> None:
         if self.bias_correction and self.form != "ema":
             raise ValueError(
                 f"{type(self).__name__}(bias_correction): only the form 'ema' has a bias; got"
