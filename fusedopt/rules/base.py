@@ -182,7 +182,7 @@ class Rule:
             if spelling is not None:
                 if value not in spelling:
                     raise ValueError(
-                        f"{cls.__name__}.like({library!r}): {name}={value!r} is not to be had"
+                        f"{cls.__name__}.like({library!r}): {name}={value!r} is not available"
                         f" there; values that are: {', '.join(map(repr, spelling))}"
                     )
                 values[name] = spelling[value]
@@ -237,7 +237,7 @@ class Rule:
     def textbook_sums(
         self, before: Sequence[np.ndarray], after: Sequence[np.ndarray], *, t: int
     ) -> dict[str, float]:
-        """The same, from the states before and after a step."""
+        """Return the counts of `sums` in plain NumPy, from the states before and after a step."""
         return {}
 
     @property
