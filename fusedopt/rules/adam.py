@@ -157,8 +157,7 @@ class Adam(Rule):
     nesterov: bool = False
     bias_correction: bool = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check_together(self) -> None:
         for other in ("nesterov", "hat"):
             if getattr(self, other) and self.amsgrad and (other, self.amsgrad) != ("hat", "raw"):
                 raise ValueError(

@@ -69,8 +69,7 @@ class Momentum(Rule):
     dampening: Fraction = 0.0
     form: Literal["ema", "heavy_ball", "buffer"] = "ema"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check_together(self) -> None:
         if self.dampening and self.form != "buffer":
             raise ValueError(f"Momentum(dampening): form {self.form!r} has none; only 'buffer' has")
 

@@ -187,8 +187,7 @@ class RMSProp(Rule):
     lr_in_buffer: bool = False
     bias_correction: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check_together(self) -> None:
         if self.nesterov and not self.momentum:
             raise ValueError("RMSProp(nesterov): needs momentum > 0, got 0")
 

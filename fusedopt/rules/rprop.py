@@ -58,8 +58,7 @@ class Rprop(Rule):
     etas: Pair = (0.5, 1.2)
     step_sizes: Pair = (1e-6, 50.0)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check_together(self) -> None:
         if self.scheduled:  # the values of a step are checked in it
             return
         down, up = self.etas

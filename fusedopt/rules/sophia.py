@@ -122,8 +122,7 @@ class Sophia(Rule):
     weight_decay: NonNegative = 0.1
     decay: DecayForm = "decoupled"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check_together(self) -> None:
         if self.estimator == "hutchinson" and self.form == "official":
             raise ValueError(
                 "Sophia(estimator): 'hutchinson' can be negative, which the official form does not"
