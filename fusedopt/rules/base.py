@@ -59,7 +59,9 @@ class Member(NamedTuple):
 class Rule:
     """An update rule: frozen hyperparameters, and the arithmetic that they select.
 
-    lr: learning rate, a number >= 0 or a callable of the optimizer's step number (1 first).
+    lr: learning rate, a number >= 0 or a callable of the optimizer's step number (1 first). Every
+    other number, and each of a pair such as `betas`, takes such a schedule too, unless it says what
+    the states are; a value that does not fit is refused in its step.
     weight_decay: lambda >= 0, applied as `decay` says: "l2" adds lambda p to the gradient,
     "decoupled" subtracts lr lambda p together with the update, "decoupled_first" multiplies p by
     1 - lr lambda before it (PyTorch's order), "independent" subtracts lambda p times lr divided
