@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu.hpp"
+#include "driver.hpp"
 #include "parallel.hpp"
 #include "plan.hpp"
 #include "rows.hpp"
@@ -9,6 +10,7 @@
 #include "update.hpp"
 
 namespace py = pybind11;
+using py::literals::operator""_a;
 
 namespace {
 
@@ -66,6 +68,9 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   module.def("get_level", [] { return fusedopt::level().name; });
   module.def("set_level", &fusedopt::force_level);
   module.def("parallel_limit", &fusedopt::parallel_limit);
+  module.attr("sizes") = py::dict("SERIAL"_a = fusedopt::SERIAL,
+                                  "SMALLEST_PART"_a = fusedopt::SMALLEST_PART,
+                                  "SEGMENT"_a = fusedopt::SEGMENT);
   module.attr("parallel") = fusedopt::parallel_name();
   module.attr("compiler") = compiler();
 }

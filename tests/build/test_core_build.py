@@ -192,6 +192,8 @@ import sys, warnings
 sys.modules["fusedopt._core"] = sys.modules["numba"] = None
 import numpy as np, fusedopt as fo
 
+pytestmark = pytest.mark.build
+
 reason = fo.info()["backends"]["native"]
 assert "could not be imported" in reason, reason
 assert fo.info()["backend"] == "reference"

@@ -28,6 +28,7 @@ from fusedopt.backends import BACKENDS
 from fusedopt.plan.extras import Extras
 from fusedopt.rules import Rule
 
+pytestmark = pytest.mark.gpu
 pytest.importorskip("numba")
 pytest.importorskip("numba_cuda")
 
@@ -51,7 +52,7 @@ LOW = ("bfloat16", "float16")
     ],
 )
 def test_on_the_simulator(file: str) -> None:
-    options = ["-q", "-W", "ignore", "-p", "no:cacheprovider", "-p", "devices"]
+    options = ["-q", "--all", "-W", "ignore", "-p", "no:cacheprovider", "-p", "devices"]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", *options, file],
         cwd=TESTS / "cuda_simulator",

@@ -95,6 +95,8 @@ spec = importlib.util.spec_from_file_location("fusedopt._core", {core!r})
 sys.modules["fusedopt._core"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["fusedopt._core"])
 import fusedopt as fo
+
+pytestmark = pytest.mark.build
 check = {check!r}
 if check.startswith("-k"):
     import pytest

@@ -349,6 +349,7 @@ WAYS: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize(("options", "stride"), WAYS.values(), ids=WAYS)
 def test_interrupt_at_every_line_of_a_step(options: dict[str, Any], stride: int) -> None:
