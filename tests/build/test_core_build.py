@@ -25,6 +25,8 @@ from exactness import ROOT, run_python
 from fusedopt.backends import BACKENDS, check_registry
 from fusedopt.system.isa import isas
 
+pytestmark = pytest.mark.build
+
 LIGHT = ("numba", "torch", "matplotlib", "mpi4py", "rich", "typer")
 
 
@@ -191,8 +193,6 @@ HIDDEN = """
 import sys, warnings
 sys.modules["fusedopt._core"] = sys.modules["numba"] = None
 import numpy as np, fusedopt as fo
-
-pytestmark = pytest.mark.build
 
 reason = fo.info()["backends"]["native"]
 assert "could not be imported" in reason, reason

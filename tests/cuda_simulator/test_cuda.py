@@ -28,12 +28,13 @@ from fusedopt.backends import BACKENDS
 from fusedopt.plan.extras import Extras
 from fusedopt.rules import Rule
 
-pytestmark = pytest.mark.gpu
 pytest.importorskip("numba")
 pytest.importorskip("numba_cuda")
 
 from fusedopt.backends.cuda import blocks, kernels, reductions, rows, stats, toolkit
 from fusedopt.backends.cuda.kernels import Step, Variant
+
+pytestmark = pytest.mark.gpu
 
 CAPABILITIES = ((8, 0), (9, 0))
 LOW = ("bfloat16", "float16")

@@ -15,6 +15,8 @@ import pytest
 
 from exactness import ROOT, run_python
 
+pytestmark = pytest.mark.build
+
 pybind11 = pytest.importorskip("pybind11", reason="pybind11 is not installed")
 
 SOURCES = sorted(source.name for source in (ROOT / "csrc").glob("*.cpp"))
@@ -95,8 +97,6 @@ spec = importlib.util.spec_from_file_location("fusedopt._core", {core!r})
 sys.modules["fusedopt._core"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["fusedopt._core"])
 import fusedopt as fo
-
-pytestmark = pytest.mark.build
 check = {check!r}
 if check.startswith("-k"):
     import pytest
