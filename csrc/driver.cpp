@@ -1,13 +1,17 @@
 #include "driver.hpp"
 
 #include <algorithm>
+#include <chrono>
 
 #include "parallel.hpp"
+#include "thread_choice.hpp"
 #include "windows.hpp"
 
 namespace fusedopt {
 namespace {
 
+// From this many elements on all threads do it, whatever else they do; in between see ThreadChoice.
+constexpr std::size_t PLENTY = 1 << 21;
 // There are several parts for each thread, so that a thread that was held up is waited for less.
 constexpr std::size_t PARTS_PER_THREAD = 16;
 
@@ -174,13 +178,22 @@ std::size_t cut(const Leaf& leaf, std::size_t position) {
   return k * rows.length;
 }
 
+// How many threads a step over so many elements takes, of those that it may.
+int threads_for(std::size_t elements, int threads) {
+  return elements < SERIAL ? 1 : std::max(1, std::min(threads, parallel_limit()));
+}
+
+std::size_t parts_for(std::size_t elements, int threads) {
+  if (threads == 1) return 1;
+  return std::max<std::size_t>(
+      1, std::min<std::size_t>(elements / SMALLEST_PART, threads * PARTS_PER_THREAD));
+}
+
 // Calls visit(leaf, low, high) for all that is in a part.
 template <class Visit>
 void visit_part(const Work& work, std::size_t part, const Visit& visit) {
-  // Two divisions instead of part * elements / parts: that product could overflow.
-  const std::size_t each = work.elements / work.parts, rest = work.elements % work.parts;
-  const std::size_t from = part * each + std::min(part, rest);
-  const std::size_t to = from + each + (part < rest);
+  const std::size_t from = share_begin(work.elements, work.parts, part);
+  const std::size_t to = share_begin(work.elements, work.parts, part + 1);
   auto leaf = std::partition_point(work.leaves.begin(), work.leaves.end(),
                                    [from](const Leaf& l) { return l.start + l.elements <= from; });
   for (; leaf != work.leaves.end() && leaf->start < to; ++leaf) {
@@ -196,36 +209,78 @@ void advise(const Work& work, std::size_t part, Advice advice) {
   });
 }
 
+// Whether a part is no thread's next one.
+bool begins_share(const Work& work, std::size_t part) {
+  for (std::size_t k = 1; k <= work.threads; ++k)
+    if (part == share_begin(work.parts, work.threads, k)) return true;
+  return false;
+}
+
 void run_part(void* context, std::size_t part) {
   const Work& work = *static_cast<const Work*>(context);
-  // Parts are handed out in order: the one that this thread will get next is about so far ahead.
-  if (work.mapped && part + work.threads < work.parts)
-    advise(work, part + work.threads, Advice::READ_AHEAD);
+  if (work.mapped && !begins_share(work, part + 1)) advise(work, part + 1, Advice::READ_AHEAD);
   visit_part(work, part, run_leaf);
   if (work.mapped) advise(work, part, Advice::WRITE_AND_DROP);
 }
 
-}  // namespace
-
-void run(std::vector<Leaf>& leaves, int threads, const Mapped* mapped) {
-  std::size_t elements = 0;
-  for (Leaf& leaf : leaves) {
-    leaf.start = elements;
-    elements += leaf.elements;
-  }
-  threads = std::max(1, std::min(threads, parallel_limit()));
-  if (elements < SERIAL) threads = 1;
+void run_on(std::vector<Leaf>& leaves, std::size_t elements, int threads, const Mapped* mapped) {
   if (threads == 1 && !mapped) {
     for (const Leaf& leaf : leaves)
       if (leaf.elements) run_leaf(leaf, 0, leaf.elements);
     return;
   }
-  Work work{leaves, elements, 1, mapped, static_cast<std::size_t>(threads)};
-  if (threads > 1)
-    work.parts = std::max<std::size_t>(
-        1, std::min<std::size_t>(elements / SMALLEST_PART, threads * PARTS_PER_THREAD));
+  Work work{leaves, elements, parts_for(elements, threads), mapped,
+            static_cast<std::size_t>(threads)};
   if (mapped) work.parts = std::max(work.parts, mapped->parts(leaves, threads));
+  work.threads = std::min(work.threads, work.parts);
   parallel_for(work.parts, threads, run_part, &work);
+}
+
+struct Touching {
+  const std::vector<Extent>& extents;
+  std::size_t elements, parts;
+};
+
+void touch_part(void* context, std::size_t part) {
+  constexpr std::size_t PAGE = 4096;
+  const Touching& work = *static_cast<const Touching*>(context);
+  const std::size_t from = share_begin(work.elements, work.parts, part);
+  const std::size_t to = share_begin(work.elements, work.parts, part + 1);
+  for (const Extent& extent : work.extents) {
+    const std::size_t low = std::max(from, extent.start);
+    const std::size_t high = std::min(to, extent.start + extent.elements);
+    if (low >= high) continue;
+    const double each = static_cast<double>(extent.bytes) / static_cast<double>(extent.elements);
+    const auto byte = [&](std::size_t at) {
+      return static_cast<std::size_t>(static_cast<double>(at - extent.start) * each);
+    };
+    for (std::size_t at = byte(low); at < std::min(byte(high), extent.bytes); at += PAGE)
+      extent.data[at] = 0;
+  }
+}
+
+}  // namespace
+
+void run(std::vector<Leaf>& leaves, int threads, const Mapped* mapped, ThreadChoice* choice) {
+  std::size_t elements = 0;
+  for (Leaf& leaf : leaves) {
+    leaf.start = elements;
+    elements += leaf.elements;
+  }
+  threads = threads_for(elements, threads);
+  if (threads == 1 || !choice || mapped || elements >= PLENTY)
+    return run_on(leaves, elements, threads, mapped);
+  using Clock = std::chrono::steady_clock;
+  const bool all = choice->all();
+  const Clock::time_point before = Clock::now();
+  run_on(leaves, elements, all ? threads : 1, mapped);
+  choice->tell(all, std::chrono::duration<double>(Clock::now() - before).count());
+}
+
+void touch(const std::vector<Extent>& extents, std::size_t elements, int threads) {
+  threads = threads_for(elements, threads);
+  Touching work{extents, elements, parts_for(elements, threads)};
+  parallel_for(work.parts, threads, touch_part, &work);
 }
 
 }  // namespace fusedopt

@@ -82,11 +82,25 @@ inline std::uint64_t subkey(std::uint64_t key, std::uint64_t index) {
   return mixed(key + (index + 1) * GOLDEN);
 }
 
-struct Mapped;  // windows.hpp
+struct Mapped;       // windows.hpp
+class ThreadChoice;  // thread_choice.hpp
 
 // Runs every leaf's program over all of its elements, in one parallel region. The result does not
 // depend on `threads` or on how the leaves are cut. mapped: operands that lie in this block are in
-// memory a window at a time.
-void run(std::vector<Leaf>& leaves, int threads, const Mapped* mapped = nullptr);
+// memory a window at a time. choice: of a step that comes again and again, whether one thread is
+// enough.
+void run(std::vector<Leaf>& leaves, int threads, const Mapped* mapped = nullptr,
+         ThreadChoice* choice = nullptr);
+
+// Bytes that belong to the elements of a leaf, in their order.
+struct Extent {
+  std::size_t start, elements;  // as in `Leaf`
+  char* data;
+  std::size_t bytes;
+};
+
+// Writes a zero into each page of the extents, on the thread whose share of a step over all of the
+// elements has the page.
+void touch(const std::vector<Extent>& extents, std::size_t elements, int threads);
 
 }  // namespace fusedopt

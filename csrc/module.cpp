@@ -4,6 +4,7 @@
 #include "cpu.hpp"
 #include "driver.hpp"
 #include "parallel.hpp"
+#include "placement.hpp"
 #include "plan.hpp"
 #include "rows.hpp"
 #include "stacks.hpp"
@@ -56,6 +57,7 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
       py::cpp_function([] { fusedopt::end_threads(); }, py::call_guard<py::gil_scoped_release>()));
   fusedopt::bind_plan(module);
   fusedopt::bind_update(module);
+  fusedopt::bind_placement(module);
   fusedopt::bind_rows(module);
   fusedopt::bind_stacks(module);
   module.def("operations", &operations);
@@ -68,9 +70,9 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   module.def("get_level", [] { return fusedopt::level().name; });
   module.def("set_level", &fusedopt::force_level);
   module.def("parallel_limit", &fusedopt::parallel_limit);
-  module.attr("sizes") = py::dict("SERIAL"_a = fusedopt::SERIAL,
-                                  "SMALLEST_PART"_a = fusedopt::SMALLEST_PART,
-                                  "SEGMENT"_a = fusedopt::SEGMENT);
+  module.attr("sizes") =
+      py::dict("SERIAL"_a = fusedopt::SERIAL, "SMALLEST_PART"_a = fusedopt::SMALLEST_PART,
+               "SEGMENT"_a = fusedopt::SEGMENT);
   module.attr("parallel") = fusedopt::parallel_name();
   module.attr("compiler") = compiler();
 }

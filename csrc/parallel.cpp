@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <vector>
 
 #if defined(FUSEDOPT_OPENMP)
 #include <omp.h>
@@ -16,6 +17,51 @@
 #endif
 
 namespace fusedopt {
+
+#if defined(FUSEDOPT_OPENMP) || defined(FUSEDOPT_THREADS)
+namespace {
+
+// What is left of the share of one thread, on a cache line of its own.
+struct alignas(64) Share {
+  std::atomic<std::size_t> next{0};
+  std::size_t end = 0;
+};
+
+struct Loop {
+  void (*body)(void*, std::size_t);
+  void* context;
+  std::vector<Share> shares;
+
+  Loop(std::size_t count, int team, void (*body)(void*, std::size_t), void* context)
+      : body(body), context(context), shares(static_cast<std::size_t>(team)) {
+    for (std::size_t k = 0; k < shares.size(); ++k) {
+      shares[k].next.store(share_begin(count, shares.size(), k), std::memory_order_relaxed);
+      shares[k].end = share_begin(count, shares.size(), k + 1);
+    }
+  }
+};
+
+// The share of a member of the team, and then what others have not begun. A share whose member
+// never came, since the system gave fewer threads, is done so too.
+void take_part(void* of, int member) {
+  Loop& loop = *static_cast<Loop*>(of);
+  const std::size_t team = loop.shares.size();
+  for (std::size_t k = 0; k < team; ++k) {
+    Share& share = loop.shares[(static_cast<std::size_t>(member) + k) % team];
+    while (share.next.load(std::memory_order_relaxed) < share.end) {
+      const std::size_t i = share.next.fetch_add(1, std::memory_order_relaxed);
+      if (i < share.end) loop.body(loop.context, i);
+    }
+  }
+}
+
+// How many threads a loop of so many parts takes.
+int team_of(std::size_t count, int threads) {
+  return static_cast<int>(std::min<std::size_t>(count, static_cast<std::size_t>(threads)));
+}
+
+}  // namespace
+#endif
 
 #if defined(FUSEDOPT_OPENMP)
 
@@ -46,14 +92,14 @@ void guard_forks() {
 void end_threads() {}
 
 void parallel_for(std::size_t count, int threads, void (*body)(void*, std::size_t), void* context) {
-  const int team = static_cast<int>(std::min<std::size_t>(count, threads));
+  const int team = team_of(count, threads);
   if (team <= 1) {
     for (std::size_t i = 0; i < count; ++i) body(context, i);
     return;
   }
-  std::atomic<std::size_t> next{0};
+  Loop loop(count, team, body, context);
 #pragma omp parallel num_threads(team)
-  for (std::size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(context, i);
+  take_part(&loop, omp_get_thread_num());
 }
 
 #elif defined(FUSEDOPT_THREADS)
@@ -62,19 +108,6 @@ namespace {
 
 // Never destroyed: a thread that still steps at exit must find it.
 std::atomic<Pool*> pool{new Pool};
-
-struct Loop {
-  std::size_t count;
-  void (*body)(void*, std::size_t);
-  void* context;
-  std::atomic<std::size_t> next{0};
-};
-
-void take_part(void* of, int) {
-  Loop& loop = *static_cast<Loop*>(of);
-  for (std::size_t i; (i = loop.next.fetch_add(1, std::memory_order_relaxed)) < loop.count;)
-    loop.body(loop.context, i);
-}
 
 }  // namespace
 
@@ -93,15 +126,19 @@ void guard_forks() {
 void end_threads() { pool.load()->close(); }
 
 void parallel_for(std::size_t count, int threads, void (*body)(void*, std::size_t), void* context) {
-  Loop loop{count, body, context};
-  const int team = static_cast<int>(std::min<std::size_t>(count, threads));
+  const int team = team_of(count, threads);
+  if (team <= 1) {
+    for (std::size_t i = 0; i < count; ++i) body(context, i);
+    return;
+  }
+  Loop loop(count, team, body, context);
   Pool& from = *pool.load();
-  const std::vector<Worker*> helpers = team > 1 ? from.borrow(team - 1) : std::vector<Worker*>();
+  const std::vector<Worker*> helpers = from.borrow(team - 1);
   int member = 0;
   for (Worker* helper : helpers) helper->start(take_part, &loop, ++member);
   take_part(&loop, 0);
   for (Worker* helper : helpers) helper->wait();
-  if (!helpers.empty()) from.give_back(helpers);
+  from.give_back(helpers);
 }
 
 #else

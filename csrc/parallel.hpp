@@ -4,9 +4,17 @@
 
 namespace fusedopt {
 
-// Calls body(context, i) once for each i in [0, count), on at most `threads` threads. The body
-// must not throw, and its result must not depend on which thread runs it.
+// Calls body(context, i) once for each i in [0, count), on at most `threads` threads. Each thread
+// has a share, the same in every loop of that count, and takes from the shares of others only when
+// its own is done: so a thread meets the memory that it met in the step before, which on a machine
+// with several memory nodes is near to it. The body must not throw, and its result must not depend
+// on which thread runs it.
 void parallel_for(std::size_t count, int threads, void (*body)(void*, std::size_t), void* context);
+
+// Where the share of a member of a team begins; that of the member behind the last is `count`.
+inline std::size_t share_begin(std::size_t count, std::size_t team, std::size_t member) {
+  return count / team * member + (member < count % team ? member : count % team);
+}
 
 // "openmp", "threads" or "serial".
 const char* parallel_name();

@@ -26,32 +26,26 @@ T* numbers_of(const py::object& o, std::size_t count) {
 
 }  // namespace
 
-Plan::Plan(const py::object& tree, const py::list& arrays, const py::list& mirrors,
-           const std::vector<std::vector<RandomKey>>& keys, std::vector<int> groups,
-           std::vector<int> batches, const py::list& programs, std::vector<py::tuple> folds,
-           py::object rates, py::object counters, const py::list& beside, py::object before,
-           py::object between, py::object results, py::object decide, bool zero_grads, int threads,
-           const py::object& scratch)
-    : tree_(tree),
-      groups_(std::move(groups)),
-      batches_(std::move(batches)),
-      folds_(std::move(folds)),
-      rates_(std::move(rates)),
-      counters_(std::move(counters)),
-      before_(std::move(before)),
-      between_(std::move(between)),
-      results_(std::move(results)),
-      decide_(std::move(decide)),
-      zero_grads_(zero_grads),
-      threads_(threads) {
-  if (!scratch.is_none()) {
-    const py::object block = scratch.attr("block");
-    const auto memory = py::cast<py::array>(block);
-    mapped_ = {static_cast<char*>(proxy_of(block.ptr())->data),
-               static_cast<std::size_t>(memory.nbytes()), scratch.attr("file").cast<int>(),
-               scratch.attr("window").cast<std::size_t>()};
-    held_.push_back(scratch);
-  }
+Plan::Plan(const py::object& description)
+    : tree_(description.attr("tree")),
+      groups_(description.attr("groups").cast<std::vector<int>>()),
+      batches_(description.attr("batches").cast<std::vector<int>>()),
+      folds_(description.attr("folds").cast<std::vector<py::tuple>>()),
+      rates_(description.attr("rates")),
+      factors_(description.attr("factors")),
+      counters_(description.attr("counters")),
+      before_(description.attr("before")),
+      between_(description.attr("between")),
+      results_(description.attr("results")),
+      decide_(description.attr("decide")),
+      zero_grads_(description.attr("zero_grads").cast<bool>()),
+      threads_(description.attr("threads").cast<int>()) {
+  use_file(description.attr("state_file"));
+  const py::list programs = description.attr("programs");
+  using Arrays = std::vector<std::vector<py::object>>;
+  const auto arrays = description.attr("arrays").cast<Arrays>();
+  const auto mirrors = description.attr("mirrors").cast<Arrays>();
+  const auto keys = description.attr("keys").cast<std::vector<std::vector<RandomKey>>>();
   program_objects_ = programs;
   for (const py::handle program : programs) programs_.push_back(&program.cast<const Program&>());
   const std::size_t leaves = arrays.size();
@@ -63,13 +57,12 @@ Plan::Plan(const py::object& tree, const py::list& arrays, const py::list& mirro
     most_ = std::max(most_, program->ops.size());
   }
   counts_ = numbers_of<std::int64_t>(counters_, leaves + 1);
-  rate_ = numbers_of<double>(rates_, 2 * programs_.size());
+  rate_ = numbers_of<double>(rates_, programs_.size());
+  factor_ = numbers_of<double>(factors_, programs_.size());
   result_ = numbers_of<double>(results_, leaves * columns());
   table_ = level().table;
-  for (std::size_t k = 0; k < leaves; ++k)
-    add_leaf(py::cast<std::vector<py::object>>(arrays[k]),
-             py::cast<std::vector<py::object>>(mirrors[k]), keys[k], k);
-  for (const py::handle each : beside) {
+  for (std::size_t k = 0; k < leaves; ++k) add_leaf(arrays[k], mirrors[k], keys[k], k);
+  for (const py::handle each : description.attr("beside")) {
     const Proxy* const array = as_array(each.ptr());
     const int format = format_of(array);
     if (format < 0) throw py::value_error("plan: no such dtype beside the parameters");
@@ -79,6 +72,16 @@ Plan::Plan(const py::object& tree, const py::list& arrays, const py::list& mirro
   }
   std::sort(written_.begin(), written_.end(), by_address);
   for (const int batch : batches_) batch_count_ = std::max(batch_count_, batch + 1);
+}
+
+void Plan::use_file(const py::object& file) {
+  if (file.is_none()) return;
+  const py::object block = file.attr("block");
+  const auto memory = py::cast<py::array>(block);
+  mapped_ = {static_cast<char*>(proxy_of(memory.ptr())->data),
+             static_cast<std::size_t>(memory.nbytes()), file.attr("file").cast<int>(),
+             file.attr("window").cast<std::size_t>()};
+  held_.push_back(file);
 }
 
 void Plan::add_leaf(const std::vector<py::object>& arrays, const std::vector<py::object>& mirrors,
@@ -168,16 +171,7 @@ void bind_plan(py::module_& module) {
   py::class_<Program>(module, "Program")
       .def(py::init<const py::list&, double, double, double, int, int, int, int>());
   py::class_<Plan>(module, "Plan")
-      .def(
-          py::init<const py::object&, const py::list&, const py::list&,
-                   const std::vector<std::vector<RandomKey>>&, std::vector<int>, std::vector<int>,
-                   const py::list&, std::vector<py::tuple>, py::object, py::object, const py::list&,
-                   py::object, py::object, py::object, py::object, bool, int, const py::object&>(),
-          py::kw_only(), py::arg("tree"), py::arg("arrays"), py::arg("mirrors"), py::arg("keys"),
-          py::arg("groups"), py::arg("batches"), py::arg("programs"), py::arg("folds"),
-          py::arg("rates"), py::arg("counters"), py::arg("beside"), py::arg("before"),
-          py::arg("between"), py::arg("results"), py::arg("decide"), py::arg("zero_grads"),
-          py::arg("threads"), py::arg("scratch"))
+      .def(py::init<const py::object&>())
       .def("take", &Plan::take)
       .def("give", &Plan::give)
       .def("reprogram", &Plan::reprogram)

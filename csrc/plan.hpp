@@ -13,6 +13,7 @@
 #include "driver.hpp"
 #include "norms.hpp"
 #include "programs.hpp"
+#include "thread_choice.hpp"
 #include "trees.hpp"
 #include "windows.hpp"
 
@@ -26,25 +27,8 @@ using RandomKey = std::pair<std::uint64_t, std::uint64_t>;
 // Everything about an optimizer that does not change from step to step.
 class Plan {
  public:
-  // arrays: for each leaf its parameter, states and work space, as `read_target` takes them.
-  // mirrors: for each leaf the arrays into which its parameter is written besides. keys: for each
-  // leaf the keys of the arrays' random bits. batches: for each leaf -1, or the number of the batch
-  // of matrices whose products come between its two phases. counters: the optimizer's step number,
-  // then each leaf's. folds: for each group those of its operations. rates: float64, the groups'
-  // learning rates and then their factors on gradients, read in each step. beside: what else a step
-  // writes. before(leaves), if not None, is called before anything is written, between(batch,
-  // phase, leaves) after each phase but the last, both with the lock held. results: float64, for
-  // each leaf its gradient's sum of squares, the scale of that (0 of a leaf that took no part), the
-  // elements that were touched, and the sums of its program. decide: asked when the first two are
-  // known, with the lock held, whether to go on; None: they are not computed. zero_grads: gradients
-  // are set to zero; threads 0 means no limit of its own. scratch: None, or an object with the
-  // block, file and window of `Mapped`.
-  Plan(const py::object& tree, const py::list& arrays, const py::list& mirrors,
-       const std::vector<std::vector<RandomKey>>& keys, std::vector<int> groups,
-       std::vector<int> batches, const py::list& programs, std::vector<py::tuple> folds,
-       py::object rates, py::object counters, const py::list& beside, py::object before,
-       py::object between, py::object results, py::object decide, bool zero_grads, int threads,
-       const py::object& scratch);
+  // description: fusedopt.backends.native.PlanDescription, which says what its fields are.
+  explicit Plan(const py::object& description);
 
   // Keeps everything else from using this plan until `give`; refused where something does already.
   void take();
@@ -89,6 +73,8 @@ class Plan {
     RandomKey key;
   };
 
+  // None, or an object with the block, file and window of `Mapped`.
+  void use_file(const py::object& file);
   void add_leaf(const std::vector<py::object>& arrays, const std::vector<py::object>& mirrors,
                 const std::vector<RandomKey>& keys, std::size_t k);
   void change_level();
@@ -120,18 +106,19 @@ class Plan {
   Node tree_;
   std::vector<int> groups_, batches_;
   std::vector<py::tuple> folds_;
-  py::object rates_, counters_, before_, between_, results_, decide_;
+  py::object rates_, factors_, counters_, before_, between_, results_, decide_;
   const bool zero_grads_;
   const int threads_;
   int batch_count_ = 0, sums_ = 0;  // sums_: of the program that has most
   std::size_t most_ = 0;            // operations, likewise
   std::int64_t* counts_ = nullptr;
-  const double* rate_ = nullptr;
+  const double *rate_ = nullptr, *factor_ = nullptr;
   double* result_ = nullptr;
   const Table* table_ = nullptr;
   std::vector<py::object> held_;  // arrays
   py::object program_objects_;    // keeps `programs_` alive
   Mapped mapped_;
+  ThreadChoice choice_;
   std::vector<const Program*> programs_;
   std::vector<Own> own_;
   std::vector<Operand> operands_;  // MAX_OPERANDS for each leaf

@@ -1,4 +1,6 @@
 // One step of a plan.
+#include <pybind11/stl.h>
+
 #include <algorithm>
 #include <memory>
 #include <utility>
@@ -201,8 +203,7 @@ const Scalars& Plan::scalars_of(std::size_t k) {
   auto found = scalar_cache_.find(key);
   if (found == scalar_cache_.end()) {
     const auto group = static_cast<std::size_t>(groups_[k]);
-    Scalars fresh(program(k), folds_[group], t, rate_[group], rate_[programs_.size() + group],
-                  own_[k].compute);
+    Scalars fresh(program(k), folds_[group], t, rate_[group], factor_[group], own_[k].compute);
     found = scalar_cache_.emplace(key, std::move(fresh)).first;
   }
   return found->second;
@@ -245,7 +246,7 @@ void Plan::run_phase(int batch, int phase) {
   leaves_.resize(count);
   partials_.place();
   // refs_ and held_ keep every array alive
-  run_unlocked(leaves_, elements, threads(), mapped_.data ? &mapped_ : nullptr);
+  run_unlocked(leaves_, elements, threads(), mapped_.data ? &mapped_ : nullptr, &choice_);
   if (sums_) take_sums(batch);
 }
 

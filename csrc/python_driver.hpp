@@ -15,13 +15,13 @@ inline std::atomic<int> thread_count{1};
 // Runs the leaves, for long ones without Python's lock; whoever holds the arrays alive is the
 // caller's affair. Handing the lock over costs 0.07 us, as much as 350 elements.
 inline void run_unlocked(std::vector<Leaf>& leaves, std::size_t elements, int threads,
-                         const Mapped* mapped = nullptr) {
+                         const Mapped* mapped = nullptr, ThreadChoice* choice = nullptr) {
   constexpr std::size_t SHORT = 1 << 13;
   if (elements < SHORT) {
-    run(leaves, threads, mapped);
+    run(leaves, threads, mapped, choice);
   } else {
     const pybind11::gil_scoped_release unlocked;
-    run(leaves, threads, mapped);
+    run(leaves, threads, mapped, choice);
   }
 }
 

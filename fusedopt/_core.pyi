@@ -1,4 +1,4 @@
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,28 +22,7 @@ class Program:
     ) -> None: ...
 
 class Plan:
-    def __init__(
-        self,
-        *,
-        tree: Any,
-        arrays: list[list[Any]],
-        mirrors: list[list[np.ndarray]],
-        keys: list[list[tuple[int, int]]],
-        groups: list[int],
-        batches: list[int],
-        programs: list[Program],
-        folds: list[tuple[Callable[[int, float], tuple[float, ...]], ...]],
-        rates: np.ndarray,
-        counters: np.ndarray,
-        beside: list[np.ndarray],
-        before: Callable[[Sequence[int]], None] | None,
-        between: Callable[[int, int, Sequence[int]], None],
-        results: np.ndarray,
-        decide: Callable[[], bool] | None,
-        zero_grads: bool,
-        threads: int,
-        scratch: Any,
-    ) -> None: ...
+    def __init__(self, description: Any, /) -> None: ...
     def take(self) -> None: ...
     def give(self) -> None: ...
     def reprogram(
@@ -78,6 +57,15 @@ def orthogonalize(
     /,
 ) -> None: ...
 def orthogonalize_space(rows: int, columns: int, /) -> int: ...
+def thread_processors(threads: int, /) -> list[list[int]]: ...
+def first_touch(leaves: list[tuple[int, list[np.ndarray]]], threads: int, /) -> None: ...
+
+class ThreadChoice:
+    def all(self) -> bool: ...
+    def tell(self, all: bool, seconds: float, /) -> None: ...
+
+THREAD_TRIALS: int
+
 def codecs() -> list[tuple[str, int, int, int]]: ...
 def operations() -> list[tuple[str, int, int]]: ...
 def levels() -> list[str]: ...

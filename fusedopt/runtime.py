@@ -15,7 +15,7 @@ from .optimizer import Optimizer
 from .rules import RULES, Rule
 from .system.extension import core
 from .system.isa import get_isa, get_threads, isas
-from .system.numa import nodes
+from .system.numa import nodes, thread_nodes
 from .system.threads import available
 
 
@@ -51,6 +51,7 @@ def info() -> dict[str, Any]:
         "threads": get_threads(),
         "thread_limits": limits,
         "numa_nodes": nodes(),
+        "thread_nodes": thread_nodes(core.thread_processors(get_threads()) if core else []),
         "parallel": core.parallel if core else "none",
         "compiler": core.compiler if core else "none",
         "numpy": np.__version__,

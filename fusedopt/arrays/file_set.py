@@ -13,9 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from .safetensors_file import open_regular, part_name, read, replace_file
+from .file_array import File, FileArray, joined
+from .safetensors_file import part_name, read, replace_file
 
 FORMAT = 1
 START = b'{"fusedopt_set":'
@@ -32,7 +31,7 @@ class Tensors:
     def __init__(
         self,
         shapes: Mapping[str, Sequence[int]],
-        parts: Mapping[str, Sequence[np.ndarray]],
+        parts: Mapping[str, Sequence[FileArray]],
         table: Any,
     ) -> None:
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
@@ -45,18 +44,13 @@ class Tensors:
                     f" {sizes} elements of {sorted(map(str, dtypes))}"
                 )
 
-    def whole(self, name: str) -> np.ndarray:
-        """An array in its shape: as it is mapped, or a copy if it has several parts."""
-        return self.part(name, 0, math.prod(self.shapes[name])).reshape(self.shapes[name])
+    def whole(self, name: str) -> FileArray:
+        """An array in its shape."""
+        return joined(self._parts[name], self.shapes[name])
 
-    def part(self, name: str, start: int, stop: int) -> np.ndarray:
+    def part(self, name: str, start: int, stop: int) -> FileArray:
         """Some elements of an array, flat."""
-        found, begin = [], 0
-        for part in self._parts[name]:
-            found.append(part[max(start - begin, 0) : max(stop - begin, 0)])
-            begin += part.size
-        some = [part for part in found if part.size] or found[:1]
-        return some[0] if len(some) == 1 else np.concatenate(some)
+        return self.whole(name).some(start, stop)
 
 
 def write_index(
@@ -89,21 +83,19 @@ def write_index(
 def open_tensors(path: str | os.PathLike[str]) -> Tensors:
     """What `safetensors_file.write` put into one file, or ranks into a set.
 
-    Arrays are mapped. Raises OSError where a file cannot be opened and ValueError where one is not
+    Raises OSError where a file cannot be opened and ValueError where one is not
     whole or not of this set.
     """
-    with open(path, "rb", opener=open_regular) as file:
-        is_index = file.read(len(START)) == START
-    if not is_index:
+    file = File(path)
+    if file.read(0, len(START)) != START:
         arrays, table = read(path)
         shapes = {name: a.shape for name, a in arrays.items()}
-        return Tensors(shapes, {name: [a.reshape(-1)] for name, a in arrays.items()}, table)
+        return Tensors(shapes, {name: [a] for name, a in arrays.items()}, table)
     try:
-        with open(path, encoding="utf-8") as text:
-            index = json.loads(text.read(MOST + 1))
+        index = json.loads(file.read(0, MOST))
         if index["fusedopt_set"] != FORMAT:
             raise ValueError(f"expected a set of format {FORMAT}, got {index['fusedopt_set']!r}")
-        parts: dict[str, list[np.ndarray]] = {name: [] for name in index["shapes"]}
+        parts: dict[str, list[FileArray]] = {name: [] for name in index["shapes"]}
         target = os.path.realpath(path)
         for number in range(index["files"]):
             arrays, told = read(part_name(target, index["token"], number))

@@ -1,7 +1,7 @@
-"""Arrays in a safetensors file: written so that a kill leaves no half of one, read by mapping.
+"""Arrays in a safetensors file: written so that a kill leaves no half of one, read where they go.
 
-The library writes; it takes the arrays where they lie. Files are mapped and their headers read
-here, because its reader hands out copies: one that cannot be allocated would end a load halfway.
+The library writes; it takes the arrays where they lie. Files are read here, because its reader
+hands out copies, and no optimizer need be held twice.
 """
 
 from __future__ import annotations
@@ -10,12 +10,10 @@ import contextlib
 import errno
 import json
 import math
-import mmap
 import os
 import platform
 import re
 import shutil
-import stat
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
@@ -25,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from .file_array import File, FileArray, Part
 from .formats import BFLOAT16
 
 DTYPES = {
@@ -176,54 +175,42 @@ def _alive(process: int) -> bool:
     return process != os.getpid() or threading.active_count() > 1
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], Any]:
-    """The arrays, read-only and mapped, and the table that `write` put into a file.
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, FileArray], Any]:
+    """The arrays, to be read, and the table that `write` put into a file.
 
     Nothing is allocated by what the file claims. Raises OSError where it cannot be opened and
     ValueError where it is no whole safetensors file, or not one of `write`.
     """
-    with open(path, "rb", opener=open_regular) as file:
-        try:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            header, begin = _header(data)
-            metadata = header.pop("__metadata__", {})
-            arrays = {name: _array(data, begin, entry) for name, entry in header.items()}
-            if sum(a.nbytes for a in arrays.values()) != len(data) - begin:
-                raise ValueError("the arrays do not fill it")
-            table = json.loads(metadata.get("fusedopt", "null"))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path}: is not a whole safetensors file: {error}") from error
+    file = File(path)
+    try:
+        header, begin = _header(file)
+        metadata = header.pop("__metadata__", {})
+        arrays = {name: _array(file, begin, entry) for name, entry in header.items()}
+        if sum(a.size * a.dtype.itemsize for a in arrays.values()) != file.size - begin:
+            raise ValueError("the arrays do not fill it")
+        table = json.loads(metadata.get("fusedopt", "null"))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: is not a whole safetensors file: {error}") from error
     if table is None:
         raise ValueError(f"{path}: is a safetensors file, but not one that Optimizer.save wrote")
     return arrays, table
 
 
-def open_regular(path: str, flags: int) -> int:
-    """Open a file; OSError, instead of waiting for ever, where it is a pipe or the like."""
-    opened = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-    mode = os.fstat(opened).st_mode
-    if stat.S_ISREG(mode):
-        return opened
-    os.close(opened)
-    number = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
-    raise OSError(number, "is no file; give the path of one that save wrote", path)
-
-
-def _header(data: mmap.mmap) -> tuple[dict[str, Any], int]:
+def _header(file: File) -> tuple[dict[str, Any], int]:
     """The file's table of contents, and where the arrays begin."""
-    size = int.from_bytes(data[:8], "little")
-    if size > min(HEADER_MOST, len(data) - 8):
-        raise ValueError(f"its {len(data)} bytes cannot begin with a header of {size}")
-    header = json.loads(data[8 : 8 + size].decode())
+    size = int.from_bytes(file.read(0, 8), "little")
+    if size > min(HEADER_MOST, file.size - 8):
+        raise ValueError(f"its {file.size} bytes cannot begin with a header of {size}")
+    header = json.loads(file.read(8, 8 + size).decode())
     if not isinstance(header, dict):
         raise ValueError("its header is no table")
     return header, 8 + size
 
 
-def _array(data: mmap.mmap, begin: int, entry: Any) -> np.ndarray:
+def _array(file: File, begin: int, entry: Any) -> FileArray:
     dtype, shape, (first, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
     if not all(isinstance(n, int) and n >= 0 for n in (*shape, first, end)):
         raise ValueError(f"sizes and offsets must be integers >= 0: {entry}")
-    if end > len(data) - begin or end - first != math.prod(shape) * dtype.itemsize:
+    if end > file.size - begin or end - first != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"an array does not lie where it is said to: {entry}")
-    return np.ndarray(shape, dtype, data, begin + first)
+    return FileArray(dtype, shape, [Part(file, begin + first, begin + end)])

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
+from ..system.extension import core
+from ..system.threads import in_use
 from .formats import (
     BFLOAT16,
     FLOAT16,
@@ -209,14 +212,18 @@ class Storage:
         for rule, p in zip(rules, parameters, strict=True):
             if self.keeps_more(p):
                 format = self.parameter(p.dtype)
-                wanted.append(ArraySpec(format, p, beside=format.aux_dtype is not None))
+                beside = format.aux_dtype is not None
+                wanted.append(ArraySpec(format, p, beside=beside, filled=True))
             wanted += [
-                ArraySpec(self.state(rule, s, p.dtype, p.size), p, rule.initial(s))
+                ArraySpec(
+                    self.state(rule, s, p.dtype, p.size), p, rule.initial(s), filled=s == AVERAGE
+                )
                 for s in states_of(rule)
             ]
             plain = PLAIN[compute_dtype(p.dtype).name]
             wanted += [ArraySpec(plain, p, shape=shape) for shape in rule.sides(p.shape).values()]
-        fresh = iter(allocate(wanted, block))
+        place = partial(_place, wanted, parameters)
+        fresh = iter(allocate(wanted, block, *([place] if block is in_memory else [])))
         leaf_states = []
         for rule, p, copied in zip(rules, parameters, copies, strict=True):
             own = next(fresh) if self.keeps_more(p) else None
@@ -267,3 +274,21 @@ def synchronize(leaf_state: LeafState) -> None:
 def _check_choice(what: str, value: object, valid: Sequence[str]) -> None:
     if value not in valid:
         raise ValueError(f"{what}: expected one of {', '.join(valid)}; got {value!r}")
+
+
+def _place(
+    wanted: Sequence[ArraySpec],
+    parameters: Sequence[np.ndarray],
+    pieces: Sequence[Sequence[np.ndarray]],
+) -> None:
+    """Have the threads of a step be the first to touch what is filled before the first step.
+
+    The system puts a page into the memory of the thread that touches it first; everything else is
+    touched first by the first step.
+    """
+    places: dict[int, list[np.ndarray]] = {id(p): [] for p in parameters}
+    for spec, own in zip(wanted, pieces, strict=True):
+        if spec.filled or spec.initial or spec.format.zero:
+            places[id(spec.like)] += own
+    if core and any(places.values()):
+        core.first_touch([(p.size, places[id(p)]) for p in parameters], in_use())

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..arrays import host
 from ..arrays.formats import FLOAT32, FLOAT64, FORMATS, RandomKey
+from ..arrays.state_file import StateFile
 from ..arrays.stored import Stored
 from ..plan.extras import EVERYTHING
 from ..plan.interface import Plan
@@ -127,6 +128,70 @@ class NativeBackend:
             raise RuntimeError("the core refused the look-ahead; please report this")
 
 
+class PlanDescription(NamedTuple):
+    """What the core makes a plan from; csrc/plan.cpp reads the fields by their names.
+
+    arrays: of each leaf its parameter, states and work space, each an ndarray or (name of the
+    codec, data, what is stored beside it or None). mirrors: of each leaf the arrays into which its
+    parameter is written besides. keys: of each leaf the keys of its arrays' random bits. groups: of
+    each leaf the place of its group. batches: of each leaf -1, or the number of the batch of
+    matrices whose products come between its phases. programs, folds: of each group its program, and
+    the functions from (t, lr) to its operations' scalars. beside: what else a step writes.
+    before(leaves), or None: called before anything is written. between(batch, phase, leaves):
+    called after each phase but the last. threads: at most so many; 0: as many as there are for all.
+    The rest is as in `PlanSpec`.
+    """
+
+    tree: Any
+    arrays: list[list[Any]]
+    mirrors: list[list[np.ndarray]]
+    keys: list[list[tuple[int, int]]]
+    groups: list[int]
+    batches: list[int]
+    programs: list[Any]
+    folds: list[tuple[Any, ...]]
+    rates: np.ndarray
+    factors: np.ndarray
+    counters: np.ndarray
+    results: np.ndarray
+    beside: list[np.ndarray]
+    before: Callable[[Sequence[int]], None] | None
+    between: Callable[[int, int, Sequence[int]], None]
+    decide: Callable[[], bool] | None
+    zero_grads: bool
+    threads: int
+    state_file: StateFile | None
+
+
+def _described(spec: PlanSpec, programs: Sequence[Program], matrices: Matrices) -> PlanDescription:
+    leaves, work = spec.leaves, matrices.work
+    return PlanDescription(
+        tree=spec.tree,
+        arrays=[
+            [*(stored.spec for stored in leaf_state.operands), *work.get(k, ())]
+            for k, leaf_state in enumerate(leaves)
+        ],
+        mirrors=[list(leaf_state.mirrors) for leaf_state in leaves],
+        # Work space is in the compute type, and takes no random bits.
+        keys=[[*keys, *[RandomKey()] * len(work.get(k, ()))] for k, keys in enumerate(spec.keys)],
+        groups=list(spec.group_of),
+        batches=[matrices.batches.get(k, -1) for k in range(len(leaves))],
+        programs=[_compile(program) for program in programs],
+        folds=[program.folds for program in programs],
+        rates=spec.rates,
+        factors=spec.factors,
+        counters=spec.counters,
+        results=spec.results,
+        beside=[side.data for leaf_state in leaves for side in leaf_state.sides.values()],
+        before=matrices.before if matrices.sided else None,
+        between=matrices.between,
+        decide=spec.decide,
+        zero_grads=spec.zero_grads,
+        threads=spec.threads or 0,
+        state_file=spec.state_file,
+    )
+
+
 class NativePlan:
     """The core's plan of an optimizer."""
 
@@ -137,33 +202,7 @@ class NativePlan:
         programs = [spec.extras.program(group.rule) for group in spec.groups]
         # The core's objects are unknown to the garbage collector: what it calls must not lead back
         # to this plan.
-        plan = core.Plan(
-            tree=spec.tree,
-            arrays=[
-                [*(stored.spec for stored in leaf_state.operands), *matrices.work.get(k, ())]
-                for k, leaf_state in enumerate(spec.leaves)
-            ],
-            mirrors=[list(leaf_state.mirrors) for leaf_state in spec.leaves],
-            # Work space is in the compute type, and takes no random bits.
-            keys=[
-                [*keys, *[RandomKey()] * len(matrices.work.get(k, ()))]
-                for k, keys in enumerate(spec.keys)
-            ],
-            groups=list(spec.group_of),
-            batches=[matrices.batches.get(k, -1) for k in range(len(spec.leaves))],
-            programs=[_compile(program) for program in programs],
-            folds=[program.folds for program in programs],
-            rates=spec.rates,
-            counters=spec.counters,
-            beside=[s.data for leaf_state in spec.leaves for s in leaf_state.sides.values()],
-            before=matrices.before if matrices.sided else None,
-            between=matrices.between,
-            results=spec.results,
-            decide=spec.decide,
-            zero_grads=spec.zero_grads,
-            threads=spec.threads or 0,
-            scratch=spec.state_file,
-        )
+        plan = core.Plan(_described(spec, programs, matrices))
         self._reprogram = plan.reprogram
         self.take, self.give = plan.take, plan.give
         self.step, self.step_alone = plan.step, plan.step_alone

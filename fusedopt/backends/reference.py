@@ -116,7 +116,7 @@ class ReferencePlan(ExclusiveUse):
     def step(self, grads: Any, hessian: Any, flat: bool) -> int | None:
         if not flat:  # the optimizer checks, and sees to it that this is not interrupted
             return None
-        spec, groups = self._spec, len(self._spec.groups)
+        spec = self._spec
         spec.results[...] = 0
         active = [k for k, g in enumerate(grads) if g is not None]
         if spec.decide is not None:
@@ -138,7 +138,7 @@ class ReferencePlan(ExclusiveUse):
                 spec.keys[k],
                 t=int(spec.counters[k + 1]) + 1,
                 lr=float(spec.rates[group]),
-                factor=float(spec.rates[groups + group]),
+                factor=float(spec.factors[group]),
                 extras=spec.extras,
             )
         for k in active:

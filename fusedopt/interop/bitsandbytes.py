@@ -62,7 +62,7 @@ def from_bitsandbytes(
     blocks; nothing has changed then.
     """
     groups = parameter_groups(state_dict)
-    snapshot = opt._snapshot
+    snapshot = opt.snapshot()
     order = iter(order_of(opt, groups, paths))
     problems: list[str] = []
     arrivals = {}

@@ -65,7 +65,7 @@ def take_over(opt: Optimizer, step: int, arrivals: Mapping[str, Arrival]) -> Non
 
     Raises ValueError, which lists every misfit, before anything is written.
     """
-    snapshot = opt._snapshot
+    snapshot = opt.snapshot()
     saved = snapshot.take()
     saved["step"] = step
     problems = []
@@ -116,7 +116,7 @@ def _encoded(leaf_state: LeafState, state: Stored, value: Any) -> Stored:
 
 def departures(opt: Optimizer) -> Iterator[tuple[str, Rule, Arrival]]:
     """Of each leaf its path, its rule, and copies of its states in the type of its arithmetic."""
-    snapshot = opt._snapshot
+    snapshot = opt.snapshot()
     for k, (path, rule) in enumerate(zip(snapshot.paths, snapshot.rules, strict=True)):
         leaf_state = snapshot.leaf_states[k]
         states = {name: leaf_state.states[name].values for name in rule.states}
@@ -125,7 +125,7 @@ def departures(opt: Optimizer) -> Iterator[tuple[str, Rule, Arrival]]:
 
 def initial_states(opt: Optimizer, k: int) -> dict[str, np.ndarray]:
     """Those of a leaf that has seen no step."""
-    snapshot = opt._snapshot
+    snapshot = opt.snapshot()
     rule, p = snapshot.rules[k], snapshot.parameters[k]
     dtype = compute_dtype(p.dtype)
     return {name: np.full(p.shape, rule.initial(name), dtype) for name in rule.states}

@@ -70,7 +70,7 @@ def from_optax(opt: Optimizer, state: Any, *, step: int | None = None) -> None:
 
     Raises ValueError that lists everything that does not fit; nothing has changed then.
     """
-    snapshot = opt._snapshot
+    snapshot = opt.snapshot()
     problems = list(_unlike(opt))
     arrivals = {path: Arrival() for path in snapshot.paths}
     rules = dict(zip(snapshot.paths, snapshot.rules, strict=True))
@@ -82,7 +82,7 @@ def from_optax(opt: Optimizer, state: Any, *, step: int | None = None) -> None:
         count = next((int(as_array(getattr(node, n))) for n in COUNTS if n in node._fields), None)
         counts.extend([] if count is None else [count])
         for theirs, ours in PARTS.get(kind, _NOTHING).trees.items():
-            tree = opt._tree.flatten(_unmasked(getattr(node, theirs)), f"{kind}.{theirs}")
+            tree = snapshot.tree.flatten(_unmasked(getattr(node, theirs)), f"{kind}.{theirs}")
             for path, value in zip(snapshot.paths, tree, strict=True):
                 if value is None:
                     continue
@@ -122,6 +122,7 @@ def to_optax(opt: Optimizer, template: Any) -> Any:
     """
     problems = list(_unlike(opt))
     leaves = {path: (rule, leaf) for path, rule, leaf in departures(opt)}
+    params = opt.snapshot().tree
     given: dict[str, set[str]] = {path: set() for path in leaves}
 
     def put(node: Any) -> Any:
@@ -131,7 +132,7 @@ def to_optax(opt: Optimizer, template: Any) -> Any:
         for theirs, ours in PARTS.get(kind, _NOTHING).trees.items():
             old = getattr(node, theirs)
             new: list[Any] = []
-            tree = opt._tree.flatten(_unmasked(old), f"{kind}.{theirs}")
+            tree = params.flatten(_unmasked(old), f"{kind}.{theirs}")
             for (path, (rule, leaf)), value in zip(leaves.items(), tree, strict=True):
                 name, sign = _own(rule, ours, kind)
                 if value is None:
@@ -188,7 +189,7 @@ def _own(rule: Rule, name: str, kind: str) -> tuple[str, int]:
 
 def _unlike(opt: Optimizer) -> Iterator[str]:
     """Where rules do what optax cannot."""
-    for group in opt._groups:
+    for group in opt.snapshot().groups:
         rule = group.rule
         if "optax" not in rule.conventions:
             yield f"{group.label!r}: optax has no {type(rule).__name__}"

@@ -189,7 +189,7 @@ def from_torch(
     Raises ValueError that lists everything that does not fit; nothing has changed then.
     """
     groups = parameter_groups(state_dict)
-    snapshot = opt._snapshot
+    snapshot = opt.snapshot()
     order = order_of(opt, groups, paths)
     ids = [key for group in groups for key in group["params"]]
     group_of = [group for group in groups for _ in group["params"]]
@@ -227,7 +227,7 @@ def to_torch(opt: Optimizer, *, tensors: bool = True) -> dict[str, Any]:
     step = opt.step_count + 1
     problems = []
     groups: list[dict[str, Any]] = []
-    for group in opt._groups:
+    for group in opt.snapshot().groups:
         try:
             nearest = _group(group.rule, step)
             found = differences(group.rule, _rule(nearest), step)
@@ -236,10 +236,10 @@ def to_torch(opt: Optimizer, *, tensors: bool = True) -> dict[str, Any]:
         except ValueError as error:
             problems.append(f"{group.label!r}: {error}")
     refuse("the rule", problems)
-    leaves = list(departures(opt))
+    leaves, group_of = list(departures(opt)), opt.snapshot().group_of
     state: dict[int, dict[str, Any]] = {}
     for k in _by_group(opt):
-        there, (_, rule, leaf) = groups[opt._group_of[k]], leaves[k]
+        there, (_, rule, leaf) = groups[group_of[k]], leaves[k]
         key = sum(len(each["params"]) for each in groups)
         there["params"].append(key)
         entry = _entry(_layout(there), rule, leaf)
@@ -338,23 +338,25 @@ def _group(rule: Rule, step: int) -> dict[str, Any]:
 
 def _by_group(opt: Optimizer) -> list[int]:
     """The leaves' numbers as torch would number their parameters."""
-    return sorted(range(len(opt._group_of)), key=opt._group_of.__getitem__)
+    group_of = opt.snapshot().group_of
+    return sorted(range(len(group_of)), key=group_of.__getitem__)
 
 
 def order_of(
     opt: Optimizer, groups: Sequence[Mapping[str, Any]], paths: Sequence[str] | None
 ) -> Sequence[str]:
     """The leaf of each of torch's parameters."""
-    own = opt._snapshot.paths
+    snapshot = opt.snapshot()
+    own, count_here = snapshot.paths, len(snapshot.groups)
     count = sum(len(group["params"]) for group in groups)
     names = [name for group in groups for name in group.get("param_names", ())]
     if paths is not None:
         found = list(paths)
     elif sorted(names) == sorted(own):
         found = names
-    elif len(groups) != len(opt._groups) and len(own) > 1:
+    elif len(groups) != count_here and len(own) > 1:
         raise ValueError(
-            f"paths: torch has {len(groups)} groups and this optimizer {len(opt._groups)}; give the"
+            f"paths: torch has {len(groups)} groups and this optimizer {count_here}; give the"
             " leaves' paths in the order of torch's parameters"
         )
     else:

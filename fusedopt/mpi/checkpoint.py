@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..arrays.checks import memory_order
+from ..arrays.file_array import FileArray
 from ..arrays.file_set import Tensors, write_index
+from ..arrays.order import axes_of, memory_order, turned_back, turned_shape
 from ..arrays.safetensors_file import part_name, write
 from ..arrays.stored import LeafState
-from ..optimizer import Optimizer
+from ..step.assembly import Assembly
 from ..step.checkpoint import CALLERS, Snapshot
 from .ranks import Ranks
 from .shares import Cut, flat
@@ -24,12 +25,12 @@ class Held(NamedTuple):
     """What a rank holds of one leaf: its step, its formats, and of each array what the whole is.
 
     arrays: by name the shape of the whole array as files have it, the number of elements that this
-    rank has, the dtype, and whether the whole is turned in memory (in Fortran order).
+    rank has, the dtype, and the memory order of the whole.
     """
 
     t: int
     formats: dict[str, str]
-    arrays: dict[str, tuple[tuple[int, ...], int, np.dtype, bool]]
+    arrays: dict[str, tuple[tuple[int, ...], int, np.dtype, str]]
 
 
 class SharedState:
@@ -39,8 +40,8 @@ class SharedState:
     ----------
     ranks : Ranks
         The processes.
-    local : Optimizer
-        This rank's part.
+    local : Assembly
+        This rank's part of an optimizer.
     whole : sequence of arrays
         All parameters.
     cuts : sequence of Cut
@@ -48,10 +49,10 @@ class SharedState:
     """
 
     def __init__(
-        self, ranks: Ranks, local: Optimizer, whole: Sequence[np.ndarray], cuts: Sequence[Cut]
+        self, ranks: Ranks, local: Assembly, whole: Sequence[np.ndarray], cuts: Sequence[Cut]
     ) -> None:
         self._ranks, self._local, self._whole, self._cuts = ranks, local, whole, cuts
-        self._snapshot: Snapshot = local._snapshot
+        self._snapshot: Snapshot = local.snapshot
 
     # ---------------------------------------------------------------- all that ranks hold
 
@@ -62,7 +63,7 @@ class SharedState:
         for k, path in enumerate(self._snapshot.paths):
             if self._cuts[k].holds(self._ranks.rank):
                 arrays = {
-                    name: (*self._extent(k, name, a), a.dtype, memory_order(a) == "F")
+                    name: (*self._extent(k, name, a), a.dtype, self._order(k, name))
                     for name, a in self._snapshot._held(k, parameters).items()
                 }
                 entry = described[path]
@@ -71,12 +72,18 @@ class SharedState:
 
     def _extent(self, k: int, name: str, a: np.ndarray) -> tuple[tuple[int, ...], int]:
         """The shape of the whole of an array, as files have it, and this rank's number of it."""
-        cut, p = self._cuts[k], self._whole[k]
-        if cut.owner is not None:
-            return (a.T if memory_order(a) == "F" else a).shape, a.size
-        if _is_flat(name):
+        cut = self._cuts[k].owner is None
+        if cut and _is_flat(name):
             return (-1,), a.size
-        return (p.T if memory_order(p) == "F" else p).shape, a.size
+        whole = self._whole[k] if cut else a
+        return turned_shape(whole.shape, self._order(k, name)), a.size
+
+    def _order(self, k: int, name: str) -> str:
+        """The memory order of the whole of an array that this rank has a part of."""
+        if self._cuts[k].owner is None:
+            return "C" if _is_flat(name) else memory_order(self._whole[k])
+        own = self._snapshot._held(k, True).get(name)
+        return "C" if own is None else memory_order(own)
 
     def described(self, of_ranks: Sequence[Mapping[int, Held]]) -> dict[str, Any]:
         """All that there is to know of the whole optimizer apart from its arrays."""
@@ -98,7 +105,7 @@ class SharedState:
         first = next(holder for holder in holders if holder is not None)
         mine = self._snapshot._held(k, False)
         arrays = {}
-        for name, (_, _, dtype, turned) in first.arrays.items():
+        for name, (shape, _, dtype, order) in first.arrays.items():
             sizes = [0 if h is None else h.arrays[name][1] for h in holders]
             starts = np.concatenate(([0], np.cumsum(sizes)[:-1]))
             whole = np.empty(sum(sizes), dtype)
@@ -106,14 +113,8 @@ class SharedState:
                 begin = int(starts[self._ranks.rank])
                 whole[begin : begin + mine[name].size] = flat(mine[name])
             self._ranks.share(whole, starts, sizes)
-            shaped = whole.reshape(_shape(first.arrays[name][0], sizes))
-            arrays[name] = shaped.T if turned or self._is_turned(k, name) else shaped
+            arrays[name] = turned_back(whole.reshape(_shape(shape, sizes)), order)
         return arrays
-
-    def _is_turned(self, k: int, name: str) -> bool:
-        """Whether a cut array, whose parts are flat, is in Fortran order as a whole."""
-        cut = self._cuts[k].owner is None
-        return cut and memory_order(self._whole[k]) == "F" and not _is_flat(name)
 
     # ---------------------------------------------------------------- files
 
@@ -185,13 +186,23 @@ class SharedState:
             raise ValueError(f"{what} does not fit: " + "; ".join(problems))
         return saved
 
-    def _part(
-        self, tensors: Tensors, tensor: str, k: int, name: str, own: np.ndarray
-    ) -> np.ndarray:
+    def tensors_of(self, saved: Any) -> Tensors:
+        """A `state_dict` as files have it."""
+        shapes, parts = {}, {}
+        for path, entry in saved["leaves"].items():
+            here = path in self._snapshot.paths
+            for name, a in entry["state"].items():
+                order = self._order(self._snapshot.paths.index(path), name) if here else "C"
+                if len(axes_of(order, a.ndim)) != a.ndim:  # which the shape will tell
+                    order = "C"
+                shapes[f"{name}:{path}"] = turned_shape(a.shape, order)
+                parts[f"{name}:{path}"] = [FileArray.of(a, order)]
+        return Tensors(shapes, parts, saved)
+
+    def _part(self, tensors: Tensors, tensor: str, k: int, name: str, own: np.ndarray) -> FileArray:
         cut, leaf_state = self._cuts[k], self._snapshot.leaf_states[k]
         if cut.owner is not None:
-            whole = tensors.whole(tensor)
-            return whole.T if memory_order(own) == "F" else whole
+            return tensors.whole(tensor).laid_out_as(own)
         start = _entries(leaf_state, name, cut.bounds[self._ranks.rank])
         part = tensors.part(tensor, start, start + own.size)
         return part.reshape(own.shape) if part.size == own.size else part
@@ -217,19 +228,9 @@ class SharedState:
             problems = list(self._snapshot._problems(saved, strict, parameters))
             if problems:
                 raise ValueError(f"{what} does not fit: " + "; ".join(problems))
-        with self._ranks.together(changing=True), self._local._exclusively("load"):
+        with self._ranks.together(changing=True), self._local.loading("load"):
             seed = self._snapshot.restore(saved, strict=strict, what=what, parameters=parameters)
-            self._local._go_on(seed)
-
-
-def tensors_of(saved: Any) -> Tensors:
-    """A `state_dict` as files have it."""
-    shapes, parts = {}, {}
-    for path, entry in saved["leaves"].items():
-        for name, a in entry["state"].items():
-            shapes[f"{name}:{path}"] = (a.T if memory_order(a) == "F" else a).shape
-            parts[f"{name}:{path}"] = [flat(a)]
-    return Tensors(shapes, parts, saved)
+            self._local.go_on(seed)
 
 
 def _is_flat(name: str) -> bool:

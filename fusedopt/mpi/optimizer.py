@@ -23,14 +23,14 @@ from ..plan.options import check_grad_scale, positive
 from ..rules import Rule
 from ..rules.groups import RateChoice, RuleChoice, assign
 from ..step.accumulate import ACCUMULATED
-from ..step.assembly import checked_arrays
+from ..step.assembly import Assembly, checked_arrays
 from ..step.exchange import Averaged
 from ..step.gradients import refuses_rows
 from ..step.info import StepInfo
 from ..step.summary import digest
 from ..system import threads as limits
 from ..system.interrupts import deferred
-from .checkpoint import SharedState, tensors_of
+from .checkpoint import SharedState
 from .norms import Norms
 from .ranks import Ranks
 from .reduction import Kind, Reduction
@@ -51,6 +51,11 @@ class Share(Optimizer):
     def __init__(self, first_tiles: Sequence[int], *args: Any, **options: Any) -> None:
         self._first_tiles = first_tiles
         super().__init__(*args, **options)
+
+    @property
+    def assembly(self) -> Assembly:
+        """What the optimizer is made of."""
+        return self._assembly
 
 
 class ShardedOptimizer:
@@ -149,9 +154,9 @@ class ShardedOptimizer:
         self._accumulated: list[int] = []
         self._norms: Norms | None = None
         local = self._local
-        if shard is not None and local._options.decides(local._wide):
-            self._norms = Norms(self._ranks, self._whole, self._shares, local._backend)
-            local._clipper.agree = self._norms
+        if shard is not None and local.assembly.decides:
+            self._norms = Norms(self._ranks, self._whole, self._shares, local.assembly.backend)
+            local.assembly.clipper.agree = self._norms
         self._watch()
 
     def _checked(
@@ -194,7 +199,7 @@ class ShardedOptimizer:
         written = [
             [p, *([] if copied is None else [copied]), *leaf_state.saved.values()]
             for p, copied, leaf_state in zip(
-                self._whole, self._copies, self._local._leaves, strict=True
+                self._whole, self._copies, self._local.assembly.leaf_states, strict=True
             )
         ]
         counts = [int(copied is not None) for copied in self._copies]
@@ -213,7 +218,7 @@ class ShardedOptimizer:
         """
         with deferred():
             with self._ranks.together() as reports:
-                check_grad_scale(grad_scale, self._local._narrowest)
+                check_grad_scale(grad_scale, self._local.assembly.narrowest)
                 values = None if grads is ACCUMULATED else self._fitted(grads, "grads")
                 estimates = None if hessian is None else self._fitted(hessian, "hessian")
                 if values is not None and self._zero_grads:
@@ -226,8 +231,8 @@ class ShardedOptimizer:
             if gradients:
                 reduced, share = self._reduced(values, gradients, "grads")
                 self._measure(reduced, _active(gradients))
-            elif self._local._sums is not None:
-                self._measure(self._local._sums.sums, self._accumulated)
+            elif self._local.assembly.sums is not None:
+                self._measure(self._local.assembly.sums.sums, self._accumulated)
             estimate = self._reduced(estimates, hessians, "hessian")[1] if hessians else None
             with self._ranks.together(changing=True):
                 info = self._local.step(share, grad_scale=grad_scale, hessian=estimate)
@@ -271,7 +276,7 @@ class ShardedOptimizer:
         if rows is None:
             return self._checks.gradient(k, label, g)
         taken = unique_rows(label, rows, self._whole[k])
-        refusal = refuses_rows(self._local._rules[k], self._local._leaves[k])
+        refusal = refuses_rows(self._local.assembly.rules[k], self._local.assembly.leaf_states[k])
         if refusal:
             raise ValueError(f"{label}: {refusal}; give the whole gradient")
         self._checks.check_apart(label, taken.values)
@@ -363,14 +368,14 @@ class ShardedOptimizer:
         local = self._local
         if self._shard is None:
             return info
-        results = local._results
+        results = local.assembly.results
         sizes = [results.size] * self._ranks.size
         found = self._ranks.gather_arrays(results.reshape(-1), sizes)
         of_ranks = np.stack(found).reshape(-1, *results.shape)
         if self._norms is None:  # otherwise all ranks have the same in the first two columns
             results[:, 1] = of_ranks[:, :, 1].max(axis=0)
         results[:, 2:] = of_ranks[:, :, 2:].sum(axis=0)
-        return local._info_builder.info(info.step, info.lr)
+        return local.assembly.info_builder.info(info.step, info.lr)
 
     # ---------------------------------------------------------------- the rest of an Optimizer
 
@@ -414,7 +419,7 @@ class ShardedOptimizer:
             self._tree.flatten(params, "params")
             tree = Tree(params)
             old, copies = self._whole, self._copies
-            whole, _ = self._checked(params, self._local._rules)
+            whole, _ = self._checked(params, self._local.assembly.rules)
             for leaf, p, q in zip(tree.leaves, whole, old, strict=True):
                 if (p.shape, p.dtype, memory_order(p)) != (q.shape, q.dtype, memory_order(q)):
                     raise ValueError(
@@ -469,7 +474,8 @@ class ShardedOptimizer:
         """The averages of `ema` on every rank, as `Optimizer.averaged`; here they are copies."""
         self._local.averaged()  # which refuses it where there are none
         averages, requests = [], []
-        for p, c, leaf_state in zip(self._whole, self._shares, self._local._leaves, strict=True):
+        leaf_states = self._local.assembly.leaf_states
+        for p, c, leaf_state in zip(self._whole, self._shares, leaf_states, strict=True):
             mine = leaf_state.states[AVERAGE].data
             whole = np.empty_like(p, mine.dtype)
             averages.append(whole)
@@ -498,7 +504,7 @@ class ShardedOptimizer:
 
     @property
     def _state(self) -> SharedState:
-        return SharedState(self._ranks, self._local, self._whole, self._shares)
+        return SharedState(self._ranks, self._local.assembly, self._whole, self._shares)
 
     def save(
         self, path: str | os.PathLike[str], *, parameters: bool = True, metadata: Any = None
@@ -526,7 +532,7 @@ class ShardedOptimizer:
             with self._ranks.together(changing=True):
                 return self._local.load(path, parameters=parameters, strict=strict)
         with self._ranks.together():
-            self._local._check_at_home("load")
+            self._local.assembly.check_at_home("load")
             tensors = open_tensors(path)
             try:
                 saved = self._state.part_of(tensors, parameters, name)
@@ -562,9 +568,9 @@ class ShardedOptimizer:
                 self._local.load_state_dict(state, strict=strict)
             return
         with self._ranks.together():
-            self._local._check_at_home("load_state_dict")
+            self._local.assembly.check_at_home("load_state_dict")
             try:
-                saved = self._state.part_of(tensors_of(state), False, "state_dict")
+                saved = self._state.part_of(self._state.tensors_of(state), False, "state_dict")
             except (TypeError, KeyError, AttributeError) as error:
                 raise ValueError(f"state_dict: expected one of an optimizer: {error!r}") from error
         self._state.restore(saved, strict=strict, what="state_dict", parameters=False)
@@ -584,8 +590,8 @@ class ShardedOptimizer:
         return digest(paths, self._whole, states, counters)
 
     def _check_settled(self, what: str) -> None:
-        self._local._check_at_home(what)
-        self._local._check_settled(what)
+        self._local.assembly.check_at_home(what)
+        self._local.assembly.check_settled(what)
 
     def describe(self) -> str:
         """A table of this rank's share, and the memory that it takes."""

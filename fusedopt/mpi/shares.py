@@ -9,8 +9,8 @@ from itertools import accumulate
 
 import numpy as np
 
-from ..arrays.checks import memory_order
 from ..arrays.formats import SEGMENT
+from ..arrays.order import flattened, memory_order
 from ..rules import Rule
 
 LONGEST_ROW = 8192
@@ -55,7 +55,8 @@ class Cut:
 
 def flat(a: np.ndarray) -> np.ndarray:
     """The elements of a dense array in memory order, as a view."""
-    return (a.T if memory_order(a) == "F" else a).reshape(-1)
+    elements: np.ndarray = flattened(a, memory_order(a))
+    return elements
 
 
 def cut(parameters: Sequence[np.ndarray], rules: Sequence[Rule], size: int) -> list[Cut]:
@@ -106,7 +107,7 @@ def _unit(p: np.ndarray, rule: Rule) -> tuple[int, int]:
     if rule.program.phases > 1 or p.ndim == 0 or p.size == 0:
         return max(p.size, 1), 0
     row = p.size // p.shape[0]
-    if memory_order(p) == "F" or row > LONGEST_ROW:
+    if memory_order(p) != "C" or row > LONGEST_ROW:
         return SEGMENT, 0
     return math.lcm(row, SEGMENT), row
 

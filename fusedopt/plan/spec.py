@@ -25,17 +25,17 @@ class PlanSpec:
     """Everything about an optimizer that a plan needs.
 
     tree: the parameters' `Tree.spec`. leaves: what a step writes of each. groups: the rules;
-    group_of: of each leaf its place among them. rates: float64, in the step at hand the groups'
-    learning rates and then their factors on gradients. counters: int64, the optimizer's step and
-    then each leaf's; a plan advances them. keys: of each leaf, for its parameter and states, the
-    keys of their random bits. results: float64, a row for each leaf, which a step fills in: the sum
-    of squares of its gradient times scale, that scale (0 where it takes no part), the elements that
-    are touched, and the sums of its program. extras: what is done beside the rules. decide: asked
-    when the first two columns are known whether to go on, and may set the factors; without it they
-    are not computed. zero_grads: gradients are set to zero. threads: at most so many, or None.
-    wait: whether a step may wait for what `decide` needs; otherwise see `backends.cuda.clipping`.
-    state_file: the file that states are in, of which a step is to have a window in memory at a
-    time; None where they are in memory.
+    group_of: of each leaf its place among them. rates: float64, the groups' learning rates
+    in the step at hand. factors: float64, what their gradients are multiplied by. counters: int64,
+    the optimizer's step and then each leaf's; a plan advances them. keys: of each leaf, for its
+    parameter and states, the keys of their random bits. results: float64, a row for each leaf,
+    which a step fills in: the sum of squares of its gradient times scale, that scale (0 where it
+    takes no part), the elements that are touched, and the sums of its program. extras: what is done
+    beside the rules. decide: asked when the first two columns are known whether to go on, and may
+    set the factors; without it they are not computed. zero_grads: gradients are set to zero.
+    threads: at most so many, or None. wait: whether a step may wait for what `decide` needs;
+    otherwise see `backends.cuda.clipping`. state_file: the file that states are in, of which a step
+    is to have a window in memory at a time; None where they are in memory.
     """
 
     tree: Any
@@ -43,6 +43,7 @@ class PlanSpec:
     groups: Sequence[Group]
     group_of: Sequence[int]
     rates: np.ndarray
+    factors: np.ndarray
     counters: np.ndarray
     keys: Sequence[Sequence[RandomKey]]
     results: np.ndarray
@@ -65,6 +66,14 @@ def single(rule: Rule, program: Program, t: int, lr: float, arrays: Sequence[Sto
     states = dict(zip(names, arrays[1:], strict=False))
     sides = dict(zip(rule.sides(arrays[0].shape), arrays[1 + len(names) :], strict=True))
     leaf_state = LeafState(arrays[0], states, sides=sides)
-    rates, counters = np.array([lr, 1.0]), np.array([0, t - 1])
-    group, keys = Group(rule.name, rule), [[RandomKey()] * (1 + len(names))]
-    return PlanSpec(0, [leaf_state], [group], [0], rates, counters, keys, results_for([program], 1))
+    return PlanSpec(
+        tree=0,
+        leaves=[leaf_state],
+        groups=[Group(rule.name, rule)],
+        group_of=[0],
+        rates=np.array([lr]),
+        factors=np.ones(1),
+        counters=np.array([0, t - 1]),
+        keys=[[RandomKey()] * (1 + len(names))],
+        results=results_for([program], 1),
+    )

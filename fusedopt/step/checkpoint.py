@@ -9,14 +9,20 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays.checks import memory_order
+from ..arrays.file_array import FileArray
+from ..arrays.order import memory_order, turned
 from ..arrays.stored import LeafState
-from ..arrays.trees import Leaf
+from ..arrays.trees import Tree
 from ..rules import Rule
+from ..rules.groups import Group
+from .rates import Rates
 
 FORMAT = 1
 MOST = 1 << 62
 """Steps; the counters have 64 bits."""
+
+HALFWAY = -1
+"""The step of an optimizer whose arrays are partly those of a file that could not be read."""
 
 ENTRY: dict[str, Any] = {
     "rule": str,
@@ -33,28 +39,33 @@ ENTRY: dict[str, Any] = {
 class Snapshot:
     """Reads and writes the states and counters of an optimizer's leaves.
 
-    memories: what a step writes of each leaf. counters: the step, then each leaf's own. seed: of
-    the random bits.
+    groups: the parameter groups; group_of: of each leaf its place among them. leaf_states: what a
+    step writes of each leaf. counters: the step, then each leaf's own. seed: of the random bits.
+    rates: the owner of the learning rates.
     """
 
     def __init__(
         self,
-        leaves: Sequence[Leaf],
-        rules: Sequence[Rule],
+        tree: Tree,
+        groups: Sequence[Group],
+        group_of: Sequence[int],
         parameters: Sequence[np.ndarray],
         leaf_states: Sequence[LeafState],
         counters: np.ndarray,
         seed: int,
+        rates: Rates,
     ) -> None:
-        self.paths = [leaf.path for leaf in leaves]
-        self.rules, self.counters, self.seed = rules, counters, seed
+        self.tree, self.groups, self.group_of = tree, groups, group_of
+        self.paths = [leaf.path for leaf in tree.leaves]
+        self.rules = [groups[k].rule for k in group_of]
+        self.counters, self.seed, self.rates = counters, seed, rates
         self.parameters, self.leaf_states = parameters, leaf_states
 
     def take(self) -> dict[str, Any]:
         """Counters, and copies of the states."""
         saved = self._described()
         for path, leaf_state in zip(self.paths, self.leaf_states, strict=True):
-            copies = {name: a.copy(order="A") for name, a in leaf_state.saved.items()}
+            copies = {name: a.copy(order="K") for name, a in leaf_state.saved.items()}
             saved["leaves"][path]["state"] = copies
         return saved
 
@@ -63,6 +74,8 @@ class Snapshot:
     ) -> int:
         """Writes what `take` returned, and returns the seed.
 
+        Where a file cannot be read to its end, OSError leaves the counter of steps at `HALFWAY`.
+
         strict: hyperparameters must be equal. parameters: the caller's arrays are among the states
         and are written too. Raises ValueError, which lists every misfit, before anything is
         written.
@@ -70,10 +83,11 @@ class Snapshot:
         problems = list(self._problems(saved, strict, parameters))
         if problems:
             raise ValueError(f"{what} does not fit: " + "; ".join(problems))
+        self.counters[0] = HALFWAY
         for k, path in enumerate(self.paths):
             entry = saved["leaves"][path]
-            for name, a in self._held(k, parameters).items():
-                a[...] = entry["state"][name]
+            for name, held in self._held(k, parameters).items():
+                _fill(held, entry["state"][name])
             self.counters[k + 1] = entry["t"]
         self.counters[0] = saved["step"]
         return int(saved["seed"])
@@ -86,7 +100,7 @@ class Snapshot:
         for k, path in enumerate(self.paths):
             for name, held in self._held(k, parameters).items():
                 a = held if isinstance(held, np.ndarray) else held.copy()  # of a device
-                arrays[f"{name}:{path}"] = _in_c_order(a, held)
+                arrays[f"{name}:{path}"] = turned(a, memory_order(held))
         write(file, arrays, {**self._described(), "metadata": metadata})
 
     def load(
@@ -106,8 +120,8 @@ class Snapshot:
                 entry["state"] = {}
             for tensor in tensors.shapes:
                 kind, _, path = tensor.partition(":")
-                a = tensors.whole(tensor)
-                leaves[path]["state"][kind] = _in_c_order(a, known.get(path, {}).get(kind, a))
+                a, held = tensors.whole(tensor), known.get(path, {}).get(kind)
+                leaves[path]["state"][kind] = a if held is None else a.laid_out_as(held)
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{name}: its table of leaves is spoilt: {error!r}") from error
         if not parameters:
@@ -196,8 +210,9 @@ class Snapshot:
             yield f"states {list(held)} here, {list(entry['state'])} there"
         for name, a in entry["state"].items():
             own = held.get(name, p)
-            if not isinstance(a, np.ndarray) or (a.shape, a.dtype) != (own.shape, own.dtype):
-                there = f"{a.dtype} of shape {a.shape}" if isinstance(a, np.ndarray) else type(a)
+            is_array = isinstance(a, (np.ndarray, FileArray))
+            if not is_array or (a.shape, a.dtype) != (own.shape, own.dtype):
+                there = f"{a.dtype} of shape {a.shape}" if is_array else type(a)
                 yield f"{name}: {own.dtype} of shape {own.shape} here, {there} there"
 
 
@@ -233,10 +248,14 @@ def _formats(leaf_state: LeafState) -> dict[str, str]:
     return {name: s.format.name for name, s in stored.items()}
 
 
-def _in_c_order(a: np.ndarray, held: Any) -> np.ndarray:
-    """Return an array as a file has it, and the file's as it was: turned where the optimizer holds
-    it in Fortran order. A state need not have the order of its parameter, nor its shape."""
-    return a.T if memory_order(held) == "F" else a
+def _fill(held: Any, source: np.ndarray | FileArray) -> None:
+    """Copy an array of the same dtype and shape into one of the optimizer's."""
+    if not isinstance(source, FileArray):
+        held[...] = source
+    elif isinstance(held, np.ndarray):
+        source.read_into(held)
+    else:  # of a device
+        held[...] = source.read()
 
 
 def _is_integer(value: Any) -> bool:

@@ -46,8 +46,8 @@ class GradientClipper:
     """Asked between the reading of the gradients and the step: whether to go on, and how.
 
     paths: of the leaves. labels: of the groups; group_of: of each leaf its group. results: the
-    plan's, of which the first two columns are read. rates: the groups' learning rates and then
-    their factors on gradients, which are set here. clip_norm: the largest norm of all gradients
+    plan's, of which the first two columns are read. factors: on the groups' gradients, which
+    are set here. clip_norm: the largest norm of all gradients
     together, or by label of those of each group (None: any), or None. skip_nonfinite: a NaN or an
     infinity skips the step; otherwise it raises where there is a norm to clip to.
 
@@ -61,13 +61,13 @@ class GradientClipper:
         labels: Sequence[str],
         group_of: Sequence[int],
         results: np.ndarray,
-        rates: np.ndarray,
+        factors: np.ndarray,
         clip_norm: float | Mapping[str, float | None] | None,
         skip_nonfinite: bool,
     ) -> None:
         self._paths, self._labels = paths, labels
         self._members = [np.asarray(group_of) == k for k in range(len(labels))]
-        self._results, self._rates = results, rates
+        self._results, self._factors = results, factors
         self._clip_norm, self._skip = clip_norm, skip_nonfinite
         self.factor = 1.0
         self.agree: Callable[[np.ndarray], None] | None = None
@@ -76,7 +76,7 @@ class GradientClipper:
     def begin(self, grad_scale: float) -> None:
         """Before a step whose gradients are grad_scale times too large."""
         self.factor = 1.0 / grad_scale
-        self._rates[len(self._labels) :] = self.factor
+        self._factors[:] = self.factor
         self.grad_norm: Any = None
         self.clip_scale: Any = 1.0
         self.skipped = False
@@ -97,15 +97,14 @@ class GradientClipper:
                     f"grads: {self._complaint()}; nothing has changed; skip_nonfinite=True skips"
                     " such steps"
                 )
-        factors = self._rates[len(self._labels) :]
         if isinstance(self._clip_norm, Mapping):
             for k, (label, norm) in enumerate(zip(self._labels, norms, strict=True)):
                 limit = self._clip_norm[label]
                 self.clip_scale[label] = 1.0 if limit is None else clip_scale(limit, norm)
-                factors[k] = self.factor * self.clip_scale[label]
+                self._factors[k] = self.factor * self.clip_scale[label]
         elif self._clip_norm is not None:
             self.clip_scale = clip_scale(self._clip_norm, norms[0])
-            factors[:] = self.factor * self.clip_scale
+            self._factors[:] = self.factor * self.clip_scale
         return True
 
     @property

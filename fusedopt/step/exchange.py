@@ -1,10 +1,18 @@
-"""Averages of weights, to look at or to put in the parameters' place."""
+"""Contexts in which the parameters are something else: looked ahead, or averaged."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any
+
+import numpy as np
+
+from ..arrays.stored import AVERAGE
+from ..rules import Nesterov
+from ..system.interrupts import deferred
+from .assembly import Assembly
 
 
 class Averaged:
@@ -26,3 +34,59 @@ class Averaged:
         trace: TracebackType | None,
     ) -> bool | None:
         return self._exchange.__exit__(kind, error, trace)
+
+
+@contextmanager
+def exchange(assembly: Assembly, name: str, leaves: Sequence[int]) -> Iterator[None]:
+    """Let some parameters be anything inside; after it they have their own bits again."""
+    if assembly.exchanged:
+        raise RuntimeError(f"{name}(): already inside of {assembly.exchanged}()")
+    backup: list[np.ndarray] = []
+    taken = False
+    try:
+        with deferred():
+            assembly.plan.take()  # all the while, for a thread that comes past the checks
+            taken = True
+            assembly.plan.synchronize()
+            backup += (assembly.parameters[k].copy(order="A") for k in leaves)
+            assembly.exchanged = name
+        yield
+    finally:
+        with deferred():
+            for k, original in zip(leaves, backup, strict=False):
+                assembly.parameters[k][...] = original
+            if taken:
+                assembly.exchanged = ""
+                assembly.plan.give()
+
+
+@contextmanager
+def lookahead(assembly: Assembly) -> Iterator[None]:
+    """Move parameters to where their rules want the gradient: see `Optimizer.lookahead`."""
+    moving = [
+        k
+        for k, rule in enumerate(assembly.rules)
+        if isinstance(rule, Nesterov) and rule.form == "lookahead"
+    ]
+    if not moving:
+        raise ValueError("lookahead(): no leaf is updated by Nesterov(form='lookahead')")
+    with exchange(assembly, "lookahead", moving):
+        for k in moving:
+            velocity = assembly.leaf_states[k].states["v"].values
+            assembly.backend.shift(assembly.rules[k], assembly.parameters[k], velocity)
+        yield
+
+
+def averaged(assembly: Assembly, params: Any) -> Averaged:
+    """Return the averages of `ema`, which may take the place of `params`."""
+    averages = [leaf_state.states[AVERAGE].data for leaf_state in assembly.leaf_states]
+
+    @contextmanager
+    def in_place_of_parameters() -> Iterator[Any]:
+        with exchange(assembly, "averaged", range(len(averages))):
+            for p, average in zip(assembly.parameters, averages, strict=True):
+                with np.errstate(over="ignore"):
+                    p[...] = average
+            yield params
+
+    return Averaged(assembly.tree.build(averages), in_place_of_parameters())

@@ -9,6 +9,26 @@ import numpy as np
 from ..arrays.storage import Storage
 from ..arrays.stored import AVERAGE, LeafState
 from ..rules import Rule
+from .assembly import Assembly
+
+
+def describe(assembly: Assembly) -> str:
+    """Return a table of what updates which leaf, and of the memory that it takes."""
+    parameters, rules, leaf_states = assembly.parameters, assembly.rules, assembly.leaf_states
+    lines = table(assembly.storage, assembly.paths, parameters, rules, leaf_states)
+    backend, s = assembly.backend, assembly.state_file
+    if backend.name != "reference":
+        notes = (rule.note(p.shape) for p, rule in zip(parameters, rules, strict=True))
+        lines += dict.fromkeys(filter(None, notes))
+    held = sum(p.nbytes for p in parameters)
+    states_held = sum(a.nbytes for leaf_state in leaf_states for a in leaf_state.saved.values())
+    where = f" in {s.directory} (scratch; a step has {s.window} in memory)" if s else ""
+    lines.append(
+        f"{held} bytes of parameters, {states_held} of states{where}, {assembly.plan.work_bytes}"
+        f" of work space; backend {backend.name} ({backend.describe()}), step"
+        f" {assembly.counters[0]}"
+    )
+    return "\n".join(lines)
 
 
 def table(

@@ -73,10 +73,11 @@ class Engine:
             copy_out=self._tree([copies[p] for p in self.params]) if copies else None,
             **options,
         )
-        snapshot = self.opt._snapshot
+        snapshot = self.opt.snapshot()
         self._paths: Sequence[str] = snapshot.paths
         self._counters: np.ndarray = snapshot.counters
         self._memories: Sequence[LeafState] = snapshot.leaf_states
+        self._learning_rates = snapshot.rates
         self._plain = self._direct = all(leaf.plain for leaf in self._leaves)
         self._single = [k for k, leaf in enumerate(self._leaves) if leaf.array.size == 1]
         self._staged = [leaf for leaf in self._leaves if leaf.staged]
@@ -127,7 +128,7 @@ class Engine:
         """Let the next step have the groups' learning rates."""
         rates = [self._rate(group["lr"]) for group in self._groups]
         if rates != self._rates:
-            self.opt._use_rates(rates)
+            self._learning_rates.use(rates)
             self._rates = rates
             for rule, rate, span in zip(self._rules, rates, self._spans.values(), strict=True):
                 if "lr" in rule.settled:
@@ -313,9 +314,9 @@ class Engine:
         np.copyto(self._count, self._counters[1:], casting="unsafe")
         for name, of in self._optimizer._follows.items():
             for rule, span in zip(self._rules, self._spans.values(), strict=True):
-                steps = self._counters[1:][span].tolist()
-                values = {t: of(rule, t) for t in set(steps)}
-                self._followed[name][span] = [values[t] for t in steps]
+                counts = self._counters[1:][span]
+                for t in set(counts.tolist()):
+                    self._followed[name][span][counts == t] = of(rule, t)
 
     def _key(self, name: str) -> str:
         """What torch calls a state."""

@@ -17,9 +17,12 @@ class OwnRule(Base):
 
     _cls: ClassVar[type[Rule]]
 
-    def __init_subclass__(cls, rule: str, states: Mapping[str, str]) -> None:
+    def __init_subclass__(
+        cls, rule: str | None = None, states: Mapping[str, str] | None = None
+    ) -> None:
         super().__init_subclass__()
-        cls._cls, cls._state_names = RULES[rule], states
+        if rule is not None and states is not None:  # no user's own subclass
+            cls._cls, cls._state_names = RULES[rule], states
 
     def _rule(self, group: Mapping[str, Any]) -> Rule:
         return self._cls(**{name: number(group[name]) for name in self.defaults})

@@ -19,8 +19,10 @@ class TorchRule(Base):
     _layout: ClassVar[Layout]
     _watched_names: ClassVar[list[str]]
 
-    def __init_subclass__(cls, layout: str) -> None:
+    def __init_subclass__(cls, layout: str | None = None) -> None:
         super().__init_subclass__()
+        if layout is None:  # a user's own subclass
+            return
         cls._layout = found = _LAYOUTS[layout]
         cls._state_names = {ours: theirs for theirs, ours in found.states.items()}
         cls._follows = found.follows

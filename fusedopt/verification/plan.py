@@ -100,8 +100,9 @@ class VerifiedPlan(ExclusiveUse):
 
     def _check(self, k: int, g: Any, hessian: Any) -> None:
         spec = self._spec
-        rule = spec.groups[spec.group_of[k]].rule
-        lr, factor = (float(rate) for rate in spec.rates[spec.group_of[k] :: len(spec.groups)])
+        group = spec.group_of[k]
+        rule = spec.groups[group].rule
+        lr, factor = float(spec.rates[group]), float(spec.factors[group])
         before = [stored.values for stored in spec.leaves[k].stored]
         after, t = self._copies.leaves[k], int(self._copies.counters[k + 1])
         shape, rows = after.parameter.shape, g.rows if isinstance(g, UniqueRows) else None

@@ -230,7 +230,7 @@ def test_another_stream_has_tables_of_its_own(
         cuda = SimpleNamespace(current_stream=lambda device, current=current: current)
         monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
         optimizer.step(grads)
-        bound: Any = optimizer._plan._bound
+        bound: Any = optimizer._assembly.plan._bound
         assert (bound.stream, queues[-1]) == (stream, stream)
     assert (p == 0.125).all()
 

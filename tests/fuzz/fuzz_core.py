@@ -87,7 +87,7 @@ def ordinary_step(choose: Choose, twin: Twin) -> None:
 
 def bare_step(choose: Choose, twin: Twin) -> None:
     """The plan itself, with any tree; or any list of leaves, but that only our code makes rows."""
-    plan, reader = twin.opt._plan, twin.opt._gradient_reader
+    plan, reader = twin.opt._assembly.plan, twin.opt._assembly.reader
     grads = [
         make(twin, k) for k, make in zip(range(len(twin.params)), gradients(choose), strict=False)
     ]
@@ -134,9 +134,9 @@ def spoilt_plan(choose: Choose, twin: Twin) -> None:
     """A plan of wrong arguments; if it is made, a step of it."""
     make = core.Plan
 
-    def misled(**arguments: Any) -> Any:
-        name = choose(sorted(arguments))
-        return make(**{**arguments, name: spoilt(choose, arguments[name])})
+    def misled(description: Any) -> Any:
+        name = choose(sorted(description._fields))
+        return make(description._replace(**{name: spoilt(choose, getattr(description, name))}))
 
     def steps() -> Any:
         other = Twin(twin.recipe, {"backend": "native"}, twin.guards)

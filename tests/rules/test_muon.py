@@ -105,7 +105,7 @@ def test_large_matrices_come_alone() -> None:
     params = [np.zeros((side, side), np.float32) for _ in range(3)]
     opt = fo.Optimizer(params, fo.Muon())
     opt.step(gradients(params))
-    assert opt._plan.work_bytes == 4 * 5 * side**2
+    assert opt._assembly.plan.work_bytes == 4 * 5 * side**2
 
 
 def test_buffers_are_made_once_and_shared() -> None:
@@ -119,7 +119,7 @@ def test_buffers_are_made_once_and_shared() -> None:
         min(c, most()) * core.orthogonalize_space(*s) if core else 0 for c, *s in stacks
     )
     expected = 4 * (2 * 60 * 40 + 3 * 20 * 20 + workspace)
-    assert opt._plan.work_bytes == fo.estimate(params, rules).work == expected
+    assert opt._assembly.plan.work_bytes == fo.estimate(params, rules).work == expected
     grads = gradients(params)
     opt.step(grads)
     for k, (p, g) in enumerate(zip(params, grads, strict=True)):

@@ -230,7 +230,7 @@ def test_side_states_are_counted_and_shown(rule: Any, tmp_path: Path) -> None:
     memory, _ = optimizer.leaf_state("w")
     assert {name: s.data.shape for name, s in memory.sides.items()} == sides
     assert fo.estimate(params, rule).states == sum(a.nbytes for a in memory.saved.values())
-    assert fo.estimate(params, rule).work == optimizer._plan.work_bytes
+    assert fo.estimate(params, rule).work == optimizer._assembly.plan.work_bytes
     assert all(f"{name} {shape}" in optimizer.describe() for name, shape in sides.items())
     in_memory = fo.Optimizer({"w": np.ones((6, 9), np.float32)}, rule)
     for g in gradients((6, 9), 3):

@@ -88,7 +88,7 @@ def held(optimizer: fo.Optimizer, copies: Any = None) -> dict[str, Array]:
 
 def everything(opt: fo.Optimizer) -> dict[str, Any]:
     """What an optimizer and its caller hold, copies and counters included."""
-    copies = opt._options.copy_out
+    copies = opt._assembly.options.copy_out
     found = held(opt, copies and {"a": copies["a"]})
     saved = opt.state_dict()
     counters = [saved["step"], saved["seed"], *(e["t"] for e in saved["leaves"].values())]

@@ -337,7 +337,8 @@ SPOILT_PLANS: dict[str, tuple[str, Any]] = {
     "a parameter of an empty tuple": ("arrays", [[()], [np.ones(3)]]),
     "counters in another dtype": ("counters", np.zeros(3, np.int8)),
     "too few counters": ("counters", np.zeros(2, np.int64)),
-    "rates that lie apart": ("rates", np.zeros(4)[::2]),
+    "too many rates": ("rates", np.zeros(2)),
+    "too many factors": ("factors", np.ones(2)),
     "rates that are none": ("rates", None),
     "results in another dtype": ("results", np.zeros((2, 3), np.float32)),
     "results that lie apart": ("results", np.zeros((2, 6))[:, ::2]),
@@ -349,6 +350,6 @@ SPOILT_PLANS: dict[str, tuple[str, Any]] = {
 def test_native_plans(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # None of our code makes such a plan; one that did should hear of it, and not write elsewhere.
     make, spoilt = core.Plan, dict([SPOILT_PLANS[name]])
-    monkeypatch.setattr(core, "Plan", lambda **arguments: make(**(arguments | spoilt)))
+    monkeypatch.setattr(core, "Plan", lambda description: make(description._replace(**spoilt)))
     with pytest.raises((TypeError, ValueError, RuntimeError)):
         fo.Optimizer({"w": np.ones(3), "v": np.ones(3)}, fo.SGD(), backend="native")

@@ -16,6 +16,7 @@ import pytest
 
 import fusedopt as fo
 from exactness import run_python
+from fusedopt.arrays.file_array import File
 
 pytestmark = pytest.mark.skipif(
     os.name != "posix", reason="devices, pipes and permissions of POSIX"
@@ -142,3 +143,51 @@ def test_several_processes_that_save_to_one_path_all_succeed(tmp_path: Path) -> 
     assert (p == p[0]).all()
     assert p[0] in range(4)
     assert [f.name for f in tmp_path.iterdir()] == ["run"]
+
+
+def damage(path: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """Have the file shortened when so many pieces of it have been read."""
+    read_into = File.read_into
+    count = iter(range(1000))
+
+    def read(file: File, memory: memoryview, begin: int) -> None:
+        if file.path == os.fspath(path) and next(count) == after:
+            os.truncate(path, begin + len(memory) // 2)
+        read_into(file, memory, begin)
+
+    monkeypatch.setattr(File, "read_into", read)
+
+
+@pytest.mark.parametrize("after", range(3, 10))
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_file_that_is_truncated_while_it_is_read(
+    after: int, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(value: float) -> fo.Optimizer:
+        params = [np.full((40, 128), value, np.float32, "F"), np.full(3, value, np.float32)]
+        return fo.Optimizer(params, fo.AdamW(), state_dtype="dynamic8", backend=backend)
+
+    grads = [np.ones((40, 128), np.float32), np.ones(3, np.float32)]
+    saved = make(3.0)
+    saved.step(grads)
+    saved.save(tmp_path / "run")
+    saved.save(tmp_path / "damaged")
+    opt = make(1.0)
+    before = opt.fingerprint()
+    with monkeypatch.context() as patch:
+        damage(tmp_path / "damaged", patch, after)
+        with pytest.raises(OSError, match=r"ended while it was read.*damaged"):
+            opt.load(tmp_path / "damaged")
+    if opt.fingerprint() != before:
+        for use in (
+            lambda: opt.step(grads),
+            lambda: opt.accumulate(grads),
+            opt.state_dict,
+            lambda: opt.save(tmp_path / "never"),
+        ):
+            with pytest.raises(RuntimeError, match="load a whole file first"):
+                use()
+    opt.load(tmp_path / "run")
+    for each in (saved, opt):
+        each.step(grads)
+    assert opt.fingerprint() == saved.fingerprint()

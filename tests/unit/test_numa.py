@@ -22,3 +22,12 @@ def test_nodes_and_their_processors(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert fo.info()["numa_nodes"] == expected
     (tmp_path / "node2" / "cpulist").unlink()
     assert numa.nodes() == {}
+
+
+def test_nodes_of_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numa, "_NODES", tmp_path)
+    for name, listed in {"node0": "0-1,4-5", "node1": "2-3,6", "node2": ""}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "cpulist").write_text(listed + "\n")
+    threads = [[0], [6, 2], [5, 3], [], [99]]
+    assert numa.thread_nodes(threads) == [["0"], ["1"], ["0", "1"], [], []]

@@ -23,6 +23,7 @@ from formatted import ADAMW, BF16, WAYS, assert_same, held, run
 from formatted import RULES as STORED
 from fusedopt.arrays import state_file
 from fusedopt.arrays.stored import WINDOW
+from fusedopt.step.assembly import Assembly
 
 resource = pytest.importorskip("resource", reason="state_path is for POSIX systems")
 
@@ -147,6 +148,7 @@ import re, sys
 from pathlib import Path
 import ml_dtypes, numpy as np
 import fusedopt as fo
+from fusedopt.step.assembly import Assembly
 
 def rss(key):
     return int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) << 10
@@ -225,6 +227,7 @@ def test_a_killed_process_leaves_scratch_that_is_refused(tmp_path: Path) -> None
 import os, signal, sys
 import numpy as np
 import fusedopt as fo
+from fusedopt.step.assembly import Assembly
 optimizer = fo.Optimizer(np.ones(1000), fo.Adam(), state_path=sys.argv[1])
 optimizer.step(np.ones(1000))
 print(os.getpid(), flush=True)
@@ -376,7 +379,7 @@ def test_nothing_stays_of_what_could_not_be_made(
     def interrupted(*_: Any) -> NoReturn:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fo.Optimizer, "_prepare", interrupted)
+    monkeypatch.setattr(Assembly, "prepare", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path)
     assert contents(tmp_path) == {}

@@ -423,7 +423,7 @@ class CudaPlan(ExclusiveUse):
     def _launch(self, launches: Sequence[Queued], stream: int) -> None:
         spec, clipper = self._spec, self._clipper
         for launch, scalars, group, leaf in launches:
-            lr, factor = float(spec.rates[group]), float(spec.rates[len(spec.groups) + group])
+            lr, factor = float(spec.rates[group]), float(spec.factors[group])
             sign, base, slope = self._programs[group].head
             # With a guard the kernel puts the factor, which it alone knows, on this sign.
             factor = sign if clipper else sign * factor

@@ -241,7 +241,7 @@ class NumbaPlan(ExclusiveUse):
                 continue
             program, lr = self._programs[g], float(spec.rates[g])
             sign, base, slope = program.head
-            factor = float(spec.rates[len(spec.groups) + g]) * sign
+            factor = float(spec.factors[g]) * sign
             filtered = any(op.loop == "filter" for op in program.operations)
             heads = {1: (factor,), 2: (1.0 if filtered else factor, base + slope * lr), 0: ()}
             folded[kind] = [

@@ -578,6 +578,16 @@ def test_state_is_shared_memory() -> None:
         assert torch.allclose(p, q - 0.1 * p.grad)
 
 
+@pytest.mark.parametrize("name", [*ELEMENTWISE, *OWN, "AdamW", "Muon", "Optimizer"])
+def test_classes_can_be_subclassed(name: str) -> None:
+    cls = getattr(ft, name)
+    arguments = [fo.AdamW()] if name == "Optimizer" else []
+    ours, other = parameters(shapes_for(name)), parameters(shapes_for(name))
+    run(type("Mine", (cls,), {})(ours, *arguments), ours, 2)
+    run(cls(other, *arguments), other, 2)
+    assert same_bits(ours, other)
+
+
 def test_importing_fusedopt_imports_no_torch() -> None:
     import subprocess
     import sys

@@ -307,6 +307,7 @@ def test_copies_have_all_public_attributes_and_a_printed_form(
     assert name in repr(opt)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of torch's own Adagrad
 @pytest.mark.parametrize("name", [n for n, i in INFOS.items() if i.supports_sparse])
 def test_uncoalesced_sparse_gradients(name: str) -> None:
     """test_rosenbrock_sparse."""
