@@ -1,23 +1,170 @@
-"""What a training loop has around its steps: rows that repeat, and the import of the package.
+"""What a training loop has around its steps: schedules, clipping, rows that repeat, the import.
 
 Run it as `python benchmarks/loop.py [--rounds N] [--only PART ...] [--json F] [--markdown F]`.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 import fusedopt as fo
 from fusedopt.lab.bench.measure import interleaved
+from fusedopt.lab.bench.problems import Step
 from targets import Parts, Row, main
 
 VOCABULARY, WIDTH, ROWS = 50_000, 64, 65_536
+
+
+SMALL, MANY = 1000, 1000
+LR = fo.schedules.Cosine(1e-3, steps=10**7)
+ALL: dict[str, Any] = {"clip_norm": 1.0, "skip_nonfinite": True}
+
+
+class CarefulAdamW:
+    """AdamW of one array in NumPy, without a temporary: what a careful trainer would write."""
+
+    def __init__(self, p: np.ndarray, g: np.ndarray) -> None:
+        self.p, self.g, self.t = p, g, 0
+        self.m, self.v, self.a, self.b = (np.zeros_like(p) for _ in range(4))
+
+    def step(self, lr: float = 1e-3, clip: bool = False, scale: float = 1.0) -> None:
+        """Take a step, with the norm of the gradients where they are to be clipped."""
+        g, a = self.g, self.a
+        factor = 1.0 / scale
+        if clip:
+            norm = math.sqrt(np.dot(g, g)) * factor
+            if not math.isfinite(norm):
+                return
+            factor *= min(1.0, 1.0 / norm)
+        if factor != 1.0:
+            g = np.multiply(g, np.float32(factor), out=self.b)
+        self.t += 1
+        np.multiply(self.m, np.float32(0.9), out=self.m)
+        np.multiply(g, np.float32(0.1), out=a)
+        np.add(self.m, a, out=self.m)
+        np.multiply(self.v, np.float32(0.999), out=self.v)
+        np.multiply(g, g, out=a)
+        np.multiply(a, np.float32(0.001), out=a)
+        np.add(self.v, a, out=self.v)
+        np.divide(self.v, np.float32(1.0 - 0.999**self.t), out=a)
+        np.sqrt(a, out=a)
+        np.add(a, np.float32(1e-8), out=a)
+        np.divide(self.m, a, out=a)
+        np.multiply(a, np.float32(lr / (1.0 - 0.9**self.t)), out=a)
+        np.multiply(self.p, np.float32(1.0 - lr * 0.01), out=self.p)
+        np.subtract(self.p, a, out=self.p)
+
+    def stats(self) -> tuple[float, float]:
+        """Take a step, and return the norm of the gradient and the relative change."""
+        np.copyto(self.b, self.p)
+        self.step()
+        weight = math.sqrt(np.dot(self.b, self.b))
+        np.subtract(self.p, self.b, out=self.b)
+        return math.sqrt(np.dot(self.g, self.g)), math.sqrt(np.dot(self.b, self.b)) / weight
+
+
+def guarded(rounds: int) -> Iterator[Row]:
+    """One small tensor: what is asked of a step beside the update, over the plain step."""
+    rng = np.random.default_rng(0)
+    p, g = rng.standard_normal(SMALL, np.float32), rng.standard_normal(SMALL, np.float32)
+
+    def ours(lr: Any = 1e-3, scale: float = 1.0, **options: Any) -> Step:
+        optimizer = fo.Optimizer(p.copy(), fo.AdamW(lr=lr), threads=1, **options)
+        return lambda: optimizer.step(g, grad_scale=scale)
+
+    def careful() -> CarefulAdamW:
+        return CarefulAdamW(p.copy(), g)
+
+    plain, scheduled, clipped, whole, told = (careful() for _ in range(5))
+    times = interleaved(
+        {
+            "plain": ours(),
+            "schedule": ours(LR),
+            "clip": ours(clip_norm=1.0),
+            "all": ours(LR, 2.0, **ALL),
+            "stats": ours(stats=True),
+            "grad_scale": ours(scale=2.0),
+            "NumPy plain": plain.step,
+            "NumPy schedule": lambda: scheduled.step(LR(scheduled.t + 1)),
+            "NumPy clip": lambda: clipped.step(clip=True),
+            "NumPy all": lambda: whole.step(LR(whole.t + 1), True, 2.0),
+            "NumPy stats": told.stats,
+        },
+        rounds,
+    )
+    medians = times.medians()
+    names = {
+        "schedule": (1.5, "schedule"),
+        "clip": (2.0, "clip_norm"),
+        "all": (3.0, "schedule, clip_norm, skip_nonfinite, grad_scale"),
+        "stats": (3.0, "stats"),
+        "grad_scale": (1.5, "grad_scale"),
+    }
+    for name, (bound, label) in names.items():
+        own = {k: medians[k] for k in (name, "plain")}
+        target = f"adamw, one tensor of {SMALL}: {label}, time over the plain step"
+        yield Row(target, times.ratio(name, "plain"), bound, own, at_least=False)
+    for name in ("plain", "schedule", "clip", "all", "stats"):
+        own = {k: medians[k] for k in (name, f"NumPy {name}")}
+        label = names[name][1] if name in names else "plain"
+        target = f"adamw, one tensor of {SMALL}: {label}, time over careful NumPy"
+        yield Row(target, times.ratio(name, f"NumPy {name}"), 1.0, own, at_least=False)
+
+
+def tensors(rounds: int) -> Iterator[Row]:
+    """Many small tensors against one flat one of as many elements."""
+    rng = np.random.default_rng(0)
+    kinds: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "clip and zero": {"clip_norm": 1.0, "zero_grads": True},
+        "all": {"lr": LR, **ALL},
+        "stats": {"stats": True},
+    }
+
+    def ours(count: int, lr: Any = 1e-3, **options: Any) -> Step:
+        shape = count, MANY * SMALL // count
+        params, grads = (list(rng.standard_normal(shape, np.float32)) for _ in range(2))
+        optimizer = fo.Optimizer(params, fo.AdamW(lr=lr), **options)
+        return lambda: optimizer.step(grads)
+
+    steps = {}
+    for name, options in kinds.items():
+        steps[name] = ours(MANY, **options)
+        steps[f"flat {name}"] = ours(1, **options)
+    times = interleaved(steps, rounds)
+    medians = times.medians()
+    over = f"adamw, {MANY} tensors of {SMALL}"
+    own = {k: medians[k] for k in ("clip and zero", "plain")}
+    ratio = times.ratio("clip and zero", "plain")
+    yield Row(f"{over}: clip_norm, zero_grads, over the plain step", ratio, 2.0, own, False)
+    for name in kinds:
+        own = {k: medians[k] for k in (name, f"flat {name}")}
+        ratio = times.ratio(name, f"flat {name}")
+        yield Row(f"{over}: {name}, over one flat tensor", ratio, 1.15, own, False)
+
+
+def changes(rounds: int) -> Iterator[Row]:
+    """What changes between steps: a learning rate that is set, and a rule that is made."""
+    optimizer = fo.Optimizer(np.zeros(SMALL, np.float32), fo.AdamW())
+    values = iter(np.random.default_rng(0).uniform(1e-4, 1e-3, 10**7).tolist())
+    times = interleaved(
+        {
+            "opt.lr = x": lambda: setattr(optimizer, "lr", next(values)),
+            "fo.AdamW(lr=x)": lambda: fo.AdamW(lr=next(values)),
+        },
+        rounds,
+    )
+    for name, bound in (("opt.lr = x", 2.0), ("fo.AdamW(lr=x)", 10.0)):
+        seconds = times.median(name)
+        yield Row(name, seconds * 1e6, bound, {name: seconds}, at_least=False, unit="us")
 
 
 def duplicates(rounds: int) -> Iterator[Row]:
@@ -68,7 +215,7 @@ def imports(rounds: int) -> Iterator[Row]:
     yield Row("import: time over NumPy's", added, 25, seconds, at_least=False, unit="ms")
 
 
-PARTS: Parts = {part.__name__: part for part in (duplicates, imports)}
+PARTS: Parts = {part.__name__: part for part in (guarded, tensors, changes, duplicates, imports)}
 
 if __name__ == "__main__":
     main("Measures the targets of a training loop.", PARTS)

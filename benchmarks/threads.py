@@ -23,7 +23,7 @@ import numpy as np
 import fusedopt as fo
 
 LOOP_SIZES = (50_000, 100_000, 200_000, 400_000, 800_000, 3_000_000)
-POOL_SIZES = (70_000, 200_000, 1_000_000, 10_000_000)
+POOL_SIZES = (70_000, 100_000, 200_000, 1_000_000, 10_000_000)
 CALLS = 20
 
 _A = np.random.default_rng(0).random((900, 900), np.float32)

@@ -78,12 +78,25 @@ inline void use_copy(const Codec& codec, int compute, int source, Operand& out) 
   out.encode = codec.copy[compute];
 }
 
+// An array that comes with a step, and how to read it where it is not NumPy's. To find that out may
+// run Python; to read it does not.
+struct Given {
+  py::object object;  // null: none
+  const Exchange* exchange = nullptr;
+
+  Given() = default;
+  explicit Given(PyObject* o) : object(py::reinterpret_borrow<py::object>(o)) {
+    if (!as_array(o) && !PyTuple_Check(o)) exchange = Foreign::exchange_of(Py_TYPE(o));
+  }
+};
+
 // A gradient that fits the parameter becomes an operand, which is only read, or zeroed in the end.
-inline bool read_input(PyObject* o, const Proxy* parameter, int compute, const Table& table,
+inline bool read_input(const Given& given, const Proxy* parameter, int compute, const Table& table,
                        bool zero, Operand& out) {
+  PyObject* const o = given.object.ptr();
   const Proxy* a = as_array(o);
   Foreign foreign;
-  if (!a) a = foreign.read(o);
+  if (!a) a = foreign.read(o, given.exchange);
   if (!a || !(a->flags & ALIGNED) || (zero && !(a->flags & WRITEABLE))) return false;
   const int format = format_of(a);
   if (format < 0 || !same_layout(a, SIZES[format], parameter, SIZES[format_of(parameter)]))

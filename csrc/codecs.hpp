@@ -514,7 +514,7 @@ void encode_blocks(const void* tile, void* data, void* aux, std::size_t n, std::
         encode_sixteen<B, STOCHASTIC>(from + first, all_of(factor), random.bits + at + first,
                                       codes + bytes_of<B>(first));
 #endif
-    // In 32 bits first: with eight, GCC works on so many elements at once that it runs out of
+    // In 32 bits first: with eight, GCC works on too many elements at once and runs out of
     // registers, and takes 1.5 times as long.
     alignas(64) std::uint32_t wide[B::block + 1];
     for (std::size_t i = first; i < count; ++i) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 
+#include "floating_point.hpp"
 #include "parallel.hpp"
 #include "thread_choice.hpp"
 #include "windows.hpp"
@@ -39,9 +40,13 @@ char* beside(const Operand& operand, std::size_t at) {
 
 using Lanes = double[LANES];
 
+// Decoded tiles. Not on the stack: 32 KiB are all that a thread may have there (OMP_STACKSIZE,
+// threading.stack_size).
+alignas(64) thread_local char decoded[MAX_OPERANDS][TILE * sizeof(double)];
+
 // Tile by tile: decode, the program, encode. `from` is the start of a tile, or of a row.
 void run_tiles(const Leaf& leaf, const Span& span, Lanes* lanes) {
-  alignas(64) char scratch[MAX_OPERANDS][TILE * sizeof(double)];
+  char (*const scratch)[TILE * sizeof(double)] = decoded;
   void* tile[MAX_OPERANDS];
   for (std::size_t at = span.from; at < span.to; at += TILE) {
     const std::size_t n = std::min(TILE, span.to - at);
@@ -178,7 +183,7 @@ std::size_t cut(const Leaf& leaf, std::size_t position) {
   return k * rows.length;
 }
 
-// How many threads a step over so many elements takes, of those that it may.
+// The number of threads that a step over `elements` takes, of those that it may use.
 int threads_for(std::size_t elements, int threads) {
   return elements < SERIAL ? 1 : std::max(1, std::min(threads, parallel_limit()));
 }
@@ -225,6 +230,7 @@ void run_part(void* context, std::size_t part) {
 
 void run_on(std::vector<Leaf>& leaves, std::size_t elements, int threads, const Mapped* mapped) {
   if (threads == 1 && !mapped) {
+    const DefaultControl control;
     for (const Leaf& leaf : leaves)
       if (leaf.elements) run_leaf(leaf, 0, leaf.elements);
     return;

@@ -1,8 +1,14 @@
 // The binding: a list.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <optional>
 
 #include "cpu.hpp"
 #include "driver.hpp"
+#include "errands.hpp"
+#include "floating_point.hpp"
 #include "parallel.hpp"
 #include "placement.hpp"
 #include "plan.hpp"
@@ -55,6 +61,7 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   fusedopt::guard_forks();
   py::module_::import("atexit").attr("register")(
       py::cpp_function([] { fusedopt::end_threads(); }, py::call_guard<py::gil_scoped_release>()));
+  fusedopt::bind_errands(module);
   fusedopt::bind_plan(module);
   fusedopt::bind_update(module);
   fusedopt::bind_placement(module);
@@ -73,6 +80,15 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   module.attr("sizes") =
       py::dict("SERIAL"_a = fusedopt::SERIAL, "SMALLEST_PART"_a = fusedopt::SMALLEST_PART,
                "SEGMENT"_a = fusedopt::SEGMENT);
+  module.def("bound_processors", &fusedopt::bound_processors);
+  module.def(
+      "floating_point",
+      [](std::optional<std::uint64_t> control) {
+        const std::uint64_t own = fusedopt::get_control();
+        fusedopt::set_control(control.value_or(fusedopt::DEFAULT_CONTROL));
+        return own;
+      },
+      py::arg("control") = py::none());
   module.attr("parallel") = fusedopt::parallel_name();
   module.attr("compiler") = compiler();
 }

@@ -73,7 +73,7 @@ struct Left {
 // rows stay in the first-level cache.
 constexpr std::size_t PART = 64;
 
-// store(i, j, sums) for so many rows and registers of a b from (i, j) on, of so many terms.
+// store(i, j, sums) for a block of a b from (i, j) on; each element is a sum of `terms` products.
 template <class T, std::size_t span, class Store>
 inline void block(const Left<T>& a, const T* b, std::size_t ld, std::size_t i, std::size_t j,
                   std::size_t terms, const Store& store) {
@@ -109,7 +109,7 @@ inline void blocks(const Left<T>& a, const T* b, std::size_t ld, std::size_t row
   panels(Count<1>());
 }
 
-// out := finish(i, j, a b), of so many rows, or the blocks alone that reach the upper triangle.
+// out := finish(i, j, a b) for `rows` rows, or only the blocks that reach the upper triangle.
 // inner: of a's columns.
 template <class T, class Finish>
 inline void product(Left<T> a, const T* b, T* out, std::size_t ld, std::size_t rows,
@@ -134,7 +134,7 @@ void mirror(const Square<T>& s) {
     for (std::size_t j = 0; j < i; ++j) s.row(i)[j] = s.row(j)[i];
 }
 
-// out := z (s + diagonal), of so many rows.
+// out := z (s + diagonal) for `rows` rows.
 template <class T>
 void multiply(const T* z, std::size_t rows, const Square<T>& s, const T* diagonal, T* out) {
   product<T>({z, s.ld, 1}, s.data, out, s.ld, rows, s.n, false,

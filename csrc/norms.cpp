@@ -7,7 +7,7 @@
 namespace fusedopt {
 namespace {
 
-void square_sums(const std::vector<Measured*>& inputs, int threads) {
+void square_sums(const std::vector<Measured*>& inputs, int threads, ThreadChoice* choice) {
   const Operation& squares = operation_named(*level().table, "squares");
   constexpr std::uint8_t ORDER[] = {0, 1};  // the sum, the input
   std::vector<Leaf> leaves;
@@ -31,23 +31,23 @@ void square_sums(const std::vector<Measured*>& inputs, int threads) {
     elements += m.elements;
   }
   partials.place();
-  run_unlocked(leaves, elements, threads);
+  run_unlocked(leaves, elements, threads, nullptr, choice);
   for (std::size_t k = 0; k < inputs.size(); ++k)
     inputs[k]->sum = Partials::total(leaves[k], operands[2 * k]);
 }
 
 }  // namespace
 
-void measure(std::vector<Measured>& inputs, int threads) {
+void measure(std::vector<Measured>& inputs, int threads, ThreadChoice* choice) {
   std::vector<Measured*> all, again;
   for (Measured& m : inputs) all.push_back(&m);
-  square_sums(all, threads);
+  square_sums(all, threads, choice);
   for (Measured& m : inputs) {
     if (m.compute != F64 || (m.sum >= 0x1p-900 && m.sum <= 0x1p1023)) continue;
     m.scale = m.sum < 1 ? 0x1p600 : 0x1p-600;
     again.push_back(&m);
   }
-  if (!again.empty()) square_sums(again, threads);
+  if (!again.empty()) square_sums(again, threads, nullptr);
 }
 
 }  // namespace fusedopt

@@ -55,7 +55,8 @@ struct Measured {
   double sum = 0, scale = 1;
 };
 
-// The sums of all, and a second time those of float64 arrays whose squares left the range.
-void measure(std::vector<Measured>& inputs, int threads);
+// The sums of all, and a second time those of float64 arrays whose squares left the range. choice:
+// see `run`.
+void measure(std::vector<Measured>& inputs, int threads, ThreadChoice* choice = nullptr);
 
 }  // namespace fusedopt

@@ -4,6 +4,8 @@
 #include <atomic>
 #include <vector>
 
+#include "floating_point.hpp"
+
 #if defined(FUSEDOPT_OPENMP)
 #include <omp.h>
 #elif defined(FUSEDOPT_THREADS)
@@ -17,6 +19,14 @@
 #endif
 
 namespace fusedopt {
+namespace {
+
+void in_order(std::size_t count, void (*body)(void*, std::size_t), void* context) {
+  const DefaultControl control;
+  for (std::size_t i = 0; i < count; ++i) body(context, i);
+}
+
+}  // namespace
 
 #if defined(FUSEDOPT_OPENMP) || defined(FUSEDOPT_THREADS)
 namespace {
@@ -41,9 +51,11 @@ struct Loop {
   }
 };
 
-// The share of a member of the team, and then what others have not begun. A share whose member
-// never came, since the system gave fewer threads, is done so too.
+// In the environment that results are defined in: the share of a member of the team, and then what
+// others have not begun. A share whose member never came, since the system gave fewer threads, is
+// done so too.
 void take_part(void* of, int member) {
+  const DefaultControl control;
   Loop& loop = *static_cast<Loop*>(of);
   const std::size_t team = loop.shares.size();
   for (std::size_t k = 0; k < team; ++k) {
@@ -55,7 +67,7 @@ void take_part(void* of, int member) {
   }
 }
 
-// How many threads a loop of so many parts takes.
+// The number of threads that a loop of `count` parts takes.
 int team_of(std::size_t count, int threads) {
   return static_cast<int>(std::min<std::size_t>(count, static_cast<std::size_t>(threads)));
 }
@@ -75,6 +87,21 @@ const char* parallel_name() { return "openmp"; }
 
 int parallel_limit() { return serial_after_fork.load() ? 1 : omp_get_max_threads(); }
 
+std::vector<int> bound_processors() {
+  std::vector<int> all;
+#if _OPENMP >= 201511
+  if (omp_get_proc_bind() == omp_proc_bind_false) return all;
+  for (int place = 0; place < omp_get_num_places(); ++place) {
+    std::vector<int> own(static_cast<std::size_t>(omp_get_place_num_procs(place)));
+    omp_get_place_proc_ids(place, own.data());
+    all.insert(all.end(), own.begin(), own.end());
+  }
+  std::sort(all.begin(), all.end());
+  all.erase(std::unique(all.begin(), all.end()), all.end());
+#endif
+  return all;
+}
+
 void guard_forks() {
 #if !defined(_WIN32)
   pthread_atfork(
@@ -93,10 +120,7 @@ void end_threads() {}
 
 void parallel_for(std::size_t count, int threads, void (*body)(void*, std::size_t), void* context) {
   const int team = team_of(count, threads);
-  if (team <= 1) {
-    for (std::size_t i = 0; i < count; ++i) body(context, i);
-    return;
-  }
+  if (team <= 1) return in_order(count, body, context);
   Loop loop(count, team, body, context);
 #pragma omp parallel num_threads(team)
   take_part(&loop, omp_get_thread_num());
@@ -115,6 +139,8 @@ const char* parallel_name() { return "threads"; }
 
 int parallel_limit() { return static_cast<int>(std::max(1u, std::thread::hardware_concurrency())); }
 
+std::vector<int> bound_processors() { return {}; }
+
 void guard_forks() {
 #if !defined(_WIN32)
   // A forked child has none of the threads: those that are idle end before the fork, and of those
@@ -127,10 +153,7 @@ void end_threads() { pool.load()->close(); }
 
 void parallel_for(std::size_t count, int threads, void (*body)(void*, std::size_t), void* context) {
   const int team = team_of(count, threads);
-  if (team <= 1) {
-    for (std::size_t i = 0; i < count; ++i) body(context, i);
-    return;
-  }
+  if (team <= 1) return in_order(count, body, context);
   Loop loop(count, team, body, context);
   Pool& from = *pool.load();
   const std::vector<Worker*> helpers = from.borrow(team - 1);
@@ -147,12 +170,14 @@ const char* parallel_name() { return "serial"; }
 
 int parallel_limit() { return 1; }
 
+std::vector<int> bound_processors() { return {}; }
+
 void guard_forks() {}
 
 void end_threads() {}
 
 void parallel_for(std::size_t count, int, void (*body)(void*, std::size_t), void* context) {
-  for (std::size_t i = 0; i < count; ++i) body(context, i);
+  in_order(count, body, context);
 }
 
 #endif

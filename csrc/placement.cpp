@@ -10,6 +10,7 @@
 #include "driver.hpp"
 #include "parallel.hpp"
 #include "thread_choice.hpp"
+#include "unlocked.hpp"
 
 #if defined(__linux__)
 #include <sched.h>
@@ -39,8 +40,7 @@ std::vector<std::vector<int>> thread_processors(int threads) {
   const auto look = [](void* of, std::size_t member) {
     (*static_cast<std::vector<std::vector<int>>*>(of))[member] = own_processors();
   };
-  const py::gil_scoped_release unlocked;
-  parallel_for(found.size(), threads, look, &found);
+  unlocked([&] { parallel_for(found.size(), threads, look, &found); });
   return found;
 }
 
@@ -60,8 +60,7 @@ void first_touch(const py::list& leaves, int threads) {
     }
     start += elements;
   }
-  const py::gil_scoped_release unlocked;
-  touch(extents, start, threads);
+  unlocked([&] { touch(extents, start, threads); });
 }
 
 }  // namespace

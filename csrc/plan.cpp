@@ -63,13 +63,18 @@ Plan::Plan(const py::object& description)
   table_ = level().table;
   for (std::size_t k = 0; k < leaves; ++k) add_leaf(arrays[k], mirrors[k], keys[k], k);
   for (const py::handle each : description.attr("beside")) {
-    const Proxy* const array = as_array(each.ptr());
-    const int format = format_of(array);
-    if (format < 0) throw py::value_error("plan: no such dtype beside the parameters");
-    held_.push_back(py::reinterpret_borrow<py::object>(each));
-    const std::size_t bytes = elements_of(array) * table_->codecs[format].bits / 8;
-    if (bytes) written_.push_back({array->data, array->data + bytes});
+    if (!py::isinstance<py::array>(each)) throw py::type_error("plan: only ndarrays are beside");
+    const auto array = py::reinterpret_borrow<py::array>(each);
+    held_.push_back(array);
+    const char* const data = proxy_of(array.ptr())->data;
+    if (array.nbytes()) written_.push_back({data, data + array.nbytes()});
   }
+  for (const py::handle each : description.attr("watched")) {
+    if (!py::isinstance<py::array>(each)) throw py::type_error("plan: only ndarrays are watched");
+    held_.push_back(py::reinterpret_borrow<py::object>(each));
+    watch(proxy_of(each.ptr()), false);
+  }
+  passed_.resize(leaves * INPUTS);
   std::sort(written_.begin(), written_.end(), by_address);
   for (const int batch : batches_) batch_count_ = std::max(batch_count_, batch + 1);
 }
@@ -115,7 +120,7 @@ void Plan::add_leaf(const std::vector<py::object>& arrays, const std::vector<py:
         source < 0 && place + static_cast<std::size_t>(program.works) >= INPUTS + arrays.size();
     for (const Range& range : target.ranges)
       if (range.begin != range.end && !work) written_.push_back(range);
-    if (place == PARAMETER || source >= 0) watched_.push_back({target.data, target.data->data, n});
+    if (place == PARAMETER || source >= 0) watch(target.data, true);
     held_.push_back(array);
     return target;
   };
@@ -129,13 +134,22 @@ void Plan::add_leaf(const std::vector<py::object>& arrays, const std::vector<py:
   touched_.push_back({n, {n, n}, {}});
 }
 
-void Plan::take() {
-  if (busy_.exchange(true))
+void Plan::watch(const Proxy* array, bool target) {
+  watched_.push_back({array, array->data, array->descr, array->nd, layouts_.size(), target});
+  // A dtype that an array no longer has must not be another's address.
+  held_.push_back(py::reinterpret_borrow<py::object>(array->descr));
+  layouts_.insert(layouts_.end(), array->dimensions, array->dimensions + array->nd);
+  layouts_.insert(layouts_.end(), array->strides, array->strides + array->nd);
+}
+
+void Plan::seize(const void* token) {
+  const void* nobody = nullptr;
+  if (!holder_.compare_exchange_strong(nobody, token))
     throw std::runtime_error(
         "this optimizer is in use in another thread: give each thread its own optimizer");
 }
 
-void Plan::give() { busy_.store(false); }
+void Plan::release(const void* token) { holder_.compare_exchange_strong(token, nullptr); }
 
 bool Plan::reprogram(const py::list& programs, std::vector<py::tuple> folds) {
   if (programs.size() != programs_.size() || folds.size() != folds_.size()) return false;
@@ -174,9 +188,11 @@ void bind_plan(py::module_& module) {
       .def(py::init<const py::object&>())
       .def("take", &Plan::take)
       .def("give", &Plan::give)
+      .def("held", &Plan::held)
       .def("reprogram", &Plan::reprogram)
       .def("step", &Plan::step)
-      .def("step_alone", &Plan::step_alone);
+      .def("settle", &Plan::settle)
+      .def("whole_step", &Plan::whole_step);
 }
 
 }  // namespace fusedopt

@@ -5,13 +5,16 @@
 
 #include <atomic>
 #include <map>
+#include <memory>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "arrays.hpp"
+#include "clipping.hpp"
 #include "driver.hpp"
 #include "norms.hpp"
+#include "policy.hpp"
 #include "programs.hpp"
 #include "thread_choice.hpp"
 #include "trees.hpp"
@@ -30,9 +33,12 @@ class Plan {
   // description: fusedopt.backends.native.PlanDescription, which says what its fields are.
   explicit Plan(const py::object& description);
 
-  // Keeps everything else from using this plan until `give`; refused where something does already.
-  void take();
-  void give();
+  // Keeps everything else from using this plan until `give` of the same token; refused where
+  // something does already. A `give` too many, or of another token, does nothing: whoever may have
+  // been interrupted anywhere can give once more to be sure.
+  void take(const py::object& token) { seize(token.ptr()); }
+  void give(const py::object& token) { release(token.ptr()); }
+  bool held(const py::object& token) const { return holder_.load() == token.ptr(); }
 
   // Other scalars, weight decay and operations on the same arrays, by a caller who has taken the
   // plan. False where the programs would need other arrays; nothing has changed then.
@@ -42,8 +48,14 @@ class Plan {
   // written then. `flat`: the trees are lists of leaves already.
   py::object step(const py::object& gradients, const py::object& hessian, bool flat);
 
-  // The same with trees, by one who has not taken it: the whole of a simple optimizer's step.
-  py::object step_alone(const py::object& gradients, const py::object& hessian);
+  // What `whole_step` does from now on, by a caller who has taken the plan.
+  void settle(const py::object& policy);
+
+  // A step with trees and all that its policy says, by a caller who has not taken the plan: its
+  // `StepInfo`. None where something is to be explained or done by Python first; nothing but
+  // learning rates was written then. ask(step), if not None, sets the learning rates.
+  py::object whole_step(const py::object& gradients, const py::object& hessian,
+                        const py::object& grad_scale, const py::object& ask);
 
  private:
   struct Own {
@@ -51,17 +63,35 @@ class Plan {
     std::size_t elements;
     int compute, operand_count;
   };
+  // While there is one, this caller alone uses the plan, and what the step reads is held.
+  class Use {
+   public:
+    explicit Use(Plan& plan) : plan_(plan) { plan.seize(&plan); }
+    ~Use() {
+      plan_.given_.clear();
+      plan_.release(&plan_);
+    }
+    Use(const Use&) = delete;
+    Use& operator=(const Use&) = delete;
+
+   private:
+    Plan& plan_;
+  };
   // What a step touches of a leaf: all elements, or those of some rows.
   struct Touched {
     std::size_t elements, given[INPUTS];  // given: of its inputs, which may hold other rows too
     Rows rows;
     const Rows* some() const { return rows.rows ? &rows : nullptr; }
   };
-  // An array of the caller's, which he could resize under the plan's feet.
+  // An array of the caller's, which may be given other memory, another dtype or shape under the
+  // plan's feet: what it was. target: is written itself, and not the memory of one that is.
   struct Watched {
     const Proxy* array;
-    char* data;
-    std::size_t elements;
+    const char* data;
+    PyObject* dtype;
+    int nd;
+    std::size_t layout;  // where its dimensions and strides begin among all
+    bool target;
   };
   // An operand whose functions change with the instruction set, and whose key with the step.
   struct Coded {
@@ -73,23 +103,40 @@ class Plan {
     RandomKey key;
   };
 
+  void seize(const void* token);
+  void release(const void* token);
   // None, or an object with the block, file and window of `Mapped`.
   void use_file(const py::object& file);
   void add_leaf(const std::vector<py::object>& arrays, const std::vector<py::object>& mirrors,
                 const std::vector<RandomKey>& keys, std::size_t k);
   void change_level();
+  void watch(const Proxy* array, bool target);
+  bool find_rates(const py::object& ask);
+  std::vector<double> norms(double factor) const;
+  void decide(double factor, Found& found);
+  py::object stats_of(double factor);
+  // The step itself, of what was collected; false where something does not fit.
+  bool update(bool flat);
   bool unmoved() const;
   bool overlaps_written(const Range& range) const;
   // Each other, or an estimate.
   bool gradients_overlap();
-  bool read_tree(Slot slot, const py::object& tree, bool flat);
+  // Takes hold of the trees' leaves: may run Python.
+  bool collect(const py::object& gradients, const py::object& hessian, bool flat);
+  bool collect_tree(Slot slot, const py::object& tree, bool flat);
+  // Reads what was collected, and checks it and all that will be written: runs no Python.
+  //
+  // Whatever Python runs (comparisons of keys, finalisers, other threads, the rules' own functions)
+  // may give any array other memory: this comes after the last of it, and before what looks.
+  bool read(bool checked);
   // checked: by Python, which alone makes tuples of rows; a caller's own could say anything.
-  bool read_leaf(Slot slot, std::size_t k, PyObject* o, bool checked);
-  // (rows, places, values): row rows[j] of the leaf has values[places[j]]; Python has checked the
-  // indices, and that estimates have the gradient's.
+  bool read_leaf(Slot slot, std::size_t k, bool checked);
+  // (rows, places, values): row rows[j] of the leaf has values[places[j]]; Python has checked that
+  // rows come once each and that estimates have the gradient's.
   bool read_rows(Slot slot, std::size_t k, PyObject* o, Operand& operand);
   // Which leaves take part.
   void find_active();
+  void begin_results();
   void measure_gradients();
   // The leaves' scalars: once for each group, compute type and t.
   void prepare();
@@ -97,7 +144,7 @@ class Plan {
   void run_phase(int batch, int phase);
   void take_sums(int batch);
   int threads() const;
-  std::size_t columns() const { return 3 + static_cast<std::size_t>(sums_); }
+  std::size_t columns() const { return Policy::FIRST_SUM + static_cast<std::size_t>(sums_); }
 
   const Program& program(std::size_t k) const {
     return *programs_[static_cast<std::size_t>(groups_[k])];
@@ -112,13 +159,14 @@ class Plan {
   int batch_count_ = 0, sums_ = 0;  // sums_: of the program that has most
   std::size_t most_ = 0;            // operations, likewise
   std::int64_t* counts_ = nullptr;
-  const double *rate_ = nullptr, *factor_ = nullptr;
+  double *rate_ = nullptr, *factor_ = nullptr;
   double* result_ = nullptr;
   const Table* table_ = nullptr;
   std::vector<py::object> held_;  // arrays
   py::object program_objects_;    // keeps `programs_` alive
   Mapped mapped_;
-  ThreadChoice choice_;
+  std::unique_ptr<Policy> policy_;
+  ThreadChoice choice_, norm_choice_;  // of the elementwise pass, and of the norm
   std::vector<const Program*> programs_;
   std::vector<Own> own_;
   std::vector<Operand> operands_;  // MAX_OPERANDS for each leaf
@@ -126,12 +174,15 @@ class Plan {
   std::vector<Coded> coded_;
   std::vector<Random> random_;
   std::vector<Watched> watched_;
-  std::vector<Range> written_;  // by address
-  std::atomic<bool> busy_{false};
+  std::vector<py::ssize_t> layouts_;  // of these
+  std::vector<Range> written_;        // by address
+  std::vector<Range> passed_;  // INPUTS for each leaf: memory that was found apart from these
+  std::atomic<const void*> holder_{nullptr};
   // Of the step in progress; members so that their memory is kept.
-  std::vector<py::object> refs_;
+  std::vector<Given> given_;  // the gradients, then the estimates
   std::vector<Range> ranges_;
   std::vector<std::size_t> active_;
+  bool measured_ = false;
   std::map<std::tuple<int, int, std::int64_t>, Scalars> scalar_cache_;
   std::vector<const Scalars*> leaf_scalars_;
   std::vector<Step> steps_;

@@ -3,11 +3,14 @@
 
 #include <algorithm>
 #include <memory>
+#include <stdexcept>
 #include <utility>
 
 #include "cpu.hpp"
+#include "floating_point.hpp"
 #include "plan.hpp"
 #include "python_driver.hpp"
+#include "unlocked.hpp"
 
 namespace fusedopt {
 namespace {
@@ -26,19 +29,35 @@ void clear(Operand& operand) {
 }  // namespace
 
 py::object Plan::step(const py::object& gradients, const py::object& hessian, bool flat) {
+  const DefaultControl control;
   const std::unique_ptr<Plan, void (*)(Plan*)> at_the_end(this,
-                                                          [](Plan* plan) { plan->refs_.clear(); });
-  if (level().table != table_) change_level();
-  if (!unmoved() || !read_tree(GRADIENT, gradients, flat) || !read_tree(HESSIAN, hessian, flat) ||
-      (zero_grads_ && gradients_overlap()))
-    return py::none();
-  find_active();
+                                                          [](Plan* plan) { plan->given_.clear(); });
+  if (!collect(gradients, hessian, flat)) return py::none();
   if (!decide_.is_none()) {
+    if (!read(flat)) return py::none();
     measure_gradients();
-    if (!decide_().cast<bool>()) return py::int_(counts_[0]);
+    if (!called(decide_, py::tuple()).cast<bool>()) return py::int_(counts_[0]);
   }
+  return update(flat) ? py::int_(counts_[0]) : py::object(py::none());
+}
+
+bool Plan::collect(const py::object& gradients, const py::object& hessian, bool flat) {
+  if (level().table != table_) change_level();
+  measured_ = false;
+  if (!collect_tree(GRADIENT, gradients, flat) || !collect_tree(HESSIAN, hessian, flat))
+    return false;
+  find_active();
+  return true;
+}
+
+bool Plan::update(bool flat) {
   prepare();
-  if (!before_.is_none()) before_(active_);
+  if (!before_.is_none()) {
+    if (!read(flat)) return false;
+    called(before_, py::make_tuple(active_));
+  }
+  if (!read(flat)) return false;
+  if (!measured_) begin_results();
   for (int batch = 0; batch < batch_count_; ++batch) {
     py::list members;
     for (const std::size_t k : active_)
@@ -47,25 +66,28 @@ py::object Plan::step(const py::object& gradients, const py::object& hessian, bo
     const int last = program(py::cast<std::size_t>(members[0])).phases - 1;
     for (int phase = 0; phase < last; ++phase) {
       run_phase(batch, phase);
-      between_(batch, phase, members);
+      called(between_, py::make_tuple(batch, phase, members));
+      if (!read(flat))
+        throw std::runtime_error(
+            "an array was given other memory during a step, which is half done; load a checkpoint");
     }
     run_phase(batch, last);
   }
   run_phase(-1, 0);
   for (const std::size_t k : active_) ++counts_[k + 1];
-  return py::int_(++counts_[0]);
-}
-
-py::object Plan::step_alone(const py::object& gradients, const py::object& hessian) {
-  take();
-  const std::unique_ptr<Plan, void (*)(Plan*)> at_the_end(this, [](Plan* plan) { plan->give(); });
-  return step(gradients, hessian, false);
+  ++counts_[0];
+  return true;
 }
 
 bool Plan::unmoved() const {
-  for (const Watched& w : watched_)
-    if (!is_target(w.array) || w.array->data != w.data || elements_of(w.array) != w.elements)
+  for (const Watched& w : watched_) {
+    const py::ssize_t* const layout = layouts_.data() + w.layout;
+    if (w.array->data != w.data || w.array->descr != w.dtype || w.array->nd != w.nd ||
+        (w.target && !is_target(w.array)) ||
+        !std::equal(w.array->dimensions, w.array->dimensions + w.nd, layout) ||
+        !std::equal(w.array->strides, w.array->strides + w.nd, layout + w.nd))
       return false;
+  }
   return true;
 }
 
@@ -89,36 +111,51 @@ bool Plan::gradients_overlap() {
   return false;
 }
 
-bool Plan::read_tree(Slot slot, const py::object& tree, bool flat) {
+bool Plan::collect_tree(Slot slot, const py::object& tree, bool flat) {
+  const std::size_t first = slot == GRADIENT ? 0 : own_.size(), end = first + own_.size();
   if (slot == HESSIAN && tree.is_none()) {
-    for (std::size_t k = 0; k < own_.size(); ++k) clear(operands_[k * MAX_OPERANDS + slot]);
+    given_.resize(end);
     return true;
   }
-  std::size_t k = 0;
-  const auto visit = [&](PyObject* o) { return k < own_.size() && read_leaf(slot, k++, o, flat); };
-  if (!flat) return walk(tree_, tree.ptr(), visit) && k == own_.size();
+  const auto visit = [&](PyObject* o) {
+    if (given_.size() == end) return false;
+    given_.push_back(o == Py_None ? Given() : Given(o));
+    return true;
+  };
+  if (!flat) return walk(tree_, tree.ptr(), visit) && given_.size() == end;
   for (const py::handle leaf : tree)
     if (!visit(leaf.ptr())) return false;
-  return k == own_.size();
+  return given_.size() == end;
 }
 
-bool Plan::read_leaf(Slot slot, std::size_t k, PyObject* o, bool checked) {
+bool Plan::read(bool checked) {
+  if (!unmoved()) return false;
+  for (std::size_t k = 0; k < own_.size(); ++k)
+    if (!read_leaf(GRADIENT, k, checked) || !read_leaf(HESSIAN, k, checked)) return false;
+  return !zero_grads_ || !gradients_overlap();
+}
+
+bool Plan::read_leaf(Slot slot, std::size_t k, bool checked) {
   Operand& operand = operands_[k * MAX_OPERANDS + slot];
-  const char* const passed = operand.data;
-  const std::uint32_t passed_bits = operand.bits;
   clear(operand);
   const std::size_t n = own_[k].elements;
   if (slot == GRADIENT) touched_[k] = {n, {n, n}, {}};
-  if (o == Py_None) return true;
-  refs_.push_back(py::reinterpret_borrow<py::object>(o));
-  const bool some = checked && PyTuple_Check(o);
+  const Given& given = given_[slot * own_.size() + k];
+  if (!given.object) return true;
   bool fits = (slot != HESSIAN || program(k).takes_hessian) &&
-              (some ? read_rows(slot, k, o, operand)
-                    : read_input(o, own_[k].parameter, own_[k].compute, *table_,
-                                 zero_grads_ && slot == GRADIENT, operand));
-  // Memory that passed in the last step passes again.
-  if (some || operand.data != passed || operand.bits != passed_bits)
-    fits = fits && !overlaps_written(range_of(operand, touched_[k].given[slot]));
+              (checked && PyTuple_Check(given.object.ptr())
+                   ? read_rows(slot, k, given.object.ptr(), operand)
+                   : read_input(given, own_[k].parameter, own_[k].compute, *table_,
+                                zero_grads_ && slot == GRADIENT, operand));
+  if (fits) {
+    // Memory that passed in the last step passes again.
+    const Range range = range_of(operand, touched_[k].given[slot]);
+    Range& passed = passed_[k * INPUTS + slot];
+    if (range.begin != passed.begin || range.end != passed.end) {
+      fits = !overlaps_written(range);
+      passed = fits ? range : Range{};
+    }
+  }
   if (!fits) clear(operand);
   return fits;
 }
@@ -146,6 +183,13 @@ bool Plan::read_rows(Slot slot, std::size_t k, PyObject* o, Operand& operand) {
   operand.data = values->data;
   Touched& touched = touched_[k];
   touched.given[slot] = elements_of(values);
+  const auto inside = [](const Proxy* indices, const Proxy* array) {
+    const auto* const first = reinterpret_cast<const std::int64_t*>(indices->data);
+    const auto most = static_cast<std::int64_t>(array->dimensions[0]);
+    return std::all_of(first, first + elements_of(indices),
+                       [most](std::int64_t k) { return k >= 0 && k < most; });
+  };
+  if (!inside(rows, p) || !inside(places, values)) return false;
   if (slot != GRADIENT) return true;
   touched.rows = {
       reinterpret_cast<const std::int64_t*>(rows->data),
@@ -159,8 +203,12 @@ bool Plan::read_rows(Slot slot, std::size_t k, PyObject* o, Operand& operand) {
 void Plan::find_active() {
   active_.clear();
   for (std::size_t k = 0; k < own_.size(); ++k)
-    if (operands_[k * MAX_OPERANDS + GRADIENT].data) active_.push_back(k);
-  if (sums_ || !decide_.is_none()) std::fill(result_, result_ + own_.size() * columns(), 0.0);
+    if (given_[k].object) active_.push_back(k);
+}
+
+void Plan::begin_results() {
+  if (sums_ || !decide_.is_none() || (policy_ && policy_->measures))
+    std::fill(result_, result_ + own_.size() * columns(), 0.0);
   if (sums_)
     for (const std::size_t k : active_) {
       result_[k * columns() + 1] = 1;
@@ -169,11 +217,13 @@ void Plan::find_active() {
 }
 
 void Plan::measure_gradients() {
+  measured_ = true;
+  begin_results();
   std::vector<Measured> inputs;
   for (const std::size_t k : active_)
     inputs.push_back({operands_[k * MAX_OPERANDS + GRADIENT], touched_[k].elements, own_[k].compute,
                       touched_[k].some()});
-  measure(inputs, threads());
+  measure(inputs, threads(), &norm_choice_);
   for (std::size_t j = 0; j < active_.size(); ++j) {
     double* const row = result_ + active_[j] * columns();
     row[0] = inputs[j].sum;
@@ -245,8 +295,9 @@ void Plan::run_phase(int batch, int phase) {
   }
   leaves_.resize(count);
   partials_.place();
-  // refs_ and held_ keep every array alive
-  run_unlocked(leaves_, elements, threads(), mapped_.data ? &mapped_ : nullptr, &choice_);
+  // given_ and held_ keep every array alive
+  run_unlocked(leaves_, elements, threads(), mapped_.data ? &mapped_ : nullptr,
+               batch < 0 ? &choice_ : nullptr);
   if (sums_) take_sums(batch);
 }
 
@@ -257,7 +308,7 @@ void Plan::take_sums(int batch) {
     for (int j = 0; j < program(k).sums; ++j) {
       const int slot = program(k).first_sum() + j;
       if (leaf->summed >> slot & 1)
-        result_[k * columns() + 3 + static_cast<std::size_t>(j)] =
+        result_[k * columns() + Policy::FIRST_SUM + static_cast<std::size_t>(j)] =
             Partials::total(*leaf, leaf->operands[slot]);
     }
     ++leaf;

@@ -102,7 +102,7 @@ class Worker {
 // ones in each step; loops of several threads at once have workers of their own.
 class Pool {
  public:
-  // Up to so many; fewer where the system gives no more threads, or the process is ending.
+  // Lends up to `wanted` workers; fewer where the system gives no more threads or the process ends.
   std::vector<Worker*> borrow(int wanted) {
     const std::lock_guard<std::mutex> lock(mutex_);
     std::vector<Worker*> team;

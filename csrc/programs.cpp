@@ -6,6 +6,8 @@
 #include <cstring>
 #include <tuple>
 
+#include "unlocked.hpp"
+
 namespace fusedopt {
 namespace {
 
@@ -105,8 +107,9 @@ Scalars::Scalars(const Program& program, const py::tuple& folds, std::int64_t t,
       append(program.filtered ? 1.0 : factor * program.factor);
       append(program.base + program.slope * lr);
     }
-    const auto own = py::reinterpret_steal<py::object>(PyObject_Vectorcall(
-        PyTuple_GET_ITEM(folds.ptr(), static_cast<Py_ssize_t>(k)), arguments, 2, nullptr));
+    PyObject* const fold = PyTuple_GET_ITEM(folds.ptr(), static_cast<Py_ssize_t>(k));
+    const auto own = py::reinterpret_steal<py::object>(
+        in_python([&] { return PyObject_Vectorcall(fold, arguments, 2, nullptr); }));
     if (!own) throw py::error_already_set();
     if (!PyTuple_Check(own.ptr()) ||
         PyTuple_GET_SIZE(own.ptr()) != first + operation.scalars - filled_)

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "driver.hpp"
+#include "unlocked.hpp"
 
 namespace fusedopt {
 
@@ -20,8 +21,7 @@ inline void run_unlocked(std::vector<Leaf>& leaves, std::size_t elements, int th
   if (elements < SHORT) {
     run(leaves, threads, mapped, choice);
   } else {
-    const pybind11::gil_scoped_release unlocked;
-    run(leaves, threads, mapped, choice);
+    unlocked([&] { run(leaves, threads, mapped, choice); });
   }
 }
 

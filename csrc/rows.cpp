@@ -10,6 +10,8 @@
 
 #include "arrays.hpp"
 #include "cpu.hpp"
+#include "floating_point.hpp"
+#include "unlocked.hpp"
 
 namespace py = pybind11;
 
@@ -56,15 +58,14 @@ py::tuple sort_rows(const Integers& indices, std::optional<std::int64_t> skipped
   std::vector<Entry> entries;
   const auto n = static_cast<std::size_t>(indices.size());
   std::size_t different = 0;
-  {
-    const py::gil_scoped_release unlocked;
+  unlocked([&] {
     entries.reserve(n);
     for (std::size_t k = 0; k < n; ++k)
       if (given[k] != skipped) entries.push_back({static_cast<std::uint64_t>(given[k]), k});
     sort(entries);
     for (std::size_t k = 0; k < entries.size(); ++k)
       different += !k || entries[k].index != entries[k - 1].index;
-  }
+  });
   Integers rows = array_of(different), starts = array_of(different),
            order = array_of(entries.size());
   std::int64_t *row = rows.mutable_data(), *start = starts.mutable_data(),
@@ -120,13 +121,15 @@ bool add_rows(const py::object& values, const Integers& starts, const Integers& 
     return false;
   const std::size_t length = to->nd && to->dimensions[0] ? elements_of(to) / to->dimensions[0] : 0;
   const Decode decode = level().table->codecs[format].decode[compute];
-  const py::gil_scoped_release unlocked;
-  if (compute == F32)
-    add_up(from->data, SIZES[format], decode, starts, order, reinterpret_cast<float*>(to->data),
-           length);
-  else
-    add_up(from->data, SIZES[format], decode, starts, order, reinterpret_cast<double*>(to->data),
-           length);
+  unlocked([&] {
+    const DefaultControl control;
+    if (compute == F32)
+      add_up(from->data, SIZES[format], decode, starts, order, reinterpret_cast<float*>(to->data),
+             length);
+    else
+      add_up(from->data, SIZES[format], decode, starts, order, reinterpret_cast<double*>(to->data),
+             length);
+  });
   return true;
 }
 

@@ -8,6 +8,7 @@
 
 #include "cpu.hpp"
 #include "parallel.hpp"
+#include "unlocked.hpp"
 
 namespace py = pybind11;
 
@@ -55,8 +56,7 @@ void orthogonalize(py::array stack, py::array space, const std::vector<double>& 
             rows * columns * bytes,
             each * bytes,
             parts};
-  const py::gil_scoped_release unlocked;
-  parallel_for(parts, std::min(threads, parallel_limit()), work_on, &work);
+  unlocked([&] { parallel_for(parts, std::min(threads, parallel_limit()), work_on, &work); });
 }
 
 }  // namespace

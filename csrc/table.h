@@ -10,7 +10,7 @@ namespace fusedopt {
 constexpr std::size_t TILE = 256;
 constexpr int MAX_OPERANDS = 16;
 
-// Sums over a leaf are taken in float64, in so many lanes: element i of a segment goes to lane
+// Sums over a leaf are taken in float64, in LANES lanes: element i of a segment goes to lane
 // i % LANES, lanes are added pairwise at the segment's end, and segments in order. So no bit of a
 // sum depends on the width of vectors, on tiles or on threads.
 constexpr std::size_t LANES = 16, SEGMENT = 1 << 14;
@@ -54,7 +54,7 @@ struct Operation {
   const char* name;
   int operands;  // in every mode but PEEK and PEEK_L2, which have one more
   Kind kind;
-  int written;  // of a rule: the first so many of its states
+  int written;  // of a rule: how many of its states, the first ones, are written
   int scalars;
   Functions compute[COMPUTE_TYPES];
 };
@@ -68,7 +68,7 @@ using Encode = void (*)(const void* tile, void* data, void* aux, std::size_t n, 
 struct Codec {
   const char* name;
   std::size_t bits;              // of an element
-  std::size_t block, aux;        // so many elements have so many bytes beside them
+  std::size_t block, aux;        // a block has `block` elements and `aux` bytes beside them
   Decode decode[COMPUTE_TYPES];  // null where the array has the compute type
   Encode encode[COMPUTE_TYPES];  // the same
   Encode copy[COMPUTE_TYPES];    // of a parameter, into an array beside it; null if none has this

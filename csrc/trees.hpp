@@ -4,6 +4,8 @@
 
 #include <vector>
 
+#include "unlocked.hpp"
+
 namespace fusedopt {
 
 namespace py = pybind11;
@@ -45,10 +47,11 @@ using Item = py::handle;
 inline py::object value_of(PyObject* dict, PyObject* key) {
 #if PY_VERSION_HEX >= 0x030d0000
   PyObject* value = nullptr;
-  if (PyDict_GetItemRef(dict, key, &value) < 0) throw py::error_already_set();
+  if (in_python([&] { return PyDict_GetItemRef(dict, key, &value); }) < 0)
+    throw py::error_already_set();
   return py::reinterpret_steal<py::object>(value);
 #else
-  PyObject* const value = PyDict_GetItemWithError(dict, key);
+  PyObject* const value = in_python([&] { return PyDict_GetItemWithError(dict, key); });
   if (!value && PyErr_Occurred()) throw py::error_already_set();
   return py::reinterpret_borrow<py::object>(value);
 #endif

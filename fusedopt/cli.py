@@ -42,7 +42,7 @@ def _about() -> None:
 
 @app.command()
 def info(json: Json = None) -> None:
-    """What fusedopt runs on here, and why not on the rest.
+    """Show what fusedopt runs on here, and why not on the rest.
 
     Example: `fusedopt info`
     """
@@ -194,7 +194,7 @@ def train(
         typer.Option(help="A file for all that --resume needs; written at the end and at Ctrl-C."),
     ] = None,
     checkpoint_every: Annotated[
-        int | None, typer.Option(help="Write it after every so many steps, too.")
+        int | None, typer.Option(help="Write it each time after this number of steps, too.")
     ] = None,
     resume: Annotated[
         Path | None,

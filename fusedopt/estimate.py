@@ -1,4 +1,4 @@
-"""What an optimizer will take of memory, before anything is allocated."""
+"""Estimate the memory of an optimizer before anything is allocated."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from .arrays.stored import WINDOW
 from .arrays.trees import Tree
 from .linalg.newton_schulz import Stack, Workspace, batches
 from .plan.extras import Extras
-from .rules.groups import RuleChoice, assign
+from .rules.groups import RuleChoice, assign, at_step
+from .rules.hyperparameters import Schedule
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def estimate(
     state_dtype: StateDtype = None,
     rounding: Rounding = "nearest",
     master: Master | None = None,
-    ema: float | None = None,
+    ema: float | Schedule | None = None,
     state_path: str | os.PathLike[str] | None = None,
 ) -> Estimate:
     """The memory of `Optimizer(params, rule, ...)` on the native backend, in bytes.
@@ -56,7 +57,8 @@ def estimate(
     """
     storage = Storage(state_dtype, master, rounding)
     tree = Tree(params)
-    groups, group_of = assign(tree.leaves, rule)
+    given, group_of = assign(tree.leaves, rule)
+    groups = at_step(given, 1)
     parameters, states, works = 0, 0, 1
     matrices: list[tuple[int, np.dtype, Stack, Any]] = []
     for leaf, k in zip(tree.leaves, group_of, strict=True):

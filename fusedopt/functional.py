@@ -7,19 +7,27 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
-from .arrays.checks import check_input
+from .arrays import host
 from .arrays.device_interface import on_device
 from .arrays.formats import compute_dtype
-from .arrays.rows import added_up, as_rows
 from .arrays.stored import Stored
 from .arrays.trees import leaves_of, values_of
-from .backends import ON_HOST, default_backend, get_backend
+from .backends import default_backend, get_backend
+from .plan.spec import single
 from .rules import Rule
+from .rules.hyperparameters import Number
 from .step.clipping import combined
+from .system.interrupts import directly, uninterrupted
 
 
 def update(
-    rule: Rule, step: int, p: np.ndarray, g: np.ndarray, *states: Any, hessian: Any = None
+    rule: Rule,
+    step: int,
+    p: np.ndarray,
+    g: np.ndarray,
+    *states: Any,
+    hessian: Any = None,
+    lr: float | None = None,
 ) -> None:
     """Updates a parameter and its states in place.
 
@@ -29,6 +37,8 @@ def update(
     shape that refreshes h after the update. What is stored is rounded to the nearest. All of them
     may be arrays on a CUDA device instead; an `Optimizer` is the fast way there.
 
+    lr: the learning rate of this step, instead of the rule's.
+
     Raises TypeError for a value of the wrong kind, ValueError for one that does not fit; nothing
     was written then.
     """
@@ -36,16 +46,27 @@ def update(
         step = _check_step(step)
     if not isinstance(rule, Rule):
         raise TypeError(f"rule: expected a fusedopt rule such as fo.AdamW(), got {rule!r}")
+    if rule.scheduled:
+        rule = rule.at(step)
+    if lr is not None:
+        lr = Number().accept("lr", lr)
+    else:
+        own = rule.lr
+        lr = own if type(own) is float else rule.lr_at(step)
     backend = default_backend()
-    lr = rule.lr
-    if type(lr) is not float:
-        lr = rule.lr_at(step)
-    if backend.update(rule, step, lr, (p, *states), g, hessian, False):
+    alone = backend.update_alone
+    if alone is not None and alone(rule, step, lr, (p, *states), g, hessian):
         return
     if on_device(p):
         backend = get_backend("auto", [p])
+        alone = backend.update_alone
     arrays, g, hessian = _check(backend.device, rule, (p, *states), g, hessian)
-    if not backend.update(rule, step, lr, arrays, g, hessian, True):
+    if alone is not None and alone(rule, step, lr, tuple(a.spec for a in arrays), g, hessian):
+        return
+    plan = backend.plan(single(rule, step, lr, arrays))
+    as_a_whole = uninterrupted if backend.device is host else directly
+    estimates = None if hessian is None else [hessian]
+    if as_a_whole(lambda: plan.step_leaves([g], estimates)) is None:
         raise RuntimeError("the core refused arrays that passed the checks; please report this")
 
 
@@ -122,13 +143,9 @@ def global_norm(grads: Any) -> float:
     if found is None:
         there = any(map(on_device, arrays))
         backend = get_backend("auto", arrays) if there else default_backend()
-        elements = _elements if backend.name in ON_HOST else backend.device.check_input
         given = [(leaf.label, leaf.value) for leaf in leaves_of(grads, "grads")]
-        arrays = [elements(label, value) for label, value in given if value is not None]
+        arrays = [
+            backend.device.check_summed(label, value) for label, value in given if value is not None
+        ]
         found = backend.sums_of_squares(arrays)
     return combined(np.array(found, np.float64).reshape(-1, 2))
-
-
-def _elements(label: str, gradient: Any) -> np.ndarray:
-    rows = as_rows(label, gradient)
-    return check_input(label, gradient) if rows is None else added_up(label, rows)

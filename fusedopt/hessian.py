@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .arrays.trees import Tree
-from .system.interrupts import deferred
+from .system.interrupts import uninterrupted
 
 
 def gauss_newton_bartlett(
@@ -49,12 +49,18 @@ def hutchinson(
         leaves = tree.flatten(gradient(), "gradient()")
         return [None if g is None else np.array(g) for g in leaves]
 
+    def restore() -> None:
+        for a, original in zip(arrays, backup, strict=True):
+            a[...] = original
+
     try:
-        above, below = shifted(1.0), shifted(-1.0)
-    finally:
-        with deferred():
-            for a, original in zip(arrays, backup, strict=True):
-                a[...] = original
+        try:
+            above, below = shifted(1.0), shifted(-1.0)
+        finally:
+            uninterrupted(restore)
+    except BaseException:  # an interrupt may have come within the `finally`
+        uninterrupted(restore)
+        raise
     products = [
         None if g is None else u * ((g - h) / g.dtype.type(2 * step))
         for u, g, h in zip(noise, above, below, strict=True)

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from .arrays.formats import RandomKey
-from .arrays.storage import Master, Rounding, StateDtype, synchronize
+from .arrays.storage import Master, Rounding, StateDtype
 from .arrays.stored import LeafState
 from .plan.options import ClipNorm, Options
 from .rules import Rule
 from .rules.groups import RateChoice, RuleChoice, with_hyperparameters, with_rates
+from .rules.hyperparameters import Schedule
 from .step import exchange, summary
 from .step.accumulate import ACCUMULATED
 from .step.assembly import Assembly
 from .step.checkpoint import Snapshot
-from .step.exchange import Averaged
+from .step.exchange import Averaged, Exchange
 from .step.info import StepInfo
-
-new_tuple = tuple.__new__
-NOTHING_ASKED = tuple(StepInfo._field_defaults.values())  # the rest of a simple step's StepInfo
+from .step.parameter_group import ParameterGroup
+from .step.rates import StepRate
 
 
 class Optimizer:
@@ -62,7 +62,7 @@ class Optimizer:
     copy_out : nested arrays, optional
         Arrays like the parameters, of any supported dtype, or None, into which the same pass writes
         the new parameters.
-    ema : float, optional
+    ema : float or schedule, optional
         Keep an average of each parameter (of its master, where there is one): average := average
         + (1 - ema) (parameter - average) in every step. See `averaged`.
     stats : bool
@@ -125,7 +125,7 @@ class Optimizer:
         rounding: Rounding = "nearest",
         master: Master | None = None,
         copy_out: Any = None,
-        ema: float | None = None,
+        ema: float | Schedule | None = None,
         stats: bool = False,
         exact: bool = False,
         state_path: str | os.PathLike[str] | None = None,
@@ -144,7 +144,12 @@ class Optimizer:
         self._assembly = Assembly(params, rule, options, state_path, self._first_tiles)
 
     def step(
-        self, grads: Any = ACCUMULATED, *, grad_scale: float = 1.0, hessian: Any = None
+        self,
+        grads: Any = ACCUMULATED,
+        *,
+        grad_scale: float = 1.0,
+        hessian: Any = None,
+        lr: StepRate | None = None,
     ) -> StepInfo:
         """Take one step, in place.
 
@@ -161,6 +166,8 @@ class Optimizer:
             the number of micro-batches.
         hessian : nested arrays, optional
             Hessian estimates for Sophia, nested like the gradients.
+        lr : float or mapping, optional
+            Learning rate of this step alone, for all parameter groups or for each label.
 
         Returns
         -------
@@ -179,17 +186,13 @@ class Optimizer:
         assembly = self._assembly
         if assembly.exchanged:
             raise RuntimeError(f"step inside of {assembly.exchanged}(): leave the context first")
-        if assembly.watch is not None:
-            assembly.watch.check()
-        alone = assembly.step_alone
-        if alone is None or grad_scale != 1.0 or grads is ACCUMULATED:
-            return assembly.step(grads, grad_scale, hessian)
-        number = alone(grads, hessian)
-        if number is None:
-            return assembly.step(grads, grad_scale, hessian)
-        # 0.08 us less than StepInfo(number, rate)
-        rates = assembly.rates
-        return new_tuple(StepInfo, (number, rates.only or rates.used(), *NOTHING_ASKED))
+        if assembly.watch.has_tensors:
+            assembly.watch.check_tensors()
+        if grads is not ACCUMULATED and lr is None and assembly.whole_step is not None:
+            info: StepInfo | None = assembly.whole_step(grads, hessian, grad_scale, assembly.ask)
+            if info is not None:
+                return info
+        return assembly.step(grads, grad_scale, hessian, lr)
 
     def step_part(
         self,
@@ -226,8 +229,7 @@ class Optimizer:
             If a path is unknown or comes twice, or if the optimizer was made with `clip_norm`,
             `skip_nonfinite` or `exact`, which need all gradients. Nothing has changed then.
         """
-        if self._assembly.watch is not None:
-            self._assembly.watch.check()
+        self._assembly.watch.check_tensors()
         return self._assembly.step_part(paths, grads, grad_scale, last)
 
     def accumulate(self, grads: Any) -> int:
@@ -265,6 +267,13 @@ class Optimizer:
     def lr(self, lr: RateChoice) -> None:
         self._adopt(with_rates(self._assembly.groups, lr))
 
+    @property
+    def groups(self) -> dict[str, ParameterGroup]:
+        """The parameter groups by label, as in `lr`: `opt.groups["*.w"].lr = 1e-4`."""
+        assembly = self._assembly
+        labels = enumerate(group.label for group in assembly.groups)
+        return {label: ParameterGroup(self, assembly, k) for k, label in labels}
+
     def replace(self, label: str | None = None, /, **hyperparameters: Any) -> None:
         """Change hyperparameters from the next step on: `opt.replace(weight_decay=0.05)`.
 
@@ -292,11 +301,14 @@ class Optimizer:
         self._adopt(with_hyperparameters(self._assembly.groups, label, hyperparameters))
 
     def _adopt(self, rules: Sequence[Rule]) -> None:
-        self._assembly.adopt(rules)
-        if isinstance(self.rule, Rule):
-            self.rule = rules[0]
-        elif isinstance(self.rule, Mapping):
-            self.rule = dict(zip(self.rule, rules, strict=True))
+        def adopt() -> None:
+            self._assembly.adopt(rules)
+            if isinstance(self.rule, Rule):
+                self.rule = rules[0]
+            elif isinstance(self.rule, Mapping):
+                self.rule = dict(zip(self.rule, rules, strict=True))
+
+        self._assembly.whole("hyperparameters", adopt, settled=False)
 
     @property
     def step_count(self) -> int:
@@ -324,13 +336,7 @@ class Optimizer:
         Without it the next step goes on from the masters, and what was written is lost. Does
         nothing where there are no masters.
         """
-        assembly = self._assembly
-        with assembly.exclusively("sync"):
-            assembly.check_caught_up("sync")
-            for leaf_state in assembly.leaf_states:
-                synchronize(leaf_state)
-            if assembly.options.verify:
-                assembly.plan.accept()
+        self._assembly.whole("sync", self._assembly.sync)
 
     def synchronize(self) -> None:
         """Wait until a CUDA device has done all steps; on the host they are done already.
@@ -341,8 +347,7 @@ class Optimizer:
             If one of them, with `wait=False`, found a norm that is NaN or infinite. Neither it nor
             a step after it has changed anything, counters included.
         """
-        with self._assembly.exclusively("synchronize"):
-            pass
+        self._assembly.whole("synchronize", lambda: None)
 
     def flush(self) -> None:
         """Write the states in `state_path` to the disk, wait, and free all memory they take.
@@ -353,15 +358,13 @@ class Optimizer:
         if self._assembly.state_file:
             self._assembly.state_file.flush()
 
-    @contextmanager
-    def lookahead(self) -> Iterator[None]:
+    def lookahead(self) -> Exchange:
         """Move the parameters to p - mu v, where Nesterov's look-ahead form wants its gradient.
 
         On leaving, by an exception too, their exact bits are restored. Leaves of other rules stay
         where they are. Raises ValueError where no leaf has that form, RuntimeError when nested.
         """
-        with exchange.lookahead(self._assembly):
-            yield
+        return exchange.lookahead(self._assembly)
 
     def averaged(self) -> Averaged:
         """Return the averages of `ema`: `averaged().params` is nested like the parameters.
@@ -373,7 +376,7 @@ class Optimizer:
         if self._assembly.options.ema is None:
             raise ValueError("averaged(): there are no averages; make the optimizer with ema=0.999")
         self._assembly.check_caught_up("averaged")
-        return exchange.averaged(self._assembly, self.params)
+        return Averaged(self._assembly, self.params)
 
     def catch_up(self, rows: Mapping[str, np.ndarray] | None = None) -> None:
         """Replay the steps that rows missed because no gradient touched them.
@@ -391,9 +394,7 @@ class Optimizer:
         assembly = self._assembly
         if assembly.lazy_rows is None:
             raise RuntimeError("catch_up(): make the optimizer with exact=True")
-        with assembly.exclusively("catch_up"):
-            assembly.clipper.begin(1.0)
-            assembly.lazy_rows.catch_up(rows)
+        assembly.whole("catch_up", partial(assembly.catch_up, rows))
 
     def rebind(self, params: Any) -> None:
         """Take new arrays in place of the old ones, for trainers that write `W = W - ...`.
@@ -405,9 +406,12 @@ class Optimizer:
             otherwise, and the optimizer keeps the old ones. Masters are taken anew where the values
             differ from the old arrays'.
         """
-        with self._assembly.exclusively("rebind"):
+
+        def rebind() -> None:
             self._assembly.rebind(params)
             self.params = params
+
+        self._assembly.whole("rebind", rebind, moved=True)
 
     def describe(self) -> str:
         """Return a table of what updates which leaf, and of the memory that it takes."""
@@ -435,9 +439,12 @@ class Optimizer:
         "shape", "dtype", "order", "formats", "state"}}}. A quantised state m is there as "m.codes"
         and "m.scales". The hyperparameters are there to be compared, not to be taken over.
         """
-        with self._assembly.exclusively("state_dict"):
+
+        def take() -> dict[str, Any]:
             self._assembly.check_settled("state_dict")
             return self._assembly.snapshot.take()
+
+        return self._assembly.whole("state_dict", take)
 
     def load_state_dict(self, state: dict[str, Any], *, strict: bool = True) -> None:
         """Go on from a `state_dict`, copying its arrays; with equal parameters, bit for bit.
@@ -460,8 +467,11 @@ class Optimizer:
             With every difference in paths, rules, hyperparameters, shapes, dtypes, memory orders,
             formats and states. Nothing has changed then.
         """
-        with self._assembly.loading("load_state_dict"):
+
+        def restore() -> None:
             self._assembly.go_on(self._assembly.snapshot.restore(state, strict=strict))
+
+        self._assembly.loaded("load_state_dict", restore)
 
     def save(
         self, path: str | os.PathLike[str], *, parameters: bool = True, metadata: Any = None
@@ -482,9 +492,12 @@ class Optimizer:
             Whatever else of the run must be of the same moment, such as the state of a random
             generator, in the types of JSON: `load` returns it.
         """
-        with self._assembly.exclusively("save"):
+
+        def save() -> None:
             self._assembly.check_settled("save")
             self._assembly.snapshot.save(path, parameters, metadata)
+
+        self._assembly.whole("save", save)
 
     def load(
         self, path: str | os.PathLike[str], *, parameters: bool = True, strict: bool = True
@@ -506,11 +519,14 @@ class Optimizer:
         strict : bool
             As in `load_state_dict`.
         """
-        with self._assembly.loading("load"):
+
+        def load() -> Any:
             snapshot = self._assembly.snapshot
             seed, metadata = snapshot.load(path, strict=strict, parameters=parameters)
             self._assembly.go_on(seed)
-        return metadata
+            return metadata
+
+        return self._assembly.loaded("load", load)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Pickled or deep-copied together with a tree that holds the same arrays, both copies go

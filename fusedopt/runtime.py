@@ -1,4 +1,4 @@
-"""What this process runs on: backends, instruction sets, threads."""
+"""Describe what this process runs on: backends, instruction sets, threads."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def warmup(*rules: Rule, dtype: str = "float32", backend: str = "auto", **option
 
 
 def info() -> dict[str, Any]:
-    """What was chosen and why the rest was not; every value goes into JSON."""
+    """Return what was chosen, and why the rest was not, as values for JSON."""
     reasons = {name: backend.unavailable() for name, backend in BACKENDS.items()}
     usable = [name for name, reason in reasons.items() if reason is None]
     limits = available()

@@ -64,15 +64,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import KW_ONLY, asdict, dataclass, field
 from itertools import pairwise
-from math import cos, inf, pi, sqrt
+from math import cos, expm1, inf, log, pi, sqrt
 from typing import Annotated, Any, Literal
 
-from .rules.hyperparameters import Count, Fraction, NonNegative, Number, check_fields
+from .rules.hyperparameters import Amount, Count, Number, Share, check_fields
 
 __all__ = [
     "Constant",
     "Cosine",
     "CosineRestarts",
+    "EmaDebiased",
+    "EmaWarmup",
     "Exponential",
     "InverseSqrt",
     "Linear",
@@ -87,6 +89,16 @@ __all__ = [
 ]
 
 
+Formula = tuple[str, tuple[float, ...], tuple[Any, ...]]
+"""A kind, its numbers, and the formulas of parts: from these the compiled core (csrc/schedules.cpp)
+computes the values of a schedule, in the same operations."""
+
+
+def formula_of(schedule: Any) -> Formula | None:
+    """The formula of a schedule of this module; None for what only Python can compute."""
+    return schedule.formula if type(schedule).__module__ == __name__ else None
+
+
 @dataclass(frozen=True)
 class Schedule(ABC):
     """What all have: a base, a call, products, and checks of what they are given.
@@ -95,10 +107,15 @@ class Schedule(ABC):
     for one out of range.
     """
 
-    base: NonNegative
+    base: Amount
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    @property
+    def formula(self) -> Formula | None:
+        """What the core computes the values from; None where it cannot."""
+        return None
 
     @abstractmethod
     def __call__(self, step: int) -> float:
@@ -122,7 +139,11 @@ class Constant(Schedule):
     """
 
     _: KW_ONLY
-    warmup: NonNegative = 0.0
+    warmup: Amount = 0.0
+
+    @property
+    def formula(self) -> Formula | None:
+        return "constant", (self.base, self.warmup), ()
 
     def __call__(self, step: int) -> float:
         return self.base * (step / self.warmup if step < self.warmup else 1.0)
@@ -134,8 +155,8 @@ class _Falling(Schedule):
 
     steps: Count
     _: KW_ONLY
-    warmup: NonNegative = 0.0
-    final: Fraction = 0.0
+    warmup: Amount = 0.0
+    final: Share = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -149,6 +170,21 @@ class _Falling(Schedule):
         if step < self.warmup:
             return self.base * (step / self.warmup)
         return self.base * self._fallen(_share(step, self._start, self.steps + 1.0))
+
+    @property
+    def formula(self) -> Formula | None:
+        ends = (self._start, self.steps + 1.0)
+        return self._kind, (self.base, self.warmup, *ends, self.final, *self._more), ()
+
+    @property
+    def _kind(self) -> str:
+        """The name of the way down."""
+        return type(self).__name__.lower()
+
+    @property
+    def _more(self) -> tuple[float, ...]:
+        """The further numbers of its formula."""
+        return ()
 
     @property
     def _start(self) -> float:
@@ -199,7 +235,11 @@ class Polynomial(_Falling):
     """
 
     _: KW_ONLY
-    power: NonNegative = 1.0
+    power: Amount = 1.0
+
+    @property
+    def _more(self) -> tuple[float, ...]:
+        return (self.power,)
 
     def _fallen(self, x: float) -> float:
         left: float = (1.0 - x) ** self.power
@@ -248,7 +288,7 @@ class WarmupStableDecay(_Falling):
     """
 
     _: KW_ONLY
-    decay: NonNegative
+    decay: Amount
     form: Literal["linear", "cosine", "sqrt"] = "linear"
 
     def __post_init__(self) -> None:
@@ -258,6 +298,10 @@ class WarmupStableDecay(_Falling):
                 f"WarmupStableDecay(decay): expected at most {self.steps - self.warmup:g}, the"
                 f" steps={self.steps} less those of the warm-up, got {self.decay!r}"
             )
+
+    @property
+    def _kind(self) -> str:
+        return {"linear": "linear", "cosine": "half cosine", "sqrt": "root"}[self.form]
 
     @property
     def _start(self) -> float:
@@ -287,9 +331,14 @@ class OneCycle(Schedule):
 
     steps: Count
     _: KW_ONLY
-    rise: Fraction = 0.3
-    start: Fraction = 0.04
-    final: Fraction = 4e-6
+    rise: Share = 0.3
+    start: Share = 0.04
+    final: Share = 4e-6
+
+    @property
+    def formula(self) -> Formula | None:
+        peak, end = 1.0 + self.rise * self.steps, self.steps + 1.0
+        return "one cycle", (self.base, peak, end, self.start, self.final), ()
 
     def __call__(self, step: int) -> float:
         peak, end = 1.0 + self.rise * self.steps, self.steps + 1.0
@@ -318,7 +367,11 @@ class CosineRestarts(Schedule):
     period: Count
     _: KW_ONLY
     growth: Annotated[float, Number(low=1.0)] = 1.0
-    final: Fraction = 0.0
+    final: Share = 0.0
+
+    @property
+    def formula(self) -> Formula | None:
+        return "restarts", (self.base, self.period, self.growth, self.final), ()
 
     def __call__(self, step: int) -> float:
         since, length = float(step - 1), float(self.period)
@@ -344,7 +397,11 @@ class Step(Schedule):
 
     _: KW_ONLY
     every: Count
-    factor: Fraction = 0.1
+    factor: Share = 0.1
+
+    @property
+    def formula(self) -> Formula | None:
+        return "stair", (self.base, self.factor, self.every), ()
 
     def __call__(self, step: int) -> float:
         return self.base * self.factor ** ((step - 1) // self.every)
@@ -362,8 +419,12 @@ class Exponential(Schedule):
     """
 
     _: KW_ONLY
-    factor: Fraction
+    factor: Share
     every: Count = 1
+
+    @property
+    def formula(self) -> Formula | None:
+        return "exponential", (self.base, self.factor, self.every), ()
 
     def __call__(self, step: int) -> float:
         left: float = self.factor ** ((step - 1) / self.every)
@@ -384,6 +445,10 @@ class InverseSqrt(Schedule):
 
     _: KW_ONLY
     warmup: Count
+
+    @property
+    def formula(self) -> Formula | None:
+        return "inverse sqrt", (self.base, self.warmup), ()
 
     def __call__(self, step: int) -> float:
         return self.base * min(step / self.warmup, sqrt(self.warmup / step))
@@ -432,11 +497,11 @@ class ReduceOnPlateau(Schedule):
     """
 
     _: KW_ONLY
-    factor: Fraction = 0.1
+    factor: Share = 0.1
     patience: Annotated[int, Number(integer=True)] = 10
-    threshold: Fraction = 1e-4
+    threshold: Share = 1e-4
     cooldown: Annotated[int, Number(integer=True)] = 0
-    minimum: NonNegative = 0.0
+    minimum: Amount = 0.0
     _told: _Told = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -503,13 +568,18 @@ class Product(Schedule):
     Product(left=Constant(base=0.5, warmup=0.0), right=Constant(base=0.5, warmup=0.0))
     """
 
-    base: NonNegative = field(init=False, repr=False, compare=False)
+    base: Amount = field(init=False, repr=False, compare=False)
     left: Annotated[Schedule, _OneOf()]
     right: Annotated[Schedule, _OneOf()]
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "base", self.left.base * self.right.base)
+
+    @property
+    def formula(self) -> Formula | None:
+        parts = formula_of(self.left), formula_of(self.right)
+        return None if None in parts else ("product", (), parts)
 
     def __call__(self, step: int) -> float:
         return self.left(step) * self.right(step)
@@ -529,7 +599,7 @@ class Sequential(Schedule):
     [0.1, 0.1, 0.1, 0.075, 0.025]
     """
 
-    base: NonNegative = field(init=False, repr=False, compare=False)
+    base: Amount = field(init=False, repr=False, compare=False)
     parts: Annotated[tuple[Schedule, ...], _Several(_OneOf())]
     at: Annotated[tuple[int, ...], _Several(Number(low=1, integer=True))]
 
@@ -542,9 +612,60 @@ class Sequential(Schedule):
             )
         object.__setattr__(self, "base", max(part.base for part in self.parts))
 
+    @property
+    def formula(self) -> Formula | None:
+        parts = tuple(map(formula_of, self.parts))
+        return None if None in parts else ("sequential", self.at, parts)
+
     def __call__(self, step: int) -> float:
         k = sum(step > end for end in self.at)
         return self.parts[k](step - (0, *self.at)[k])
+
+
+@dataclass(frozen=True)
+class EmaWarmup:
+    """A warm-up of averages of weights: min(decay, (1 + t) / (10 + t)), for `Optimizer(ema=...)`.
+
+    decay: in [0, 1). The first steps move the average nearly to the parameters, so that what these
+    were initialised with is soon forgotten.
+
+    >>> [round(EmaWarmup(0.999)(step), 3) for step in (1, 90, 100_000)]
+    [0.182, 0.91, 0.999]
+    """
+
+    decay: Share
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def __call__(self, step: int) -> float:
+        """Return the share of the average that a step keeps."""
+        return min(self.decay, (1 + step) / (10 + step))
+
+
+@dataclass(frozen=True)
+class EmaDebiased:
+    """Averages of weights without bias: after t steps, sum decay^(t-k) p_k / sum decay^(t-k).
+
+    decay: in [0, 1). As `Optimizer(ema=EmaDebiased(decay))` a step keeps the share
+    decay (1 - decay^(t-1)) / (1 - decay^t), 0 in the first, so that the average is that of Adam's
+    bias correction, of the parameters after each step.
+
+    >>> [round(EmaDebiased(0.9)(step), 4) for step in (1, 2, 1000)]
+    [0.0, 0.4737, 0.9]
+    """
+
+    decay: Share
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def __call__(self, step: int) -> float:
+        """Return the share of the average that a step keeps."""
+        if not self.decay:
+            return 0.0
+        rate = log(self.decay)
+        return self.decay * (expm1((step - 1) * rate) / expm1(step * rate))
 
 
 def _share(step: float, low: float, high: float) -> float:

@@ -1,7 +1,8 @@
-"""What may be a parameter or a gradient, and the explanation of every refusal."""
+"""Check parameters and gradients, and explain every refusal."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal, Protocol
@@ -17,7 +18,7 @@ EXPECTED = "float32, float64, bfloat16 (of ml_dtypes) or float16"
 
 
 class Refusing(Protocol):
-    """What may refuse a parameter: see `fusedopt.rules.base.Rule`."""
+    """The part of a rule that may refuse a parameter: see `fusedopt.rules.base.Rule`."""
 
     def refuses(self, p: np.ndarray) -> str | None:
         """Why this parameter cannot be updated, with the remedy; None where it can."""
@@ -56,7 +57,7 @@ def _check_array(label: str, array: Any) -> np.ndarray:
 
 
 def _plain(a: np.ndarray) -> np.ndarray:
-    """The same memory as an exact ndarray under NumPy's own dtype object; equal ones can differ."""
+    """Return the array as an exact ndarray whose dtype is the object that NumPy has for it."""
     if type(a) is np.ndarray and any(a.dtype is dtype for dtype in DTYPES):
         return a
     dtype = next(dtype for dtype in DTYPES if dtype == a.dtype)
@@ -116,6 +117,20 @@ def check_apart(labels: Sequence[str], arrays: Sequence[np.ndarray]) -> None:
             )
 
 
+def apart(sources: Sequence[Any], targets: Sequence[Any]) -> list[Any]:
+    """Return the sources, with a copy of each array that shares memory with a target."""
+    spans = sorted(_range(a) for a in targets if isinstance(a, np.ndarray) and a.size)
+    kept = []
+    for a in sources:
+        if not isinstance(a, np.ndarray):
+            kept.append(a)
+            continue
+        low, high = np.lib.array_utils.byte_bounds(a)
+        last = bisect_left(spans, (high,)) - 1  # they share no memory among themselves
+        kept.append(a.copy() if a.size and last >= 0 and spans[last][1] > low else a)
+    return kept
+
+
 def _range(dense: np.ndarray) -> tuple[int, int]:
     begin = dense.__array_interface__["data"][0]
     return begin, begin + dense.nbytes
@@ -125,7 +140,7 @@ class GradientChecks:
     """Checks gradients against the arrays that a step writes, and lays them out alike.
 
     labels, parameters: of each leaf. written: of each leaf all the arrays that the step writes, the
-    caller's parameter first, then so many copies of it.
+    caller's parameter first, then its copies, whose number `copies` gives.
     """
 
     def __init__(
@@ -180,7 +195,7 @@ class GradientChecks:
         return tree
 
     def copied(self, given: Sequence[Any], fitted: Sequence[Any]) -> list[int]:
-        """Of which gradients the step may have been given a copy."""
+        """Return the gradients of which the step may have been given a copy."""
         return [k for k, g in enumerate(given) if g is not None]
 
     def gradient(self, k: int, label: str, g: Any) -> np.ndarray | None:

@@ -36,7 +36,7 @@ def library_of(array: Any) -> str:
 
 
 def on_device(array: Any) -> bool:
-    """Whether this is an array in the memory of a CUDA device."""
+    """Return whether this is an array in the memory of a CUDA device."""
     if isinstance(array, np.ndarray):
         return False
     if library_of(array) == "torch":
@@ -48,7 +48,7 @@ def on_device(array: Any) -> bool:
 
 
 def describe(array: Any) -> Description:
-    """What an array is for which `on_device` says yes; TypeError where it cannot be told."""
+    """Describe an array for which `on_device` is true; TypeError where that cannot be done."""
     library = library_of(array)
     if library == "torch":
         return _torch(array)

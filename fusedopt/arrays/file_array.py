@@ -88,7 +88,7 @@ class FileArray:
         return cls(a.dtype, a.shape, [Part(memory, 0, memory.size)], order)
 
     def reshape(self, shape: Sequence[int]) -> FileArray:
-        """The same elements in another shape, in C order."""
+        """Return the elements in another shape, in C order."""
         return FileArray(self.dtype, shape, self._parts)
 
     def laid_out_as(self, a: Any) -> FileArray:

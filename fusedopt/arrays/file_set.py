@@ -81,7 +81,7 @@ def write_index(
 
 
 def open_tensors(path: str | os.PathLike[str]) -> Tensors:
-    """What `safetensors_file.write` put into one file, or ranks into a set.
+    """Open what `safetensors_file.write` put into one file, or ranks into a set.
 
     Raises OSError where a file cannot be opened and ValueError where one is not
     whole or not of this set.
@@ -109,6 +109,6 @@ def open_tensors(path: str | os.PathLike[str]) -> Tensors:
 
 
 def read_metadata(file: str | os.PathLike[str]) -> Any:
-    """What the caller of `Optimizer.save` gave it to keep, without loading anything."""
+    """Return the metadata that `Optimizer.save` was given, without loading anything."""
     table = open_tensors(file).table
     return table.get("metadata") if isinstance(table, dict) else None

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from .device_interface import library_of, on_device
-from .trees import Leaf
 
 CPU = 1
 """The number of the host's memory in DLPack."""
@@ -45,31 +43,8 @@ def read_only(array: Any) -> str:
     )
 
 
-class Watch:
-    """Notices when a parameter of another library was given other memory.
-
-    Its array keeps the old memory alive, so that a step would update what nobody sees any more.
-    """
-
-    def __init__(self, leaves: Sequence[Leaf]) -> None:
-        found = ((leaf.label, address_of(leaf.value)) for leaf in leaves)
-        self._known = [(label, address, address()) for label, address in found if address]
-
-    def __bool__(self) -> bool:
-        return bool(self._known)
-
-    def check(self) -> None:
-        """ValueError if one has moved."""
-        for label, address, known in self._known:
-            if address() != known:
-                raise ValueError(
-                    f"{label}: is in other memory than before; call rebind(params) after such a"
-                    " change"
-                )
-
-
 def address_of(array: Any) -> Any:
-    """What tells where the elements of a tensor of PyTorch are; None for other arrays."""
+    """Return a function that tells where a tensor's elements are; None for other arrays."""
     if isinstance(array, np.ndarray) or library_of(array) != "torch" or on_device(array):
         return None
     return getattr(array, "data_ptr", None)

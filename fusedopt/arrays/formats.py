@@ -38,11 +38,11 @@ def least_state(computed: np.dtype, stored: np.dtype) -> float:
 
 
 class Format(ABC):
-    """How elements are stored: `data`, and for some formats `aux` beside it; both flat.
+    """A storage format of elements: `data`, and for some formats `aux` beside it; both flat.
 
-    codec: the name in the core. name: what a user calls it. dtype: of the data. block: so many
-    elements share one entry of `aux`. aux_dtype: None where there is no `aux`. random: whether
-    rounding takes a key.
+    codec: the name in the core. name: what a user calls it. dtype: of the data. block: the
+    number of elements that share one entry of `aux`. aux_dtype: None where there is no `aux`.
+    random: whether rounding takes a key.
     """
 
     codec: str
@@ -62,7 +62,7 @@ class Format(ABC):
         """`data` and `aux` of flat elements. key: of the random bits, of one array in one step."""
 
     def span(self, low: Values, high: Values, data: np.ndarray, aux: Any, key: int) -> Any:
-        """What elements in [low, high] may read as once stored, where `data` and `aux` were."""
+        """Return what elements in [low, high] may read as once they are stored."""
         return tuple(self.decode(*self.encode(x, key)) for x in (low, high))
 
     @property
@@ -265,7 +265,7 @@ class Blocks(Format):
 
     @cached_property
     def map(self) -> Values:
-        """Of each code its value, in units of the scale."""
+        """The value of each code, in units of the scale."""
         numbers, negative = self.numbered(np.arange(1 << self.bits))
         values = self.values(numbers).astype(np.float32)
         return np.where(negative, -values, values)
@@ -296,7 +296,7 @@ class Blocks(Format):
         return self._packed(codes.astype(np.uint8)), scales
 
     def _moved(self, numbers: Values, y: Values, key: int) -> Values:
-        """Of the numbers round the elements, from the nearest ones, either at random."""
+        """Return one of the two numbers around each element at random, from the nearest ones."""
         lower = numbers - ((self.values(numbers) > y) & (numbers > self.least))
         upper = lower + (lower < self.most)
         least = self.values(lower).astype(np.float32)
@@ -337,7 +337,7 @@ class Blocks(Format):
         return np.maximum.reduceat(magnitudes, starts) if magnitudes.size else magnitudes
 
     def _scales(self, largest: Values) -> Values:
-        """Of blocks, from their largest magnitudes: zero where a code would be a denormal."""
+        """Return the scales of blocks: zero where a code would be a denormal."""
         lowest = np.float32(
             float(np.finfo(np.float32).smallest_normal) / self.smallest * self.largest
         )
@@ -397,7 +397,7 @@ class Dynamic(Blocks):
 
     @cached_property
     def _thresholds(self) -> Values:
-        """Where each decade after the first begins."""
+        """Return the thresholds at which each decade after the first begins."""
         decades = np.arange(self.first + 1, self.top + 1)
         return (10.0 ** (decades - self.top) * (0.1 + 0.18 / 2.0**decades)).astype(np.float32)
 

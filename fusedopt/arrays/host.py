@@ -8,16 +8,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .checks import GradientChecks, check_apart, check_parameter, check_target
+from .checks import GradientChecks, check_apart, check_input, check_parameter, check_target
 from .formats import PLAIN, compute_dtype
-from .rows import unique_rows
+from .rows import added_up, as_rows, unique_rows
 from .storage import Storage
 from .stored import ArraySpec, Quantized, Stored
 from .stored import allocate as new
 
 __all__ = [
     "GradientChecks", "allocate", "blank", "check_apart", "check_options", "check_parameter",
-    "check_state", "check_target", "same", "unique_rows",
+    "check_state", "check_summed", "check_target", "same", "unique_rows",
 ]  # fmt: skip
 
 allocate = Storage.allocate
@@ -25,7 +25,7 @@ same = functools.partial(np.array_equal, equal_nan=True)
 
 
 class Waiting(Protocol):
-    """What is looked at of an optimizer's options."""
+    """The option of an optimizer that the host looks at."""
 
     @property
     def wait(self) -> bool:
@@ -44,6 +44,12 @@ def check_options(options: Waiting, state_path: Any) -> None:
 def check_state(label: str, state: Any) -> Stored:
     """An array that will be updated in place, or a quantised state; errors as `check_target`."""
     return state if isinstance(state, Quantized) else Stored.plain(check_target(label, state))
+
+
+def check_summed(label: str, gradient: Any) -> np.ndarray:
+    """Return a gradient whose squares will be summed, dense; errors as `check_input`."""
+    rows = as_rows(label, gradient)
+    return check_input(label, gradient) if rows is None else added_up(label, rows)
 
 
 def blank(parameters: Sequence[np.ndarray]) -> list[Stored]:

@@ -79,8 +79,8 @@ def unique_rows(label: str, rows: Rows, p: np.ndarray) -> UniqueRows:
     values = np.ascontiguousarray(check_input(f"{label}.values", rows.values))
     if values.shape != (indices.size, *p.shape[1:]):
         raise ValueError(
-            f"{label}.values: expected the shape {(indices.size, *p.shape[1:])}, for so many"
-            f" indices and rows of a parameter of shape {p.shape}; got {values.shape}"
+            f"{label}.values: expected the shape {(indices.size, *p.shape[1:])}, for"
+            f" {indices.size} indices and a parameter of shape {p.shape}; got {values.shape}"
         )
     padding = rows.padding_index
     accepted = f"{label}.padding_index: expected an integer in [0, {p.shape[0]}) or None"
@@ -177,5 +177,5 @@ def whole(gradient: Any, shape: Sequence[int]) -> Any:
 
 
 def selected(gradient: Any) -> Any:
-    """What there is of it."""
+    """Return the rows that a gradient has, or all."""
     return gradient.gathered if isinstance(gradient, UniqueRows) else gradient

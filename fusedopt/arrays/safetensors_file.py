@@ -99,7 +99,7 @@ def replace_file(
 
 
 def part_name(target: str, token: str, number: int) -> str:
-    """How one file of a set is called."""
+    """Return the name of one file of a set."""
     return f"{target}.{token}.{number}"
 
 
@@ -147,7 +147,7 @@ def _take_permissions(fresh: Path, target: Path, mode: int) -> None:
 
 
 def _beginning(target: Path) -> str:
-    """How the names of this machine's temporary folders for a file begin; the rest is the number of
+    """Return the beginning of the names of temporary folders for a file; the rest is the number of
     the process, and more. The file's own name may be as long as a name can be."""
     text = f"{platform.node()}/{target.name}".encode()
     return f".fusedopt-{blake2b(text, digest_size=8).hexdigest()}-"
@@ -163,7 +163,7 @@ def _remove_strays(folder: Path, begin: str) -> None:
 
 
 def _alive(process: int) -> bool:
-    """Whether there is a process of this number, as far as this one may know."""
+    """Return whether there is a process of this number, as far as this one may know."""
     if os.name != "posix":  # where a signal would end it
         return process != os.getpid()
     try:

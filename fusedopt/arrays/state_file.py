@@ -54,7 +54,7 @@ class StateFile:
         _lock(self.file)
 
     def reserve(self, size: int) -> np.ndarray:
-        """The block: so many bytes, zero, for which the disk has room.
+        """Return a block of `size` zero bytes, for which the disk has room.
 
         Raises OSError where it has not, ValueError for none.
         """
@@ -131,7 +131,7 @@ def state_file_in(path: object) -> Iterator[StateFile]:
 
 
 def _make_empty(directory: Path) -> bool:
-    """Whether the directory had to be made."""
+    """Return whether the directory had to be made."""
     try:
         directory.mkdir()
         return True
@@ -149,7 +149,7 @@ def _make_empty(directory: Path) -> bool:
 
 
 def _occupied(directory: Path) -> FileExistsError:
-    """What is in a directory, and what to do about it."""
+    """Return what is in a directory, and what to do about it."""
     names = sorted(os.listdir(directory))
     where = f"state_path {directory}"
     if DATA not in names:

@@ -1,4 +1,4 @@
-"""What an optimizer stores its parameters and states in: the user's words, checked and applied."""
+"""The storage options of an optimizer, checked and applied to its parameters and states."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LOW = (BFLOAT16, FLOAT16)
 
 
 class StateSpec(Protocol):
-    """What says which states a parameter has: see `fusedopt.rules.base.Rule`."""
+    """The part of a rule that names a parameter's states: see `fusedopt.rules.base.Rule`."""
 
     @property
     def states(self) -> tuple[str, ...]:
@@ -130,7 +130,7 @@ class Storage:
         yield from (self.state(rule, name, dtype, QUANTIZED_FROM) for name in rule.states)
 
     def parameter(self, dtype: np.dtype) -> Format:
-        """In which a parameter's elements are computed with."""
+        """Return the format in which a parameter is computed."""
         if dtype not in LOW:
             return PLAIN[dtype.name]
         if self.master:
@@ -140,7 +140,7 @@ class Storage:
         return self._rounded(dtype.name)
 
     def state(self, rule: StateSpec, name: str, dtype: np.dtype, size: int) -> Format:
-        """Of a state, for a parameter of this dtype and size."""
+        """Return the format of a state, for a parameter of this dtype and size."""
         if name == AVERAGE:
             return PLAIN[compute_dtype(dtype).name]
         chosen = self.state_dtype
@@ -237,7 +237,7 @@ class Storage:
         return leaf_states
 
     def keeps_more(self, p: np.ndarray) -> bool:
-        """Whether there is a master of a parameter, or anything beside its elements."""
+        """Return whether there is a master of a parameter, or anything beside its elements."""
         format = self.parameter(p.dtype)
         return format.dtype != p.dtype or format.aux_dtype is not None
 

@@ -88,13 +88,13 @@ class Stored:
         self.write(self.format.encode(np.full(self.size, value)))
 
     def copy(self) -> Stored:
-        """The same elements in memory of their own."""
+        """Return a copy of the elements in memory of their own."""
         aux = None if self.aux is None else self.aux.copy()
         return type(self)(self.format, self.data.copy(order="K"), aux, self.shape, self.order)
 
     @property
     def visible(self) -> Any:
-        """What a user sees of a state: its array, or this object where that is quantised."""
+        """The state as a user sees it: its array, or this object where it is quantised."""
         return self if self.format.quantized else self.data
 
 
@@ -146,7 +146,7 @@ class ArraySpec:
 
 
 Block = Callable[[int], np.ndarray]
-"""Makes so many bytes of memory, uint8, zero."""
+"""A function of a number of bytes that returns as many zeros, uint8."""
 
 
 def in_memory(size: int) -> np.ndarray:
@@ -234,7 +234,7 @@ class LeafState:
 
     @property
     def copies(self) -> tuple[np.ndarray, ...]:
-        """What the caller gets besides."""
+        """The copies of the parameter that the caller gets."""
         return self.mirrors[1:] if self._separate else self.mirrors
 
     @property
@@ -261,7 +261,7 @@ class LeafState:
 
     @property
     def visible(self) -> dict[str, Any]:
-        """What a user sees, by name: the states, and what there is beside the parameter."""
+        """The states as a user sees them, by name, with what there is beside the parameter."""
         return {
             **{name: state.visible for name, state in self.states.items()},
             **{name: side.data for name, side in self.sides.items()},
@@ -269,7 +269,7 @@ class LeafState:
         }
 
     def copy(self) -> LeafState:
-        """The same elements in memory of their own, for a step on trial."""
+        """Return a copy in memory of its own, for a step on trial."""
         parameter = self.parameter.copy()
         states = {name: state.copy() for name, state in self.states.items()}
         mirrors = tuple(a.copy(order="K") for a in self.mirrors)
@@ -278,7 +278,7 @@ class LeafState:
         return LeafState(parameter, states, mirrors, extra, sides)
 
     def rebound(self, p: np.ndarray) -> LeafState:
-        """The same with the caller's parameter at another address."""
+        """Return the state of a leaf whose parameter is at another address."""
         if self._separate:
             return replace(self, mirrors=(p, *self.copies))
         return replace(self, parameter=replace(self.parameter, data=p))

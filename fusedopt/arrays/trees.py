@@ -22,7 +22,7 @@ def leaves_of(tree: Any, root: str) -> Iterator[Leaf]:
 
 
 def values_of(tree: Any) -> Iterator[Any]:
-    """What stands at the leaves of any nesting, in order."""
+    """Return the values at the leaves of any nesting, in order."""
     children = _children(tree)
     if children is None:
         yield tree

@@ -62,7 +62,7 @@ devices.register(lambda array: get_backend("auto", [array]).device)
 
 @functools.cache
 def default_backend() -> Backend:
-    """What "auto" stands for: asked at every `update`, decided once."""
+    """Return the backend that "auto" stands for: asked at every `update`, decided once."""
     return get_backend()
 
 

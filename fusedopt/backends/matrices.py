@@ -1,8 +1,9 @@
-"""What stands between the phases of a rule: matrices in work space, and their products."""
+"""The work between the phases of a matrix rule: matrices in a workspace, and their products."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from ..linalg.newton_schulz import Workspace, batches
 from ..plan.spec import PlanSpec
 from ..rules import Rule
 from ..rules.base import Member
+from ..rules.groups import Group, only_numbers_differ
 
 
 class Matrices:
@@ -52,6 +54,13 @@ class Matrices:
             for k, *own in zip(batch.members, *self._works[-1], strict=True):
                 self.batches[k], self.work[k] = number, tuple(own)
 
+    def adopt(self, groups: Sequence[Group]) -> bool:
+        """Take other rules for the groups; False where their matrices may be others."""
+        if self.batches and not only_numbers_differ(self._spec.groups, [g.rule for g in groups]):
+            return False
+        self._spec = replace(self._spec, groups=groups)
+        return True
+
     def _rule(self, k: int) -> Rule:
         return self._spec.groups[self._spec.group_of[k]].rule
 
@@ -71,7 +80,7 @@ class Matrices:
             }
 
     def between(self, batch: int, phase: int, leaves: Sequence[int]) -> None:
-        """What comes after a phase of the leaves of a batch that take part."""
+        """Do what comes after a phase, for the leaves of a batch that take part."""
         made = self._made[batch]
         members = [self._member(k) if k in leaves else None for k in made.members]
         if phase == 0:

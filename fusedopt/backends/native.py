@@ -10,17 +10,17 @@ import numpy as np
 from ..arrays import host
 from ..arrays.formats import FLOAT32, FLOAT64, FORMATS, RandomKey
 from ..arrays.state_file import StateFile
-from ..arrays.stored import Stored
-from ..plan.extras import EVERYTHING
+from ..plan.extras import EVERYTHING, Extras
 from ..plan.interface import Plan
-from ..plan.spec import INPUTS, PlanSpec, single
-from ..programs.program import HEAD, Operation, Program
-from ..rules import RULES, Nesterov, Rule
+from ..plan.spec import INPUTS, PlanSpec
+from ..programs.program import HEAD, MODES, Operation, Program
+from ..rules import RULES, Rule
+from ..rules.groups import Group
 from ..system.extension import core, reason
 from .matrices import Matrices
 
 
-def _compile(program: Program) -> Any:
+def compiled(program: Program) -> Any:
     """The program in the core's terms, made once for each rule object."""
     if program.native is None:
         names = (*INPUTS, *program.arrays, *program.temporaries, *program.sums)
@@ -29,7 +29,7 @@ def _compile(program: Program) -> Any:
             [
                 (
                     op.kernel or type(op.element).__name__,
-                    program.MODES.index(program.mode(op)),
+                    MODES.index(program.mode(op)),
                     op.phase,
                     INPUTS.index(op.needs) if op.needs else -1,
                     [slots[name] for name in op.operands],
@@ -83,6 +83,7 @@ class NativeBackend:
     """C++ kernels on NumPy arrays."""
 
     name = "native"
+    textbook = False
     device = host
 
     def unavailable(self) -> str | None:
@@ -94,51 +95,34 @@ class NativeBackend:
     def plan(self, spec: PlanSpec) -> Plan:
         return NativePlan(spec)
 
-    def update(
-        self,
-        rule: Rule,
-        t: int,
-        lr: float,
-        arrays: tuple[Any, ...],
-        g: np.ndarray,
-        hessian: np.ndarray | None,
-        checked: bool,
+    @staticmethod
+    def update_alone(
+        rule: Rule, t: int, lr: float, arrays: tuple[Any, ...], g: Any, hessian: Any
     ) -> bool:
+        """Take one step of one tensor, unless the rule has several phases."""
         program = rule.program
         if program.phases > 1:  # what it refuses, only Python knows
-            return checked and self._update_matrix(rule, t, lr, arrays, g)
-        native = program.native or _compile(program)
-        if checked:
-            arrays = tuple(stored.spec for stored in arrays)
+            return False
+        native = program.native or compiled(program)
         return core.update(native, program.folds, t, lr, g, hessian, arrays)
-
-    def _update_matrix(
-        self, rule: Rule, t: int, lr: float, arrays: tuple[Stored, ...], g: np.ndarray
-    ) -> bool:
-        plan = NativePlan(single(rule, rule.program, t, lr, arrays))
-        return plan.step(g, None, False) is not None
 
     def sums_of_squares(self, arrays: Sequence[Any]) -> Sequence[tuple[float, float]] | None:
         found: list[tuple[float, float]] | None = core.sums_of_squares(list(arrays))
         return found
 
-    def shift(self, rule: Nesterov, p: np.ndarray, v: np.ndarray) -> None:
-        program = rule.shift
-        if not core.update(_compile(program), program.folds, 1, 0.0, v, None, (p,)):
-            raise RuntimeError("the core refused the look-ahead; please report this")
-
 
 class PlanDescription(NamedTuple):
-    """What the core makes a plan from; csrc/plan.cpp reads the fields by their names.
+    """The description from which the core makes a plan, field by field (csrc/plan.cpp).
 
     arrays: of each leaf its parameter, states and work space, each an ndarray or (name of the
     codec, data, what is stored beside it or None). mirrors: of each leaf the arrays into which its
     parameter is written besides. keys: of each leaf the keys of its arrays' random bits. groups: of
     each leaf the place of its group. batches: of each leaf -1, or the number of the batch of
     matrices whose products come between its phases. programs, folds: of each group its program, and
-    the functions from (t, lr) to its operations' scalars. beside: what else a step writes.
+    the functions from (t, lr) to its operations' scalars. beside: dense, what else no
+    gradient may overlap. watched: the caller's own arrays, and those whose memory they use.
     before(leaves), or None: called before anything is written. between(batch, phase, leaves):
-    called after each phase but the last. threads: at most so many; 0: as many as there are for all.
+    called after each phase but the last. threads: the most that a step may use; 0: all.
     The rest is as in `PlanSpec`.
     """
 
@@ -155,6 +139,7 @@ class PlanDescription(NamedTuple):
     counters: np.ndarray
     results: np.ndarray
     beside: list[np.ndarray]
+    watched: list[np.ndarray]
     before: Callable[[Sequence[int]], None] | None
     between: Callable[[int, int, Sequence[int]], None]
     decide: Callable[[], bool] | None
@@ -176,13 +161,17 @@ def _described(spec: PlanSpec, programs: Sequence[Program], matrices: Matrices) 
         keys=[[*keys, *[RandomKey()] * len(work.get(k, ()))] for k, keys in enumerate(spec.keys)],
         groups=list(spec.group_of),
         batches=[matrices.batches.get(k, -1) for k in range(len(leaves))],
-        programs=[_compile(program) for program in programs],
+        programs=[compiled(program) for program in programs],
         folds=[program.folds for program in programs],
         rates=spec.rates,
         factors=spec.factors,
         counters=spec.counters,
         results=spec.results,
-        beside=[side.data for leaf_state in leaves for side in leaf_state.sides.values()],
+        beside=[
+            *(side.data for leaf_state in leaves for side in leaf_state.sides.values()),
+            *spec.beside,
+        ],
+        watched=spec.watch.arrays if spec.watch is not None else [],
         before=matrices.before if matrices.sided else None,
         between=matrices.between,
         decide=spec.decide,
@@ -198,22 +187,32 @@ class NativePlan:
     def __init__(self, spec: PlanSpec) -> None:
         matrices = Matrices(spec)
         self.work_bytes = matrices.work_bytes
-        self._extras, self._elementwise = spec.extras, not matrices.batches
+        self._matrices = matrices
         programs = [spec.extras.program(group.rule) for group in spec.groups]
         # The core's objects are unknown to the garbage collector: what it calls must not lead back
         # to this plan.
         plan = core.Plan(_described(spec, programs, matrices))
         self._reprogram = plan.reprogram
-        self.take, self.give = plan.take, plan.give
-        self.step, self.step_alone = plan.step, plan.step_alone
+        self.take, self.give, self.held = plan.take, plan.give, plan.held
+        self.whole_step, self.settle, self._step = plan.whole_step, plan.settle, plan.step
+
+    def step(self, grads: Any, hessian: Any) -> int | None:
+        """Take a step with trees; None where Python must look first."""
+        number: int | None = self._step(grads, hessian, False)
+        return number
+
+    def step_leaves(self, grads: Sequence[Any], hessian: Sequence[Any] | None) -> int | None:
+        """Take a step with checked leaves."""
+        number: int | None = self._step(grads, hessian, True)
+        return number
 
     def synchronize(self) -> None:
         """Steps are done when they return."""
 
-    def adopt(self, rules: Sequence[Rule]) -> bool:
-        """Take other rules for the groups, on the same arrays; False if a new plan is needed."""
-        if not self._elementwise:  # what comes between the phases of a matrix has the old rule
-            return False
-        programs = [self._extras.program(rule) for rule in rules]
+    def adopt(self, groups: Sequence[Group], extras: Extras) -> bool:
+        """Take other rules for the groups; False if a new plan is needed."""
+        programs = [extras.program(group.rule) for group in groups]
         folds = [program.folds for program in programs]
-        return bool(self._reprogram([_compile(program) for program in programs], folds))
+        if not self._matrices.adopt(groups):
+            return False
+        return bool(self._reprogram([compiled(program) for program in programs], folds))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,9 @@ from ..arrays.rows import UniqueRows, selected, values_of, whole
 from ..arrays.stored import LeafState, Stored
 from ..plan.extras import NOTHING, Extras
 from ..plan.interface import ExclusiveUse, Plan
-from ..plan.spec import PlanSpec, single
+from ..plan.spec import PlanSpec
 from ..rules import Rule
-from ..system.interrupts import deferred
+from ..rules.groups import Group
 
 
 def reference_step(
@@ -64,6 +65,8 @@ class ReferenceBackend:
     """NumPy alone."""
 
     name = "reference"
+    textbook = True
+    update_alone = None
     device = host
 
     def unavailable(self) -> str | None:
@@ -75,33 +78,10 @@ class ReferenceBackend:
     def plan(self, spec: PlanSpec) -> Plan:
         return ReferencePlan(spec)
 
-    def update(
-        self,
-        rule: Rule,
-        t: int,
-        lr: float,
-        arrays: tuple[Any, ...],
-        g: np.ndarray,
-        hessian: np.ndarray | None,
-        checked: bool,
-    ) -> bool:
-        if not checked:
-            return False
-        spec = single(rule, rule.program, t, lr, arrays)
-        (leaf_state,), (keys,) = spec.leaves, spec.keys
-        _, new = reference_step(rule, leaf_state, g, hessian, keys, t=t, lr=lr)
-        with deferred():
-            for stored, encoded in new:
-                stored.write(encoded)
-        return True
-
     def sums_of_squares(self, arrays: Sequence[Any]) -> Sequence[tuple[float, float]] | None:
         if not all(isinstance(a, np.ndarray) and a.dtype in DTYPES for a in arrays):
             return None
         return [sum_of_squares(a) for a in arrays]
-
-    def shift(self, rule: Any, p: np.ndarray, v: np.ndarray) -> None:
-        p[...] = p.astype(np.float64) - rule.momentum * v.astype(np.float64)
 
 
 class ReferencePlan(ExclusiveUse):
@@ -113,9 +93,12 @@ class ReferencePlan(ExclusiveUse):
         super().__init__()
         self._spec = spec
 
-    def step(self, grads: Any, hessian: Any, flat: bool) -> int | None:
-        if not flat:  # the optimizer checks, and sees to it that this is not interrupted
-            return None
+    def adopt(self, groups: Sequence[Group], extras: Extras) -> bool:
+        """Take other rules for the groups."""
+        self._spec = replace(self._spec, groups=groups, extras=extras)
+        return True
+
+    def step_leaves(self, grads: Sequence[Any], hessian: Sequence[Any] | None) -> int | None:
         spec = self._spec
         spec.results[...] = 0
         active = [k for k, g in enumerate(grads) if g is not None]
@@ -143,6 +126,7 @@ class ReferencePlan(ExclusiveUse):
             )
         for k in active:
             self._sum(k, grads[k], new[k][0])
+        spec.check_unmoved()
         for k in active:
             rows = grads[k].rows if isinstance(grads[k], UniqueRows) else None
             for stored, encoded in new[k][1]:

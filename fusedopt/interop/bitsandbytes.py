@@ -88,7 +88,7 @@ def from_bitsandbytes(
 
 
 def _unlike(rule: Rule, group: Mapping[str, Any], t: int, strict: bool) -> Iterator[str]:
-    """How the rule differs from that of a group."""
+    """Return how the rule differs from that of a group."""
     if rule.name not in STATES or rule.states != STATES[rule.name]:
         yield f"{rule.summary()} has other states than the rules of bitsandbytes"
         return

@@ -1,4 +1,4 @@
-"""What every exchange of states needs: arrays, rules that mean the same, states put in place."""
+"""The common part of all exchanges of states: arrays, equal rules, states put in place."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def number(value: Any) -> Any:
 
 @dataclass
 class Arrival:
-    """What came for one leaf: its own step count, and its states by name."""
+    """The state that arrived for one leaf: its own step count, and its states by name."""
 
     t: int = 0
     states: dict[str, Any] = field(default_factory=dict)
@@ -115,7 +115,7 @@ def _encoded(leaf_state: LeafState, state: Stored, value: Any) -> Stored:
 
 
 def departures(opt: Optimizer) -> Iterator[tuple[str, Rule, Arrival]]:
-    """Of each leaf its path, its rule, and copies of its states in the type of its arithmetic."""
+    """Yield for each leaf its path, its rule, and copies of its states as they are computed."""
     snapshot = opt.snapshot()
     for k, (path, rule) in enumerate(zip(snapshot.paths, snapshot.rules, strict=True)):
         leaf_state = snapshot.leaf_states[k]
@@ -124,7 +124,7 @@ def departures(opt: Optimizer) -> Iterator[tuple[str, Rule, Arrival]]:
 
 
 def initial_states(opt: Optimizer, k: int) -> dict[str, np.ndarray]:
-    """Those of a leaf that has seen no step."""
+    """Return the states of a leaf that has seen no step."""
     snapshot = opt.snapshot()
     rule, p = snapshot.rules[k], snapshot.parameters[k]
     dtype = compute_dtype(p.dtype)
@@ -132,7 +132,7 @@ def initial_states(opt: Optimizer, k: int) -> dict[str, np.ndarray]:
 
 
 def meaning(rule: Rule, step: int) -> dict[str, Any]:
-    """What a rule does from a step on, under names that two ways to write it share."""
+    """Return what a rule does from a step on, under names that two ways to write it share."""
     found = {each.name: getattr(rule, each.name) for each in fields(rule)}
     found["lr"] = rule.lr_at(step)
     found["rule"] = {"adamw": "adam"}.get(rule.name, rule.name)
@@ -148,7 +148,7 @@ def meaning(rule: Rule, step: int) -> dict[str, Any]:
 
 
 def differences(here: Rule, there: Rule, step: int, strict: bool = True) -> Iterator[str]:
-    """How a rule differs from another from a step on; unless `strict`, in what the states are."""
+    """Return how a rule differs from another from a step on; unless `strict`, in its states."""
     own, other = meaning(here, step), meaning(there, step)
     names: Sequence[str] = ("rule",) if own["rule"] != other["rule"] else tuple(own)
     for name in names:

@@ -181,14 +181,14 @@ def _walked(node: Any, act: Callable[[Any], Any]) -> Any:
 
 
 def _own(rule: Rule, name: str, kind: str) -> tuple[str, int]:
-    """What a state is called here, and the factor on it: optax's RMSProp traces -lr u."""
+    """Return the name of a state here, and the factor on it: the RMSProp of optax traces -lr u."""
     if kind == "TraceState" and rule.name == "rmsprop":
         return "b", -1
     return ("u" if (rule.name, name) == ("adamax", "v") else name), 1
 
 
 def _unlike(opt: Optimizer) -> Iterator[str]:
-    """Where rules do what optax cannot."""
+    """Return where rules do what optax cannot."""
     for group in opt.snapshot().groups:
         rule = group.rule
         if "optax" not in rule.conventions:
@@ -212,7 +212,7 @@ def _unlike(opt: Optimizer) -> Iterator[str]:
 
 
 def _unfit(rule: Rule, kind: str) -> Iterator[str]:
-    """Where a state is another rule's, or of another form of the rule."""
+    """Return where a state is another rule's, or of another form of the rule."""
     if rule.name not in PARTS[kind].rules:
         yield f"{kind} is none of {type(rule).__name__}"
     if rule.name == "rmsprop" and kind != "TraceState":

@@ -215,7 +215,7 @@ def from_torch(
 
 
 def to_torch(opt: Optimizer, *, tensors: bool = True) -> dict[str, Any]:
-    """What the `load_state_dict` of the torch optimizer with the same rules takes.
+    """Return what `load_state_dict` of the torch optimizer with the same rules takes.
 
     Parameters are numbered as torch does, group by group (the rules of a mapping, in its order),
     in each in the order of the leaves. States are copies in float32, or float64 for float64
@@ -371,7 +371,7 @@ def order_of(
 def _arrival(
     entry: Mapping[str, Any], layout: Layout, step: int, initial: Mapping[str, Any]
 ) -> Arrival:
-    """What torch has of a parameter, or the beginning where it has nothing."""
+    """Return the state that torch has of a parameter, or the initial one where it has none."""
     other = ("step", *layout.follows)
     there = {name: a for name, a in entry.items() if name not in other and a is not None}
     states = {layout.states.get(name, name): as_array(a) for name, a in there.items()}
@@ -382,7 +382,7 @@ def _arrival(
 
 
 def _entry(layout: Layout, rule: Rule, leaf: Arrival) -> dict[str, np.ndarray]:
-    """What torch would have of a parameter."""
+    """Return the state that torch would have of a parameter."""
     if not leaf.t and layout.cls != "Adagrad":  # whose states are there from the beginning
         return {}
     names = {ours: name for name, ours in layout.states.items()}

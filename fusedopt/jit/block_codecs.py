@@ -32,7 +32,7 @@ ONE, DRAW = f32(1), f32(2.0**-16)
 
 
 class Block(NamedTuple):
-    """How a block format numbers its values, and stores numbers and signs.
+    """The way in which a block format numbers its values, and stores numbers and signs.
 
     bits, block: as in the formats. zero: the byte of zeros. least, most: numbers, and largest,
     smallest: values, as in `formats.Blocks`.

@@ -29,7 +29,7 @@ jit = numba.njit(error_model="numpy", nogil=True)
 
 
 def returned(function: FunctionType, dtype: np.dtype, arguments: int) -> list[str]:
-    """The types of what a function of so many numbers of one type returns, one or a tuple."""
+    """Return the types of the results of a function of `arguments` numbers of one dtype."""
     kinds = (numba.from_dtype(dtype),) * arguments
     compiled = device(function)
     compiled.compile(kinds)
@@ -133,7 +133,7 @@ def _written(source: str, described: Iterable[str]) -> Path | None:
 
 
 def cache_directory() -> Path:
-    """Where compiled kernels are kept: NUMBA_CACHE_DIR, or the user's cache directory."""
+    """Return the directory of compiled kernels: NUMBA_CACHE_DIR, or the user's cache directory."""
     chosen = os.environ.get("NUMBA_CACHE_DIR")
     if chosen:
         return Path(chosen) / "fusedopt"

@@ -1,4 +1,4 @@
-"""What is wrong with a user's element function, in his terms."""
+"""Explain what is wrong with a user's element function."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from .compiler import returned
 
 @functools.cache
 def check_element(element: FunctionType, dtype: np.dtype, states: int, scalars: int) -> None:
-    """TypeError where a rule's element function cannot be compiled for numbers of this type, or
-    returns something else than the delta and so many states of it."""
+    """Raise TypeError where a rule's element function does not compile or returns the wrong things.
+
+    It is to return the delta and the new states, in numbers of the dtype.
+    """
     code = element.__code__
     where = f"{element.__qualname__} ({code.co_filename}, line {code.co_firstlineno})"
     arguments = 2 + states + scalars

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import platform
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
 from numba import from_dtype, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ..arrays.formats import SEGMENT, TILE
@@ -49,7 +51,7 @@ LEAF = np.dtype(
         ("start", np.int64),  # in the concatenation of all leaves
         ("elements", np.int64),
         ("operand", np.int64),  # its first
-        ("operands", np.int64),  # so many
+        ("operands", np.int64),  # their number
         ("step", np.int64),
         ("steps", np.int64),
         ("used", np.int64),  # operands, as bits
@@ -76,12 +78,44 @@ def _call(typing: Any, address: Any, arguments: Any) -> Any:
     return types.void(address, arguments), generate
 
 
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+CONTROL = 0x1F80 if X86 else 0
+"""The floating-point environment of csrc/floating_point.hpp."""
+
+
+@intrinsic
+def _exchange_control(typing: Any, control: Any) -> Any:
+    """Sets this thread's floating-point environment; the one that it had."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        word, half = ir.IntType(64), ir.IntType(32)
+
+        def call(name: str, result: Any, *arguments: Any) -> Any:
+            kind = ir.FunctionType(result, [a.type for a in arguments])
+            function = cgutils.get_or_insert_function(builder.module, kind, name)
+            return builder.call(function, arguments)
+
+        if X86:
+            place = cgutils.alloca_once(builder, half)
+            pointer = builder.bitcast(place, cgutils.voidptr_t)
+            call("llvm.x86.sse.stmxcsr", ir.VoidType(), pointer)
+            own = builder.zext(builder.load(place), word)
+            builder.store(builder.trunc(values[0], half), place)
+            call("llvm.x86.sse.ldmxcsr", ir.VoidType(), pointer)
+            return own
+        own = call("llvm.aarch64.get.fpcr", word)
+        call("llvm.aarch64.set.fpcr", ir.VoidType(), values[0])
+        return own
+
+    return types.int64(types.int64), generate
+
+
 _subkey = device(scalar_codecs.subkey)
 
 
 @jit
 def _at(operand: Any, element: Any, ahead: Any) -> Any:
-    """Where an element is; inputs have it `ahead` further on."""
+    """Return the address of an element; inputs have it `ahead` further on."""
     if operand.role == INPUT:
         element += ahead
     return operand.data + np.uint64(element * operand.bits // 8)
@@ -268,7 +302,8 @@ def _cut(leaf: Any, rows: Any, position: Any) -> Any:
 def _run_part(
     leaves: Any, operands: Any, steps: Any, rows: Any, partials: Any, part: int, parts: int
 ) -> None:
-    """One of `parts` equal parts of all elements of the leaves."""
+    """Run one of `parts` equal parts of all elements of the leaves."""
+    control = _exchange_control(CONTROL)
     workspace = (
         np.empty(MAX_OPERANDS * TILE, np.float64),
         np.empty((MAX_OPERANDS, LANES), np.float64),
@@ -284,6 +319,7 @@ def _run_part(
         low, high = _cut(leaf, rows, start), _cut(leaf, rows, stop)
         if low < high:
             _run_leaf(leaf, operands, steps, rows, low, high, workspace, partials)
+    _exchange_control(control)
 
 
 @functools.cache

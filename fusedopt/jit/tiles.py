@@ -8,22 +8,12 @@ from typing import Any
 import numpy as np
 
 from ..arrays.formats import FLOAT64, Format
+from ..programs.program import loop_lines
 from . import scalar_codecs
 from .block_codecs import BLOCKS, element_functions
 from .compiler import DECODE, ENCODE, TILE_FUNCTION, entry
 
 # ---------------------------------------------------------------- operations
-
-MODES = {
-    # what becomes of the gradient, of the parameter before the rule, and of the delta
-    "plain": ("", "", "p[i] = w - delta"),
-    "l2": ("gradient = gradient + decay * w", "", "p[i] = w - delta"),
-    "decoupled": ("", "", "p[i] = w - (decay * w + delta)"),
-    "first": ("", "w = decay * w", "p[i] = w - delta"),
-    "peek": ("", "", "out[i] = delta"),
-    "peek_l2": ("gradient = gradient + decay * w", "", "out[i] = delta"),
-}
-"""The loop round a rule, by the names of `rules.base.Program.MODES`."""
 
 
 @functools.cache
@@ -40,7 +30,7 @@ def rule_tile(
         *(f"s{k}[i]" for k in range(states)),
         *(f"c{k}" for k in range(scalars)),
     ]
-    gradient, before, after = MODES[mode]
+    gradient, before, after = loop_lines(mode, "out[i]" if peek else "p[i]")
     stores = [] if peek else [f"s{k}[i] = normal_or_zero(n{k})" for k in range(written)]
     body = [
         "w = p[i]",

@@ -1,4 +1,4 @@
-"""How pictures look: colours, sizes, and axes with little on them."""
+"""The style of the pictures: colours, sizes, and axes with little on them."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 
 
 def progress(console: Console, *more: ProgressColumn) -> Progress:
-    """How much is done of how much, and what; `more` behind it. Nothing where no terminal is."""
+    """Show how much is done of how much, and `more` behind it; nothing where no terminal is."""
     return Progress(
         BarColumn(10),
         MofNCompleteColumn(),

@@ -15,7 +15,7 @@ Row = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Coefficients:
-    """What happens to a singular value s in [0, 1] of a matrix that was divided by its norm.
+    """The map of a singular value s in [0, 1] of a matrix that was divided by its norm.
 
     rows: of the iterations, the first first. prescale: the norm is multiplied by it before the
     division, where values close to 1 have to be kept clear of. pairs: the iterations that may be
@@ -28,7 +28,7 @@ class Coefficients:
     pairs: tuple[int, ...]
 
     def __call__(self, s: np.ndarray) -> np.ndarray:
-        """What becomes of singular values."""
+        """Map singular values."""
         s = s / self.prescale
         for a, b, c in self.rows:
             s = s * (a + s * s * (b + s * s * c))

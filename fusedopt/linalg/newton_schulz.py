@@ -14,7 +14,7 @@ from ..system.threads import in_use, most
 from .coefficients import Coefficients, Row
 
 Stack = tuple[int, int, int]
-"""So many matrices of so many rows and columns."""
+"""The numbers of matrices, rows and columns of a stack."""
 
 Group = tuple[Row, ...]
 """One iteration, or two that are made together."""
@@ -23,7 +23,7 @@ Norm = Literal["frobenius", "aol"]
 Gram = Literal["auto", True, False]
 
 SMALL = 1 << 16
-"""Matrices of at most so many elements are the compiled core's, and several leaves' are one stack,
+"""Matrices of at most this size are the compiled core's, and those of several leaves are one stack,
 each matrix on one thread. Five steps of one of 64x64, 128x128 and 256x256 took 0.12, 0.68 and 5.1
 ms so, and by BLAS on two threads 0.33, 0.96 and 6.8."""
 
@@ -37,7 +37,7 @@ def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def at_once(rows: int, cols: int) -> int:
-    """How many matrices of several leaves go into one stack."""
+    """Return the number of matrices of several leaves that go into one stack."""
     return BATCH // (rows * cols) if 0 < rows * cols <= SMALL else 1
 
 
@@ -92,7 +92,7 @@ class Iteration:
         return paired if self.gram is True else standard
 
     def in_core(self, rows: int, cols: int) -> bool:
-        """Whether the compiled core makes the iterations of such a matrix."""
+        """Return whether the compiled core makes the iterations of such a matrix."""
         return core is not None and rows * cols <= SMALL and self.gram is not True
 
     def _grouped(self, paired: bool) -> list[Group]:
@@ -127,9 +127,9 @@ def flops(rows: int, cols: int, groups: Sequence[Group], *, symmetric: float = 0
 class Workspace:
     """The buffers of the largest stack, shared by all matrices of an optimizer.
 
-    stacks: each that one call will take; dtype: of the arithmetic. directions: flat, where so many
-    stacks are to be put; the first is the one that is orthogonalised. threads: at most so many
-    work on a stack of small matrices, where the process may use more.
+    stacks: each that one call will take; dtype: of the arithmetic. directions: flat, the number of
+    stacks for which there is room; the first is the one that is orthogonalised. threads: the most
+    that work on a stack of small matrices, where the process may use more.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class Workspace:
 
     @staticmethod
     def bytes_for(stacks: Sequence[Stack], dtype: np.dtype, count: int = 1) -> int:
-        """What a workspace takes of memory."""
+        """Return the bytes that a workspace takes."""
         whole, square, slots = _extents(stacks)
         return ((count + 1) * whole + 3 * square + slots) * dtype.itemsize
 
@@ -282,7 +282,7 @@ def _normalize(
 
 
 def _multiplier(group: Group, gram: np.ndarray, poly: np.ndarray, spare: np.ndarray) -> np.ndarray:
-    """What one or two iterations multiply x by.
+    """Return what one or two iterations multiply x by.
 
     gram: x's Gram matrix. The result is one of these buffers, all of which are overwritten.
     """
@@ -301,8 +301,8 @@ def _multiplier(group: Group, gram: np.ndarray, poly: np.ndarray, spare: np.ndar
 
 
 BLOCKS = 4
-"""Rows of so many blocks make a symmetric product: of 768x768 in 3.6 ms instead of 4.8, with eight
-in 3.4."""
+"""Rows of blocks in a symmetric product: one of 768x768 takes 3.6 ms instead of 4.8, with eight
+3.4."""
 
 
 def _commuting(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:

@@ -22,7 +22,7 @@ from .shares import Cut, flat
 
 
 class Held(NamedTuple):
-    """What a rank holds of one leaf: its step, its formats, and of each array what the whole is.
+    """The part of one leaf that a rank holds: step, formats, and the shape of each whole array.
 
     arrays: by name the shape of the whole array as files have it, the number of elements that this
     rank has, the dtype, and the memory order of the whole.
@@ -57,7 +57,7 @@ class SharedState:
     # ---------------------------------------------------------------- all that ranks hold
 
     def held(self, parameters: bool) -> dict[int, Held]:
-        """What this rank holds, by leaf."""
+        """Return what this rank holds, by leaf."""
         described = self._snapshot._described()["leaves"]
         found = {}
         for k, path in enumerate(self._snapshot.paths):
@@ -155,7 +155,7 @@ class SharedState:
     # ---------------------------------------------------------------- going on from either
 
     def part_of(self, tensors: Tensors, parameters: bool, what: str) -> dict[str, Any]:
-        """This rank's part of a whole state, as its own snapshot takes it.
+        """Return this rank's part of a whole state, as its own snapshot takes it.
 
         Raises ValueError where leaves have other shapes, KeyError, TypeError or AttributeError
         where the table is spoilt.
@@ -228,13 +228,17 @@ class SharedState:
             problems = list(self._snapshot._problems(saved, strict, parameters))
             if problems:
                 raise ValueError(f"{what} does not fit: " + "; ".join(problems))
-        with self._ranks.together(changing=True), self._local.loading("load"):
+
+        def restored() -> None:
             seed = self._snapshot.restore(saved, strict=strict, what=what, parameters=parameters)
             self._local.go_on(seed)
 
+        with self._ranks.together(changing=True):
+            self._local.loaded("load", restored)
+
 
 def _is_flat(name: str) -> bool:
-    """Whether an array is flat, whatever the shape of its leaf: codes, scales, low halves."""
+    """Return whether an array is flat whatever the shape of its leaf, as codes are."""
     return name.endswith((".codes", ".scales")) or name in ("low", "compensation")
 
 

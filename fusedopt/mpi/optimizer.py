@@ -27,6 +27,7 @@ from ..step.assembly import Assembly, checked_arrays
 from ..step.exchange import Averaged
 from ..step.gradients import refuses_rows
 from ..step.info import StepInfo
+from ..step.rates import StepRate
 from ..step.summary import digest
 from ..system import threads as limits
 from ..system.interrupts import deferred
@@ -51,10 +52,11 @@ class Share(Optimizer):
     def __init__(self, first_tiles: Sequence[int], *args: Any, **options: Any) -> None:
         self._first_tiles = first_tiles
         super().__init__(*args, **options)
+        self._assembly.share_out()
 
     @property
     def assembly(self) -> Assembly:
-        """What the optimizer is made of."""
+        """The parts of the optimizer."""
         return self._assembly
 
 
@@ -165,7 +167,7 @@ class ShardedOptimizer:
         return checked_arrays(host, Tree(params), rules, self._copy_out)
 
     def _make(self, rule: RuleChoice, rules: Sequence[Rule], options: dict[str, Any]) -> Share:
-        """This rank's optimizer, of its parts of the leaves."""
+        """Make this rank's optimizer, of its parts of the leaves."""
         options = dict(options)
         if options.get("state_path") is not None:
             above = Path(options["state_path"])
@@ -185,7 +187,7 @@ class ShardedOptimizer:
         return Share(first_tiles, self._tree.build(parts), chosen, **options)
 
     def _parts(self, arrays: Sequence[Any]) -> list[Any]:
-        """This rank's parts of arrays like the parameters."""
+        """Return this rank's parts of arrays like the parameters."""
         if self._shard is None:
             return list(arrays)
         return [
@@ -208,7 +210,12 @@ class ShardedOptimizer:
     # ---------------------------------------------------------------- steps
 
     def step(
-        self, grads: Any = ACCUMULATED, *, grad_scale: float = 1.0, hessian: Any = None
+        self,
+        grads: Any = ACCUMULATED,
+        *,
+        grad_scale: float = 1.0,
+        hessian: Any = None,
+        lr: StepRate | None = None,
     ) -> StepInfo:
         """Update the parameters of all ranks with the average of their gradients.
 
@@ -223,7 +230,7 @@ class ShardedOptimizer:
                 estimates = None if hessian is None else self._fitted(hessian, "hessian")
                 if values is not None and self._zero_grads:
                     self._check_exclusive(grads, hessian)
-                common = (self.step_count, grad_scale, self.lr)
+                common = (self.step_count, grad_scale, self.lr if lr is None else lr)
                 kinds = [v if v is None else self._reduction.kinds(v) for v in (values, estimates)]
                 reports.mine = (*common, *kinds)
             gradients, hessians = self._agreed(reports.all)
@@ -235,7 +242,7 @@ class ShardedOptimizer:
                 self._measure(self._local.assembly.sums.sums, self._accumulated)
             estimate = self._reduced(estimates, hessians, "hessian")[1] if hessians else None
             with self._ranks.together(changing=True):
-                info = self._local.step(share, grad_scale=grad_scale, hessian=estimate)
+                info = self._local.step(share, grad_scale=grad_scale, hessian=estimate, lr=lr)
             self._accumulated = []
             if info.skipped:
                 return info
@@ -364,7 +371,7 @@ class ShardedOptimizer:
             self._norms.measure(shares, active)
 
     def _with_stats(self, info: StepInfo) -> StepInfo:
-        """What a step did, with the sums of all ranks in the place of this one's."""
+        """Return the information of a step, with the sums of all ranks in place of this one's."""
         local = self._local
         if self._shard is None:
             return info
@@ -445,7 +452,7 @@ class ShardedOptimizer:
         self._gather_parameters()
 
     def _own_rows(self, rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """Those rows of all ranks that are in this one's share."""
+        """Return the rows of all ranks that are in this rank's share."""
         paths = {leaf.path: k for k, leaf in enumerate(self._tree.leaves)}
         own = {}
         for path in dict.fromkeys(path for of in rows for path in of):
@@ -651,7 +658,7 @@ def _summary(
     copies: Sequence[Any],
     options: Mapping[str, Any],
 ) -> list[str]:
-    """What must be equal on all ranks."""
+    """Return what must be equal on all ranks."""
     leaves = zip(tree.leaves, parameters, rules, copies, strict=True)
     free = ("threads", "state_path")
     return [
@@ -676,7 +683,7 @@ def _check_equal(summaries: Sequence[list[str]]) -> None:
 
 
 def _threads(ranks: Ranks) -> int:
-    """This rank's part of the threads that ranks on its host would otherwise use twice."""
+    """Return this rank's part of the threads that the ranks on its host share."""
     import socket
 
     granted = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Reports:
-    """What each rank tells the others: `mine`, and `all` when all have told it."""
+    """The reports of the ranks: `mine`, and `all` when every rank has sent its own."""
 
     mine: Any = None
     all: Sequence[Any] = ()

@@ -17,7 +17,7 @@ PIECE = 4 * SEGMENT
 
 
 class Kind(NamedTuple):
-    """What one rank has for one leaf.
+    """The kind of gradient that one rank has for one leaf.
 
     dtype: of the gradient. counts: of `Rows`, the number of rows in each rank's share; None of an
     array.
@@ -81,7 +81,7 @@ class Reduction:
         self._parameters = parameters
 
     def kinds(self, values: Sequence[Any]) -> list[Kind | None]:
-        """What this rank has for each leaf, for the others to know."""
+        """Return the kind of this rank's gradient for each leaf, for the others to know."""
         return [None if g is None else self._kind(k, g) for k, g in enumerate(values)]
 
     def _kind(self, k: int, g: Any) -> Kind:
@@ -104,7 +104,7 @@ class Reduction:
     def reduce(
         self, values: Sequence[Any], kinds: Sequence[Sequence[Kind | None]], what: str
     ) -> list[np.ndarray | Rows | None]:
-        """This rank's share of the reduced gradients; None for leaves of which it has no part.
+        """Return this rank's share of the reduced gradients; None for leaves without a part.
 
         what: "grads" or "hessian": the arrays are those of the last call with the same word, since
         new memory would cost as much as the additions.
@@ -229,7 +229,7 @@ class Reduction:
         return self._ranks.comm.Ireduce([sent, dtype], received, op=mpi.SUM, root=rank)
 
     def _slot(self, parity: int, source: int, at: int, span: Span, kind: Kind) -> np.ndarray:
-        """Where a rank's part of a span is received."""
+        """Return the memory in which a rank's part of a span is received."""
         place = source - (source > self._ranks.rank)
         room = self._staging[parity, place, 8 * at :]
         return room[: (span.stop - span.start) * kind.dtype.itemsize].view(kind.dtype)
@@ -313,7 +313,7 @@ class Reduction:
 
 
 def _places(spans: Sequence[Span]) -> Iterator[tuple[int, Span]]:
-    """Where in a bucket each of its spans begins."""
+    """Return the position in a bucket at which each of its spans begins."""
     at = 0
     for span in spans:
         yield at, span

@@ -22,7 +22,7 @@ BYTES_PER_FLOP = 0.2
 
 @dataclass(frozen=True)
 class Cut:
-    """Where one leaf is cut: rank r updates elements [bounds[r], bounds[r + 1]), in memory order.
+    """The cuts of one leaf: rank r updates elements [bounds[r], bounds[r + 1]), in memory order.
 
     row: number of elements of a row if no row is cut, else 0. owner: the rank of a leaf that is
     not cut.
@@ -38,7 +38,7 @@ class Cut:
         return [b - a for a, b in zip(self.bounds, self.bounds[1:], strict=False)]
 
     def holds(self, rank: int) -> bool:
-        """Whether a rank has a part of the leaf, which may be an empty leaf."""
+        """Return whether a rank has a part of the leaf, which may be an empty leaf."""
         return rank == self.owner if self.owner is not None else self.sizes[rank] > 0
 
     def part(self, a: np.ndarray, rank: int) -> np.ndarray:
@@ -91,7 +91,7 @@ def cut(parameters: Sequence[np.ndarray], rules: Sequence[Rule], size: int) -> l
 
 
 def _ends(loads: Sequence[float], rest: float) -> list[float]:
-    """Where each rank's part of the rest ends, if all are to be filled to one level."""
+    """Return the end of each rank's part of the rest, if all are to be filled to one level."""
     low, high = 0.0, max(loads) + rest
     for _ in range(100):
         level = (low + high) / 2

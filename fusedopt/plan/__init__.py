@@ -1,1 +1,1 @@
-"""What an optimizer asks of a backend: the description of a plan, and the interface."""
+"""The interface of the backends, and the description of a plan."""

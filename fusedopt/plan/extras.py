@@ -1,9 +1,10 @@
-"""What an optimizer does around its rules while a tile is in the cache: clip, average, count."""
+"""Operations around a rule while a tile is in the cache: clip, average, count."""
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from ..arrays.stored import AVERAGE
 from ..programs.arithmetic import Array
 from ..programs.program import Operation, Program
 from ..rules.base import Rule
+from ..rules.hyperparameters import Schedule
 
 
 class Extras(NamedTuple):
@@ -19,13 +21,26 @@ class Extras(NamedTuple):
     gradient's norm, which no other pass finds."""
 
     clip_value: float | None = None
-    ema: float | None = None
+    ema: float | Schedule | None = None
     stats: bool = False
     norms: bool = False
+
+    def at(self, step: int) -> Extras:
+        """Return what is done in a step, where `ema` is a schedule."""
+        if not callable(self.ema):
+            return self
+        return self._replace(ema=check_ema(f"ema at step {step}", self.ema(step)))
 
     def states(self, rule: Rule) -> tuple[str, ...]:
         """The rule's states and those that are added."""
         return (*rule.states, *([AVERAGE] if self.ema is not None else []))
+
+    @property
+    def _kept(self) -> float:
+        """The share of an average that a step keeps; where it has a schedule, in the first step."""
+        kept = self.at(1).ema
+        assert isinstance(kept, float)
+        return kept
 
     def program(self, rule: Rule) -> Program:
         """The rule's program with everything around it."""
@@ -58,7 +73,7 @@ class Extras(NamedTuple):
             if self.norms:
                 before.append(Operation("squares", ("gradient", "g"), _one, "sum"))
         if self.ema is not None:
-            gain = (1.0 - self.ema,)
+            gain = (1.0 - self._kept,)
             after.append(Operation("lerp", (AVERAGE, "p"), lambda t, lr: gain, "other", last))
         steps = tuple(op for op in own if op.needs is None)
         refreshes = tuple(op for op in own if op.needs is not None)
@@ -95,8 +110,17 @@ class Extras(NamedTuple):
             own = rule.absorb(own, hessian)
         if self.ema is None:
             return new, own
-        average = self.ema * states[n] + (1.0 - self.ema) * new
+        average = self._kept * states[n] + (1.0 - self._kept) * new
         return new, (*own[:n], average, *own[n:])
+
+
+def check_ema(where: str, value: Any) -> float:
+    """Return a number in [0, 1]; TypeError or ValueError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{where}: expected a number, got {value!r}")
+    if not 0.0 <= float(value) <= 1.0:
+        raise ValueError(f"{where}: expected a number in [0, 1], got {value!r}")
+    return float(value)
 
 
 def _nothing(t: int, lr: float) -> tuple[float, ...]:

@@ -1,27 +1,25 @@
-"""What a backend is: plans for optimizers, and single steps."""
+"""The interface of a backend: plans for optimizers, and single steps."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Any, NamedTuple, Protocol
 
 from ..arrays.rows import UniqueRows
 from ..arrays.stored import LeafState, Stored
-from ..rules.base import Rule
+from ..rules.groups import Group
+from .extras import Extras
 from .spec import PlanSpec
 
 
 class Decision(Protocol):
-    """What a plan asks between the reading of the gradients and the step."""
+    """The decision between the reading of the gradients and the step."""
 
     factor: float
     """The inverse of the scale of the gradients."""
 
     def __call__(self) -> bool:
-        """Whether the step is to be taken; sets the factors on the gradients."""
+        """Return whether the step is to be taken; sets the factors on the gradients."""
 
     @property
     def limits(self) -> list[float]:
@@ -32,6 +30,32 @@ class Decision(Protocol):
 
     def stopped(self, number: int, bad: Sequence[int]) -> FloatingPointError:
         """Return the error of a step that a device did not take, because of these leaves."""
+
+
+class Policy(NamedTuple):
+    """What a whole step in one call of a plan does besides the update, and what it tells.
+
+    info: the class `StepInfo`. labels, paths: of groups and leaves. schedules: of each group the
+    `formula` of its learning rate, or None where that stays or only Python knows. limits: see
+    `Decision`. by_group: whether each group has its own norm. measures: whether gradients are read
+    before the step; clips: whether a norm must be finite; skips: whether a step without one does
+    nothing. narrow: whether gradients are multiplied in float32. refusal: gives the error of a step
+    whose gradients are not finite, from the numbers of these leaves. stats: the names of a
+    program's sums, and the leaves that have them; empty where none are told.
+    """
+
+    info: type
+    labels: list[str]
+    paths: list[str]
+    schedules: list[Any]
+    limits: list[float]
+    by_group: bool
+    measures: bool
+    clips: bool
+    skips: bool
+    narrow: bool
+    refusal: Callable[[Sequence[int]], FloatingPointError]
+    stats: list[tuple[tuple[str, ...], list[int]]]
 
 
 class Device(Protocol):
@@ -62,27 +86,41 @@ class Plan(Protocol):
 
     work_bytes: int
 
-    def take(self) -> None:
-        """Keeps everything else from using the plan until `give`; RuntimeError where it is in use.
+    def take(self, token: object) -> None:
+        """Keep everything else from using the plan until `give`; RuntimeError if it is in use.
 
         One that was replaced is never given back, and so refused to a thread that still has it.
         """
 
-    def give(self) -> None:
-        """Ends what `take` began."""
+    def give(self, token: object) -> None:
+        """End what `take` of the same token began; do nothing if it had not, or if it is over.
+
+        Whoever may have been interrupted anywhere can so give once more, to be sure.
+        """
+
+    def held(self, token: object) -> bool:
+        """Whether this token has the plan."""
 
     def synchronize(self) -> None:
         """Waits until all steps are done; FloatingPointError where one found no finite norm."""
 
-    def adopt(self, rules: Sequence[Rule]) -> bool:
-        """Take other rules for the groups, on the same arrays; False if a new plan is needed."""
+    def adopt(self, groups: Sequence[Group], extras: Extras) -> bool:
+        """Take other rules for the groups, and other numbers beside them, on the same arrays.
 
-    def step(self, grads: Any, hessian: Any, flat: bool) -> int | None:
-        """Updates every leaf that has a gradient, and its counter, in place; the step's number.
+        False, and nothing has changed, if a new plan is needed.
+        """
 
-        flat: grads and hessian are lists of leaves, checked, and laid out like their parameters or
-        `UniqueRows`; otherwise trees, and None comes back, with nothing written, where something is
-        to be checked or explained first. Where `decide` says no, the number of the step before.
+    def step(self, grads: Any, hessian: Any) -> int | None:
+        """Take a step with trees of arrays as the caller has them, and return its number.
+
+        None, with nothing written, where something must be checked, explained or laid out first.
+        """
+
+    def step_leaves(self, grads: Sequence[Any], hessian: Sequence[Any] | None) -> int | None:
+        """Update every leaf that has a gradient, and its counter, in place; return the number.
+
+        grads, hessian: of each leaf, checked, and laid out like its parameter or `UniqueRows`; or
+        None. Where `decide` says no, the number of the step before.
         """
 
 
@@ -90,29 +128,43 @@ class ExclusiveUse:
     """The part of a plan that keeps others from using it."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._holder: list[object] = []  # the first has it; to append and to remove is one step
 
-    def take(self) -> None:
-        if not self._lock.acquire(blocking=False):
+    def take(self, token: object) -> None:
+        self._holder.append(token)
+        if self._holder[0] is not token:
+            self.give(token)
             raise RuntimeError(
                 "this optimizer is in use in another thread: give each thread its own optimizer"
             )
 
-    def give(self) -> None:
-        self._lock.release()
+    def give(self, token: object) -> None:
+        if token in self._holder:
+            self._holder.remove(token)
+
+    def held(self, token: object) -> bool:
+        return self._holder[:1] == [token]
 
     def synchronize(self) -> None:
         """Steps on the host are done when they return."""
 
-    def adopt(self, rules: Sequence[Rule]) -> bool:
-        """Take other rules for the groups, on the same arrays; False if a new plan is needed."""
-        return False
+    def step(self, grads: Any, hessian: Any) -> int | None:
+        """Refuse trees: the optimizer checks them, and keeps interrupts out of the step."""
+        return None
 
 
 class Backend(Protocol):
     """A way to run programs."""
 
     name: str
+    textbook: bool
+    """Whether rules run as their textbooks write them, in float64."""
+
+    @property
+    def update_alone(self) -> Callable[..., bool] | None:
+        """A function (rule, t, lr, arrays, gradient, hessian) that takes one step of one tensor's
+        parameter and states, in place; or None. It returns False, with nothing written, where a
+        plan must do it or something must be checked."""
 
     @property
     def device(self) -> Any:
@@ -127,26 +179,9 @@ class Backend(Protocol):
     def plan(self, spec: PlanSpec) -> Plan:
         """Prepares an optimizer's steps."""
 
-    def update(
-        self,
-        rule: Rule,
-        t: int,
-        lr: float,
-        arrays: tuple[Any, ...],
-        g: np.ndarray,
-        hessian: np.ndarray | None,
-        checked: bool,
-    ) -> bool:
-        """One step of one tensor (its parameter, then its states), in place.
-
-        checked: the arrays are `Stored`, fit, and are laid out alike; otherwise they are what the
-        caller passed, and False comes back, with nothing written, where something is to be checked
-        or explained first.
-        """
-
     def sums_of_squares(self, arrays: Sequence[Any]) -> Sequence[tuple[float, float]] | None:
-        """Of each dense array the sum of the squares of its elements times scale, and that scale, a
-        power of two which keeps the sum in range. None where something is to be checked first."""
+        """Return the sum of the squares of the elements times scale, and the scale, of each array.
 
-    def shift(self, rule: Any, p: np.ndarray, v: np.ndarray) -> None:
-        """Moves a parameter to where a look-ahead rule wants its gradient."""
+        The scale is a power of two that keeps the sum in range. None where something is to be
+        checked first.
+        """

@@ -12,8 +12,9 @@ import numpy as np
 
 from ..arrays.formats import FLOAT64
 from ..arrays.storage import Master, Rounding, StateDtype, Storage
+from ..rules.hyperparameters import Schedule
 from ..system.threads import check_threads
-from .extras import Extras
+from .extras import Extras, check_ema
 
 ClipNorm = float | Mapping[str, float | None] | None
 
@@ -29,7 +30,7 @@ class Options(NamedTuple):
     rounding: Rounding
     master: Master | None
     copy_out: Any
-    ema: float | None
+    ema: float | Schedule | None
     stats: bool
     exact: bool
     seed: int
@@ -53,14 +54,14 @@ class Options(NamedTuple):
             positive("clip_norm", self.clip_norm)
         if self.clip_value is not None:
             positive("clip_value", self.clip_value)
-        if self.ema is not None and not 0.0 <= number("ema", self.ema) <= 1.0:
-            raise ValueError(f"ema: expected a number in [0, 1], got {self.ema!r}")
+        if self.ema is not None and not callable(self.ema):
+            check_ema("ema", self.ema)
         check_seed(self.seed)
         threads = None if self.threads is None else check_threads("threads", self.threads)
         return self._replace(threads=threads)
 
     def storage(self) -> Storage:
-        """How parameters and states are stored."""
+        """Return how parameters and states are stored."""
         return Storage(self.state_dtype, self.master, self.rounding)
 
     def clip_by_group(self, labels: Sequence[str]) -> float | dict[str, float | None] | None:
@@ -75,14 +76,16 @@ class Options(NamedTuple):
         return {k: None if x is None else float(x) for k, x in self.clip_norm.items()}
 
     def decides(self, wide: bool) -> bool:
-        """Whether gradients are read before the step; wide: whether some leaf is float64, whose
-        squares may leave the range and be wanted again."""
+        """Return whether gradients are read before the step.
+
+        wide: whether some leaf is float64, whose squares may leave the range and be wanted again.
+        """
         return self.clip_norm is not None or self.skip_nonfinite or (self.stats and wide)
 
     def extras(self, wide: bool) -> Extras:
-        """What is done beside the rules."""
+        """Return what is done beside the rules."""
         clip_value = None if self.clip_value is None else float(self.clip_value)
-        ema = None if self.ema is None else float(self.ema)
+        ema = self.ema if self.ema is None or callable(self.ema) else float(self.ema)
         return Extras(clip_value, ema, self.stats, self.stats and not self.decides(wide))
 
 

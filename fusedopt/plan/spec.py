@@ -11,6 +11,7 @@ import numpy as np
 from ..arrays.formats import RandomKey
 from ..arrays.state_file import StateFile
 from ..arrays.stored import LeafState, Stored
+from ..arrays.watch import Watch
 from ..programs.program import Program
 from ..rules.base import Rule
 from ..rules.groups import Group
@@ -33,9 +34,11 @@ class PlanSpec:
     takes no part), the elements that are touched, and the sums of its program. extras: what is done
     beside the rules. decide: asked when the first two columns are known whether to go on, and may
     set the factors; without it they are not computed. zero_grads: gradients are set to zero.
-    threads: at most so many, or None. wait: whether a step may wait for what `decide` needs;
+    threads: the most to use, or None. wait: whether a step may wait for what `decide` needs;
     otherwise see `backends.cuda.clipping`. state_file: the file that states are in, of which a step
-    is to have a window in memory at a time; None where they are in memory.
+    is to have a window in memory at a time; None where they are in memory. watch: of the caller's
+    arrays, to be asked before anything is written. beside: dense arrays that no gradient may
+    overlap and that the plan itself does not write.
     """
 
     tree: Any
@@ -53,6 +56,13 @@ class PlanSpec:
     threads: int | None = None
     wait: bool = True
     state_file: StateFile | None = None
+    watch: Watch | None = None
+    beside: Sequence[np.ndarray] = ()
+
+    def check_unmoved(self) -> None:
+        """ValueError where an array of the caller's is not what it was."""
+        if self.watch is not None:
+            self.watch.check()
 
 
 def results_for(programs: Sequence[Program], leaves: int) -> np.ndarray:
@@ -60,20 +70,27 @@ def results_for(programs: Sequence[Program], leaves: int) -> np.ndarray:
     return np.zeros((leaves, 3 + max(len(program.sums) for program in programs)))
 
 
-def single(rule: Rule, program: Program, t: int, lr: float, arrays: Sequence[Stored]) -> PlanSpec:
-    """That of one tensor's t-th step; arrays: the parameter, then those of the program."""
+def single(rule: Rule, t: int, lr: float, arrays: Sequence[Stored]) -> PlanSpec:
+    """Describe the t-th step of one tensor; arrays: its parameter, states, and side states."""
+    program = rule.program
     names = program.arrays[1 : len(program.arrays) - len(program.works)]
     states = dict(zip(names, arrays[1:], strict=False))
     sides = dict(zip(rule.sides(arrays[0].shape), arrays[1 + len(names) :], strict=True))
     leaf_state = LeafState(arrays[0], states, sides=sides)
+    return fresh([rule], [leaf_state], t, lr)
+
+
+def fresh(rules: Sequence[Rule], leaves: Sequence[LeafState], t: int, lr: float) -> PlanSpec:
+    """Describe the t-th step of leaves, each with its rule, with nothing around it."""
+    count = len(leaves)
     return PlanSpec(
-        tree=0,
-        leaves=[leaf_state],
-        groups=[Group(rule.name, rule)],
-        group_of=[0],
-        rates=np.array([lr]),
-        factors=np.ones(1),
-        counters=np.array([0, t - 1]),
-        keys=[[RandomKey()] * (1 + len(names))],
-        results=results_for([program], 1),
+        tree=list(range(count)),
+        leaves=leaves,
+        groups=[Group(rule.name, rule) for rule in rules],
+        group_of=list(range(count)),
+        rates=np.full(count, lr),
+        factors=np.ones(count),
+        counters=np.array([0] + [t - 1] * count),
+        keys=[[RandomKey()] * (1 + len(leaf.states)) for leaf in leaves],
+        results=results_for([rule.program for rule in rules], count),
     )

@@ -30,7 +30,7 @@ def capped(x: Array, limit: float) -> Array:
 
 
 def by_sign(sign: Array, negative: Array, zero: Array, positive: Array) -> Array:
-    """Of three arrays what each element of `np.sign`'s result selects; NaN selects `zero`."""
+    """Select from three arrays by each element of a result of `np.sign`; NaN selects `zero`."""
     if isinstance(sign, np.ndarray):
         return np.where(sign < 0, negative, np.where(sign > 0, positive, zero))
     return sign.by_sign(negative, zero, positive)

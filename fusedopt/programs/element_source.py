@@ -1,4 +1,4 @@
-"""What an element function uses, and the same function for whole arrays."""
+"""Inspect what an element function uses, and make the same function for whole arrays."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ _ARRAYS: dict[Any, Any] = {
 
 
 def used_globals(function: FunctionType) -> Iterator[tuple[str, Any]]:
-    """What a function uses of its module, nested functions included."""
+    """Return what a function uses of its module, nested functions included."""
     names = dict.fromkeys(name for code in codes(function.__code__) for name in code.co_names)
     known = function.__globals__
     return ((name, known[name]) for name in sorted(names) if name in known)
 
 
 def codes(code: CodeType) -> Iterator[CodeType]:
-    """Of a function, and of those within it."""
+    """Yield the code of a function, and of those within it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -64,7 +64,7 @@ def on_arrays(function: Any) -> Any:
 
 
 def inexact(function: Any) -> Iterator[str]:
-    """What a function calls that is outside of the contract on bits."""
+    """Return what a function calls that is outside of the contract on bits."""
     for code in codes(function.__code__):
         if any(i.argrepr in ("**", "**=") for i in dis.get_instructions(code)):
             yield "**"

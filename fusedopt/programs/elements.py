@@ -1,4 +1,4 @@
-"""What the rules' scalar `element` functions share.
+"""Scalar functions that the `element` functions of several rules share.
 
 An element function is one kernel of csrc/rules.hpp in Python, with the same order of operations:
 `element(p, g, *states, *scalars)` returns the delta to subtract, and behind it in a tuple the new

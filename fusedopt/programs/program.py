@@ -4,12 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from .elements import Element
 
 HEAD = {"rule": 2, "peek": 2, "filter": 1, "sum": 0, "other": 0}
 """How many scalars an operation has before its own, by its loop."""
+
+MODES = ("plain", "l2", "decoupled", "first", "peek", "peek_l2")
+"""What the loop around a rule does about weight decay and the delta, as in csrc/table.h."""
+
+
+def loop_lines(mode: str, target: str, decay: str = "decay") -> tuple[str, str, str]:
+    """Return the loop around a rule as Python: on the gradient, before the rule, and after it.
+
+    The lines know the parameter w, its gradient, and the rule's delta. target: what takes the
+    result; decay: the coefficient of weight decay.
+    """
+    decayed, subtracted = f"gradient = gradient + {decay} * w", f"{target} = w - delta"
+    lines = {
+        "plain": ("", "", subtracted),
+        "l2": (decayed, "", subtracted),
+        "decoupled": ("", "", f"{target} = w - ({decay} * w + delta)"),
+        "first": ("", f"w = {decay} * w", subtracted),
+        "peek": ("", "", f"{target} = delta"),
+        "peek_l2": (decayed, "", f"{target} = delta"),
+    }
+    return lines[mode]
 
 
 @dataclass(frozen=True)
@@ -21,9 +42,9 @@ class Operation:
     loop: what the loop around the kernel does: "rule" applies the delta, "peek" only writes it to
     the last operand, "filter" makes its first operand of the gradient times its factor, "sum" adds
     up, and "other" writes its first operand. needs: run only where this input was given. written:
-    of a rule's states the first so many; None: all. element: the kernel in Python, where
-    elements.py does not have it under the kernel's name. kernel: None where the core has none, and
-    is given the compiled element.
+    the number of a rule's states that are written, the first ones; None: all. element: the kernel
+    in Python, where elements.py does not have it under the kernel's name. kernel: None where the
+    core has none, and is given the compiled element.
     """
 
     kernel: str | None
@@ -37,7 +58,7 @@ class Operation:
 
 
 class Governed(Protocol):
-    """What a program needs to know of its rule: see `fusedopt.rules.base.Rule`."""
+    """The part of a rule that a program needs: see `fusedopt.rules.base.Rule`."""
 
     @property
     def maximize(self) -> bool:
@@ -69,8 +90,6 @@ class Program:
     on the gradient and the coefficient a + b lr of weight decay.
     """
 
-    MODES: ClassVar = ("plain", "l2", "decoupled", "first", "peek", "peek_l2")  # csrc/table.h
-
     def __init__(
         self,
         rule: Governed,
@@ -88,10 +107,30 @@ class Program:
         self.folds = tuple(op.scalars for op in operations)
         line = rule.decay_line if rule.weight_decay else (0.0, 0.0)
         self.head = (-1.0 if rule.maximize else 1.0, *line)
+        self._filtered = any(op.loop == "filter" for op in operations)
         self.native: Any = None  # what the native backend compiled it to
 
+    def scalars(self, op: Operation, t: int, lr: float, factor: float) -> tuple[float, ...]:
+        """Return all scalars of an operation: those that the loop around it takes, then its own.
+
+        factor: on the gradient, which a filter has applied where there is one.
+        """
+        sign, base, slope = self.head
+        signed = sign * factor
+        rule = (1.0 if self._filtered else signed, base + slope * lr)
+        return (*{0: (), 1: (signed,), 2: rule}[HEAD[op.loop]], *op.scalars(t, lr))
+
+    def fits(self, other: Program) -> bool:
+        """Whether this program runs on the arrays that another was laid out for."""
+        return (self.arrays, self.temporaries, self.sums, self.phases) == (
+            other.arrays,
+            other.temporaries,
+            other.sums,
+            other.phases,
+        )
+
     def mode(self, op: Operation) -> str:
-        """How the loop around an operation treats weight decay and the delta."""
+        """Return how the loop around an operation treats weight decay and the delta."""
         if op.loop == "peek":
             return "peek_l2" if self._decay == "l2" else "peek"
         return self._decay if op.loop == "rule" else "plain"

@@ -68,7 +68,7 @@ class AdaGrad(Rule):
         return frozenset(("G",))
 
     def initial(self, state: str) -> float:
-        return self.initial_accumulator
+        return float(self.initial_accumulator)
 
     def scalars(self, t: int, lr: float) -> tuple[float, ...]:
         return lr / (1.0 + (t - 1) * self.lr_decay), self.eps_root, self.eps

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
@@ -15,7 +15,14 @@ from ..linalg.newton_schulz import Stack, Workspace
 from ..programs.arithmetic import Array
 from ..programs.elements import Element
 from ..programs.program import Operation, Program
-from .hyperparameters import LearningRate, NonNegative, Number, check_fields
+from .hyperparameters import (
+    LearningRate,
+    NonNegative,
+    Number,
+    check_fields,
+    in_step,
+    number_names,
+)
 
 DecayForm = Literal["l2", "decoupled", "decoupled_first", "independent"]
 
@@ -78,12 +85,32 @@ class Rule:
     maximize: bool = False
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        check_fields(self, self.scheduled)
+        for name in self.scheduled:
+            if name in self.settled:
+                raise ValueError(
+                    f"{type(self).__name__}({name}): says what the states are, and takes no"
+                    f" schedule; got {getattr(self, name)!r}"
+                )
         if self.decay == "independent" and callable(self.lr) and not hasattr(self.lr, "base"):
             raise ValueError(
                 f"{type(self).__name__}(decay): 'independent' divides lr by its base value, and the"
                 " schedule given has none; give it an attribute `base`, its peak learning rate"
             )
+
+    @functools.cached_property
+    def scheduled(self) -> tuple[str, ...]:
+        """The names of hyperparameters, other than `lr`, that have a schedule."""
+        return tuple(name for name in number_names(type(self)) if _has_schedule(self, name))
+
+    def at(self, step: int) -> Self:
+        """Return the rule with the values of its hyperparameters in a step; `lr` stays as it is.
+
+        TypeError or ValueError where the value of a schedule does not fit.
+        """
+        if not self.scheduled:
+            return self
+        return replace(self, **{name: in_step(self, name, step) for name in self.scheduled})
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -177,9 +204,15 @@ class Rule:
         """The same, from the states before and after a step."""
         return {}
 
+    @property
+    def ahead(self) -> Rule | None:
+        """The rule whose step, with the velocity for gradient, moves p to where the gradient is
+        wanted; None where that is p itself."""
+        return None
+
     def every_operation(self) -> tuple[Operation, ...]:
-        """Of the step, and of whatever else the rule runs."""
-        return self.operations()
+        """Return the operations of the step, and of whatever else the rule runs."""
+        return (*self.operations(), *(self.ahead.operations() if self.ahead else ()))
 
     def absorb(self, states: tuple[Array, ...], hessian: Array) -> tuple[Array, ...]:
         """The textbook form of what a step does with a Hessian estimate."""
@@ -279,11 +312,11 @@ class Rule:
         state_dtype: as `Optimizer` takes it; without it float64 for a float64 parameter, else
         float32. Arrays, or `Quantized` objects where the state is stored so.
         """
-        space = device_of(p)
-        p = space.check_parameter("p", p, self)
+        space, rule = device_of(p), self.at(1)
+        p = space.check_parameter("p", p, rule)
         storage = Storage(state_dtype)
-        storage.check(["p"], [p.dtype], [self])
-        (leaf_state,) = space.allocate(storage, [self], [p], [None])
+        storage.check(["p"], [p.dtype], [rule])
+        (leaf_state,) = space.allocate(storage, [rule], [p], [None])
         stored = [*leaf_state.states.values(), *leaf_state.sides.values()]
         return tuple(state.visible for state in stored)
 
@@ -298,4 +331,13 @@ class Rule:
 
     @functools.cached_property
     def program(self) -> Program:
-        return Program(self, self.operations(), ("p", *self.states))
+        """The program of a step; where hyperparameters have schedules, of the first."""
+        rule = self.at(1)
+        return Program(rule, rule.operations(), ("p", *rule.states))
+
+
+def _has_schedule(rule: Rule, name: str) -> bool:
+    value = getattr(rule, name)
+    if isinstance(value, (tuple, list)):
+        return any(map(callable, value))
+    return callable(value)

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..arrays.trees import Leaf, Tree
 from .base import Rule
-from .hyperparameters import Schedule
+from .hyperparameters import Schedule, number_names
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,28 @@ def assign(leaves: Sequence[Leaf], rule: RuleChoice) -> tuple[list[Group], list[
     return groups, group_of
 
 
+def at_step(groups: Sequence[Group], step: int) -> list[Group]:
+    """Return the groups with the values that schedules give a step, but for learning rates."""
+    found = [Group(group.label, group.rule.at(step)) for group in groups]
+    for group, now in zip(groups, found, strict=True):
+        if now.rule.states != group.rule.states:
+            raise ValueError(
+                f"{type(now.rule).__name__}: the states of {group.label!r} are"
+                f" {group.rule.states}, and {now.rule.states} with the values of step {step}; a"
+                " schedule cannot add or drop states"
+            )
+    return found
+
+
+def only_numbers_differ(old: Sequence[Group], rules: Sequence[Rule]) -> bool:
+    """Whether rules differ from the groups' in nothing that shapes or ways of computing are of."""
+    return all(
+        type(rule) is type(group.rule) and getattr(rule, name) == getattr(group.rule, name)
+        for group, rule in zip(old, rules, strict=True)
+        for name in {f.name for f in fields(rule)} - {"lr", *number_names(type(rule))}
+    )
+
+
 def with_rates(groups: Sequence[Group], lr: RateChoice) -> list[Rule]:
     """The groups' rules with other learning rates: one, or with several groups one by label."""
     if len(groups) == 1:
@@ -86,7 +108,7 @@ def with_hyperparameters(
 
 
 def check_successor(group: Group, rule: Rule) -> bool:
-    """Whether a rule differs from the group's at most in a rate that plans take from elsewhere.
+    """Return whether a rule differs from the group's at most in what plans take from elsewhere.
 
     Raises ValueError where the group's states are not the rule's.
     """
@@ -128,7 +150,7 @@ def _by_pattern(leaves: Sequence[Leaf], rules: Mapping[str, Rule]) -> tuple[list
 
 
 def matches(path: str, pattern: str) -> bool:
-    """Whether a pattern chooses the leaf of this path."""
+    """Return whether a pattern chooses the leaf of this path."""
     return fnmatchcase(path, pattern) or fnmatchcase("." + path, pattern)
 
 

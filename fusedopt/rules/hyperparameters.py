@@ -6,14 +6,14 @@ import functools
 import math
 import numbers
 import typing
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection
+from dataclasses import MISSING, dataclass, fields
 from typing import Annotated, Any, Literal
 
 from ..linalg.coefficients import Row
 
 Schedule = Callable[[int], float]
-"""The learning rate of a step, from the optimizer's step number (1 for the first step)."""
+"""The value of a hyperparameter in a step, from the optimizer's step number (1 for the first)."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Numbers:
-    """A tuple of so many numbers of one kind."""
+    """A tuple of a fixed length of numbers of one kind."""
 
     length: int
     each: Number
@@ -76,40 +76,114 @@ class Quintics:
         return a, b, c
 
 
+NONNEGATIVE = Number()
+
+
 @dataclass(frozen=True)
 class Rate:
     """A learning rate: a number, or a schedule."""
 
     def accept(self, where: str, value: Any) -> float | Schedule:
-        return value if callable(value) else Number().accept(where, value)
+        return value if callable(value) else NONNEGATIVE.accept(where, value)
 
 
-NonNegative = Annotated[float, Number()]
-Fraction = Annotated[float, Number(high=1.0)]
-Betas = Annotated[tuple[float, float], Numbers(2, Number(high=1.0))]
-ThreeBetas = Annotated[tuple[float, float, float], Numbers(3, Number(high=1.0))]
-Pair = Annotated[tuple[float, float], Numbers(2, Number())]
+Amount = Annotated[float, Number()]
+Share = Annotated[float, Number(high=1.0)]
+
+# Any: they are given as numbers or schedules, and are numbers where a step reads them (`Rule.at`).
+NonNegative = Annotated[Any, Number()]
+Fraction = Annotated[Any, Number(high=1.0)]
+Betas = Annotated[tuple[Any, Any], Numbers(2, Number(high=1.0))]
+ThreeBetas = Annotated[tuple[Any, Any, Any], Numbers(3, Number(high=1.0))]
+Pair = Annotated[tuple[Any, Any], Numbers(2, Number())]
 QuinticSet = Annotated[str | Row | tuple[Row, ...], Quintics()]
 Count = Annotated[int, Number(low=1, integer=True)]
 LearningRate = Annotated[float | Schedule, Rate()]
 
 
-def check_fields(value: Any) -> None:
-    """Checks a frozen dataclass's own hyperparameters, and stores them as their kinds do.
+def check_fields(value: Any, scheduled: Collection[str] = ()) -> None:
+    """Check a frozen dataclass's own hyperparameters, and store them as their kinds do.
 
-    TypeError or ValueError where one does not fit.
+    scheduled: names of those whose values are found, and checked, step by step. TypeError or
+    ValueError where one does not fit.
     """
-    kinds = _kinds(type(value))  # type: ignore[arg-type]  # typeshed: a class is no Hashable
-    for field in fields(value):
+    for name, where, kind, default in _checks(type(value)):  # type: ignore[arg-type]
+        given = getattr(value, name)
+        if given is not default:
+            check = _check_scheduled if name in scheduled else check_field
+            object.__setattr__(value, name, check(where, kind, given))
+
+
+@functools.cache
+def _checks(cls: Any) -> list[tuple[str, str, Any, Any]]:
+    """Return each field's name, how messages call it, its kind, and a default that needs no check.
+
+    A rule is made whenever a learning rate is set: three quarters of that were checks of defaults.
+    """
+    found = []
+    for field in fields(cls):
         if field.init:
-            where = f"{type(value).__name__}({field.name})"
-            checked = check_field(where, kinds[field.name], getattr(value, field.name))
-            object.__setattr__(value, field.name, checked)
+            where, kind = f"{cls.__name__}({field.name})", _kinds(cls)[field.name]
+            kept = field.default if _is_checked(where, kind, field.default) else MISSING
+            found.append((field.name, where, kind, kept))
+    return found
+
+
+def _is_checked(where: str, kind: Any, default: Any) -> bool:
+    """Whether a default is what a check would make of it."""
+    try:
+        return repr(check_field(where, kind, default)) == repr(default)
+    except (TypeError, ValueError):  # a field without one, or of a rule of one's own
+        return False
+
+
+def _check_scheduled(where: str, annotation: Any, value: Any) -> Any:
+    """Return a schedule, or a tuple with some; TypeError or ValueError where a number there does
+    not fit."""
+    if callable(value):
+        return value
+    kind = typing.get_args(annotation)[1]
+    if len(value) != kind.length:
+        return kind.accept(where, value)  # which refuses it
+    return tuple(
+        v if callable(v) else kind.each.accept(f"{where}[{k}]", v) for k, v in enumerate(value)
+    )
 
 
 @functools.cache
 def _kinds(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls, include_extras=True)
+
+
+def number_names(cls: Any) -> tuple[str, ...]:
+    """Return the names of a rule's hyperparameters that are numbers, or tuples of them."""
+    return _number_names(cls)  # type: ignore[arg-type,unused-ignore]
+
+
+@functools.cache
+def _number_names(cls: Any) -> tuple[str, ...]:
+    kinds = _kinds(cls)
+    return tuple(field.name for field in fields(cls) if _is_number(kinds[field.name]))
+
+
+def _is_number(annotation: Any) -> bool:
+    if typing.get_origin(annotation) is not Annotated:
+        return annotation is float  # of a user's own rule
+    kind = typing.get_args(annotation)[1]
+    each = kind.each if isinstance(kind, Numbers) else kind
+    return isinstance(each, Number) and not each.integer
+
+
+def in_step(rule: Any, name: str, step: int) -> Any:
+    """Return the value of a hyperparameter in a step; TypeError or ValueError where its schedule
+    gives none that fits."""
+    value = getattr(rule, name)
+    if isinstance(value, tuple):
+        value = tuple(each(step) if callable(each) else each for each in value)
+    elif callable(value):
+        value = value(step)
+    where = f"{type(rule).__name__}({name}) at step {step}"
+    return check_field(where, _kinds(type(rule))[name], value)  # type: ignore[arg-type]
 
 
 def check_field(where: str, annotation: Any, value: Any) -> Any:

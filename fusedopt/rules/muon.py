@@ -142,7 +142,8 @@ class Muon(Rule):
                 f"{type(self).__name__}(bias_correction): only the form 'ema' has a bias; got"
                 f" {self.form!r}"
             )
-        _ = self.iteration  # or why there is none
+        if not self.scheduled:
+            _ = self.iteration  # or why there is none
 
     @classmethod
     def with_adamw(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Literal
 
 from ..programs.arithmetic import Array
 from ..programs.elements import Element
-from ..programs.program import Operation, Program
+from ..programs.program import Operation
 from .base import REQUIRED, Convention, Rule
 from .hyperparameters import Fraction, LearningRate
 from .momentum import Momentum
@@ -79,15 +78,9 @@ class Nesterov(Rule):
     def element(self) -> Element:
         return Momentum.element if self.form == "lookahead" else nesterov
 
-    def every_operation(self) -> tuple[Operation, ...]:
-        return *self.operations(), *self.shift.operations
-
-    @functools.cached_property
-    def shift(self) -> Program:
-        """Moves p to where the gradient is wanted; the velocity takes the gradient's place."""
-        scalars = (self.momentum,)
-        ahead = Operation("lookahead", ("p", "g"), lambda t, lr: scalars, "other")
-        return Program(self, (ahead,), ("p",))
+    @property
+    def ahead(self) -> Rule | None:
+        return LookAhead(momentum=self.momentum) if self.form == "lookahead" else None
 
     def textbook(
         self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float
@@ -99,3 +92,21 @@ class Nesterov(Rule):
             return lr * (g + mu * v), (v,)
         v = mu * v + lr * g
         return (v if self.form == "lookahead" else lr * g + mu * v), (v,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LookAhead(Rule):
+    """Moves p to p - mu v, where the gradient is wanted: v takes the gradient's place."""
+
+    name = "lookahead"
+
+    momentum: Fraction = 0.9
+
+    def operations(self) -> tuple[Operation, ...]:
+        scalars = (self.momentum,)
+        return (Operation("lookahead", ("p", "g"), lambda t, lr: scalars, "other"),)
+
+    def reference(
+        self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float
+    ) -> tuple[Array, tuple[Array, ...]]:
+        return p - self.momentum * g, ()

@@ -51,6 +51,8 @@ class Rprop(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.scheduled:  # the values of a step are checked in it
+            return
         down, up = self.etas
         if not 0.0 < down < 1.0 < up:
             raise ValueError(f"Rprop(etas): expected 0 < etas[0] < 1 < etas[1], got {self.etas}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -64,6 +64,7 @@ class Accumulator:
         backend: Backend,
         tree: Tree,
         parameters: Sequence[np.ndarray],
+        leaf_states: Sequence[LeafState],
         zero_grads: bool,
         threads: int | None,
     ) -> None:
@@ -72,7 +73,7 @@ class Accumulator:
         self._counters = np.zeros(1 + len(self._sums), np.int64)
         self._rows: dict[int, list[Rows]] = {}
         rule = Accumulation()
-        spec = PlanSpec(
+        self._spec = PlanSpec(
             tree=tree.spec,
             leaves=[LeafState(stored, {}) for stored in self._sums],
             groups=[Group(rule.name, rule)],
@@ -85,22 +86,31 @@ class Accumulator:
             zero_grads=zero_grads,
             threads=threads,
         )
-        self._tree, self._spec, self._plan = tree, spec, backend.plan(spec)
-        self.watch(parameters)
+        self._tree, self._backend = tree, backend
+        self.watch(parameters, leaf_states)
 
-    def watch(self, parameters: Sequence[np.ndarray]) -> None:
-        """Takes note of where the parameters are."""
-        written = [[p, *s.arrays] for p, s in zip(parameters, self._sums, strict=True)]
+    def watch(self, parameters: Sequence[np.ndarray], leaf_states: Sequence[LeafState]) -> None:
+        """Takes note of what the optimizer writes, and where."""
+        written = [
+            [*held.written, *stored.arrays]
+            for held, stored in zip(leaf_states, self._sums, strict=True)
+        ]
         gradient_checks = self._device.GradientChecks(
-            [leaf.label for leaf in self._tree.leaves], parameters, written
+            [leaf.label for leaf in self._tree.leaves],
+            parameters,
+            written,
+            [len(held.copies) for held in leaf_states],
         )
+        beside = [a for held in leaf_states for a in held.written]
+        self._spec = replace(self._spec, beside=beside)
+        self._plan = self._backend.plan(self._spec)
         self._gradient_reader = GradientReader(
             self._tree, gradient_checks, self._device.unique_rows, self._spec, self._plan
         )
 
     @property
     def nbytes(self) -> int:
-        """Of the sums."""
+        """The bytes of the sums."""
         return sum(stored.nbytes for stored in self._sums)
 
     @property
@@ -111,7 +121,7 @@ class Accumulator:
     def add(self, grads: Any) -> int:
         """Adds a micro-batch's gradients; how many there are now."""
         if not self._rows and not self._spec.zero_grads:
-            count = self._plan.step(grads, None, False)
+            count = self._plan.step(grads, None)
             if count is not None:
                 return count
         leaves = self._gradient_reader.flatten(grads, "grads")
@@ -151,7 +161,7 @@ class Accumulator:
 
     @property
     def sums(self) -> list[np.ndarray | Rows | None]:
-        """Of each leaf; None where there was no gradient."""
+        """The sum of each leaf; None where there was no gradient."""
         counted = zip(self._sums, self._counters[1:], strict=True)
         dense = [stored.data if count else None for stored, count in counted]
         return [joined(self._rows[k]) if k in self._rows else g for k, g in enumerate(dense)]

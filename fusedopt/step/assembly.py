@@ -1,26 +1,31 @@
-"""What an optimizer is made of: leaves, rules, states and counters, and the plan of its steps."""
+"""The parts of an optimizer: leaves, rules, states and counters, and the plan of its steps."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from ..arrays import host
 from ..arrays.checks import memory_order
-from ..arrays.foreign import Watch
 from ..arrays.formats import RandomKey, compute_dtype
 from ..arrays.storage import synchronize
 from ..arrays.trees import Leaf, Tree
+from ..arrays.watch import Watch
 from ..backends import get_backend
+from ..plan.extras import Extras
+from ..plan.interface import Policy
 from ..plan.options import Options, check_grad_scale, check_seed
 from ..plan.spec import PlanSpec, results_for
 from ..rules import Rule
-from ..rules.groups import RuleChoice, assign, check_successor
-from ..system.interrupts import deferred
+from ..rules.groups import Group, RuleChoice, assign, at_step, check_successor
+from ..schedules import formula_of
+from ..system.interrupts import directly, uninterrupted
 from ..verification.plan import VerifiedPlan
 from .accumulate import ACCUMULATED, Accumulator
 from .checkpoint import HALFWAY, Snapshot
@@ -28,10 +33,12 @@ from .clipping import GradientClipper
 from .gradients import GradientReader
 from .info import StepInfo, StepInfoBuilder
 from .lazy_rows import LazyRows
-from .rates import Rates
+from .rates import Rates, StepRate
 
 if TYPE_CHECKING:
     from ..arrays.state_file import StateFile
+
+T = TypeVar("T")
 
 Arrays = tuple[list[np.ndarray], list[np.ndarray | None]]
 
@@ -42,10 +49,12 @@ class Assembly:
     first_tiles: where the leaves begin in those that they are parts of, for random bits; None:
     they are whole. Raises as `Optimizer` does.
 
-    `narrowest` is the narrowest type that gradients are computed in. `step_alone` is the plan's
-    single call for a whole step, or None where a step needs more than that. `exchanged` names the
-    context in which the parameters are something else. `parted` are the leaves that have had their
-    part of the step under way.
+    `narrowest` is the narrowest type that gradients are computed in. `whole_step` is a single call
+    for a whole step, of (grads, hessian, grad_scale, ask), which gives None where there is more to
+    a step; None where there always is. `ask` finds the learning rates that only Python knows, or is
+    None. `exchanged` names the context in which the parameters are something else. `groups` have
+    the rules as they were given, `current` those with the values that schedules gave the step that
+    was begun last. `parted` are the leaves that have had their part of the step under way.
     """
 
     def __init__(
@@ -65,17 +74,20 @@ class Assembly:
         self.device = self.backend.device
         self.device.check_options(options, state_path)
         self.groups, self.group_of = assign(leaves, rule)
+        self.current = at_step(self.groups, 1)
         self.rates = Rates(self.groups)
         clip = options.clip_by_group([group.label for group in self.groups])
         self.counters = np.zeros(1 + len(leaves), np.int64)
         parameters, copies = self.checked_arrays(self.tree)
         labels, dtypes = [leaf.label for leaf in leaves], [p.dtype for p in parameters]
+        self._layouts = [(p.shape, p.dtype.name, memory_order(p)) for p in parameters]
         self.storage.check(labels, dtypes, self.rules)
         wide = any(dtype == np.float64 for dtype in dtypes)
         self.narrowest = min(map(compute_dtype, dtypes), key=lambda d: d.itemsize)
         self.decides = options.decides(wide)
-        self.extras = options.extras(wide)
-        programs = [self.extras.program(group.rule) for group in self.groups]
+        self._extras = options.extras(wide)
+        self.extras = self._extras.at(1)
+        programs = [self.extras.program(group.rule) for group in self.current]
         self.results = results_for(programs, len(leaves))
         self.clipper = GradientClipper(
             self.paths,
@@ -88,9 +100,11 @@ class Assembly:
         )
         self.clipper.begin(1.0)
         self.parted: list[int] = []
+        self._shared_out = False
         self.exchanged = ""
         self.sums: Accumulator | None = None
         self.lazy_rows: LazyRows | None = None
+        self._token = object()
         with _state_file(state_path) as self.state_file:
             block = (self.state_file.reserve,) if self.state_file else ()
             self.leaf_states = self.device.allocate(
@@ -101,7 +115,7 @@ class Assembly:
                 saved = zip(self.paths, self.leaf_states, strict=True)
                 self.state_file.note({path: held.saved for path, held in saved})
                 self.state_file.release()
-        self.plan.give()
+        self.plan.give(self._token)
 
     @property
     def paths(self) -> list[str]:
@@ -110,8 +124,8 @@ class Assembly:
 
     @property
     def rules(self) -> list[Any]:
-        """The rule of each leaf."""
-        return [self.groups[k].rule for k in self.group_of]
+        """The rule of each leaf, with the values of the step that was begun last."""
+        return [self.current[k].rule for k in self.group_of]
 
     @property
     def snapshot(self) -> Snapshot:
@@ -136,7 +150,12 @@ class Assembly:
     def prepare(self, parameters: Sequence[np.ndarray]) -> None:
         """Make the plan anew, for these arrays and the states and rules that there are."""
         self.parameters = parameters
-        self.watch = Watch(self.tree.leaves) or None
+        watched = self.tree.leaves
+        if self.options.copy_out is not None:
+            copies = self.tree.flatten(self.options.copy_out, "copy_out")
+            pairs = zip(self.tree.leaves, copies, strict=True)
+            watched = [*watched, *(Leaf(leaf.path, _label(leaf), a) for leaf, a in pairs)]
+        self.watch = Watch(watched)
         gradient_checks = self.device.GradientChecks(
             [leaf.label for leaf in self.tree.leaves],
             parameters,
@@ -146,7 +165,7 @@ class Assembly:
         spec = PlanSpec(
             tree=self.tree.spec,
             leaves=self.leaf_states,
-            groups=self.groups,
+            groups=self.current,
             group_of=self.group_of,
             rates=self.rates.values,
             factors=self.rates.factors,
@@ -159,14 +178,16 @@ class Assembly:
             threads=self.options.threads,
             wait=self.options.wait,
             state_file=self.state_file,
+            watch=self.watch,
         )
         plan: Any
         if self.options.verify:
             plan = VerifiedPlan(self.backend, spec, self.tree.leaves)
         else:
             plan = self.backend.plan(spec)
-        plan.take()  # until all is ready; the old one stays taken, should a thread still have it
-        self.plan = plan
+        # Until all is ready; the old one stays taken, should a thread still have it.
+        plan.take(self._token)
+        self.plan, self._spec = plan, spec
         if self.lazy_rows is not None:
             self.lazy_rows.moved(spec, plan)
         elif self.options.exact:
@@ -175,71 +196,168 @@ class Assembly:
             self.tree, gradient_checks, self.device.unique_rows, spec, plan, self.lazy_rows
         )
         self.info_builder = StepInfoBuilder(self.tree, spec, self.clipper)
+        self._one_phase = all(group.rule.program.phases == 1 for group in self.current)
+        self._formulas: list[Any] | None = None  # of which the plan has been told
         self.settle_rates()
 
     def settle_rates(self) -> None:
         """Take what a step needs to know of the rules' learning rates."""
         self.rates.settle(self.groups)
+        formulas = [formula_of(group.rule.lr) for group in self.groups]
+        known = all(
+            formula is not None or not callable(group.rule.lr)
+            for formula, group in zip(formulas, self.groups, strict=True)
+        )
+        self.ask = None if known else self.rates.begin
+        self._whole: Any = self._whole_step(formulas)
         self.settle_simple()
 
     def settle_simple(self) -> None:
-        """Find the plan's own whole step, which guards itself."""
-        alone = None if self.options.verify else getattr(self.plan, "step_alone", None)
-        one_phase = all(group.rule.program.phases == 1 for group in self.groups)
-        asked = self.decides or self.options.stats or self.options.exact or self.state_file
-        simple = one_phase and not self.rates.scheduled and not asked
-        simple = simple and not self.accumulated and not self.parted
-        simple = simple and self.counters[0] != HALFWAY
-        self.step_alone: Any = alone if simple else None
+        """Take a whole step in one call where nothing is under way."""
+        halfway = self.accumulated or self.parted or self.counters[0] == HALFWAY
+        self.whole_step = None if halfway else self._whole
+
+    def share_out(self) -> None:
+        """Leave norms and sums, which are of all ranks, to Python."""
+        self._shared_out = True
+        self.settle_rates()
+
+    def _whole_step(self, formulas: list[Any]) -> Any:
+        options, plan = self.options, self.plan
+        if options.exact or options.verify or self.state_file or self._shared_out:
+            return None
+        if (
+            self._scheduled or not self._one_phase
+        ):  # programs change, or Python has its part in them
+            return None
+        if hasattr(plan, "settle"):
+            if formulas != self._formulas:
+                plan.settle(self._policy(formulas))
+                self._formulas = formulas
+            return plan.whole_step
+        simple = not (self.decides or options.stats or self.rates.scheduled)
+        return self._simple_step if simple and hasattr(plan, "step_alone") else None
+
+    def _policy(self, formulas: list[Any]) -> Policy:
+        options = self.options
+        return Policy(
+            info=StepInfo,
+            labels=[group.label for group in self.groups],
+            paths=self.paths,
+            schedules=formulas,
+            limits=self.clipper.limits,
+            by_group=self.clipper.by_group,
+            measures=self.decides,
+            clips=options.clip_norm is not None,
+            skips=options.skip_nonfinite,
+            narrow=self.narrowest == np.float32,
+            refusal=self.clipper.refusal,
+            stats=list(self.info_builder.alike.items()) if options.stats else [],
+        )
+
+    def _simple_step(self, grads: Any, hessian: Any, grad_scale: Any, ask: Any) -> StepInfo | None:
+        """Take a step that a plan makes by itself but does not tell of."""
+        number = None if grad_scale != 1.0 else self.plan.step_alone(grads, hessian)
+        return None if number is None else StepInfo(number, self.rates.used())
+
+    @property
+    def _scheduled(self) -> bool:
+        """Whether anything but learning rates has a schedule."""
+        return callable(self._extras.ema) or any(group.rule.scheduled for group in self.groups)
 
     def adopt(self, rules: Sequence[Rule]) -> None:
         """Put rules in the place of the groups' own, all of them or none."""
-        with self.exclusively("hyperparameters", settled=False):
-            self.check_caught_up("hyperparameters")
-            old = self.groups
-            kept = [check_successor(group, rule) for group, rule in zip(old, rules, strict=True)]
-            self.groups = [replace(g, rule=rule) for g, rule in zip(old, rules, strict=True)]
-            try:
-                # For 1000 tensors a new plan takes 20 ms, other rules in the old one 0.1.
-                if all(kept) or (self.lazy_rows is None and self.plan.adopt(rules)):
-                    self.settle_rates()
-                else:
-                    self.plan.synchronize()
-                    self.prepare(self.checked_arrays(self.tree)[0])
-            except BaseException:
-                self.groups = old
-                raise
+        self.check_caught_up("hyperparameters")
+        old, before = self.groups, self.current
+        kept = [check_successor(group, rule) for group, rule in zip(old, rules, strict=True)]
+        self.groups = [replace(g, rule=rule) for g, rule in zip(old, rules, strict=True)]
+        try:
+            current = at_step(self.groups, self._upcoming)
+            if all(kept):  # plans take learning rates from elsewhere
+                self.current = current
+            else:
+                self._use(current, self.extras)
+            self.settle_rates()
+        except BaseException:
+            self.groups, self.current = old, before
+            raise
+
+    def sync(self) -> None:
+        """Take the masters anew from the parameters: see `Optimizer.sync`."""
+        self.check_caught_up("sync")
+        for leaf_state in self.leaf_states:
+            synchronize(leaf_state)
+        if self.options.verify:
+            self.plan.accept()
+
+    def catch_up(self, rows: Mapping[str, np.ndarray] | None) -> None:
+        """Replay what rows have missed: see `Optimizer.catch_up`."""
+        assert self.lazy_rows is not None
+        self.clipper.begin(1.0)
+        self.lazy_rows.catch_up(rows)
+
+    @property
+    def _upcoming(self) -> int:
+        return int(self.counters[0]) + 1
+
+    def _use(self, current: Sequence[Group], extras: Extras) -> None:
+        """Let the plan have other rules and other numbers beside them."""
+        before = self.current, self.extras
+        if (current, extras) == before:
+            return
+        adopted = self.plan.adopt(current, extras)
+        self.current, self.extras = list(current), extras
+        # For 1000 tensors a new plan takes 20 ms, other rules in the old one 0.1.
+        if adopted:
+            self._spec = replace(self._spec, groups=self.current, extras=extras)
+            if self.lazy_rows is not None:
+                self.lazy_rows.moved(self._spec, self.plan)
+            return
+        try:
+            self.plan.synchronize()
+            self.prepare(self.checked_arrays(self.tree)[0])
+        except BaseException:
+            self.current, self.extras = before
+            raise
 
     def rebind(self, params: Any) -> None:
         """Take new arrays in place of the old ones: see `Optimizer.rebind`."""
         tree = Tree(params)
         self.tree.flatten(params, "params")
-        for leaf, old, rule in zip(tree.leaves, self.parameters, self.rules, strict=True):
+        for leaf, expected, rule in zip(tree.leaves, self._layouts, self.rules, strict=True):
             p = self.device.check_parameter(leaf.label, leaf.value, rule)
-            expected, got = ((a.shape, a.dtype.name, memory_order(a)) for a in (old, p))
+            got = p.shape, p.dtype.name, memory_order(p)
             if got != expected:
                 raise ValueError(
                     f"{leaf.label}: expected (shape, dtype, memory order) {expected}, got {got};"
                     " make a new optimizer for other arrays"
                 )
         parameters = self.checked_arrays(tree)[0]
+        states = [a for held in self.leaf_states for a in held.saved.values()]
+        self.device.check_apart(
+            [*("the states" for _ in states), *(leaf.label for leaf in tree.leaves)],
+            [*states, *parameters],
+        )
         self.tree = tree
+        kept = not self.watch.moved()  # otherwise the old arrays may lie in memory that is free
         for k, (old, p) in enumerate(zip(self.parameters, parameters, strict=True)):
-            moved = self.leaf_states[k] = self.leaf_states[k].rebound(p)
-            if moved.extra is not None and not self.device.same(old, p):
-                synchronize(moved)
+            held = self.leaf_states[k] = self.leaf_states[k].rebound(p)
+            if held.extra is not None and not (kept and self.device.same(old, p)):
+                synchronize(held)
         if self.sums is not None:
-            self.sums.watch(parameters)
+            self.sums.watch(parameters, self.leaf_states)
         self.prepare(parameters)
 
-    @contextmanager
-    def loading(self, what: str) -> Iterator[None]:
-        """Keep everything else out while another state is taken, be it in part (`HALFWAY`)."""
-        with self.exclusively(what):
+    def loaded(self, what: str, load: Callable[[], T]) -> T:
+        """Take another state, be it in part (`HALFWAY`), with everything else kept out."""
+
+        def settled() -> T:
             try:
-                yield
+                return load()
             finally:
                 self.settle_simple()
+
+        return self.whole(what, settled)
 
     def go_on(self, seed: int) -> None:
         """Begin anew after another state was loaded: what rows missed and sums are gone."""
@@ -250,10 +368,16 @@ class Assembly:
 
     # ---------------------------------------------------------------- steps
 
-    def step(self, grads: Any, grad_scale: float, hessian: Any) -> StepInfo:
+    def step(
+        self, grads: Any, grad_scale: float, hessian: Any, lr: StepRate | None = None
+    ) -> StepInfo:
         """Take a step of any kind: see `Optimizer.step`."""
-        with self._one_step("step", grad_scale):
+        scale = check_grad_scale(grad_scale, self.narrowest)
+
+        def step() -> StepInfo:
             return self._told(self._stepped(grads, hessian))
+
+        return self._one_step("step", scale, step, lr)
 
     def step_part(
         self, paths: Sequence[str], grads: Sequence[Any], grad_scale: float, last: bool
@@ -265,7 +389,8 @@ class Assembly:
                 "step_part: clip_norm, skip_nonfinite and exact need all gradients of a step at"
                 " once; call step() with them"
             )
-        with self._one_step("step_part", grad_scale):
+
+        def step() -> StepInfo:
             if self.accumulated:
                 raise RuntimeError("step_part: accumulated gradients are waiting; call step()")
             leaves = self._numbers(paths)
@@ -278,16 +403,27 @@ class Assembly:
             self.settle_simple()
             return self._told(number)
 
-    @contextmanager
-    def _one_step(self, what: str, grad_scale: float) -> Iterator[None]:
-        scale = check_grad_scale(grad_scale, self.narrowest)
-        with self.exclusively(what, settled=False):
-            self.rates.begin(int(self.counters[0]) + 1)
+        return self._one_step("step_part", check_grad_scale(grad_scale, self.narrowest), step)
+
+    def _one_step(
+        self,
+        what: str,
+        scale: float,
+        step: Callable[[], StepInfo],
+        lr: StepRate | None = None,
+    ) -> StepInfo:
+        def begun() -> StepInfo:
+            number = self._upcoming
+            if self._scheduled:
+                self._use(at_step(self.groups, number), self._extras.at(number))
             self.clipper.begin(scale)
             try:
-                yield
+                self.rates.begin(number, lr)
+                return step()
             finally:
                 self.rates.end()
+
+        return self.whole(what, begun, settled=False)
 
     def _told(self, number: int) -> StepInfo:
         return self.info_builder.info(number, self.rates.used())
@@ -329,17 +465,20 @@ class Assembly:
 
     def accumulate(self, grads: Any) -> int:
         """Add gradients to the sums, and return the number of micro-batches there."""
-        with self.exclusively("accumulate", settled=False):
-            if self.sums is None:
-                self.sums = Accumulator(
-                    self.backend,
-                    self.tree,
-                    self.parameters,
-                    self.options.zero_grads,
-                    self.options.threads,
-                )
-            count = self.sums.add(grads)
-            self.settle_simple()
+        return self.whole("accumulate", partial(self._accumulate, grads), settled=False)
+
+    def _accumulate(self, grads: Any) -> int:
+        if self.sums is None:
+            self.sums = Accumulator(
+                self.backend,
+                self.tree,
+                self.parameters,
+                self.leaf_states,
+                self.options.zero_grads,
+                self.options.threads,
+            )
+        count = self.sums.add(grads)
+        self.settle_simple()
         return count
 
     def _clear_sums(self) -> None:
@@ -349,21 +488,35 @@ class Assembly:
 
     # ---------------------------------------------------------------- what must hold
 
-    @contextmanager
-    def exclusively(self, what: str, *, settled: bool = True) -> Iterator[None]:
-        """Keep interrupts and other threads out; the parameters are themselves.
+    def whole(
+        self, what: str, action: Callable[[], T], *, settled: bool = True, moved: bool = False
+    ) -> T:
+        """Call an action as a whole or not at all, with other threads kept out.
 
-        settled: all steps are done.
+        settled: all steps are done, and the parameters are where they were; unless `moved`.
         """
         self.check_at_home(what)
-        with deferred():
-            self.plan.take()
+
+        def taken() -> T:
+            token = object()
+            self.plan.take(token)
+            self._token = token
             try:
                 if settled:
                     self.plan.synchronize()
-                yield
+                    if not moved:
+                        self.watch.check()
+                return action()
             finally:
-                self.plan.give()
+                self.plan.give(token)
+
+        return self.run(taken)
+
+    @property
+    def run(self) -> Callable[[Callable[[], T]], T]:
+        """What calls an action as a whole. A context of CUDA's, and MPI, are of one thread."""
+        on_host = self.device is host and self.clipper.agree is None
+        return uninterrupted if on_host else directly
 
     def check_at_home(self, what: str) -> None:
         """RuntimeError unless the parameters are themselves and the states this process's."""

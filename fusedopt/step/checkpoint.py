@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays.checks import apart
 from ..arrays.file_array import FileArray
 from ..arrays.order import memory_order, turned
 from ..arrays.stored import LeafState
@@ -83,12 +84,17 @@ class Snapshot:
         problems = list(self._problems(saved, strict, parameters))
         if problems:
             raise ValueError(f"{what} does not fit: " + "; ".join(problems))
-        self.counters[0] = HALFWAY
+        targets, sources = [], []
         for k, path in enumerate(self.paths):
-            entry = saved["leaves"][path]
             for name, held in self._held(k, parameters).items():
-                _fill(held, entry["state"][name])
-            self.counters[k + 1] = entry["t"]
+                targets.append(held)
+                sources.append(saved["leaves"][path]["state"][name])
+        sources = apart(sources, targets)
+        self.counters[0] = HALFWAY
+        for held, source in zip(targets, sources, strict=True):
+            _fill(held, source)
+        for k, path in enumerate(self.paths):
+            self.counters[k + 1] = saved["leaves"][path]["t"]
         self.counters[0] = saved["step"]
         return int(saved["seed"])
 
@@ -136,7 +142,7 @@ class Snapshot:
         return seed, saved.get("metadata")
 
     def _described(self) -> dict[str, Any]:
-        """What there is to know apart from the arrays."""
+        """Return everything but the arrays."""
         leaves = {}
         for k, (path, rule) in enumerate(zip(self.paths, self.rules, strict=True)):
             p = self.parameters[k]
@@ -234,7 +240,7 @@ def _plain(value: Any) -> Any:
 
 
 def _other_hyperparameters(rule: Rule, there: dict[str, Any], strict: bool) -> Iterator[str]:
-    """What differs; unless `strict`, of what the states themselves depend on."""
+    """Return what differs; unless `strict`, only in what the states themselves depend on."""
     here = hyperparameters(rule)
     for name in sorted(here.keys() | there.keys()):
         own, other = (side.get(name, "nothing") for side in (here, there))
@@ -243,7 +249,7 @@ def _other_hyperparameters(rule: Rule, there: dict[str, Any], strict: bool) -> I
 
 
 def _formats(leaf_state: LeafState) -> dict[str, str]:
-    """What the parameter is computed with and each state is stored in, where dtypes do not tell."""
+    """Return the formats of the parameter and of each state, where dtypes do not tell them."""
     stored = {"p": leaf_state.parameter, **leaf_state.states}
     return {name: s.format.name for name, s in stored.items()}
 

@@ -87,16 +87,12 @@ class GradientClipper:
             self.agree(self._results)
         norms = self.take_norm()
         if not all(map(math.isfinite, norms)):
-            bad = np.flatnonzero(~np.isfinite(self._results[:, 0])).tolist()
-            self.bad_leaves = tuple(self._paths[k] for k in bad)
+            refusal = self.refusal(np.flatnonzero(~np.isfinite(self._results[:, 0])).tolist())
             if self._skip:
                 self.skipped = True
                 return False
             if self._clip_norm is not None:
-                raise FloatingPointError(
-                    f"grads: {self._complaint()}; nothing has changed; skip_nonfinite=True skips"
-                    " such steps"
-                )
+                raise refusal
         if isinstance(self._clip_norm, Mapping):
             for k, (label, norm) in enumerate(zip(self._labels, norms, strict=True)):
                 limit = self._clip_norm[label]
@@ -107,9 +103,21 @@ class GradientClipper:
             self._factors[:] = self.factor * self.clip_scale
         return True
 
+    def refusal(self, bad: Sequence[int]) -> FloatingPointError:
+        """Note the leaves whose gradients are not finite, and return the error of their step."""
+        self.bad_leaves = tuple(self._paths[k] for k in bad)
+        return FloatingPointError(
+            f"grads: {self._complaint()}; nothing has changed; skip_nonfinite=True skips such steps"
+        )
+
+    @property
+    def by_group(self) -> bool:
+        """Whether each group has its own norm."""
+        return isinstance(self._clip_norm, Mapping)
+
     @property
     def limits(self) -> list[float]:
-        """Of the norm of all, or of those of the groups; infinite where there is none."""
+        """The limits on the norm of all, or of each group; infinite where there is none."""
         clip = self._clip_norm
         found = [clip[label] for label in self._labels] if isinstance(clip, Mapping) else [clip]
         return [math.inf if limit is None else limit for limit in found]

@@ -16,7 +16,6 @@ from ..arrays.trees import Tree
 from ..plan.interface import Plan
 from ..plan.spec import PlanSpec
 from ..rules.base import Rule
-from ..system.interrupts import deferred
 from .lazy_rows import LazyRows
 
 
@@ -45,12 +44,13 @@ class GradientReader:
         """One step; its number."""
         if self._lazy_rows is not None:  # which wants to see the leaves
             return self.explained(grads, hessian)
-        number = self._plan.step(grads, hessian, False)
+        number = self._plan.step(grads, hessian)
         return self.explained(grads, hessian) if number is None else number
 
     def explained(self, grads: Any, hessian: Any) -> int:
-        """What the plan did not take: refused with the reason, or laid out so that it will be."""
+        """Refuse what the plan did not take, with the reason, or lay it out anew."""
         self._checks.check_unmoved()
+        self._spec.check_unmoved()
         fitted = self._fitted(grads, "grads")
         estimates = None if hessian is None else self.estimates(hessian, fitted)
         if not self._spec.zero_grads:
@@ -114,11 +114,11 @@ class GradientReader:
         if self._lazy_rows is not None:
             self._lazy_rows.check(grads)
         before = int(self._spec.counters[0])
-        number = self._plan.step(grads, hessian, True)
+        number = self._plan.step_leaves(grads, hessian)
         if number is None:
             raise RuntimeError(
-                "the core refused arrays that passed the checks; if a parameter was resized, call"
-                " rebind(params), otherwise please report this"
+                "the core refused arrays that passed the checks; if another thread has changed them"
+                " meanwhile, keep it from that, otherwise please report this"
             )
         if self._lazy_rows is not None and number > before:
             self._lazy_rows.record(grads, hessian)
@@ -134,10 +134,9 @@ class GradientReader:
                 " dense copy in that order"
             )
         before = int(self._spec.counters[0])
-        with deferred():
-            number = self.flat(fitted, estimates)
-            for k in copied if number > before else ():
-                values_of(given[k])[...] = 0  # the step has zeroed the copy
+        number = self.flat(fitted, estimates)
+        for k in copied if number > before else ():
+            values_of(given[k])[...] = 0  # the step has zeroed the copy
         return number
 
     def check_exclusive(self, given: Sequence[Any], estimates: Sequence[Any] | None) -> None:
@@ -172,7 +171,7 @@ class GradientReader:
         return taken
 
     def _labels(self, what: str) -> list[str]:
-        """How messages call the leaves of another tree."""
+        """Return the names of the leaves of another tree, for messages."""
         return [what + leaf.label.removeprefix("params") for leaf in self._tree.leaves]
 
 

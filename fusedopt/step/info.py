@@ -1,4 +1,4 @@
-"""What a step tells of itself."""
+"""The information that a step returns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .clipping import GradientClipper
 
 
 class StepInfo(NamedTuple):
-    """What a step did.
+    """The result of one step.
 
     step: its number, 1 for the first; of a skipped one that of the step before. lr: the learning
     rate that it used; with several rules a dict of them, by pattern (or by rule name where a
@@ -43,12 +43,12 @@ class StepInfoBuilder:
         self._spec, self._clipper = spec, clipper
         programs = [spec.extras.program(group.rule) for group in spec.groups]
         # By their sums' names the leaves that have these.
-        self._alike: dict[tuple[str, ...], list[int]] = {}
+        self.alike: dict[tuple[str, ...], list[int]] = {}
         for k, group in enumerate(spec.group_of):
-            self._alike.setdefault(programs[group].sums, []).append(k)
+            self.alike.setdefault(programs[group].sums, []).append(k)
 
     def info(self, number: int, lr: float | dict[str, float]) -> StepInfo:
-        """Of the step that was taken last."""
+        """Return the information of the step that was taken last."""
         clipper, stats = self._clipper, None
         if self._spec.extras.stats and not clipper.skipped:
             stats = self._stats()
@@ -67,7 +67,7 @@ class StepInfoBuilder:
     def _stats(self) -> dict[str, dict[str, float]]:
         results = self._spec.results
         found: dict[str, dict[str, float]] = {}
-        for names, leaves in self._alike.items():
+        for names, leaves in self.alike.items():
             rows = results[leaves]
             sums = dict(zip(names, rows[:, 3:].T, strict=False))
             if "gradient" in sums:

@@ -11,8 +11,13 @@ import numpy as np
 from ..arrays.formats import compute_dtype
 from ..arrays.rows import UniqueRows, check_indices
 from ..arrays.trees import Tree
+from ..plan.extras import Extras
 from ..plan.interface import Plan
 from ..plan.spec import PlanSpec
+from ..rules.groups import Group
+
+Values = tuple[Sequence[Group], Extras]
+"""The groups and extras of a step, with the values that schedules gave it."""
 
 
 @dataclass
@@ -20,12 +25,13 @@ class Table:
     """A leaf whose gradients were of some rows.
 
     current: int64, of each row the leaf's step up to which it was updated. missed: of each step
-    after `start` its learning rate, and whether it came with a Hessian estimate.
+    after `start` its learning rate, the values of the other hyperparameters, and whether it came
+    with a Hessian estimate.
     """
 
     current: np.ndarray
     start: int
-    missed: list[tuple[float, bool]] = field(default_factory=list)
+    missed: list[tuple[float, Values, bool]] = field(default_factory=list)
 
 
 class LazyRows:
@@ -33,12 +39,13 @@ class LazyRows:
 
     def __init__(self, tree: Tree, spec: PlanSpec, plan: Plan) -> None:
         self._paths = [leaf.path for leaf in tree.leaves]
-        self._spec, self._plan = spec, plan
+        self.moved(spec, plan)
         self._tables: dict[int, Table] = {}
 
     def moved(self, spec: PlanSpec, plan: Plan) -> None:
-        """Goes on with another plan of the same leaves."""
+        """Go on with another plan of the same leaves, or other hyperparameters."""
         self._spec, self._plan = spec, plan
+        self._adopted: Values = (spec.groups, spec.extras)
 
     def check(self, grads: Sequence[Any]) -> None:
         """ValueError where a step would touch rows that are not caught up."""
@@ -69,7 +76,8 @@ class LazyRows:
             table = self._tables.setdefault(k, Table(np.full(rows, t - 1), t - 1))
             table.current[g.rows] = t
             rate = float(self._spec.rates[self._spec.group_of[k]])
-            table.missed.append((rate, hessian is not None and hessian[k] is not None))
+            refreshed = hessian is not None and hessian[k] is not None
+            table.missed.append((rate, (self._spec.groups, self._spec.extras), refreshed))
 
     @property
     def behind(self) -> list[str]:
@@ -108,17 +116,24 @@ class LazyRows:
         try:
             for step in range(int(table.current[rows].min()) + 1, t + 1):
                 behind = rows[table.current[rows] < step]
-                rate, refreshed = table.missed[step - 1 - table.start]
+                rate, values, refreshed = table.missed[step - 1 - table.start]
+                self._adopt(values)
                 spec.counters[k + 1] = step - 1
                 spec.rates[spec.group_of[k]] = rate
                 grads[k] = UniqueRows(behind, np.zeros(behind.size, np.int64), nothing)
-                if self._plan.step(grads, grads if refreshed else None, True) is None:
+                if self._plan.step_leaves(grads, grads if refreshed else None) is None:
                     raise RuntimeError("the core refused a replay; please report this")
                 table.current[behind] = step
         finally:
+            self._adopt((spec.groups, spec.extras))
             spec.counters[...], spec.rates[...] = counters, rates
         if (table.current == t).all():
             del self._tables[k]
+
+    def _adopt(self, values: Values) -> None:
+        if values != self._adopted and not self._plan.adopt(*values):
+            raise RuntimeError("the plan refused the hyperparameters of a step; please report this")
+        self._adopted = values
 
     def _t(self, k: int) -> int:
         return int(self._spec.counters[k + 1])

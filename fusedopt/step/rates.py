@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from ..rules.groups import Group
+from ..rules.hyperparameters import Number
+
+StepRate = float | Mapping[str, float]
+"""The learning rate of one step: for all groups, or for each label."""
 
 
 class Rates:
@@ -19,29 +23,51 @@ class Rates:
 
     def __init__(self, groups: Sequence[Group]) -> None:
         self.values, self.factors = np.ones(len(groups)), np.ones(len(groups))
+        self._kept: tuple[np.ndarray, float] | None = None
         self.settle(groups)
 
     def settle(self, groups: Sequence[Group]) -> None:
         """Take the learning rates of other rules from the next step on."""
         self._groups = groups
         self.scheduled = any(callable(group.rule.lr) for group in groups)
-        self.only = 0.0
-        if not self.scheduled:
-            self.use([group.rule.lr_at(1) for group in groups])
+        self.use(
+            [
+                before if callable(group.rule.lr) else group.rule.lr
+                for group, before in zip(groups, self.values.tolist(), strict=True)
+            ]
+        )
 
     def use(self, rates: Sequence[float]) -> None:
         """Set the learning rates from the next step on, and leave the rules alone."""
         self.values[:] = rates
-        self.only = float(rates[0]) if len(rates) == 1 else 0.0
+        self.only = float(rates[0]) if len(rates) == 1 and not self.scheduled else 0.0
 
-    def begin(self, step: int) -> None:
-        """Find what the schedules give a step."""
-        if self.scheduled:
+    def begin(self, step: int, lr: StepRate | None = None) -> None:
+        """Find what the schedules give a step; lr: what the caller gives it instead."""
+        if lr is not None:
+            given = self._accepted(lr)
+            self._kept = self.values.copy(), self.only
+            self.values[:], self.only = given, 0.0
+        elif self.scheduled:
             self.values[:] = [group.rule.lr_at(step) for group in self._groups]
 
     def end(self) -> None:
-        """Forget a step's factors: a step that guards itself leaves them alone."""
+        """Forget what was one step's alone; a step that guards itself leaves the factors alone."""
         self.factors[:] = 1.0
+        if self._kept is not None:
+            self.values[:], self.only = self._kept
+            self._kept = None
+
+    def _accepted(self, lr: StepRate) -> list[float]:
+        labels = [group.label for group in self._groups]
+        if not isinstance(lr, Mapping):
+            return [Number().accept("step(lr)", lr)] * len(labels)
+        if set(lr) != set(labels):
+            raise ValueError(
+                f"step(lr): expected a number, or a mapping with one for each of {labels}; got"
+                f" {dict(lr)!r}"
+            )
+        return [Number().accept(f"step(lr[{label!r}])", lr[label]) for label in labels]
 
     def used(self) -> float | dict[str, float]:
         """Return the learning rates of the last step: one number, or one for each label."""

@@ -1,4 +1,4 @@
-"""What an optimizer shows of itself."""
+"""Describe an optimizer: a table and a digest."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from .assembly import Assembly
 def describe(assembly: Assembly) -> str:
     """Return a table of what updates which leaf, and of the memory that it takes."""
     parameters, rules, leaf_states = assembly.parameters, assembly.rules, assembly.leaf_states
-    lines = table(assembly.storage, assembly.paths, parameters, rules, leaf_states)
+    given = [assembly.groups[k].rule for k in assembly.group_of]
+    lines = table(assembly.storage, assembly.paths, parameters, given, leaf_states)
     backend, s = assembly.backend, assembly.state_file
-    if backend.name != "reference":
+    if not backend.textbook:
         notes = (rule.note(p.shape) for p, rule in zip(parameters, rules, strict=True))
         lines += dict.fromkeys(filter(None, notes))
     held = sum(p.nbytes for p in parameters)

@@ -28,7 +28,7 @@ def set_isa(name: str) -> None:
 
 
 def get_threads() -> int:
-    """How many threads a step may use."""
+    """Return the number of threads that a step may use."""
     return in_use()
 
 

@@ -23,14 +23,14 @@ def nodes() -> dict[str, str]:
     return found
 
 
-def thread_nodes(processors: Sequence[Sequence[int]]) -> list[list[str]]:
-    """Return for each thread the nodes on which it may run, from the processors that it may use.
+def thread_nodes(processors: Sequence[Sequence[int]]) -> list[str]:
+    """Return for each thread the nodes on which it may run ("0,1"), from its processors.
 
     A thread of more than one is not bound: the system may move it away from the memory that it
     touched first.
     """
     of = {k: name for name, listed in nodes().items() for k in _listed(listed)}
-    return [sorted({of[k] for k in own if k in of}, key=int) for own in processors]
+    return [",".join(sorted({of[k] for k in own if k in of}, key=int)) for own in processors]
 
 
 def _listed(processors: str) -> Iterator[int]:

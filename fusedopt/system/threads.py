@@ -1,26 +1,27 @@
-"""How many threads a step may use."""
+"""Return the number of threads that a step may use."""
 
 from __future__ import annotations
 
 import os
 
 from .environment import positive_integer
+from .extension import core
 
 _in_use = _most = 1
 
 
 def in_use() -> int:
-    """How many threads a step may use; the core has a copy of its own."""
+    """Return the number of threads that a step may use; the core has a copy of its own."""
     return _in_use
 
 
 def most() -> int:
-    """How many there have ever been: at the start all that the process was granted."""
+    """Return the largest number so far: at the start, all threads that the process was granted."""
     return _most
 
 
 def use(n: int) -> None:
-    """Sets that."""
+    """Set the number of threads that a step may use."""
     global _in_use, _most
     _in_use, _most = n, max(n, _most)
 
@@ -29,7 +30,7 @@ def available() -> dict[str, int]:
     """Every limit on the number of threads that applies to this process, by its name."""
     limits = {"processors": os.cpu_count() or 1}
     if hasattr(os, "sched_getaffinity"):
-        limits["affinity"] = len(os.sched_getaffinity(0))
+        limits["affinity"] = len(granted())
     container = _container_limit()
     if container is not None:
         limits["container"] = container
@@ -41,6 +42,16 @@ def available() -> dict[str, int]:
     if own is not None:
         limits["FUSEDOPT_THREADS"] = own
     return limits
+
+
+def granted() -> set[int]:
+    """The processors that this process was granted.
+
+    With OMP_PROC_BIND, usual on HPC machines, OpenMP binds the thread that loads it to one of them
+    there and then, and every thread that this one starts has that affinity: what the process had
+    before, only OpenMP knows.
+    """
+    return set(core.bound_processors() if core else ()) or os.sched_getaffinity(0)
 
 
 def _container_limit() -> int | None:

@@ -104,8 +104,7 @@ class Engine:
     # Whether it still holds.
 
     def serves(self) -> bool:
-        """Whether the engine holds for the optimizer as it is now, after other hyperparameters were
-        taken over."""
+        """Take other hyperparameters over; return whether the engine serves the optimizer so."""
         state, groups = self._optimizer.state, self._optimizer.param_groups
         if state is not self._state or len(state) != self._entries:
             return False
@@ -150,7 +149,7 @@ class Engine:
         return rate
 
     def _takes(self, k: int, group: Mapping[str, Any]) -> bool:
-        """Whether a group's hyperparameters are those of before, or could be taken over."""
+        """Return whether a group's hyperparameters are those of before, or could be taken over."""
         values = self._optimizer._watched(group)
         if not self._in_tensors[k] and values == self._seen[k]:
             return True
@@ -319,7 +318,7 @@ class Engine:
                     self._followed[name][span][counts == t] = of(rule, t)
 
     def _key(self, name: str) -> str:
-        """What torch calls a state."""
+        """Return the name of a state in torch."""
         base, dot, part = name.partition(".")
         return str(self._optimizer._state_names.get(base, base)) + dot + part
 
@@ -350,7 +349,7 @@ def base_of(lr: Any) -> float:
 
 
 def has_tensor(value: Any) -> bool:
-    """Whether a hyperparameter is a tensor or a pair with one."""
+    """Return whether a hyperparameter is a tensor or a pair with one."""
     return isinstance(value, torch.Tensor) or (
         isinstance(value, (tuple, list)) and any(map(has_tensor, value))
     )

@@ -122,7 +122,7 @@ def tensor_of(array: np.ndarray) -> torch.Tensor:
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether this is a DTensor."""
+    """Return whether this is a DTensor."""
     return hasattr(tensor, "_local_tensor") and hasattr(tensor, "placements")
 
 

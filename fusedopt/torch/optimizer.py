@@ -92,7 +92,7 @@ class Base(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _counted(self, opt: Fused) -> bool:
-        """Whether states have a step count."""
+        """Return whether states have a step count."""
         return True
 
     # torch's interface.

@@ -14,7 +14,7 @@ from ..rules.base import Rule
 from .running_error import Bounded
 
 SLACK = 2.0
-"""A kernel may differ from the reference by so many times the bound on its rounding: the kernel
+"""How many times the bound on its rounding a kernel may differ from the reference: the kernel
 folds constants and orders operations otherwise than the textbook, whose bound it is."""
 
 
@@ -78,7 +78,7 @@ def compare(name: str, stored: Stored, reference: Bounded, key: int = 0) -> Wors
 
 
 def _span(stored: Stored, low: np.ndarray, high: np.ndarray, key: int) -> np.ndarray:
-    """What the stored format may make of the ends of intervals, of each candidate in turn."""
+    """Return what the stored format may make of the ends of intervals, by candidate."""
     if low.ndim > 1:
         pairs = zip(low, high, strict=True)
         return np.stack([_span(stored, *pair, key) for pair in pairs], axis=1)

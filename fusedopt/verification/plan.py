@@ -11,9 +11,10 @@ import numpy as np
 from ..arrays.formats import compute_dtype
 from ..arrays.rows import UniqueRows, selected, whole
 from ..arrays.trees import Leaf
+from ..plan.extras import Extras
 from ..plan.interface import Backend, ExclusiveUse
 from ..plan.spec import PlanSpec
-from ..system.interrupts import deferred
+from ..rules.groups import Group
 from .judge import judge
 
 NORM_BOUND = 1e-11
@@ -35,18 +36,18 @@ class VerifiedPlan(ExclusiveUse):
             spec,
             leaves=[leaf_state.copy() for leaf_state in spec.leaves],
             counters=spec.counters.copy(),
+            watch=None,
             zero_grads=False,  # the caller's gradients are not zeroed before all has passed
         )
         self._plan = backend.plan(self._copies)
         copied = (a for leaf_state in self._copies.leaves for a in leaf_state.written)
         self.work_bytes = self._plan.work_bytes + sum(a.nbytes for a in copied)
 
-    def step(self, grads: Any, hessian: Any, flat: bool) -> int | None:
-        if not flat:  # the gradients are needed leaf by leaf
-            return None
+    def step_leaves(self, grads: Sequence[Any], hessian: Sequence[Any] | None) -> int | None:
+        self._spec.check_unmoved()
         self._check_masters()
         self.accept()
-        number = self._plan.step(grads, hessian, True)
+        number = self._plan.step_leaves(grads, hessian)
         try:
             self._check_norms(grads)
             if number == self._spec.counters[0]:  # skipped
@@ -57,11 +58,18 @@ class VerifiedPlan(ExclusiveUse):
         except BaseException:
             self.accept()
             raise
-        with deferred():
-            for live, copy in zip(self._spec.leaves, self._copies.leaves, strict=True):
-                live.take(copy)
-            self._spec.counters[...] = self._copies.counters
+        self._spec.check_unmoved()
+        for live, copy in zip(self._spec.leaves, self._copies.leaves, strict=True):
+            live.take(copy)
+        self._spec.counters[...] = self._copies.counters
         return number
+
+    def adopt(self, groups: Sequence[Group], extras: Extras) -> bool:
+        """Take other rules for the groups; False if a new plan is needed."""
+        if not self._plan.adopt(groups, extras):
+            return False
+        self._spec = replace(self._spec, groups=groups, extras=extras)
+        return True
 
     def accept(self) -> None:
         """Takes the caller's arrays as they are now."""

@@ -37,7 +37,7 @@ class Bounded(NDArrayOperatorsMixin):
 
     @classmethod
     def exact(cls, array: np.ndarray, dtype: np.dtype) -> Bounded:
-        """What an array holds, rounded once to dtype if it is wider."""
+        """Return the values of an array, rounded once to dtype if they are wider."""
         value = array.astype(np.float64)
         with np.errstate(all="ignore"):
             return cls(value, np.abs(value.astype(dtype).astype(np.float64) - value), dtype)
@@ -67,11 +67,11 @@ class Bounded(NDArrayOperatorsMixin):
         return self._like(quotient.value, np.where(zero & (self.error > 0), np.inf, quotient.error))
 
     def capped(self, limit: float) -> Bounded:
-        """The same, of which it is known by other means that no magnitude exceeds `limit`."""
+        """Return the value with no magnitude above `limit`, which is known by other means."""
         return self._like(self.value, np.minimum(self.error, limit + np.abs(self.value)))
 
     def by_sign(self, negative: Bounded, zero: Bounded, positive: Bounded) -> Bounded:
-        """Of three arrays what each element's sign selects; the signs are taken as exact."""
+        """Select from three arrays by the sign of each element; the signs are taken as exact."""
         below, above = self.value < 0, self.value > 0
         return self._like(
             np.where(below, negative.value, np.where(above, positive.value, zero.value)),
@@ -93,7 +93,7 @@ class Bounded(NDArrayOperatorsMixin):
         return self._like(self.value.T, self.error.T)
 
     def reshape(self, *shape: int) -> Bounded:
-        """The same elements in C order."""
+        """Return the elements in another shape, in C order."""
         return self._like(self.value.reshape(*shape), self.error.reshape(*shape))
 
     def sum(self, axis: int, keepdims: bool = False) -> Bounded:
@@ -153,7 +153,7 @@ def _subtract(a: Bounded, b: Bounded) -> Bounded:
 
 
 def _spread(x: np.ndarray, error: np.ndarray) -> np.ndarray:
-    """How far an error reaches that x multiplies: what is zero adds nothing to any error."""
+    """Return the reach of an error that x multiplies: what is zero adds nothing to any error."""
     reach: np.ndarray = np.where((x == 0) | (error == 0), 0.0, x * error)
     return reach
 

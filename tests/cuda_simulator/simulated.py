@@ -116,6 +116,21 @@ def test_formats_and_all_that_a_step_does_besides(way: str, besides: str) -> Non
     assert found[0][1:] == found[1][1:]
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [
+        fo.AdamW(weight_decay=fo.schedules.Linear(0.1, 3), betas=(lambda t: 1 - 0.2 / t, 0.99)),
+        fo.Muon(momentum=lambda t: 1 - 0.2 / t),
+    ],
+    ids=["adamw", "muon"],
+)
+def test_schedules_of_hyperparameters(rule: fo.Rule, halved: None) -> None:
+    rule = exactness.elementwise(rule)
+    c = case(rule, 35, np.float32)
+    (got,), (want,) = on_device(rule, [c]), stepped(rule, [c])
+    assert_same_bits(got, want, str(rule))
+
+
 @pytest.mark.parametrize("rule", DEFAULTS.values(), ids=DEFAULTS)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_updates_of_one_tensor(rule: fo.Rule, dtype: Any, halved: None) -> None:

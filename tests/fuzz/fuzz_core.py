@@ -99,8 +99,8 @@ def bare_step(choose: Choose, twin: Twin) -> None:
         tree = twin.recipe.nest(grads) if choose([False, True]) else any_tree(choose, grads)
     hessian = choose([None, tree])
     fingerprint, before = twin.opt.fingerprint(), [contents(g) for g in grads]
-    arguments = (tree, hessian, True) if flat else (tree, hessian)
-    if refused(lambda: (plan.step if flat else plan.step_alone)(*arguments)):
+    arguments = (tree, hessian) if flat else (tree, hessian, 1.0, None)
+    if refused(lambda: (plan.step_leaves if flat else plan.whole_step)(*arguments)):
         assert twin.opt.fingerprint() == fingerprint, "a step that was refused changed something"
         assert [contents(g) for g in grads] == before, "gradients were written"
 
@@ -112,7 +112,7 @@ def single_update(choose: Choose, twin: Twin) -> None:
     given = spoilt(choose, arrays) if choose([False, True]) else arrays
     g, hessian = (any_leaf(choose, [p, *arrays]) for _ in range(2))
     t = choose([1, 2, 0, -1, 1 << 62])
-    before, program = [a.tobytes() for a in arrays], native._compile(rule.program)
+    before, program = [a.tobytes() for a in arrays], native.compiled(rule.program)
     if refused(lambda: core.update(program, rule.program.folds, t, 0.1, g, hessian, given)):
         assert [a.tobytes() for a in arrays] == before, "an update that was refused wrote"
 

@@ -30,4 +30,4 @@ def test_nodes_of_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         (tmp_path / name).mkdir()
         (tmp_path / name / "cpulist").write_text(listed + "\n")
     threads = [[0], [6, 2], [5, 3], [], [99]]
-    assert numa.thread_nodes(threads) == [["0"], ["1"], ["0", "1"], [], []]
+    assert numa.thread_nodes(threads) == ["0", "1", "0,1", "", ""]

@@ -48,12 +48,19 @@ OF_RULES = {cls.__module__ for cls in (*fusedopt.RULES.values(), fusedopt.Custom
 MODULES = [m.name for m in pkgutil.walk_packages(fusedopt.__path__, "fusedopt.")]
 
 
-@pytest.mark.parametrize("name", [m for m in MODULES if not m.endswith(("__main__", "_core"))])
+@pytest.mark.parametrize(
+    "name", [m for m in MODULES if not m.endswith(("__main__", "_core", "_jax"))]
+)
 def test_docstrings(name: str) -> None:
     if name.startswith("fusedopt.backends.cuda."):
         pytest.importorskip("numba_cuda")
     if name.startswith("fusedopt.torch"):
         pytest.importorskip("torch")
+    if name == "fusedopt.thinc":
+        pytest.importorskip("thinc")
+    if name == "fusedopt.jax":
+        pytest.importorskip("optax")
+        pytest.importorskip("fusedopt._jax")
     result = doctest.testmod(importlib.import_module(name))
     assert result.failed == 0
     if name in OF_RULES or name == "fusedopt.schedules":

@@ -1,43 +1,44 @@
-"""A plain `pytest` meets every rule and runs code of every module."""
+"""What a plain `pytest` selects."""
 
 from __future__ import annotations
 
-import ast
-import json
-import os
+import pkgutil
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import fusedopt as fo
-from exactness import ROOT, SUPPORT
+from exactness import ROOT
+from fusedopt.verify import STORAGES
 
-PACKAGE = Path(fo.__file__).parent
-ELSEWHERE = ()
-"""Modules that need an extra, run in another process or are compiled by Numba."""
-
-
-def has_functions(file: Path) -> bool:
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    return any(isinstance(node, ast.FunctionDef) for node in ast.walk(tree))
+pytestmark = pytest.mark.slow
 
 
-@pytest.mark.slow
-def test_a_plain_run_meets_every_rule_and_module(tmp_path: Path) -> None:
-    found = tmp_path / "met.json"
-    environment = {**os.environ, **SUPPORT, "FUSEDOPT_MET": str(found)}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "met", "-p", "no:cacheprovider"]
-    subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False)
-    met = json.loads(found.read_text())
-    for name in fo.RULES:
-        assert any(re.search(rf"\[(.*-)?{name}[-\]]", test) for test in met["tests"]), name
-    files = {
-        str(file.relative_to(PACKAGE)): str(file) in met["files"]
-        for file in PACKAGE.rglob("*.py")
-        if has_functions(file)
-    }
-    missed = {name for name, was_met in files.items() if not was_met}
-    assert not {name for name in missed if not name.startswith(ELSEWHERE)}
+@pytest.fixture(scope="module")
+def selected() -> list[str]:
+    """The tests of a plain run, which this one is not."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return [line for line in done.stdout.splitlines() if "::" in line]
+
+
+def values(selected: list[str], test: str) -> set[str]:
+    found = (re.search(rf"::{test}\[(.*)\]", line) for line in selected)
+    return {match[1] for match in found if match}
+
+
+def test_a_plain_run_meets_every_module(selected: list[str]) -> None:
+    modules = {m.name for m in pkgutil.walk_packages(fo.__path__, "fusedopt.")}
+    without = {m for m in modules if m.endswith(("__main__", "_core"))}
+    assert values(selected, "test_docstrings") == modules - without
+
+
+def test_a_plain_run_meets_every_rule_and_storage(selected: list[str]) -> None:
+    verified = values(selected, "test_every_rule_is_within_its_bound")
+    rules, storages = zip(*(case.split("-", 1) for case in verified), strict=True)
+    assert ({*rules}, {*storages}) == ({*fo.RULES}, {*STORAGES})
+    assert len(verified) < len(fo.RULES) * len(STORAGES) / 4
+    exact = values(selected, "test_instruction_sets")
+    assert {case.partition("-")[0] for case in exact} == {*fo.RULES}

@@ -93,10 +93,10 @@ def test_a_context_keeps_late_steps_away(context: str) -> None:
     # A thread that has come past the check for contexts when another one enters it.
     p, g = np.ones(5), np.ones(5)
     optimizer = fo.Optimizer(p, fo.Nesterov(form="lookahead"), ema=0.9)
-    late = optimizer._assembly.step_alone
+    late = optimizer._assembly.whole_step
     assert late is not None
     with getattr(optimizer, context)(), pytest.raises(RuntimeError, match=IN_USE):
-        late(g, None)
+        late(g, None, 1.0, None)
     assert p.tolist() == [1.0] * 5
     assert optimizer.step(g).step == 1
 
@@ -123,13 +123,13 @@ def test_a_context_that_is_refused_restores_nothing() -> None:
 def test_what_was_replaced_is_of_no_use_to_a_late_thread(change: str) -> None:
     p, q, g = np.zeros(5), np.zeros(5), np.ones(5)
     optimizer = fo.Optimizer(p, fo.SGD(lr=1.0))
-    late = optimizer._assembly.step_alone
+    late = optimizer._assembly.whole_step
     assert late is not None
     state = optimizer.state_dict()
     argument: Any = {"rebind": q, "load_state_dict": state}[change]
     getattr(optimizer, change)(argument)
     with pytest.raises(RuntimeError, match=IN_USE):
-        late(g, None)
+        late(g, None, 1.0, None)
     assert p.tolist() == q.tolist() == [0.0] * 5
     assert optimizer.step(g).step == 1
 
@@ -137,11 +137,11 @@ def test_what_was_replaced_is_of_no_use_to_a_late_thread(change: str) -> None:
 def test_a_late_thread_steps_with_the_hyperparameters_that_were_replaced() -> None:
     p, g = np.zeros(5), np.ones(5)
     optimizer = fo.Optimizer(p, fo.SGD(lr=1.0))
-    late = optimizer._assembly.step_alone
+    late = optimizer._assembly.whole_step
     assert late is not None
     optimizer.replace(weight_decay=0.5)
-    assert late(g, None) == 1
-    assert late(g, None) == 2
+    assert late(g, None, 1.0, None).step == 1
+    assert late(g, None, 1.0, None).step == 2
     assert p.tolist() == [-1.5] * 5  # 0 - 1, and then -1 - (1 - 0.5)
 
 

@@ -271,14 +271,14 @@ def test_a_wrong_norm_is_seen_by_verification() -> None:
     params, grads = tensors()
     opt = fo.Optimizer(params, fo.SGD(), clip_norm=1.0, verify=True)
     opt.step(grads)
-    inner = opt._assembly.plan._plan.step
+    inner = opt._assembly.plan._plan.step_leaves
 
     def wrong(*arguments: Any) -> Any:
         number = inner(*arguments)
         opt._assembly.results[2, 0] *= 1 + 1e-9
         return number
 
-    opt._assembly.plan._plan.step = wrong
+    opt._assembly.plan._plan.step_leaves = wrong
     before = opt.fingerprint()
     with pytest.raises(fo.VerificationError, match=r"params\['c'\]: the norm of its gradient"):
         opt.step(grads)

@@ -76,7 +76,7 @@ class DeviceArray:
 
     @property
     def flags(self) -> Any:
-        """In which orders the elements lie."""
+        """The memory orders in which the elements are contiguous."""
         both = self.ndim < 2 or self.size < 2
         return SimpleNamespace(
             c_contiguous=both or self.order == "C", f_contiguous=both or self.order == "F"
@@ -84,7 +84,7 @@ class DeviceArray:
 
     @property
     def producer(self) -> Producer:
-        """What tells the stream of the array, without keeping an array of the caller's alive."""
+        """The object that tells the stream, without keeping the caller's array alive."""
         if isinstance(self.owner, Memory):
             return self.owner
         return Library(self.library, self.device, self.named_stream)
@@ -108,7 +108,7 @@ class DeviceArray:
 
     @property
     def memory(self) -> Memory:
-        """Its bytes."""
+        """The bytes of the array."""
         return Memory(self.address, self.nbytes, self)
 
     @property

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from ...arrays.formats import compute_dtype
 from ...plan.interface import Plan
-from ...plan.spec import PlanSpec, single
-from ...rules import Nesterov, Rule
+from ...plan.spec import PlanSpec
 
 
 class CudaBackend:
     """Kernels on arrays of CuPy, PyTorch and Numba, where they lie."""
 
     name = "cuda"
+    textbook = False
+    update_alone = None
 
     def unavailable(self) -> str | None:
         try:
@@ -34,7 +33,7 @@ class CudaBackend:
 
     @property
     def device(self) -> Any:
-        """What checks and makes arrays."""
+        """The `Device` that checks and makes arrays."""
         from . import device
 
         return device
@@ -45,28 +44,13 @@ class CudaBackend:
 
         programs = [spec.extras.program(group.rule) for group in spec.groups]
         for k, group in enumerate(spec.group_of):
+            self.device.check_rule(spec.groups[group].rule, spec.leaves[k].caller)
             dtype = compute_dtype(spec.leaves[k].parameter.format.dtype)
             for op in programs[group].operations:
                 if op.kernel is None and op.element is not None:
                     own = len(op.scalars(1, 0.1))
                     check_element(op.element, dtype, len(op.operands) - 2, own)
         return CudaPlan(spec, programs)
-
-    def update(
-        self,
-        rule: Rule,
-        t: int,
-        lr: float,
-        arrays: tuple[Any, ...],
-        g: np.ndarray,
-        hessian: np.ndarray | None,
-        checked: bool,
-    ) -> bool:
-        if not checked:
-            return False
-        self.device.check_rule(rule, arrays[0])
-        plan = self.plan(single(rule, rule.program, t, lr, arrays))
-        return plan.step([g], None if hessian is None else [hessian], True) is not None
 
     def sums_of_squares(self, arrays: Sequence[Any]) -> Sequence[tuple[float, float]] | None:
         from .arrays import DeviceArray
@@ -75,9 +59,3 @@ class CudaBackend:
         if not arrays or not all(isinstance(a, DeviceArray) for a in arrays):
             return None
         return sums_of_squares(arrays)
-
-    def shift(self, rule: Nesterov, p: Any, v: Any) -> None:
-        from .arrays import stored
-        from .plan import CudaPlan
-
-        CudaPlan(single(rule, rule.shift, 1, 0.0, [stored(p)]), [rule.shift]).step([v], None, True)

@@ -85,7 +85,7 @@ def block_kernel(variant: Variant) -> Kernel:
 
 
 def _body(variant: Variant) -> list[str]:
-    """What a thread does with its elements of a tile, from the i-th on."""
+    """Return the lines of a thread's work on its elements of a tile, from the i-th on."""
     lines = []
     for name, format in variant.loaded:
         if format.quantized:
@@ -138,7 +138,7 @@ def _encoding(name: str, format: Format, j: int) -> list[str]:
 
 
 class BlockFunctions(NamedTuple):
-    """How a block is encoded.
+    """The functions that encode a block.
 
     magnitude: of a value, the number whose largest is wanted. largest: that of all threads of the
     block. scaled: from it whether the block has a scale other than zero and NaN, the scale, and

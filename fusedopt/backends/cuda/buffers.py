@@ -41,8 +41,10 @@ class Memory:
 
     @classmethod
     def reused(cls, size: int, stream: int) -> Memory:
-        """The same, for use on one stream; when this object goes, the next who asks gets them. To
-        free memory makes the host wait for the device, and to allocate may."""
+        """Return memory for use on one stream, which is used again when this object goes.
+
+        To free memory makes the host wait for the device, and to allocate may.
+        """
         rounded = max(256, 1 << (size - 1).bit_length())
         free = _FREE.setdefault((current_device(), stream, rounded), [])
         try:
@@ -112,12 +114,12 @@ class Echo:
         call("cuEventRecord", self._event.handle, stream)
 
     def arrived(self) -> bool:
-        """Whether what was asked for last is here."""
+        """Return whether what was asked for last is here."""
         return SIMULATED or bool(self._event.query())
 
     @property
     def value(self) -> int:
-        """What has arrived."""
+        """The value that has arrived."""
         return int(self._here[0])
 
 

@@ -1,4 +1,4 @@
-"""What may be a parameter or a gradient on a device: see `fusedopt.arrays.checks`."""
+"""Check parameters and gradients on a device: see `fusedopt.arrays.checks`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _read(label: str, array: Any) -> tuple[device_interface.Description, np.dtyp
 
 
 def _order(shape: tuple[int, ...], strides: Sequence[int] | None, size: int) -> str:
-    """In which orders the elements lie densely: "C", "F", both, or none."""
+    """Return the orders in which the elements are dense: "C", "F", both, or none."""
     if strides is None or 0 in shape:
         return "CF" if sum(n > 1 for n in shape) < 2 or 0 in shape else "C"
     found = ""
@@ -177,7 +177,7 @@ class GradientChecks:
         return opened(tree)
 
     def copied(self, given: Sequence[Any], fitted: Sequence[DeviceArray | None]) -> list[int]:
-        """Of which gradients the step has been given a copy."""
+        """Return the gradients of which the step has been given a copy."""
         pairs = enumerate(zip(given, fitted, strict=True))
         return [
             k

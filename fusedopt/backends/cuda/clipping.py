@@ -44,7 +44,7 @@ class DeviceClipper:
         self._asked = 0
 
     def table(self, sums: Sums, stream: int) -> Memory:
-        """What `queue` needs to know of these leaves."""
+        """Return the table of these leaves that `queue` needs."""
         norms = np.array(self._spec.group_of)[sums.leaves] if self._norms > 1 else 0
         rows = np.stack([np.broadcast_to(norms, sums.leaves.shape), sums.leaves], axis=1)
         return uploaded(rows.astype(np.int64), stream)

@@ -27,15 +27,17 @@ __all__ = [
     "allocate",
     "blank",
     "check_apart",
-    "check_input",
     "check_options",
     "check_parameter",
     "check_rule",
     "check_state",
+    "check_summed",
     "check_target",
     "same",
     "unique_rows",
 ]
+
+check_summed = check_input
 
 LINE = 256
 """Bytes: new arrays begin on a multiple of it."""
@@ -147,5 +149,5 @@ def blank(parameters: Sequence[DeviceArray]) -> list[Stored]:
 
 
 def same(a: DeviceArray, b: DeviceArray) -> bool:
-    """Whether two arrays have the same elements, any NaN being like any other."""
+    """Return whether two arrays have the same elements, any NaN being like any other."""
     return np.array_equal(a.copy(), b.copy(), equal_nan=True)

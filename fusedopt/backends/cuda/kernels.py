@@ -21,9 +21,9 @@ import numpy as np
 from ...arrays.formats import FLOAT64, TILE, Format
 from ...jit import scalar_codecs as bits
 from ...jit.block_codecs import BLOCKS, element_functions
-from ...jit.tiles import MODES, normal_or_zero_of
+from ...jit.tiles import normal_or_zero_of
 from ...programs.elements import ELEMENTS, OF_STATES, Element
-from ...programs.program import HEAD, Operation, Program
+from ...programs.program import HEAD, Operation, Program, loop_lines
 from .toolkit import MAX_REGISTERS, MORE_REGISTERS, Kernel
 from .vectors import VECTOR_BYTES, loader, storer, word_loader
 
@@ -50,8 +50,11 @@ _NORMAL = float(np.finfo(np.float32).smallest_normal)
 
 
 class Step(NamedTuple):
-    """An operation as a kernel needs it. written: of the operands. scalars: so many, with those
-    before the operation's own. mode: of the loop round a rule. state: stored as states are."""
+    """An operation as a kernel needs it.
+
+    written: of the operands. scalars: their number, with those before the operation's own. mode: of
+    the loop around a rule. state: stored as states are.
+    """
 
     element: Element
     loop: str
@@ -63,7 +66,7 @@ class Step(NamedTuple):
 
     @classmethod
     def of(cls, program: Program, op: Operation) -> Step:
-        """That of an operation of a program."""
+        """Return the kernel's form of an operation of a program."""
         states = op.operands[2:]
         written = op.operands[:1]
         if op.loop == "rule":
@@ -97,7 +100,7 @@ def planes(name: str, format: Format) -> list[tuple[str, int]]:
 
 @dataclass(frozen=True)
 class Variant:
-    """What leaves have in common that one kernel serves.
+    """The common properties of the leaves that one kernel serves.
 
     steps: what is done, in order. temporaries: names that are no arrays. dtype: of the arithmetic.
     formats: by name, of the arrays that the leaves have. mirrors: of the copies of the parameter.
@@ -115,7 +118,7 @@ class Variant:
 
     @functools.cached_property
     def arrays(self) -> list[tuple[str, Format]]:
-        """Those of a row of the table, by name, in its order."""
+        """The arrays of a row of the table, by name, in its order."""
         used = {name for step in self.steps for name in step.operands}
         own = [(name, format) for name, format in self.formats if name in used]
         return own + list(zip(self.copies, self.mirrors, strict=False))
@@ -165,7 +168,7 @@ class Variant:
 
     @property
     def chunk(self) -> int:
-        """How many elements a block works on."""
+        """The number of elements that a block works on."""
         return VECTORS * THREADS * self.width
 
     @property
@@ -183,8 +186,10 @@ class Variant:
 def operations_of(
     program: Program, phase: int, refreshed: bool, sums: bool = False
 ) -> list[Operation]:
-    """Those that are carried out in a phase; refreshed: there is a Hessian estimate. sums: those
-    that add up as well."""
+    """Return the operations that are carried out in a phase.
+
+    refreshed: whether there is a Hessian estimate. sums: whether operations that sum are included.
+    """
     return [
         op
         for op in program.operations
@@ -196,7 +201,7 @@ def operations_of(
 
 
 def _element_lines(step: Step, k: int) -> list[str]:
-    """What the k-th step does to variables that are named after its operands."""
+    """Return the lines of the k-th step, in variables that are named after its operands."""
     scalars, head = _scalars(step, k), HEAD[step.loop]
     operands = [f"x_{name}" for name in step.operands]
     if step.loop == "sum":
@@ -204,20 +209,19 @@ def _element_lines(step: Step, k: int) -> list[str]:
     if step.loop in ("filter", "other"):
         value = f"element{k}({', '.join([*operands, *scalars])})"
         return [f"{operands[0]} = " + (f"normal({value})" if step.state else value)]
-    gradient, before, after = MODES[step.mode]
     p, g, *states = operands
-    if step.loop == "peek":
-        after = f"{states.pop()} = delta"
+    target = states.pop() if step.loop == "peek" else p
+    gradient, before, after = loop_lines(step.mode, target, scalars[1])
     new = [f"x_{name}" for name in step.written[1:]] if step.loop == "rule" else []
     lines = [
         f"w = {p}",
         f"gradient = {scalars[0]} * {g}",
-        gradient.replace("decay", scalars[1]),
-        before.replace("decay", scalars[1]),
+        gradient,
+        before,
         f"result = element{k}({', '.join(['w', 'gradient', *states, *scalars[head:]])})",
         "delta = result[0]" if states else "delta = result",
         *(f"{name} = normal(result[{j}])" for j, name in enumerate(new, 1)),
-        after.replace("p[i]", p).replace("decay", scalars[1]),
+        after,
     ]
     return [line for line in lines if line]
 
@@ -262,7 +266,7 @@ def _encoded(variant: Variant, name: str, format: Format) -> str:
 
 
 def _computed(variant: Variant) -> list[str]:
-    """What is done to one element between its loads and its stores."""
+    """Return the lines for one element between its loads and its stores."""
     return [
         *(f"x_{n} = T(decode_{n}({', '.join(_codes(n, f))}))" for n, f in variant.loaded),
         *(f"x_{name} = zero" for name in variant.temporaries),
@@ -309,7 +313,7 @@ def sums_of_element(variant: Variant) -> tuple[Any, int]:
 
 
 def _surroundings(variant: Variant) -> dict[str, Any]:
-    """What the function of one element uses."""
+    """Return the names that the function of one element uses."""
     namespace: dict[str, Any] = {
         "__name__": __name__,
         "T": variant.dtype.type,
@@ -374,7 +378,7 @@ def step_kernel(variant: Variant) -> Kernel:
 
 
 def kernel_names(variant: Variant, width: int) -> dict[str, Any]:
-    """What every kernel of a variant uses, whose threads work on so many elements at a time."""
+    """Return the names that every kernel of a variant uses, at `width` elements a thread."""
     namespace: dict[str, Any] = {
         "one": one_element(variant),
         "word": word_loader(),
@@ -401,7 +405,7 @@ def unsigned(word: Any) -> Any:
 
 
 def beginning(variant: Variant) -> list[str]:
-    """What a thread does before its first element: the factor, its row, addresses and keys."""
+    """Return the lines before a thread's first element: the factor, its row, addresses and keys."""
     lines = []
     if variant.clipped:
         signs = [f"c{k}_0" for k, step in enumerate(variant.steps) if HEAD[step.loop] == 2]
@@ -420,7 +424,7 @@ def beginning(variant: Variant) -> list[str]:
 
 
 def _body(variant: Variant, count: int) -> list[str]:
-    """Loads of so many elements from the i-th on, then the function of each, then the stores."""
+    """Return the lines that load `count` elements from the i-th on, compute and store them."""
     loaded = [plane for name, format in variant.loaded for plane in planes(name, format)]
     written = [plane for name, format in variant.written for plane in planes(name, format)]
     lines = [f"v_{n} = load{count}_{n}(a_{n} + {size // 8} * i)" for n, size in loaded]
@@ -443,7 +447,7 @@ def place(k: int, count: int) -> str:
 
 
 def one_values(variant: Variant, k: int, count: int) -> list[str]:
-    """What `one` is given of the k-th of `count` elements, without the scalars."""
+    """Return the arguments of `one` for the k-th of `count` elements, without the scalars."""
     values = []
     for name in one_arguments(variant):
         if name == "place":

@@ -24,7 +24,7 @@ from .vectors import VECTOR_BYTES
 
 
 class Placed(Protocol):
-    """What a launch needs to know of an array: see `arrays.DeviceArray`."""
+    """The part of an array that a launch needs: see `arrays.DeviceArray`."""
 
     address: int
     size: int
@@ -67,8 +67,11 @@ class Table:
 
 
 class Place(NamedTuple):
-    """What a row of a table has of an array. words: see `kernels.columns`. aligned: whether the
-    addresses among them are on the boundaries of vectors."""
+    """The part of a row of a table that is about one array.
+
+    words: see `kernels.columns`. aligned: whether the addresses among them are on the boundaries of
+    vectors.
+    """
 
     words: tuple[int, ...]
     aligned: bool
@@ -191,8 +194,11 @@ class RowSquares:
 
 
 def segments_of(rows: np.ndarray, length: int, before: int) -> list[list[int]]:
-    """The segments of a parameter that rows of so many elements touch: where each begins, the
-    first of these rows and the one behind the last, counted from `before` on."""
+    """Return the segments of a parameter that rows of `length` elements touch.
+
+    Of each segment: where it begins, the first of these rows and the one behind the last, counted
+    from `before` on.
+    """
     if not length:
         return []
     first = rows * length // SEGMENT

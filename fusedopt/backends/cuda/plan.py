@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from operator import is_
 from typing import Any, NamedTuple
@@ -17,9 +17,11 @@ from ...arrays.formats import PLAIN, compute_dtype
 from ...arrays.rows import UniqueRows, values_of
 from ...arrays.stored import ArraySpec
 from ...arrays.trees import Fixed, opened
+from ...plan.extras import Extras
 from ...plan.interface import ExclusiveUse
 from ...plan.spec import PlanSpec
-from ...programs.program import HEAD, Program
+from ...programs.program import Operation, Program
+from ...rules.groups import Group, only_numbers_differ
 from ...system.interrupts import deferred
 from .arrays import DeviceArray, Producer
 from .buffers import Memory, on_device, synchronize, wait_for
@@ -34,7 +36,7 @@ from .stats import SumLaunch
 
 @dataclass
 class Bound:
-    """What a step launches for the same inputs.
+    """The launches of a step for the same inputs.
 
     active: the leaves that take part; touched: elements of each. before, after: launches, in whose
     midst are the products of `matrices`. sums: of squares, where a norm is wanted; table: what the
@@ -55,18 +57,20 @@ class Bound:
 
 
 class Queued(NamedTuple):
-    """A launch, the scalars of its operations (how many come before an operation's own, and what
-    computes these), the group of its leaves, and one of them, whose step count all have."""
+    """A launch, its operations, the group of its leaves, and one of them, whose step count all
+    have."""
 
     launch: Launch | SumLaunch
-    scalars: Sequence[tuple[int, Callable[[int, float], Sequence[float]]]]
+    operations: Sequence[Operation]
     group: int
     leaf: int
 
 
 def _leaves(spec: Any, tree: Any) -> list[Any]:
-    """What stands at the leaves of a `Tree.spec`, in its order; where the tree has another shape,
-    something else than there was in one of its shape."""
+    """Return the values at the leaves of a `Tree.spec`, in its order.
+
+    A tree of another shape gives something else than one of that shape did.
+    """
     if isinstance(spec, tuple):
         keys, children = spec
         fits = isinstance(tree, dict) and len(tree) == len(keys)
@@ -98,7 +102,7 @@ class Known:
             raise TypeError("only its own exchange knows when this array may be read")
 
     def again(self, x: Any) -> bool:
-        """Whether this is the same array, or a tensor in its place, in the same memory."""
+        """Return whether this is the same array, or a tensor in its place, in the same memory."""
         if x is None:  # as a reference to what is gone is
             return False
         same = self._array() is x
@@ -123,7 +127,7 @@ class Seen:
         self._addresses = [g.address for g in tensors]
 
     def again(self, given: Sequence[Any]) -> bool:
-        """Whether these are the same arrays in the same memory."""
+        """Return whether these are the same arrays in the same memory."""
         if len(given) != len(self._known):
             return False
         # The usual case, without the checks of each array that the last line makes.
@@ -148,7 +152,6 @@ class CudaPlan(ExclusiveUse):
     def __init__(self, spec: PlanSpec, programs: Sequence[Program]) -> None:
         super().__init__()
         self._spec, self._programs = spec, programs
-        self._filtered = [any(op.loop == "filter" for op in p.operations) for p in programs]
         self._parameters: list[Any] = [memory.caller for memory in spec.leaves]
         self._first = self._parameters[0]
         self._dtypes = [compute_dtype(m.parameter.format.dtype) for m in spec.leaves]
@@ -172,6 +175,19 @@ class CudaPlan(ExclusiveUse):
                     spec, clipper, self._first, self._first.current_stream
                 )
 
+    def adopt(self, groups: Sequence[Group], extras: Extras) -> bool:
+        """Take other rules for the groups; False if a new plan is needed."""
+        programs = [extras.program(group.rule) for group in groups]
+        pairs = zip(programs, self._programs, strict=True)
+        if self._work and not only_numbers_differ(self._spec.groups, [g.rule for g in groups]):
+            return False
+        if not all(new.fits(old) for new, old in pairs):
+            return False
+        self._spec = replace(self._spec, groups=groups, extras=extras)
+        self._programs = programs
+        self._bound = self._key = self._seen = self._fixed = None
+        return True
+
     def _make_work_space(self) -> None:
         """Directions of the leaves whose rule has two phases."""
         phased = [k for k, g in enumerate(self._spec.group_of) if self._programs[g].phases > 1]
@@ -187,21 +203,27 @@ class CudaPlan(ExclusiveUse):
     def step_alone(self, grads: Any, hessian: Any) -> int | None:
         """Take a whole step, which needs nothing around it, of the arrays of the step before."""
         with deferred():
-            self.take()
+            token = object()
+            self.take(token)
             try:
-                return self.step(grads, hessian, False)
+                return self.step(grads, hessian)
             finally:
-                self.give()
+                self.give(token)
 
-    def step(self, grads: Any, hessian: Any, flat: bool) -> int | None:
+    def step(self, grads: Any, hessian: Any) -> int | None:
+        """Take a step with the arrays of the step before; None where these are others."""
         with on_device(self._first.device):
             self._look(idle=False)
-            if flat:
-                self._bind(grads, hessian)
-            elif not self._known(grads, hessian):
+            if not self._known(grads, hessian):
                 return None
-            elif hessian is None and isinstance(grads, Fixed):
+            if hessian is None and isinstance(grads, Fixed):
                 self._fixed = weakref.ref(grads)
+            return self._run()
+
+    def step_leaves(self, grads: Sequence[Any], hessian: Sequence[Any] | None) -> int | None:
+        with on_device(self._first.device):
+            self._look(idle=False)
+            self._bind(grads, hessian)
             return self._run()
 
     def synchronize(self) -> None:
@@ -223,7 +245,7 @@ class CudaPlan(ExclusiveUse):
     # ---------------------------------------------------------------- what is given
 
     def _known(self, grads: Any, hessian: Any) -> bool:
-        """Whether these are the arrays of the step before, in the same places, on its stream."""
+        """Return whether these are the arrays, places and stream of the step before."""
         if self._bound is None or self._bound.stream != self._first.current_stream:
             return False
         fixed = self._fixed and self._fixed()
@@ -296,8 +318,7 @@ class CudaPlan(ExclusiveUse):
             for k in members:
                 rows += self._rows(k, variant, grads[k], estimates[k])
             launch = Launch(variant, rows, self._first.device, stream)
-            scalars = [(HEAD[op.loop], op.scalars) for op in operations]
-            made.append(Queued(launch, scalars, group, members[0]))
+            made.append(Queued(launch, operations, group, members[0]))
         return made
 
     def _sums(
@@ -324,8 +345,7 @@ class CudaPlan(ExclusiveUse):
             leaves[k] = grads[k], [places[name] for name, _ in variant.arrays]
         columns = [3 + program.sums.index(name) for name in names]
         launch = SumLaunch(variant, leaves, columns, self._first.device, stream)
-        scalars = [(HEAD[op.loop], op.scalars) for op in operations]
-        return [Queued(launch, scalars, group, members[0])]
+        return [Queued(launch, operations, group, members[0])]
 
     def _variant(self, k: int, phase: int, g: Any, estimate: Any) -> Variant:
         program, memory = self._programs[self._spec.group_of[k]], self._spec.leaves[k]
@@ -363,7 +383,7 @@ class CudaPlan(ExclusiveUse):
         return self._places[k] | inputs
 
     def _rows(self, k: int, variant: Variant, g: Any, estimate: Any) -> list[list[int]]:
-        """What a launch's table has of a leaf."""
+        """Return the rows of a launch's table for a leaf."""
         places = self._places_with(k, g, estimate)
         first_tile = self._spec.keys[k][0].first_tile
         if isinstance(g, UniqueRows):
@@ -422,21 +442,12 @@ class CudaPlan(ExclusiveUse):
 
     def _launch(self, launches: Sequence[Queued], stream: int) -> None:
         spec, clipper = self._spec, self._clipper
-        for launch, scalars, group, leaf in launches:
-            lr, factor = float(spec.rates[group]), float(spec.factors[group])
-            sign, base, slope = self._programs[group].head
-            # With a guard the kernel puts the factor, which it alone knows, on this sign.
-            factor = sign if clipper else sign * factor
-            heads: Any = (
-                (),
-                (factor,),
-                (1.0 if self._filtered[group] else factor, base + slope * lr),
-            )
+        for launch, operations, group, leaf in launches:
+            lr, program = float(spec.rates[group]), self._programs[group]
+            # A clipper's kernel applies the factor, which it alone knows.
+            factor = 1.0 if clipper else float(spec.factors[group])
             t = int(spec.counters[leaf + 1]) + 1
-            values: list[float] = []
-            for head, own in scalars:
-                values += heads[head]
-                values += own(t, lr)
+            values = [x for op in operations for x in program.scalars(op, t, lr, factor)]
             more = [clipper.factor(group, launch.dtype)] if clipper else []
             launch.run(values, stream, *more, *[t - 1] * launch.random)
 
@@ -451,7 +462,7 @@ class CudaPlan(ExclusiveUse):
                     self._library.orthogonalize(self._views[k], stack, rule.iteration, factor)
 
     def _decided(self, sums: Sums, stream: int) -> bool:
-        """What `decide` says to sums that were queued: the one place where a step waits."""
+        """Return what `decide` says to sums that were queued: the one place where a step waits."""
         self._spec.results[sums.leaves, :2] = sums.found(stream)
         assert self._spec.decide is not None
         return self._spec.decide()

@@ -85,8 +85,11 @@ UNROLLED = 8
 
 @functools.cache
 def squares_kernel(format: Format, dtype: np.dtype) -> Kernel:
-    """Sums of squares of arrays, one for each segment: (table, blocks, partial sums, so many
-    segments, scale). A row of the table: elements, address."""
+    """Return the kernel of sums of squares of arrays, one sum for each segment.
+
+    It takes (table, blocks, partial sums, number of segments, scale). A row of the table: elements,
+    address.
+    """
     wide = textwrap.indent
     source = _SQUARES.format(
         reduced=REDUCED,
@@ -102,10 +105,12 @@ def squares_kernel(format: Format, dtype: np.dtype) -> Kernel:
 
 @functools.cache
 def row_squares_kernel(format: Format, dtype: np.dtype) -> Kernel:
-    """Sums of squares of rows, one for each segment of their parameter: (parts, pairs, partial
-    sums, so many parts, scale). A part: the address of the values, elements of a row, where the
-    segment begins, the first of its pairs and the one behind the last. A pair: a row of the
-    parameter, and that of the values."""
+    """Return the kernel of sums of squares of rows, one sum for each segment of their parameter.
+
+    It takes (parts, pairs, partial sums, number of parts, scale). A part: the address of the
+    values, elements of a row, where the segment begins, the first of its pairs and the one behind
+    the last. A pair: a row of the parameter, and that of the values.
+    """
     names = _squares_names(format, dtype)
     return Kernel(_ROW_SQUARES.format(reduced=REDUCED), 4, 1, dtype, names)
 

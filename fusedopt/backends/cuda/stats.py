@@ -61,10 +61,13 @@ def kernel({arguments}):
 
 @functools.cache
 def sums_kernel(variant: Variant) -> Kernel:
-    """The sums of a variant's steps: (parts, pairs, partial sums of the first, then of the next,
-    ..., so many parts, scalars). A part: the address of the words of a leaf's arrays, elements of a
-    row, where a segment begins, the first of its pairs and the one behind the last. A pair: a row
-    of the parameter, and that of the inputs."""
+    """Return the kernel of the sums of a variant's steps.
+
+    It takes (parts, pairs, partial sums of the first, then of the next, ..., number of parts,
+    scalars). A part: the address of the words of a leaf's arrays, elements of a row, where a
+    segment begins, the first of its pairs and the one behind the last. A pair: a row of the
+    parameter, and that of the inputs.
+    """
     element, count = sums_of_element(variant)
     namespace: dict[str, Any] = {
         "sums_of": element,
@@ -100,7 +103,7 @@ def sums_kernel(variant: Variant) -> Kernel:
 
 
 def _body(variant: Variant, count: int) -> list[str]:
-    """What a thread does with the i-th element."""
+    """Return the lines of a thread's work on the i-th element."""
     lines = []
     for name, format in variant.loaded:
         at = "(i + ahead)" if name in INPUTS else "i"

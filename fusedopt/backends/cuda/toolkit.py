@@ -72,7 +72,7 @@ def device(function: FunctionType) -> Any:
 class Kernel:
     """The function `kernel` that `source` defines.
 
-    words: so many int64 are its leading arguments. scalars: so many of dtype are the rest.
+    words: the number of its leading arguments, int64. scalars: that of the rest, of dtype.
     namespace: constants, and plain functions, which are compiled too. registers: of a thread at
     most, by the type of the arithmetic. Compiled at the first launch.
     """

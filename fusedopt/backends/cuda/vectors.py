@@ -21,7 +21,7 @@ VECTOR_BYTES = 16
 _FLOATS = {32: np.float32, 64: np.float64}
 
 _SHIFTS = {16: (0, 16), 8: (0, 8, 16, 24), 4: (4, 0, 12, 8, 20, 16, 28, 24)}
-"""Positions of the codes of so many bits in a 32-bit word; of two in a byte the first is high."""
+"""Positions of codes in a 32-bit word by their bits; of two in a byte the first is high."""
 
 
 def loader(bits: int, count: int) -> Any:
@@ -201,8 +201,10 @@ def word_storer() -> Any:
 
 @functools.cache
 def group_largest(lanes: int) -> Any:
-    """Return the function of a number below 2^31, uint32, that gives the largest of so many
-    neighbouring threads, all of which call it."""
+    """Return a function that gives the largest number among `lanes` neighbouring threads.
+
+    All of them call it with a number below 2^31, uint32.
+    """
     if SIMULATED:
         return _simulated_largest(lanes)
     from numba import cuda

@@ -14,11 +14,11 @@ from ...arrays.rows import UniqueRows, values_of
 from ...arrays.stored import Stored
 from ...jit import unavailable
 from ...jit.operations import tile_function
+from ...plan.extras import Extras
 from ...plan.interface import ExclusiveUse, Plan
-from ...plan.spec import INPUTS, PlanSpec, single
-from ...programs.program import HEAD, Program
-from ...rules import Nesterov, Rule
-from ...system.interrupts import deferred
+from ...plan.spec import INPUTS, PlanSpec
+from ...programs.program import Program
+from ...rules.groups import Group
 from ..matrices import Matrices
 
 GRADIENT, HESSIAN, PARAMETER = range(3)
@@ -28,6 +28,8 @@ class NumbaBackend:
     """Kernels that Numba compiles on NumPy arrays."""
 
     name = "numba"
+    textbook = False
+    update_alone = None
     device = host
 
     def unavailable(self) -> str | None:
@@ -42,22 +44,6 @@ class NumbaBackend:
     def plan(self, spec: PlanSpec) -> Plan:
         return NumbaPlan(spec, [spec.extras.program(group.rule) for group in spec.groups])
 
-    def update(
-        self,
-        rule: Rule,
-        t: int,
-        lr: float,
-        arrays: tuple[Any, ...],
-        g: np.ndarray,
-        hessian: np.ndarray | None,
-        checked: bool,
-    ) -> bool:
-        if not checked:
-            return False
-        plan = self.plan(single(rule, rule.program, t, lr, arrays))
-        with deferred():
-            return plan.step([g], [hessian], True) is not None
-
     def sums_of_squares(self, arrays: Sequence[Any]) -> Sequence[tuple[float, float]] | None:
         from .tables import sums_of_dense
 
@@ -69,13 +55,9 @@ class NumbaBackend:
 
         return sums_of_dense(arrays)
 
-    def shift(self, rule: Nesterov, p: np.ndarray, v: np.ndarray) -> None:
-        spec = single(rule, rule.shift, 1, 0.0, [Stored.plain(p)])
-        NumbaPlan(spec, [rule.shift]).step([v], None, True)
-
 
 def selected_size(gradient: Any) -> int:
-    """How many elements of a parameter a step touches."""
+    """Return the number of elements of a parameter that a step touches."""
     if isinstance(gradient, UniqueRows):
         return len(gradient.rows) * int(gradient.values[:1].size)
     return int(gradient.size)
@@ -130,8 +112,18 @@ class NumbaPlan(ExclusiveUse):
         self._random: list[tuple[int, int, RandomKey]] = []  # operand, leaf, key
         self._lay_out()
 
+    def adopt(self, groups: Sequence[Group], extras: Extras) -> bool:
+        """Take other rules for the groups; False if a new plan is needed."""
+        programs = [extras.program(group.rule) for group in groups]
+        pairs = zip(programs, self._programs, strict=True)
+        if not all(new.fits(old) for new, old in pairs) or not self._matrices.adopt(groups):
+            return False
+        self._ops = {(g, dtype): _compiled(programs[g], dtype) for g, dtype in self._ops}
+        self._programs = programs
+        return True
+
     def _lay_out(self) -> None:
-        """What stays the same from step to step: the operands but for the inputs."""
+        """Fill in what stays the same from step to step: the operands but for the inputs."""
         from ...jit.driver import OPERAND
 
         rows = [self._row(k) for k in range(len(self._spec.leaves))]
@@ -178,9 +170,7 @@ class NumbaPlan(ExclusiveUse):
             row["decode"] = tiles.decoder(stored.format, dtype).address
         row["encode"] = tiles.encoder(stored.format, dtype, copy).address
 
-    def step(self, grads: Any, hessian: Any, flat: bool) -> int | None:
-        if not flat:  # the optimizer checks, and sees to it that this is not interrupted
-            return None
+    def step_leaves(self, grads: Sequence[Any], hessian: Sequence[Any] | None) -> int | None:
         spec = self._spec
         active = [k for k, g in enumerate(grads) if g is not None]
         self._take(GRADIENT, active, grads)
@@ -240,13 +230,10 @@ class NumbaPlan(ExclusiveUse):
             if kind in folded:
                 continue
             program, lr = self._programs[g], float(spec.rates[g])
-            sign, base, slope = program.head
-            factor = float(spec.factors[g]) * sign
-            filtered = any(op.loop == "filter" for op in program.operations)
-            heads = {1: (factor,), 2: (1.0 if filtered else factor, base + slope * lr), 0: ()}
+            factor = float(spec.factors[g])
             folded[kind] = [
-                np.array([*heads[HEAD[op.loop]], *fold(t, lr)], np.float64).astype(dtype)
-                for op, fold in zip(program.operations, program.folds, strict=True)
+                np.array(program.scalars(op, t, lr, factor), np.float64).astype(dtype)
+                for op in program.operations
             ]
         return folded
 
@@ -281,6 +268,7 @@ class NumbaPlan(ExclusiveUse):
             n = self._spec.leaves[k].parameter.size
             leaf = table.add_leaf(n, first, count, steps, used, written, sums, grads[k])
             summed[k] = leaf, sums
+        self._spec.check_unmoved()
         total = table.run(self._spec.threads)
         for k, (leaf, sums) in summed.items():
             program = self._programs[self._spec.group_of[k]]

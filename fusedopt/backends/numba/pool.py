@@ -8,11 +8,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
+from ...system.extension import core
+from ...system.threads import granted
+
 _pool: ThreadPoolExecutor | None = None
 
 
 def parallel_for(parts: int, threads: int, run: Callable[[int], None]) -> None:
-    """run(part) for each part, on so many threads, of which this is one. run must not raise."""
+    """Call run(part) for each part, on `threads` threads with this one; run must not raise."""
     left = deque(range(parts))
 
     def work() -> None:
@@ -35,12 +38,18 @@ def parallel_for(parts: int, threads: int, run: Callable[[int], None]) -> None:
 def _workers() -> ThreadPoolExecutor:
     global _pool
     if _pool is None:
-        _pool = ThreadPoolExecutor(os.cpu_count() or 1, "fusedopt")
+        _pool = ThreadPoolExecutor(os.cpu_count() or 1, "fusedopt", _unbind)
     return _pool
 
 
+def _unbind() -> None:
+    """A new thread has the affinity of the one that made it, which OpenMP may have bound."""
+    if core is not None and core.bound_processors():
+        os.sched_setaffinity(0, granted())
+
+
 def _forget() -> None:
-    """In a forked child, where the threads do not exist."""
+    """Forget the threads in a forked child, where they do not exist."""
     global _pool
     _pool = None
 

@@ -22,7 +22,7 @@ PARTS_PER_THREAD = 16
 
 
 def address(a: np.ndarray) -> int:
-    """Where an array's memory begins."""
+    """Return the address at which an array's memory begins."""
     return int(a.__array_interface__["data"][0])
 
 
@@ -81,8 +81,10 @@ class Table:
         return number
 
     def run(self, threads: int | None) -> Callable[[int, int], float]:
-        """Runs them, on at most so many threads; what comes back gives a sum from the numbers of
-        its leaf and operand."""
+        """Run the operations, on at most `threads` threads.
+
+        Returns a function that gives a sum from the numbers of its leaf and operand.
+        """
         partials = np.zeros(max(1, self._partials))
         if self._elements:
             leaves, steps = np.array(self._leaves, LEAF), np.array(self._steps, STEP)
@@ -150,7 +152,7 @@ def _squares(
 
 
 def elements_of(a: Any) -> int:
-    """Of the rows up to the last that a gradient touches, or of all."""
+    """Return the number of elements up to the last row that a gradient touches, or of all."""
     if not isinstance(a, UniqueRows):
         return int(a.size)
     return int(a.rows[-1] + 1) * a.values[:1].size if len(a.rows) else 0

@@ -1,4 +1,4 @@
-"""This machine's speed in a minute: the work behind `fusedopt bench`."""
+"""Measure the speed of this machine in a minute: the work behind `fusedopt bench`."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ LEAST = 0.03
 
 @dataclass(frozen=True)
 class Change:
-    """How a contender's time changed in a case.
+    """The change of a contender's time in one case, from one run to another.
 
     before, after: median seconds. ratio: after over before; where the limit was measured, both in
     units of their own run's limit, so that a machine with slower memory that day shows no change.
@@ -42,7 +42,7 @@ class Change:
 
 
 def changes(a: Bench, b: Bench) -> Iterator[Change]:
-    """Of every contender that both runs have in a case, in the order of `a`."""
+    """Yield the changes of all contenders that both runs have in a case, in the order of `a`."""
     others = {_key(row): row for row in b.rows}
     for row in a.rows:
         other = others.get(_key(row))

@@ -52,7 +52,7 @@ def idle(problem: Problem, sweep: Step) -> Contender:
 
 
 def memory(problem: Problem) -> Contender:
-    """The same reads and writes with next to no arithmetic, by NumPy in threads."""
+    """Read and write the same bytes with next to no arithmetic, by NumPy in threads."""
     return idle(problem, Sweep(problem.traffic))
 
 
@@ -178,7 +178,7 @@ Entrants = dict[str, Callable[[Problem], Contender]]
 
 
 def entrants(rule: str, tensors: int) -> Entrants:
-    """Who can step so many tensors by this rule here, by the contender's name."""
+    """Return the contenders that can step `tensors` tensors by this rule here, by name."""
     able: Entrants = {LIMIT: memory, "fusedopt": fused, "textbook": textbook}
     if tensors == 1:
         able["fusedopt.update"] = functional
@@ -192,6 +192,6 @@ def entrants(rule: str, tensors: int) -> Entrants:
 
 
 def enter(problem: Problem, *names: str) -> list[Contender]:
-    """Those of the named contenders that can step this problem here."""
+    """Return those of the named contenders that can step this problem here."""
     able = entrants(problem.rule.name, len(problem.leaves))
     return [able[name](problem) for name in names if name in able]

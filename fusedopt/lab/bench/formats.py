@@ -85,12 +85,12 @@ class Stored:
 
     @property
     def elements(self) -> int:
-        """Of all parameters together."""
+        """The number of elements of all parameters together."""
         return sum(p.size for p in self.params.values())
 
     @property
     def traffic(self) -> list[tuple[list[Array], list[Array]]]:
-        """Of each tensor the gradient, and parameter, states and what belongs to them."""
+        """Yield for each tensor its gradient, and the parameter with all that a step writes."""
         leaf_states = {name: self.optimizer.leaf_state(name)[0] for name in self.params}
         return [
             ([self.grads[name]], [a for stored in memory.stored for a in stored.arrays])
@@ -99,7 +99,7 @@ class Stored:
 
     @property
     def bytes_per_step(self) -> int:
-        """What a step must read and write; copies are only written."""
+        """The bytes that a step must read and write; copies are only written."""
         copies = (a for name in self.params for a in self.optimizer.leaf_state(name)[0].mirrors)
         return moved(self.traffic) + sum(a.nbytes for a in copies)
 

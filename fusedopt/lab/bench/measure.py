@@ -34,12 +34,12 @@ class Times:
         return {name: self.median(name) for name in self.seconds}
 
     def ratio(self, a: str, b: str) -> float:
-        """How many times as long as b a takes: the median of the rounds' own ratios."""
+        """Return the time of a over the time of b: the median of the ratios within each round."""
         pairs = zip(self.seconds[a], self.seconds[b], strict=True)
         return statistics.median(x / y for x, y in pairs)
 
     def difference(self, a: str, b: str) -> float:
-        """How many seconds longer than b a takes: the median of the rounds' own differences."""
+        """Return by how many seconds a takes longer than b, as the median over the rounds."""
         pairs = zip(self.seconds[a], self.seconds[b], strict=True)
         return statistics.median(x - y for x, y in pairs)
 

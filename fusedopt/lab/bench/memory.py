@@ -1,4 +1,4 @@
-"""How fast memory lets a step be, measured without a compiler."""
+"""Measure the speed that memory allows a step, without a compiler."""
 
 from __future__ import annotations
 

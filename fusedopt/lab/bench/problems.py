@@ -17,7 +17,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 Step = Callable[[], object]
 
 SAMPLES = 1_000_000
-"""About so many elements of a problem are compared where a step is checked."""
+"""The number of elements of a problem that are compared where a step is checked."""
 
 
 def gpt2_block(prefix: str = "h.0") -> dict[str, tuple[int, ...]]:
@@ -134,19 +134,19 @@ class Problem:
 
     @property
     def written_states(self) -> list[int]:
-        """Which states a step changes: the reference hands back the others as it got them."""
+        """Return the names of the states that a step changes."""
         p, g, *states = (np.ones(1) for _ in range(2 + len(self.rule.states)))
         _, new = self.rule.reference(p, g, tuple(states), t=1, lr=0.1)
         return [k for k, (a, b) in enumerate(zip(states, new, strict=True)) if a is not b]
 
     @property
     def elements(self) -> int:
-        """Of all parameters together."""
+        """The number of elements of all parameters together."""
         return sum(leaf.p.size for leaf in self.leaves)
 
     @property
     def traffic(self) -> list[tuple[list[Array], list[Array]]]:
-        """Of each tensor the arrays that a step only reads, and those that it reads and writes."""
+        """Yield for each tensor the arrays that a step only reads, and those that it writes."""
         written = set(self.written_states)
         kept = set(range(len(self.rule.states))) - written
         return [
@@ -156,7 +156,7 @@ class Problem:
 
     @property
     def bytes_per_step(self) -> int:
-        """What a step must read and write: each array once, and twice where it changes."""
+        """The bytes that a step must move: each array once, and twice where it changes."""
         return moved(self.traffic)
 
     def sample(self) -> list[Array]:

@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind, as numbers."""
+"""The results of a benchmark, as numbers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Row:
         return self.times.ratio(LIMIT, contender) if LIMIT in self.seconds else None
 
     def record(self) -> dict[str, Any]:
-        """The same as values for JSON, with what follows from it."""
+        """Return the result as values for JSON, with the figures that follow from it."""
         contenders = {
             name: {
                 "median_s": self.times.median(name),
@@ -90,7 +90,7 @@ class Bench:
         return median(limits) if limits else None
 
     def record(self) -> dict[str, Any]:
-        """The same as values for JSON."""
+        """Return the result as values for JSON."""
         return {
             **asdict(self),
             "limit": {"gb_s": self.limit_gb_s, "how": HOW},

@@ -44,7 +44,7 @@ FILES = ("bench.json", "roofline.png")
 class BenchOptions:
     """rules: names in `fo.RULES`. size: elements of the large tensor. rounds: samples of each
     contender at most. seconds: of measuring, shared between the cases; each gets `FEWEST` rounds.
-    out: the directory of the picture and the numbers. threads: at most so many, where the process
+    out: the directory of the picture and the numbers. threads: the most to use, where the process
     may use more. json: where the numbers go too.
 
     Raises ValueError for a number out of range or a rule that does not exist.
@@ -225,7 +225,7 @@ def _threads(wanted: int | None) -> Iterator[None]:
 
 
 def starved(wanted: int | None) -> list[str]:
-    """What makes this process slower than its machine, in words."""
+    """Return, in words, what makes this process slower than its machine."""
     info = fo.info()
     threads, limits = info["threads"], dict(info["thread_limits"])
     processors = limits.pop("processors")

@@ -1,4 +1,4 @@
-"""How results look: tables on a terminal, aligned lines in a pipe."""
+"""Show results: tables on a terminal, aligned lines in a pipe."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .result import FUSED, Row
 
 
 def duration(seconds: float) -> str:
-    """In the unit that leaves the fewest digits."""
+    """Format a duration in the unit that leaves the fewest digits."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= scale:
             return f"{seconds / scale:.3g} {unit}"
@@ -20,8 +20,10 @@ def duration(seconds: float) -> str:
 
 
 def table(console: Console, rows: Sequence[Row]) -> None:
-    """Of one group: fusedopt's time, speed and share of the limit, and the others' times, each
-    with how many times as long it is."""
+    """Return the table of one group: time, speed and share of the limit, and the others' times.
+
+    Each of the others has the ratio of its time to fusedopt's.
+    """
     others = list(dict.fromkeys(n for r in rows for n in r.seconds if n not in (FUSED, LIMIT)))
     limited = any(LIMIT in row.seconds for row in rows)
     head = ["", FUSED, *(["GB/s", "of limit"] if limited else []), *others]

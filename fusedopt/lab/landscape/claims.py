@@ -1,4 +1,4 @@
-"""What each scene shows, as numbers of its paths.
+"""Compute what each scene shows, as numbers of its paths.
 
 A claim takes the paths by label, in the order of the scene's runs, and the objective.
 """
@@ -197,14 +197,14 @@ def _crossings(heights: Array) -> int:
 
 
 def _overshoot(path: Path, objective: Objective) -> Array:
-    """How far past the minimum each weight gets, seen from the start."""
+    """Return how far past the minimum each weight gets, seen from the start."""
     away = path.points - objective.minimum
     furthest: Array = np.maximum(-np.sign(away[0]) * away, 0).max(axis=0)
     return furthest
 
 
 def _exponent(steps: Array) -> float:
-    """Of the power of t that fits best, by least squares of the logarithms."""
+    """Return the exponent of t that fits best, by least squares of the logarithms."""
     t = np.arange(1, len(steps) + 1)
     return float(np.polyfit(np.log(t), np.log(steps), 1)[0])
 

@@ -32,7 +32,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Path:
-    """Where a run went, in T steps, all float64.
+    """The path of a run of T steps, all float64.
 
     run: whose path this is. points: (T + 1, 2), the start first. probes: (T, 2), where each
     gradient was taken: the point itself, but for the look-ahead form. gradients: (T, 2). losses:
@@ -47,12 +47,12 @@ class Path:
 
     @property
     def moves(self) -> Array:
-        """What each step added, (T, 2)."""
+        """The displacement of each step, (T, 2)."""
         return np.diff(self.points, axis=0)
 
     @property
     def lengths(self) -> Array:
-        """Of the steps, (T,)."""
+        """The lengths of the steps, (T,)."""
         lengths: Array = np.linalg.norm(self.moves, axis=1)
         return lengths
 

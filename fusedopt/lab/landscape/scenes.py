@@ -19,7 +19,7 @@ from .paths import Path, Run, walk
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What runs where, what that shows, and how it is drawn.
+    """A scene: the runs, the claims that they show, and how they are drawn.
 
     name: of its files. title: what is seen. claim: that, as numbers of the paths. panels: the
     picture's rows; heights: theirs, in inches. footer: what signs mean, where they need it.

@@ -30,7 +30,7 @@ class Shown:
     files: tuple[File, ...]
 
     def record(self) -> dict[str, Any]:
-        """The same as plain values, every point of every path among them."""
+        """Return the scene as plain values, with every point of every path."""
         scene = self.scene
         return {
             "name": scene.name,

@@ -1,4 +1,4 @@
-"""What a race shows while it runs: a live table on a terminal, plain lines in a pipe."""
+"""Show a race while it runs: a live table on a terminal, plain lines in a pipe."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Board:
             yield
 
     def title(self, text: str) -> None:
-        """What is being done."""
+        """The activity that the board names."""
         self._title = text
 
     def trying(self, rule: str, rate: float, tried: Mapping[float, float]) -> None:

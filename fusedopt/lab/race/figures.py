@@ -81,7 +81,7 @@ def step_times(race: Race) -> Figure:
 
 
 def heading(made: Figure, title: str) -> None:
-    """What is seen, above the picture."""
+    """The heading above the picture."""
     made.suptitle(title, fontsize=TITLE, fontweight="bold", x=0.02, ha="left")
 
 

@@ -31,7 +31,7 @@ class Lane:
 
     @property
     def steps(self) -> int:
-        """How many were done."""
+        """The number of steps that were done."""
         return len(self.history.losses)
 
     @property
@@ -50,7 +50,7 @@ class Lane:
         return fmean(self.history.losses[-50:])
 
     def train(self, steps: int) -> None:
-        """Take so many steps more; a loss that is not finite ends the run."""
+        """Take `steps` more steps; a loss that is not finite ends the run."""
         try:
             deque(islice(self._descent, steps), maxlen=0)
         except FloatingPointError:

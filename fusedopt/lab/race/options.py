@@ -1,4 +1,4 @@
-"""What `fusedopt race` is asked for."""
+"""The options of `fusedopt race`."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class RaceOptions:
             self.run(rule, None, self.steps)
 
     def run(self, rule: str, lr: float | None, steps: int) -> TrainOptions:
-        """One rule's run, or trial, of so many steps."""
+        """Return the options of one rule's run, or trial, of `steps` steps."""
         return TrainOptions(
             rule=rule,
             lr=lr,

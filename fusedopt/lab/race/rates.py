@@ -37,7 +37,7 @@ def best(tried: Tried) -> float:
 
 @dataclass
 class RateBook:
-    """What was tried so far, written to `file` with every entry.
+    """The learning rates that were tried so far, written to `file` with every entry.
 
     settings: all that the losses depend on but rule and rate.
     """

@@ -1,4 +1,4 @@
-"""What a race leaves behind, as numbers."""
+"""The results of a race, as numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .rates import as_rows
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a rule did in a race.
+    """The result of one rule in a race.
 
     lr: peak learning rate. rules: path pattern -> rule in words. steps: how many were done.
     held_out: (step, seconds of training, loss in nats per character), step 0 before the first
@@ -39,7 +39,7 @@ class Outcome:
 
     @classmethod
     def of(cls, lane: Lane) -> Outcome:
-        """Of a lane as it stands; times one optimizer step on fresh parameters."""
+        """Return the outcome of a lane, with the time of one step on fresh parameters."""
         options = lane.setup.options
         fresh = Setup.of(options)
         x, y = (part[: options.batch] for part in fresh.held_out)
@@ -70,7 +70,7 @@ class Outcome:
         return math.inf if self.failed else self.held_out[-1][2]
 
     def seconds_to(self, target: float) -> float | None:
-        """Of training, until the held-out loss is `target`, on straight lines between evaluations.
+        """Return the seconds of training until the held-out loss is `target`, by interpolation.
 
         None where it was not reached.
         """
@@ -103,7 +103,7 @@ class Race:
     machine: dict[str, Any]
 
     def record(self) -> dict[str, Any]:
-        """The same as values for JSON; losses that are not finite are None."""
+        """Return the result as values for JSON; losses that are not finite are None."""
         outcomes = [
             {
                 **asdict(outcome),

@@ -1,4 +1,4 @@
-"""What a training run did so far."""
+"""The history of a training run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclass
 class History:
-    """What a run did so far. tokens: those of one update; the rest as in `Result`."""
+    """The history of a run. tokens: those of one update; the rest as in `Result`."""
 
     tokens: int
     losses: list[float] = field(default_factory=list)

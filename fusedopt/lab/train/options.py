@@ -1,4 +1,4 @@
-"""What a training run is asked for."""
+"""The options of a training run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DTYPES = {"float32": FLOAT32, "bfloat16": BFLOAT16}
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """What `fusedopt train` is asked for.
+    """The options of `fusedopt train`.
 
     data: a UTF-8 text, None for the default one. rule: a name in `fo.RULES`. steps: updates.
     batch: windows per micro-batch; accumulate: micro-batches per update, whose gradients are
@@ -34,8 +34,8 @@ class TrainOptions:
     and sample, at least 0. out: the directory for `run.json` and `loss.png`, made if it is not
     there; both are overwritten. json: a second place for the JSON.
     checkpoint: a file that holds all the run needs to go on, written at the end and at Ctrl-C;
-    checkpoint_every: also after every so many steps. resume: such a file of an equal run to go on
-    from.
+    checkpoint_every: the number of steps after which it is written, too. resume: such a file of an
+    equal run to go on from.
     dtype: in which parameters are kept and gradients handed over, "float32" or "bfloat16"; the
     model computes in float32 all the same. state_dtype, master, rounding, backend, threads: of the
     optimizer; the threads of the model's products are NumPy's affair.
@@ -102,7 +102,7 @@ class TrainOptions:
 
     @property
     def tokens(self) -> int:
-        """Of one update."""
+        """The number of tokens of one update."""
         return self.batch * self.context * self.accumulate
 
     @property
@@ -112,12 +112,12 @@ class TrainOptions:
 
     @property
     def curvature(self) -> str:
-        """How it is estimated: a name in `recipes.ESTIMATORS`."""
+        """The estimator of curvature: a name in `recipes.ESTIMATORS`."""
         return self.estimator or "gnb"
 
     @property
     def refresh(self) -> int:
-        """How many steps there are from one estimate of curvature to the next."""
+        """The number of steps from one estimate of curvature to the next."""
         return self.hessian_every or HESSIAN_EVERY
 
     @property

@@ -25,7 +25,7 @@ class Ranks:
 
     @classmethod
     def of_process(cls) -> Ranks:
-        """Those that mpiexec started this process with; ImportError where mpi4py is missing."""
+        """Return the ranks that mpiexec started; ImportError where mpi4py is missing."""
         if not any(int(os.environ.get(name, "1")) > 1 for name in SIZES):
             return cls(None)
         from mpi4py import MPI
@@ -33,7 +33,7 @@ class Ranks:
         return cls(MPI.COMM_WORLD)
 
     def own(self, batch: int) -> slice:
-        """This rank's windows of a batch; ValueError where it cannot be divided."""
+        """Return this rank's windows of a batch; ValueError where the batch cannot be divided."""
         if batch % self.size:
             raise ValueError(f"batch: expected a multiple of the {self.size} ranks, got {batch}")
         count = batch // self.size
@@ -45,7 +45,7 @@ class Ranks:
 
     @contextmanager
     def first_alone(self) -> Iterator[bool]:
-        """Whether this is rank 0, whose OSError or ValueError inside is raised on all ranks."""
+        """Tell whether this is rank 0; its OSError or ValueError inside is raised on all ranks."""
         error: Exception | None = None
         try:
             yield self.rank == 0

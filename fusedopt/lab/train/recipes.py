@@ -1,4 +1,4 @@
-"""What each rule trains the small GPT with: learning rates that work, and which leaves it gets."""
+"""The recipe of each rule for the small GPT: learning rates that work, and its leaves."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ LEARNING_RATES = {
     "soap": 6e-3,
 }
 
-# Rules that take curvature get it at the first step and at every so many steps after it, as in
-# Sophia's paper.
+# Rules that take curvature get it at the first step and at every tenth step after it, as in the
+# paper of Sophia.
 HESSIAN_EVERY = 10
 
 # What Sophia does with an estimate of curvature. Products with the Hessian can be negative, for

@@ -1,4 +1,4 @@
-"""What a training run leaves behind: a record, its JSON, its picture, and what it prints."""
+"""The report of a training run: a record, its JSON, its picture, and what it prints."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Result:
 
     @property
     def steps(self) -> int:
-        """How many steps were done."""
+        """The number of steps that were done."""
         return len(self.train_losses)
 
     @property
@@ -75,7 +75,7 @@ class Result:
 
     @property
     def clipped_steps(self) -> int:
-        """How many steps had a gradient whose norm was above `clip`."""
+        """The number of steps whose gradient had a norm above `clip`."""
         limit = self.options["clip"]
         return 0 if limit is None else sum(norm > limit for norm in self.grad_norms)
 

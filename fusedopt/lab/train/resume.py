@@ -74,7 +74,7 @@ def go_on(setup: Setup, file: Path) -> tuple[History, list[str]]:
 
 
 def surroundings(backend: str) -> dict[str, Any]:
-    """What has a say in the last bits, beside the options; all of it goes into JSON.
+    """Return what influences the last bits beside the options, as values for JSON.
 
     blas, blas_threads: what multiplies NumPy's matrices, with how many threads; "unknown" and None
     where it does not tell.

@@ -95,7 +95,7 @@ class Setup:
 
     @property
     def parameters(self) -> int:
-        """How many numbers are trained."""
+        """The number of trained elements."""
         return sum(leaf.value.size for leaf in Tree(self.params).leaves)
 
 

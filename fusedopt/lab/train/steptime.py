@@ -1,4 +1,4 @@
-"""How long one optimizer step takes, next to the same step written in NumPy."""
+"""Time one optimizer step, next to the same step written in NumPy."""
 
 from __future__ import annotations
 

@@ -1,0 +1,79 @@
+#include "clipping.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <limits>
+#include <utility>
+
+namespace fusedopt {
+namespace {
+
+constexpr double INF = std::numeric_limits<double>::infinity();
+
+// The sum of numbers >= 0, rounded once, so that no order shows; infinite where it leaves float64.
+// Its parts do not overlap and together are exact (Shewchuk 1997, "Adaptive precision
+// floating-point arithmetic", theorem 10).
+double exact_sum(const std::vector<double>& values) {
+  std::vector<double> parts;  // the smallest first
+  for (double rest : values) {
+    std::size_t kept = 0;
+    for (double part : parts) {
+      if (std::fabs(rest) < std::fabs(part)) std::swap(rest, part);
+      const double high = rest + part;
+      const double low = part - (high - rest);
+      if (low != 0) parts[kept++] = low;
+      rest = high;
+    }
+    if (rest == INF) return INF;
+    parts.resize(kept);
+    parts.push_back(rest);
+  }
+  if (parts.empty()) return 0;
+  double sum = parts.back(), lost = 0;
+  parts.pop_back();
+  while (!parts.empty() && lost == 0) {
+    const double part = parts.back(), high = sum + part;
+    lost = part - (high - sum);
+    sum = high;
+    parts.pop_back();
+  }
+  // What was lost may be half a unit, rounded to even; what is left of the parts decides then.
+  if (!parts.empty() && lost != 0 && (lost > 0) == (parts.back() > 0)) {
+    const double further = sum + 2 * lost;
+    if (further - sum == 2 * lost) sum = further;
+  }
+  return sum;
+}
+
+}  // namespace
+
+double combined(const std::vector<SquareSum>& leaves) {
+  std::vector<double> values;
+  bool scaled = false, infinite = false;
+  for (const auto& [sum, scale] : leaves) {
+    // Zeros were looked at again, in vain; their scales are not to show either.
+    if (sum == 0 || scale == 0) continue;
+    if (std::isnan(sum)) return sum;
+    infinite = infinite || std::isinf(sum);
+    scaled = scaled || scale != 1;
+    values.push_back(sum);
+  }
+  if (infinite) return INF;
+  if (!scaled) {
+    const double total = exact_sum(values);
+    if (total < INF) return std::sqrt(total);
+  }
+  values.clear();
+  double largest = 0;
+  for (const auto& [sum, scale] : leaves) {
+    if (sum == 0 || scale == 0) continue;
+    values.push_back(std::sqrt(sum) / scale);
+    largest = std::max(largest, values.back());
+  }
+  if (largest == 0 || largest == INF) return largest;
+  for (double& norm : values) norm = norm / largest * (norm / largest);
+  return largest * std::sqrt(exact_sum(values));
+}
+
+}  // namespace fusedopt

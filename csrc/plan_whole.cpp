@@ -1,0 +1,109 @@
+// A whole step in one call: learning rates, norms, clipping, the update, and what it tells.
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+
+#include "floating_point.hpp"
+#include "plan.hpp"
+#include "unlocked.hpp"
+
+namespace fusedopt {
+
+void Plan::settle(const py::object& policy) { policy_ = std::make_unique<Policy>(policy); }
+
+py::object Plan::whole_step(const py::object& gradients, const py::object& hessian,
+                            const py::object& grad_scale, const py::object& ask) {
+  const DefaultControl control;
+  const Use use(*this);
+  const double factor = policy_ ? policy_->factor(grad_scale.ptr()) : 0.0;
+  if (factor == 0.0 || !collect(gradients, hessian, false) || !find_rates(ask)) return py::none();
+  const Policy& policy = *policy_;
+  std::fill_n(factor_, programs_.size(), factor);
+  Found found;
+  found.scales.assign(policy.limits.size(), 1.0);
+  if (policy.measures) {
+    if (!read(false)) return py::none();
+    measure_gradients();
+    decide(factor, found);
+  }
+  if (!found.skipped && !update(false)) return py::none();
+  const std::vector<double> rates(rate_, rate_ + programs_.size());
+  py::object stats = py::none();
+  if (!policy.stats.empty() && !found.skipped) {
+    stats = stats_of(factor);
+    if (!policy.measures) found.norms = norms(factor);
+  }
+  return policy.told(counts_[0], rates, found, stats);
+}
+
+// `ask`, if not None, knows how; otherwise they are the core's to compute.
+bool Plan::find_rates(const py::object& ask) {
+  const std::int64_t step = counts_[0] + 1;
+  if (!ask.is_none()) {
+    called(ask, py::make_tuple(step));
+    return true;
+  }
+  for (std::size_t k = 0; k < programs_.size(); ++k) {
+    if (!policy_->schedules[k]) continue;
+    const double rate = (*policy_->schedules[k])(static_cast<double>(step));
+    if (!(rate >= 0.0 && std::isfinite(rate))) return false;
+    rate_[k] = rate;
+  }
+  return true;
+}
+
+std::vector<double> Plan::norms(double factor) const {
+  std::vector<std::vector<SquareSum>> sums(policy_->limits.size());
+  for (std::size_t k = 0; k < own_.size(); ++k) {
+    const double* const row = result_ + k * columns();
+    sums[policy_->by_group ? static_cast<std::size_t>(groups_[k]) : 0].push_back({row[0], row[1]});
+  }
+  std::vector<double> norms;
+  for (const auto& leaves : sums) norms.push_back(combined(leaves) * factor);
+  return norms;
+}
+
+// As `GradientClipper` in fusedopt/step/clipping.py, which decides for the other backends.
+void Plan::decide(double factor, Found& found) {
+  const Policy& policy = *policy_;
+  found.norms = norms(factor);
+  if (!std::all_of(found.norms.begin(), found.norms.end(),
+                   [](double x) { return std::isfinite(x); })) {
+    for (std::size_t k = 0; k < own_.size(); ++k)
+      if (!std::isfinite(result_[k * columns()])) found.bad.push_back(k);
+    found.skipped = policy.skips;
+    if (policy.skips) return;
+    if (policy.clips) {
+      const py::object error = called(policy.refusal, py::make_tuple(found.bad));
+      PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
+      throw py::error_already_set();
+    }
+  }
+  for (std::size_t k = 0; k < found.scales.size(); ++k)
+    found.scales[k] = clip_scale(policy.limits[k], found.norms[k]);
+  for (std::size_t k = 0; k < programs_.size(); ++k)
+    factor_[k] = factor * found.scales[policy.by_group ? k : 0];
+}
+
+py::object Plan::stats_of(double factor) {
+  const py::str grad_norm("grad_norm"), update_ratio("update_ratio");
+  py::dict stats;
+  for (const Policy::Sums& sums : policy_->stats)
+    for (const std::size_t k : sums.leaves) {
+      double* const row = result_ + k * columns();
+      if (sums.gradient) row[0] = row[sums.gradient];
+      if (row[1] == 0) continue;
+      const double update = std::sqrt(row[sums.update]);
+      py::dict leaf;
+      leaf[grad_norm] = py::float_(std::sqrt(row[0]) / row[1] * factor);
+      leaf[update_ratio] = py::float_(update == 0 ? 0.0 : update / std::sqrt(row[sums.weight]));
+      for (const auto& [name, column] : sums.others)
+        leaf[name] = py::float_(row[column] / std::max(row[2], 1.0));
+      stats[policy_->path(k)] = leaf;
+    }
+  return stats;
+}
+
+}  // namespace fusedopt

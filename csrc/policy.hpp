@@ -1,0 +1,64 @@
+// What a whole step in one call does besides the update, and what it tells of itself.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "schedules.hpp"
+
+namespace fusedopt {
+
+namespace py = pybind11;
+
+// What a step has found.
+struct Found {
+  std::vector<double> norms, scales;  // of all gradients, or of those of each group
+  std::vector<std::size_t> bad;       // leaves whose sum of squares is not finite
+  bool skipped = false;
+};
+
+// fusedopt.plan.interface.Policy, which says what its fields are.
+class Policy {
+ public:
+  // Of a plan's results; the columns before it are what `SquareSum` has, and the elements touched.
+  static constexpr std::size_t FIRST_SUM = 3;
+
+  // Leaves whose programs have the same sums, by their place among the results' columns.
+  struct Sums {
+    std::vector<std::size_t> leaves;
+    std::size_t update, weight, gradient;  // gradient: 0 where a pass of its own has found it
+    std::vector<std::pair<py::str, std::size_t>> others;
+  };
+
+  explicit Policy(const py::object& description);
+
+  // The inverse of the scale of the gradients; 0 where Python has to look at that.
+  double factor(PyObject* grad_scale) const;
+
+  // The `StepInfo` of a step.
+  py::object told(std::int64_t number, const std::vector<double>& rates, const Found& found,
+                  const py::object& stats) const;
+  py::object path(std::size_t leaf) const { return paths_[leaf]; }
+
+  py::object refusal;
+  std::vector<std::optional<Schedule>> schedules;
+  std::vector<double> limits;
+  std::vector<Sums> stats;
+  bool by_group, clips, skips, measures;
+
+ private:
+  py::tuple paths(const std::vector<std::size_t>& leaves) const;
+  // A number, or a dict of many.
+  py::object by_label(const std::vector<double>& values, bool many) const;
+
+  PyTypeObject* info_;
+  py::object held_;
+  py::list labels_, paths_;
+  bool narrow_;
+};
+
+}  // namespace fusedopt
