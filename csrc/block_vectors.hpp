@@ -253,13 +253,13 @@ constexpr bool VECTORS_ENCODE<UnsignedDynamic8, false> = true;
 template <class B, bool STOCHASTIC>
 inline void encode_sixteen(const float* from, __m512 factor, const std::uint16_t* random,
                            std::uint8_t* to) {
-  const __m512 x = _mm512_loadu_ps(from), y = magnitude(_mm512_mul_ps(x, factor));
+  const __m512 x = _mm512_loadu_ps(from), scaled = _mm512_mul_ps(x, factor), y = magnitude(scaled);
   __m512i number;
   if constexpr (STOCHASTIC)
     number = stochastic_number<B>(x, y, random);
   else
     number = nearest_number<B>(x, y);
-  const __m512i codes = Sixteen<B>::code(number, _mm512_srai_epi32(bits_of(x), 31));
+  const __m512i codes = Sixteen<B>::code(number, _mm512_srai_epi32(bits_of(scaled), 31));
   void* const target = to;
   if constexpr (B::bits == 8) {
     _mm_storeu_si128(static_cast<__m128i*>(target), _mm512_cvtepi32_epi8(codes));

@@ -37,6 +37,7 @@ inline std::uint32_t truncated(float x) {
 }
 
 constexpr double NORMAL = 1.17549435082228751e-38;  // the smallest normal float
+constexpr double FINITE = 3.40282346638528860e+38;  // the largest
 constexpr std::uint32_t SIGN = 0x80000000u, INFINITE = 0x7f800000u, NOT_A_NUMBER = 0x7fc00000u;
 
 // ---------------------------------------------------------------- elements that stand alone
@@ -266,6 +267,10 @@ void encode_pairs(const void* tile, void* data, void* aux, std::size_t n, std::u
 // are stored. `least` is the number of what is not zero but nearly; values run from SMALLEST to
 // LARGEST, which the largest magnitude of the block becomes. (A scale that is a power of two would
 // not do: an average that shrinks by less than half a code in each step would never shrink.)
+// OPPOSITE is the largest magnitude with a negative sign. Where that is less than LARGEST, as in
+// the dynamic maps, the scale has the sign of the element of the largest magnitude, and is large
+// enough for those of the other sign: no element is cut off, or an average would shrink at every
+// store.
 
 struct Unsigned {
   static constexpr std::uint8_t zero = 0;
@@ -278,7 +283,7 @@ struct E4M3 {
   static constexpr int bits = 8, block = 256;
   static constexpr std::uint8_t zero = 0;
   static constexpr std::uint32_t least = 0, most = 126;
-  static constexpr double LARGEST = 448, SMALLEST = 1.0 / 512;
+  static constexpr double LARGEST = 448, OPPOSITE = LARGEST, SMALLEST = 1.0 / 512;
   static std::uint32_t number(float y) {
     const std::uint32_t magnitude = bits_of(y);
     const std::uint32_t normal = ((magnitude + 0x7ffff + (magnitude >> 20 & 1)) >> 20) - (120 << 3);
@@ -305,7 +310,7 @@ struct E5M3 : Unsigned {
   static constexpr int bits = 8, block = 256;
   static constexpr std::uint32_t least = 1, most = 255;
   static constexpr std::uint32_t OFFSET = ((127 + 15) << 3) - 248;  // number 248: 2^15
-  static constexpr double LARGEST = 61440, SMALLEST = 1.125 / 65536;
+  static constexpr double LARGEST = 61440, OPPOSITE = LARGEST, SMALLEST = 1.125 / 65536;
   static std::uint32_t number(float y) {
     const std::uint32_t magnitude = bits_of(y);
     const std::uint32_t near = (magnitude + 0x7ffff + (magnitude >> 20 & 1)) >> 20;
@@ -370,7 +375,7 @@ struct Dynamic {
   }
 };
 
-// The zero in the middle, positive values above it; -1 is not among them.
+// The zero in the middle, positive values above it. There is 1, but no -1.
 template <int BITS, int BLOCK>
 struct SignedDynamic {
   static constexpr int bits = BITS, block = BLOCK;
@@ -378,6 +383,7 @@ struct SignedDynamic {
   static constexpr std::uint32_t MIDDLE = (1u << (BITS - 1)) - 1, least = 0, most = MIDDLE + 1;
   static constexpr std::uint8_t zero = BITS == 8 ? MIDDLE : MIDDLE * 0x11;
   static constexpr double LARGEST = 1, SMALLEST = 0.55 * Map::power(2 - BITS);
+  static constexpr double OPPOSITE = 1 - 0.45 / (1 << (BITS - 2));  // the last value below 1
   static std::uint32_t number(float y) {
     return Map::number(y) & ~mask(y < static_cast<float>(SMALLEST / 2));
   }
@@ -398,7 +404,7 @@ struct UnsignedDynamic8 : Unsigned {
   static constexpr int bits = 8, block = 256;
   static constexpr std::uint32_t least = 1, most = 255;
   using Map = Dynamic<1, 7>;
-  static constexpr double LARGEST = 1, SMALLEST = 3.25 * Map::power(-7);
+  static constexpr double LARGEST = 1, OPPOSITE = LARGEST, SMALLEST = 3.25 * Map::power(-7);
   static std::uint32_t number(float y) { return Map::number(y) - 1; }
   static float value(std::uint32_t number) {
     return select(number == 0, 0.0f, Map::value(number + 1));
@@ -409,7 +415,7 @@ struct UnsignedDynamic8 : Unsigned {
 struct UnsignedDynamic4 : Unsigned {
   static constexpr int bits = 4, block = 128;
   static constexpr std::uint32_t least = 0, most = 15;
-  static constexpr double LARGEST = 1, SMALLEST = 1.0 / 16;
+  static constexpr double LARGEST = 1, OPPOSITE = LARGEST, SMALLEST = 1.0 / 16;
   static std::uint32_t number(float y) {
     const std::uint32_t sixteenths = truncated(y * 16.0f + 0.5f);
     return (sixteenths < 1 ? 1 : sixteenths > 16 ? 16 : sixteenths) - 1;
@@ -484,6 +490,18 @@ void decode_blocks(const void* data, const void* aux, void* out, std::size_t n) 
   }
 }
 
+// The scale of a block, from the bits of the largest magnitudes of its positive and its negative
+// elements.
+template <class B>
+inline float scale_of(std::uint32_t positive, std::uint32_t negative) {
+  const bool turned = negative > positive;
+  const float largest = float_of(turned ? negative : positive) / static_cast<float>(B::LARGEST);
+  const float other = float_of(turned ? positive : negative) / static_cast<float>(B::OPPOSITE);
+  const float wanted = other > largest ? other : largest;
+  const float scale = wanted > static_cast<float>(FINITE) ? static_cast<float>(FINITE) : wanted;
+  return B::OPPOSITE < B::LARGEST && turned ? -scale : scale;
+}
+
 template <class B, class T, bool STOCHASTIC>
 void encode_blocks(const void* tile, void* data, void* aux, std::size_t n, std::uint64_t key) {
   const Random random(key, STOCHASTIC ? n : 0);
@@ -492,11 +510,16 @@ void encode_blocks(const void* tile, void* data, void* aux, std::size_t n, std::
     const T* __restrict from = static_cast<const T*>(tile) + at;
     std::uint8_t* __restrict codes = static_cast<std::uint8_t*>(data) + bytes_of<B>(at);
     float& scale = static_cast<float*>(aux)[k];
-    std::uint32_t largest = 0;  // of the magnitudes' bits: infinities and NaN are above all others
+    // The largest magnitudes of either sign, as bits: infinities and NaN are above all others.
+    std::int32_t positive = 0, negative = 0;
     for (std::size_t i = 0; i < count; ++i) {
-      const std::uint32_t magnitude = bits_of(static_cast<float>(from[i])) & ~SIGN;
-      largest = magnitude > largest ? magnitude : largest;
+      const std::uint32_t bits = bits_of(static_cast<float>(from[i]));
+      const std::int32_t same = static_cast<std::int32_t>(bits);
+      const std::int32_t turned = static_cast<std::int32_t>(bits ^ SIGN);
+      positive = same > positive ? same : positive;
+      negative = turned > negative ? turned : negative;
     }
+    const auto largest = static_cast<std::uint32_t>(positive > negative ? positive : negative);
     // An infinity or NaN stays visible: the whole block is NaN from here on. And where the smallest
     // code would stand for a denormal, all is zero: denormals would make every later step slow.
     constexpr float lowest = static_cast<float>(NORMAL / B::SMALLEST * B::LARGEST);
@@ -505,7 +528,7 @@ void encode_blocks(const void* tile, void* data, void* aux, std::size_t n, std::
       scale = float_of(largest >= INFINITE ? NOT_A_NUMBER : 0);
       continue;
     }
-    scale = float_of(largest) / static_cast<float>(B::LARGEST);
+    scale = scale_of<B>(static_cast<std::uint32_t>(positive), static_cast<std::uint32_t>(negative));
     const float factor = 1.0f / scale;
     std::size_t first = 0;
 #if defined(FUSEDOPT_AVX512)
@@ -524,7 +547,7 @@ void encode_blocks(const void* tile, void* data, void* aux, std::size_t n, std::
         number = stochastic_number<B>(x, factor, random.bits[at + i]);
       else
         number = nearest_number<B>(x, factor);
-      wide[i] = B::code(number, 0u - (bits_of(x) >> 31));
+      wide[i] = B::code(number, 0u - (bits_of(x * factor) >> 31));
     }
     if constexpr (B::bits == 8) {
       for (std::size_t i = first; i < count; ++i) codes[i] = static_cast<std::uint8_t>(wide[i]);

@@ -22,13 +22,23 @@ __all__ = ["ADOPT", "AdEMAMix", "AdaBelief"]
 
 
 class AdaBelief(CustomRule):
-    """Adam with the variance about the mean in place of the mean square. States: m, s.
+    """Adam with the variance about the mean in place of the mean square.
+
+    Notes
+    -----
+    ::
 
         m := b1 m + (1 - b1) g,  s := b2 s + (1 - b2) (g - m)^2 + eps_root
         p := p - lr (m / c1) / (sqrt(s / c2) + eps),  c1 = 1 - b1^t,  c2 = 1 - b2^t
 
-    Source: Zhuang et al. 2020, algorithm 2; optax's `adabelief`.
+    States: m, s.
 
+    References
+    ----------
+    Zhuang et al. 2020, algorithm 2; optax's `adabelief`.
+
+    Examples
+    --------
     >>> import numpy as np, fusedopt as fo
     >>> p, g = np.array([1.0, 1.0]), np.array([0.01, 100.0])
     >>> rule = fo.examples.AdaBelief(lr=0.1)
@@ -78,14 +88,24 @@ class AdaBelief(CustomRule):
 
 
 class ADOPT(CustomRule):
-    """Adam that converges with any b2: v divides before it takes the gradient in. States: m, v.
+    """Adam that converges with any b2: v divides before it takes the gradient in.
+
+    Notes
+    -----
+    ::
 
         t = 1:  v := g^2, and p stays
         t > 1:  n = g / max(sqrt(v), eps), clipped to +-(t - 1)^(1/4)
                 m := b1 m + (1 - b1) n,  p := p - lr m,  v := b2 v + (1 - b2) g^2
 
-    Source: Taniguchi et al. 2024, algorithm 2 (clipped); optax's `contrib.adopt`.
+    States: m, v.
 
+    References
+    ----------
+    Taniguchi et al. 2024, algorithm 2 (clipped); optax's `contrib.adopt`.
+
+    Examples
+    --------
     >>> import numpy as np, fusedopt as fo
     >>> p, g = np.array([1.0, 1.0]), np.array([0.01, 100.0])
     >>> rule = fo.examples.ADOPT(lr=0.1)
@@ -135,15 +155,26 @@ class ADOPT(CustomRule):
 
 
 class AdEMAMix(CustomRule):
-    """AdamW with a second, much slower mean of the gradients. States: m, slow, v.
+    """AdamW with a second, much slower mean of the gradients.
+
+    Notes
+    -----
+    ::
 
         m := b1 m + (1 - b1) g,  slow := b3 slow + (1 - b3) g,  v := b2 v + (1 - b2) g^2
         p := p - lr (m / c1 + alpha slow) / (sqrt(v / c2) + eps)
 
-    In the first `warmup` steps alpha grows linearly, and b3 from b1 on so that
-    the mean's half-life does. Source: Pagliardini et al. 2024, algorithm 1; optax's
-    `contrib.ademamix`.
+    In the first `warmup` steps alpha grows linearly, and b3 from b1 on so that the mean's half-life
+    does.
 
+    States: m, slow, v.
+
+    References
+    ----------
+    Pagliardini et al. 2024, algorithm 1; optax's `contrib.ademamix`.
+
+    Examples
+    --------
     >>> import numpy as np, fusedopt as fo
     >>> p, g = np.array([1.0, 1.0]), np.array([0.01, 100.0])
     >>> rule = fo.examples.AdEMAMix(lr=0.1)

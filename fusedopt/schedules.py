@@ -1,6 +1,7 @@
 """Schedules: the learning rate of each step, as values that can be compared, pickled and printed.
 
-A schedule is called with the optimizer's step number, 1 for the first step, and is a rule's `lr`:
+A schedule is called with the optimizer's step number, 1 for the first step. It is a rule's `lr`, or
+any other of its numbers (`weight_decay=Linear(0.1, steps=1000)`), or `Optimizer(ema=...)`:
 
 >>> import fusedopt as fo
 >>> lr = fo.schedules.Cosine(1e-3, steps=1000, warmup=100, final=0.1)
@@ -131,8 +132,12 @@ class Schedule(ABC):
 class Constant(Schedule):
     """A learning rate that stays, after a warm-up: base min(1, t / warmup).
 
+    Notes
+    -----
     warmup: steps, not necessarily whole. Source of the warm-up: Goyal et al. 2017, section 2.2.
 
+    Examples
+    --------
     >>> lr = Constant(0.1, warmup=4)
     >>> [lr(step) for step in (1, 2, 4, 5)]
     [0.025, 0.05, 0.1, 0.1]
@@ -200,13 +205,19 @@ class _Falling(Schedule):
 class Linear(_Falling):
     """A straight line, up and then down.
 
+    Notes
+    -----
+    ::
+
         t < warmup    base t / warmup
         else          base (final + (1 - final) (1 - x)),
                       x = min(1, (t - w) / (steps + 1 - w)),  w = max(warmup, 1)
 
-    steps: number of steps of the run; it ends in the one after. warmup: fewer steps than that,
-    not necessarily whole. final: share of `base` in [0, 1).
+    steps: number of steps of the run; it ends in the one after. warmup: fewer steps than that, not
+    necessarily whole. final: share of `base` in [0, 1).
 
+    Examples
+    --------
     >>> lr = Linear(0.1, steps=10, warmup=2)
     >>> [round(lr(step), 6) for step in (1, 2, 5, 10, 11)]
     [0.05, 0.1, 0.066667, 0.011111, 0.0]
@@ -220,15 +231,23 @@ class Linear(_Falling):
 class Polynomial(_Falling):
     """A power of the share of the steps that is left.
 
+    Notes
+    -----
+    ::
+
         t < warmup    base t / warmup
         else          base (final + (1 - final) (1 - x)^power),
                       x = min(1, (t - w) / (steps + 1 - w)),  w = max(warmup, 1)
 
-    steps: number of steps of the run; it ends in the one after. warmup: fewer steps than that,
-    not necessarily whole. final: share of `base` in [0, 1). power: at least 0.
+    steps: number of steps of the run; it ends in the one after. warmup: fewer steps than that, not
+    necessarily whole. final: share of `base` in [0, 1). power: at least 0.
 
-    Source: the "poly" policy of Chen et al. 2017 (DeepLab).
+    References
+    ----------
+    The "poly" policy of Chen et al. 2017 (DeepLab).
 
+    Examples
+    --------
     >>> lr = Polynomial(0.1, steps=10, power=2.0)
     >>> [round(lr(step), 6) for step in (1, 6, 10, 11)]
     [0.1, 0.025, 0.001, 0.0]
@@ -250,15 +269,23 @@ class Polynomial(_Falling):
 class Cosine(_Falling):
     """Half a wave of the cosine.
 
+    Notes
+    -----
+    ::
+
         t < warmup    base t / warmup
         else          base ((1 + final) / 2 + (1 - final) / 2 cos(pi x)),
                       x = min(1, (t - w) / (steps + 1 - w)),  w = max(warmup, 1)
 
-    steps: number of steps of the run; it ends in the one after. warmup: fewer steps than that,
-    not necessarily whole. final: share of `base` in [0, 1).
+    steps: number of steps of the run; it ends in the one after. warmup: fewer steps than that, not
+    necessarily whole. final: share of `base` in [0, 1).
 
-    Source: Loshchilov & Hutter 2017 (SGDR), eq. (5), without restarts.
+    References
+    ----------
+    Loshchilov & Hutter 2017 (SGDR), eq. (5), without restarts.
 
+    Examples
+    --------
     >>> lr = Cosine(0.1, steps=11, warmup=2, final=0.2)
     >>> [round(lr(step), 6) for step in (1, 2, 7, 11, 12)]
     [0.05, 0.1, 0.06, 0.021958, 0.02]
@@ -272,6 +299,10 @@ class Cosine(_Falling):
 class WarmupStableDecay(_Falling):
     """A warm-up, a plateau, and a fall in the last `decay` steps.
 
+    Notes
+    -----
+    ::
+
         t < warmup    base t / warmup
         else          base (final + (1 - final) d(x)),
                       x = (t - 1 - (steps - decay)) / decay, from 0 to 1
@@ -280,8 +311,12 @@ class WarmupStableDecay(_Falling):
     steps of the run; it ends in the one after. warmup, decay: numbers of steps, together at most
     `steps`, not necessarily whole. final: share of `base` in [0, 1).
 
-    Sources: Hu et al. 2024 (MiniCPM); the forms: Hagele et al. 2024.
+    References
+    ----------
+    Hu et al. 2024 (MiniCPM); the forms: Hagele et al. 2024.
 
+    Examples
+    --------
     >>> lr = WarmupStableDecay(0.1, steps=10, warmup=2, decay=4)
     >>> [round(lr(step), 6) for step in (1, 2, 6, 8, 10)]
     [0.05, 0.1, 0.1, 0.075, 0.025]
@@ -316,14 +351,23 @@ class WarmupStableDecay(_Falling):
 class OneCycle(Schedule):
     """Up along a cosine from `start` to the peak, and down to `final`.
 
+    Notes
+    -----
+    ::
+
         t <= 1 + r    base (start + (1 - start) (1 - cos(pi (t - 1) / r)) / 2),  r = rise steps
         else          base (final + (1 - final) (1 + cos(pi x)) / 2),
                       x = min(1, (t - 1 - r) / (steps - r))
 
     steps: number of steps of the run; it ends in the one after. rise: share of the steps. start,
-    final: shares of `base`; the defaults are those of torch's OneCycleLR. Source: Smith & Topin
-    2018.
+    final: shares of `base`; the defaults are those of torch's OneCycleLR.
 
+    References
+    ----------
+    Smith & Topin 2018.
+
+    Examples
+    --------
     >>> lr = OneCycle(0.1, steps=10)
     >>> [round(lr(step), 6) for step in (1, 2, 4, 10, 11)]
     [0.004, 0.028, 0.1, 0.004952, 0.0]
@@ -353,12 +397,21 @@ class OneCycle(Schedule):
 class CosineRestarts(Schedule):
     """Half waves of the cosine, each `growth` times as long as the one before.
 
+    Notes
+    -----
+    ::
+
         base ((1 + final) / 2 + (1 - final) / 2 cos(pi x)),
         x = share of the present wave that is over, 0 in its first step
 
     period: number of steps of the first wave. growth: at least 1. final: share of `base` in [0, 1).
-    Source: Loshchilov & Hutter 2017 (SGDR), eq. (5).
 
+    References
+    ----------
+    Loshchilov & Hutter 2017 (SGDR), eq. (5).
+
+    Examples
+    --------
     >>> lr = CosineRestarts(0.1, period=2, growth=2)
     >>> [round(lr(step), 6) for step in (1, 2, 3, 5, 7)]
     [0.1, 0.05, 0.1, 0.05, 0.1]
@@ -388,8 +441,16 @@ class CosineRestarts(Schedule):
 class Step(Schedule):
     """A stair: base factor^floor((t - 1) / every), so that the first `every` steps have `base`.
 
-    factor: in [0, 1). Source: He et al. 2016, section 3.4.
+    Notes
+    -----
+    factor: in [0, 1).
 
+    References
+    ----------
+    He et al. 2016, section 3.4.
+
+    Examples
+    --------
     >>> lr = Step(0.1, every=3, factor=0.5)
     >>> [lr(step) for step in (1, 3, 4, 7)]
     [0.1, 0.1, 0.05, 0.025]
@@ -411,8 +472,12 @@ class Step(Schedule):
 class Exponential(Schedule):
     """An exponential: base factor^((t - 1) / every).
 
+    Notes
+    -----
     factor: in [0, 1), what is left after each `every` steps.
 
+    Examples
+    --------
     >>> lr = Exponential(0.1, factor=0.25, every=2)
     >>> [lr(step) for step in (1, 2, 3)]
     [0.1, 0.05, 0.025]
@@ -435,9 +500,13 @@ class Exponential(Schedule):
 class InverseSqrt(Schedule):
     """A warm-up, and the inverse square root: base min(t / warmup, sqrt(warmup / t)).
 
+    Notes
+    -----
     warmup: number of steps. With base = (width warmup)^-1/2 it is the schedule of the source,
     Vaswani et al. 2017, section 5.3 (known as Noam).
 
+    Examples
+    --------
     >>> lr = InverseSqrt(0.1, warmup=4)
     >>> [lr(step) for step in (1, 4, 16)]
     [0.025, 0.1, 0.05]
@@ -561,6 +630,8 @@ class _Several:
 class Product(Schedule):
     """left(t) right(t), also written left * right; `base` is the product of theirs.
 
+    Examples
+    --------
     >>> lr = Constant(0.1, warmup=2) * Cosine(1.0, steps=4)
     >>> [round(lr(step), 6) for step in (1, 2, 3, 4)]
     [0.05, 0.085355, 0.05, 0.014645]
@@ -589,11 +660,17 @@ class Product(Schedule):
 class Sequential(Schedule):
     """One schedule after another; `base` is the largest of theirs.
 
+    Notes
+    -----
+    ::
+
         parts[k](t - at[k - 1])  for at[k - 1] < t <= at[k],  where at[-1] = 0
 
     parts: schedules, of which each counts its own steps from 1. at: the last step of each but the
     last, rising.
 
+    Examples
+    --------
     >>> lr = Sequential((Constant(0.1), Linear(0.1, steps=4)), at=(2,))
     >>> [round(lr(step), 6) for step in (1, 2, 3, 4, 6)]
     [0.1, 0.1, 0.1, 0.075, 0.025]

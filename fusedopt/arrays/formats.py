@@ -223,12 +223,14 @@ class Blocks(Format):
     """Codes, and for each block of them a float32 scale; NaN for one that held no finite number.
 
     A format numbers its values from zero up. largest, smallest: of the values, in units of the
-    scale. least, most: the numbers of what is not zero, but nearly, and of the largest value.
+    scale. opposite: the largest magnitude with a negative sign; where it is less than `largest`, a
+    scale has the sign of the element of its block's largest magnitude. least, most: the numbers of
+    what is not zero, but nearly, and of the largest value.
     """
 
     aux_dtype = FLOAT32
     block = 256
-    largest, smallest = 1.0, 1.0
+    largest, opposite, smallest = 1.0, 1.0, 1.0
     least, most = 0, 255
 
     def __init__(self, random: bool = False) -> None:
@@ -281,17 +283,18 @@ class Blocks(Format):
         with np.errstate(all="ignore"):
             x = x.astype(np.float32)
             if scales is None:
-                scales = self._scales(self._largest(np.abs(x)))
-            good = (scales > 0) & np.isfinite(scales)
+                scales = self._scales(self._largest(x), self._largest(-x))
+            good = (scales != 0) & np.isfinite(scales)
             spread = np.repeat(np.where(good, scales, np.float32(1)), self.block)[: x.size]
             finite = np.where(np.isfinite(x), x, np.float32(0))
-            y = np.abs(finite) * (np.float32(1) / spread)
+            scaled = finite * (np.float32(1) / spread)
+            y = np.abs(scaled)
             numbers = self.numbers(y)
             if self.least:
                 numbers = np.where(finite == 0, 0, np.maximum(numbers, self.least))
             if self.random:
                 numbers = self._moved(numbers, y, key)
-            codes = self.coded(numbers, np.signbit(x))
+            codes = self.coded(numbers, np.signbit(scaled))
             codes = np.where(np.repeat(good, self.block)[: x.size], codes, self.zero_code)
         return self._packed(codes.astype(np.uint8)), scales
 
@@ -309,15 +312,21 @@ class Blocks(Format):
         with np.errstate(all="ignore"):
             if self.zero_code == 0 and self.map.min() >= 0:
                 low = np.where(low < 0, 0, low)
-            least = np.where(np.sign(low) * np.sign(high) > 0, np.fmin(abs(low), abs(high)), 0)
-            least[np.isnan(low)] = np.nan
-            bounds = [
-                self._scales(self._largest(a.astype(np.float32)))
-                for a in (least, np.maximum(abs(low), abs(high)))
-            ]
-            fits = (bounds[0] <= aux) & (aux <= bounds[1]) | np.isnan(bounds[0]) & np.isnan(aux)
+            # The largest positive and negative magnitudes that there are at least, and at most. The
+            # magnitude of a scale grows with either.
+            narrow_low, narrow_high = low.astype(np.float32), high.astype(np.float32)
+            positive = self._largest(narrow_low), self._largest(narrow_high)
+            negative = self._largest(-narrow_high), self._largest(-narrow_low)
+            bounds = [abs(self._scales(*both)) for both in zip(positive, negative, strict=True)]
+            fits = (bounds[0] <= abs(aux)) & (abs(aux) <= bounds[1])
+            if self.opposite < self.largest:
+                turned = negative[1] > positive[0]
+                fits &= np.where(aux < 0, turned, positive[1] >= negative[0])
+            else:
+                fits &= aux >= 0
+            fits |= np.isnan(bounds[0]) & np.isnan(aux)
             fits |= np.isinf(bounds[1]) | np.isnan(bounds[1]) & ~np.isnan(bounds[0])
-            # What was not touched: without a -1 in its map, its scale cannot be told from it.
+            # What was not touched keeps its scale, which other elements may have led to.
             held = self.decode(data, aux)[:n]
             differs = ((low != held) | (high != held)).astype(np.float32)
             fits |= self._largest(differs) == 0
@@ -332,16 +341,23 @@ class Blocks(Format):
             fits = np.repeat(fits, self.block)[:n]
         return np.where(fits, ends[0], np.inf), np.where(fits, ends[1], -np.inf)
 
-    def _largest(self, magnitudes: Values) -> Values:
-        starts = np.arange(0, magnitudes.size, self.block)
-        return np.maximum.reduceat(magnitudes, starts) if magnitudes.size else magnitudes
+    def _largest(self, x: Values) -> Values:
+        """Return the largest element of each block, zero where all are negative."""
+        starts = np.arange(0, x.size, self.block)
+        return np.maximum(np.maximum.reduceat(x, starts), 0) if x.size else x
 
-    def _scales(self, largest: Values) -> Values:
-        """Return the scales of blocks: zero where a code would be a denormal."""
-        lowest = np.float32(
-            float(np.finfo(np.float32).smallest_normal) / self.smallest * self.largest
-        )
-        scales = largest.astype(np.float32) / np.float32(self.largest)
+    def _scales(self, positive: Values, negative: Values) -> Values:
+        """Return the scales of blocks, from the largest magnitudes of either sign.
+
+        Zero where a code would be a denormal.
+        """
+        limits = np.finfo(np.float32)
+        lowest = np.float32(float(limits.smallest_normal) / self.smallest * self.largest)
+        largest, other = np.maximum(positive, negative), np.minimum(positive, negative)
+        scales = np.maximum(largest / np.float32(self.largest), other / np.float32(self.opposite))
+        scales = np.minimum(scales, limits.max)
+        if self.opposite < self.largest:
+            scales = np.where(negative > positive, -scales, scales)
         scales = np.where(np.isfinite(largest), scales, np.float32(np.nan))
         return np.where(largest < lowest, np.float32(0), scales)
 
@@ -356,7 +372,7 @@ class E4M3(Blocks):
     """The OCP standard's 8-bit float with three bits of mantissa (e4m3fn)."""
 
     codec, name = "e4m3", "float8"
-    largest, smallest, most = 448.0, 1 / 512, 126
+    largest, opposite, smallest, most = 448.0, 448.0, 1 / 512, 126
 
     def numbers(self, y: Values) -> Values:
         return y.astype(ml_dtypes.float8_e4m3fn).view(np.uint8).astype(np.int32)
@@ -377,7 +393,7 @@ class E5M3(Blocks):
     """8 bits without sign and denormals, five of them exponent; only zero becomes zero."""
 
     codec, name = "e5m3", "float8"
-    largest, smallest, least = 61440.0, 1.125 / 65536, 1
+    largest, opposite, smallest, least = 61440.0, 61440.0, 1.125 / 65536, 1
     _OFFSET = (142 << 3) - 248
 
     def numbers(self, y: Values) -> Values:
@@ -419,12 +435,13 @@ class Dynamic(Blocks):
 
 
 class SignedDynamic(Dynamic):
-    """Zero in the middle; no -1."""
+    """Zero in the middle; there is 1, but no -1."""
 
     def __init__(self, bits: int, block: int, random: bool = False) -> None:
         self.name = self.codec = f"dynamic{bits}"
         self.bits, self.block, self.top = bits, block, bits - 2
         self.smallest, self.most = 0.55 * 10.0**-self.top, 1 << (bits - 1)
+        self.opposite = 1 - 0.45 / (1 << self.top)
         super().__init__(random)
 
     @property

@@ -15,13 +15,21 @@ from .formats import compute_dtype
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The gradient of some rows of a parameter; that of all others is zero.
+    """The gradient of some rows of a parameter, of which all other rows are zero.
 
-    indices: integers in [0, number of rows), shape (n,), in any order; rows that come more than
-    once are added up, in order of appearance. values: shape (n, *shape of a row), of any dtype that
-    a gradient may have; values[j] is the gradient of row indices[j]. padding_index: an index whose
-    rows are left out, as if they were not given; None leaves out none.
+    Parameters
+    ----------
+    indices : array of int, shape (n,)
+        Row numbers in any order. Rows that come more than once are added up, in order of
+        appearance.
+    values : array, shape (n, ...)
+        The rows' gradients, in any dtype that a gradient may have: values[j] is that of row
+        indices[j].
+    padding_index : int, optional
+        An index whose rows are left out, as if they had not been given.
 
+    Notes
+    -----
     A step touches these rows of the parameter and of its states alone, and only their states decay:
     the lazy form of PyTorch's SparseAdam and of LazyAdam. `Optimizer(exact=True)` and `catch_up`
     make it the dense step, bit for bit.

@@ -1,15 +1,15 @@
-"""Runs that move between libraries: the states of PyTorch, optax and bitsandbytes, both ways.
+"""Exchange the states of a run with PyTorch, optax and bitsandbytes.
 
-    from_torch(opt, state_dict)      to_torch(opt)              torch.optim: SGD, Adam, AdamW,
-                                                                Adagrad, RMSprop, Muon
-    from_optax(opt, state)           to_optax(opt, template)    the transformations of optax
-    from_bitsandbytes(opt, state_dict)                          8-bit states, blockwise
+`from_torch` and `to_torch` read and write the states of torch.optim's SGD, Adam, AdamW, Adagrad,
+RMSprop and Muon, `from_optax` and `to_optax` those of optax's transformations. `from_bitsandbytes`
+reads blockwise 8-bit states.
 
-`opt` is an `Optimizer` over the parameters as they are now, with the library's rule: of
-`rules_from_torch(state_dict)`, or `Rule.like("torch", ...)` and `Rule.like("optax", ...)`. States
-are stored as `opt` stores them, masters and averages begin anew as the parameters are, and the run
-goes on with the library's trajectory but for rounding. What does not map is refused: ValueError
-with every reason, and nothing has changed. No library is imported, but torch by `to_torch`.
+The argument `opt` is an `Optimizer` over the parameters as they are now, with the library's rule,
+which `rules_from_torch(state_dict)`, `Rule.like("torch", ...)` or `Rule.like("optax", ...)` makes.
+States are stored as `opt` stores them, masters and averages begin anew from the parameters, and the
+run goes on with the library's trajectory but for rounding. A state that does not map raises
+ValueError with every reason, and nothing has changed then. No library is imported, except torch by
+`to_torch`.
 """
 
 from __future__ import annotations

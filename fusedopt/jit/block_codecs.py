@@ -8,15 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 from numpy import float32 as f32
 from numpy import uint32 as u32
 
 from .scalar_codecs import (
     HALF,
+    INFINITE,
     MAGNITUDE,
     N0,
     N1,
     N8,
+    NOT_A_NUMBER,
     SIGN,
     Bits,
     Float,
@@ -28,14 +31,14 @@ from .scalar_codecs import (
 )
 
 ALL = u32(0xFFFFFFFF)
-ONE, DRAW = f32(1), f32(2.0**-16)
+ZERO, ONE, DRAW = f32(0), f32(1), f32(2.0**-16)
 
 
 class Block(NamedTuple):
     """The way in which a block format numbers its values, and stores numbers and signs.
 
     bits, block: as in the formats. zero: the byte of zeros. least, most: numbers, and largest,
-    smallest: values, as in `formats.Blocks`.
+    opposite, smallest: values, as in `formats.Blocks`.
     """
 
     bits: int
@@ -44,6 +47,7 @@ class Block(NamedTuple):
     least: int
     most: int
     largest: float
+    opposite: float
     smallest: float
     number: Callable[..., Any]
     value: Callable[..., Any]
@@ -142,7 +146,7 @@ def dynamic(first: int, top: int) -> tuple[Callable[..., Any], Callable[..., Any
 
 
 def signed_dynamic(bits: int, block: int) -> Block:
-    """The zero in the middle, no -1."""
+    """The zero in the middle; there is 1, but no -1."""
     place, inside = dynamic(0, bits - 2)
     smallest = 0.55 * 10.0 ** (2 - bits)
     nearly_zero, middle = f32(smallest / 2), u32((1 << bits - 1) - 1)
@@ -165,7 +169,10 @@ def signed_dynamic(bits: int, block: int) -> Block:
         return u32((off ^ negative) - negative), negative
 
     zero = int(middle) * (0x11 if bits == 4 else 1)
-    return Block(bits, block, zero, 0, int(most), 1.0, smallest, number, value, code, number_of)
+    last = 1 - 0.45 / (1 << bits - 2)
+    return Block(
+        bits, block, zero, 0, int(most), 1.0, last, smallest, number, value, code, number_of
+    )
 
 
 def unsigned_dynamic8() -> Block:
@@ -177,7 +184,7 @@ def unsigned_dynamic8() -> Block:
     def value(number: Bits) -> Any:
         return f32(0) if number == N0 else inside(u32(number + N1))
 
-    return Block(8, 256, 0, 1, 255, 1.0, 3.25e-7, number, value, plain_code, plain_number_of)
+    return Block(8, 256, 0, 1, 255, 1.0, 1.0, 3.25e-7, number, value, plain_code, plain_number_of)
 
 
 def dynamic4_number(y: Float) -> Bits:
@@ -191,20 +198,59 @@ def dynamic4_value(number: Bits) -> Any:
 
 BLOCKS = {
     "e4m3": Block(
-        8, 256, 0, 0, 126, 448.0, 1 / 512, e4m3_number, e4m3_value, e4m3_code, e4m3_number_of
+        8, 256, 0, 0, 126, 448.0, 448.0, 1 / 512, e4m3_number, e4m3_value, e4m3_code,
+        e4m3_number_of,
     ),
     "e5m3": Block(
-        8, 256, 0, 1, 255, 61440.0, 1.125 / 65536, e5m3_number, e5m3_value, plain_code,
+        8, 256, 0, 1, 255, 61440.0, 61440.0, 1.125 / 65536, e5m3_number, e5m3_value, plain_code,
         plain_number_of,
     ),
     "dynamic8": signed_dynamic(8, 256),
     "dynamic8_unsigned": unsigned_dynamic8(),
     "dynamic4": signed_dynamic(4, 128),
     "dynamic4_unsigned": Block(
-        4, 128, 0, 0, 15, 1.0, 1 / 16, dynamic4_number, dynamic4_value, plain_code, plain_number_of
+        4, 128, 0, 0, 15, 1.0, 1.0, 1 / 16, dynamic4_number, dynamic4_value, plain_code,
+        plain_number_of,
     ),
 }  # fmt: skip
 """By the codec's name, without `_stochastic`."""
+
+
+# ---------------------------------------------------------------- the scale of a block
+
+NORMAL, FINITE = np.finfo(np.float32).smallest_normal, np.finfo(np.float32).max
+
+
+def positive_bits(x: Float) -> Bits:
+    """The bits of a positive number, 0 for others."""
+    bits = bits_of(x)
+    return bits if bits < SIGN else N0
+
+
+def negative_bits(x: Float) -> Bits:
+    """The bits of a negative number's magnitude, 0 for others."""
+    bits = u32(bits_of(x) ^ SIGN)
+    return bits if bits < SIGN else N0
+
+
+def scaling(b: Block) -> Callable[..., Any]:
+    """(positive, negative) -> (live, scale, 1 / scale), from the largest bits of either sign.
+
+    live: whether the scale is neither zero nor NaN.
+    """
+    largest, opposite, turns = f32(b.largest), f32(b.opposite), b.opposite < b.largest
+    lowest = f32(float(NORMAL) / b.smallest * b.largest).view(u32)
+
+    def scaled(positive: Bits, negative: Bits) -> tuple[bool, Any, Any]:
+        more, less = max(positive, negative), min(positive, negative)
+        live = (more >= lowest) & (more < INFINITE)
+        wanted = max(float_of(more) / largest, float_of(less) / opposite)
+        scale = min(wanted, FINITE)
+        scale = -scale if turns & (negative > positive) else scale
+        bad = float_of(NOT_A_NUMBER if more >= INFINITE else N0)
+        return live, scale if live else bad, ONE / scale if live else ZERO
+
+    return scaled
 
 
 # ---------------------------------------------------------------- one element of a block
@@ -227,12 +273,12 @@ def element_functions(
             return number
         return max(number, least) if (bits_of(x) & MAGNITUDE) != N0 else N0
 
-    def coded(number: Bits, x: Float) -> Bits:
-        return code_of(number, u32(N0 - (bits_of(x) >> u32(31))))
+    def coded(number: Bits, scaled: Float) -> Bits:
+        return code_of(number, u32(N0 - (bits_of(scaled) >> u32(31))))
 
     def nearest(x: Float, factor: Float, key: Any, i: int) -> Bits:
         y = float_of(bits_of(x * factor) & MAGNITUDE)
-        return coded(nearest_number(x, y), x)
+        return coded(nearest_number(x, y), x * factor)
 
     def stochastic(x: Float, factor: Float, key: Any, i: int) -> Bits:
         y = float_of(bits_of(x * factor) & MAGNITUDE)
@@ -242,6 +288,6 @@ def element_functions(
         below = value_of(lower)
         share = (y - below) / (value_of(upper) - below)
         drawn = (whole(random_bits(key, i)) + HALF) * DRAW
-        return coded(upper if drawn < share else lower, x)
+        return coded(upper if drawn < share else lower, x * factor)
 
     return decode, nearest, stochastic

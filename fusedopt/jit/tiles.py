@@ -10,7 +10,7 @@ import numpy as np
 from ..arrays.formats import FLOAT64, Format
 from ..programs.program import loop_lines
 from . import scalar_codecs
-from .block_codecs import BLOCKS, element_functions
+from .block_codecs import BLOCKS, element_functions, negative_bits, positive_bits, scaling
 from .compiler import DECODE, ENCODE, TILE_FUNCTION, entry
 
 # ---------------------------------------------------------------- operations
@@ -205,17 +205,15 @@ def entry(tile, data, aux, n, key):
     scales = carray(aux, (n + BLOCK - 1) // BLOCK, f32)
     for k in range(scales.size):
         low, high = k * BLOCK, min(k * BLOCK + BLOCK, n)
-        largest = N0
+        positive = negative = N0
         for i in range(low, high):
-            largest = max(largest, u32(bits_of(x[i]) & MAGNITUDE))
-        if largest < LOWEST or largest >= INFINITE:
-            scales[k] = float_of(NOT_A_NUMBER if largest >= INFINITE else N0)
+            positive = max(positive, positive_bits(x[i]))
+            negative = max(negative, negative_bits(x[i]))
+        live, scales[k], factor = scaled(positive, negative)
+        if not live:
             for i in range(low * BITS // 8, (high * BITS + 7) // 8):
                 codes[i] = ZERO
             continue
-        scale = float_of(largest) / LARGEST
-        factor = ONE / scale
-        scales[k] = scale
         if BITS == 8:
             for i in range(low, high):
                 codes[i] = encode(f32(x[i]), factor, key, i)
@@ -275,27 +273,19 @@ _NORMAL = float(np.finfo(np.float32).smallest_normal)
 def _block_namespace(codec: str, dtype: np.dtype) -> dict[str, Any]:
     b = BLOCKS[codec.removesuffix("_stochastic")]
     _, nearest, stochastic = element_functions(b)
-    lowest = np.float32(_NORMAL / b.smallest * b.largest)
-    constants = {
-        name: getattr(scalar_codecs, name) for name in ("MAGNITUDE", "INFINITE", "NOT_A_NUMBER")
-    }
     return {
-        **constants,
         "S": np.uint8,
         "T": dtype.type,
         "f32": np.float32,
-        "u32": np.uint32,
         "BITS": b.bits,
         "BLOCK": b.block,
         "N0": np.uint32(0),
-        "ONE": np.float32(1),
         "FOUR": np.uint32(4),
         "ZERO": np.uint8(b.zero),
         "FILL": np.uint32(b.zero & 15),
-        "LOWEST": lowest.view(np.uint32),
-        "LARGEST": np.float32(b.largest),
-        "bits_of": scalar_codecs.bits_of,
-        "float_of": scalar_codecs.float_of,
+        "positive_bits": positive_bits,
+        "negative_bits": negative_bits,
+        "scaled": scaling(b),
         "encode": stochastic if codec.endswith("_stochastic") else nearest,
     }
 

@@ -15,14 +15,26 @@ from .hyperparameters import Betas, LearningRate, NonNegative
 
 @dataclass(frozen=True, kw_only=True)
 class AdaBelief(Rule):
-    """Adam with the variance about the mean in place of the mean square. States: m, s.
+    """Adam with the variance about the mean in place of the mean square.
+
+    Notes
+    -----
+    ::
 
         m := b1 m + (1 - b1) g,  s := b2 s + (1 - b2) (g - m)^2 + eps_root
         p := p - lr (m / c1) / (sqrt(s / c2) + eps),  c1 = 1 - b1^t,  c2 = 1 - b2^t
 
     The m in s is the new one; eps_root gathers in s. float16 has no number as small as the default
-    of either eps. Source: Zhuang et al. 2020, algorithm 2; optax's `adabelief`.
+    of either eps.
 
+    States: m, s.
+
+    References
+    ----------
+    Zhuang et al. 2020, algorithm 2; optax's `adabelief`.
+
+    Examples
+    --------
     >>> import numpy as np, fusedopt as fo
     >>> p, g = np.array([1.0, 1.0]), np.array([0.01, 100.0])
     >>> rule = fo.AdaBelief(lr=0.1)

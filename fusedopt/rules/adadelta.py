@@ -17,12 +17,22 @@ from .hyperparameters import Fraction, LearningRate, NonNegative
 class Adadelta(Rule):
     """Steps in the parameter's own unit: the root mean square of past steps over that of gradients.
 
+    Notes
+    -----
+    ::
+
         v := rho v + (1 - rho) g^2,  u = sqrt(d + eps) / sqrt(v + eps) g
         d := rho d + (1 - rho) u^2,  p := p - lr u
 
     States: v, d. The learning rate is a factor on steps that find their own size, 1 in the paper;
-    eps is the square of the first of them. Source: Zeiler 2012, algorithm 1.
+    eps is the square of the first of them.
 
+    References
+    ----------
+    Zeiler 2012, algorithm 1.
+
+    Examples
+    --------
     >>> import numpy as np, fusedopt as fo
     >>> p, g = np.array([1.0, 1.0]), np.array([0.01, 100.0])
     >>> rule = fo.Adadelta(rho=0.75, eps=1e-4)

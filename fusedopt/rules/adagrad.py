@@ -15,14 +15,25 @@ from .hyperparameters import LearningRate, NonNegative
 
 @dataclass(frozen=True, kw_only=True)
 class AdaGrad(Rule):
-    """Steps divided by the root of the sum of all squared gradients. State: G.
+    """Steps divided by the root of the sum of all squared gradients.
+
+    Notes
+    -----
+    ::
 
         G := G + g^2,  p := p - lr_t g / (sqrt(G + eps_root) + eps)
         lr_t = lr / (1 + (t - 1) lr_decay)
 
-    Where the denominator is zero there is no step. G starts at `initial_accumulator`. Source:
+    Where the denominator is zero there is no step. G starts at `initial_accumulator`.
+
+    State: G.
+
+    References
+    ----------
     "The Evolution of AdamW", eq. (10)-(11); Duchi, Hazan & Singer 2011 has eps outside the root.
 
+    Examples
+    --------
     >>> import numpy as np, fusedopt as fo
     >>> p, g = np.array([1.0, 1.0]), np.array([0.01, 100.0])
     >>> rule = fo.AdaGrad(lr=0.1)

@@ -95,19 +95,29 @@ _RAW = {"amsgrad": {False: False, True: "raw", "raw": "raw"}}
 
 @dataclass(frozen=True, kw_only=True)
 class Adam(Rule):
-    """Adaptive moment estimation. States: m, v, and x with `amsgrad`.
+    """Adaptive moment estimation.
+
+    Notes
+    -----
+    ::
 
         m := b1 m + (1 - b1) g,  v := b2 v + (1 - b2) g^2,  c1 = 1 - b1^t,  c2 = 1 - b2^t
         p := p - lr (m / c1) / (sqrt(v / c2 + eps_root) + eps)
 
     `hat`: p := p - lr (sqrt(c2) / c1) m / (sqrt(v + eps_root) + eps), the paper's efficient form
     and Keras's. `amsgrad`: "raw" divides by the largest v so far (PyTorch, Keras), "corrected" by
-    the largest v / c2 (optax). `nesterov`: b1 m / (1 - b1^(t+1)) + (1 - b1) g / c1 stands for
-    m / c1. `bias_correction=False`: c1 = c2 = 1.
+    the largest v / c2 (optax). `nesterov`: b1 m / (1 - b1^(t+1)) + (1 - b1) g / c1 stands for m /
+    c1. `bias_correction=False`: c1 = c2 = 1.
 
-    Sources: "The Evolution of AdamW", eq. (14)-(17); Kingma & Ba 2015, algorithm 1; Reddi et al.
-    2018 (amsgrad); Dozat 2016 (nesterov).
+    States: m, v, and x with `amsgrad`.
 
+    References
+    ----------
+    "The Evolution of AdamW", eq. (14)-(17); Kingma & Ba 2015, algorithm 1; Reddi et al. 2018
+    (amsgrad); Dozat 2016 (nesterov).
+
+    Examples
+    --------
     >>> import numpy as np, fusedopt as fo
     >>> p, g = np.array([1.0, 1.0]), np.array([0.01, 100.0])
     >>> rule = fo.Adam(lr=0.1)
@@ -147,8 +157,7 @@ class Adam(Rule):
     nesterov: bool = False
     bias_correction: bool = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check_together(self) -> None:
         for other in ("nesterov", "hat"):
             if getattr(self, other) and self.amsgrad and (other, self.amsgrad) != ("hat", "raw"):
                 raise ValueError(
@@ -224,9 +233,16 @@ class Adam(Rule):
 class AdamW(Adam):
     """Adam with decoupled weight decay: p := p - lr (adam's step) - lr lambda p.
 
-    States and hyperparameters as Adam's. Sources: "The Evolution of AdamW", eq. (18); Loshchilov &
-    Hutter 2019.
+    Notes
+    -----
+    States and hyperparameters as Adam's.
 
+    References
+    ----------
+    "The Evolution of AdamW", eq. (18); Loshchilov & Hutter 2019.
+
+    Examples
+    --------
     >>> import numpy as np, fusedopt as fo
     >>> p, g = np.array([1.0, 1.0]), np.array([0.0, 100.0])
     >>> rule = fo.AdamW(lr=0.1, weight_decay=0.5)

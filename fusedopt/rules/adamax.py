@@ -18,13 +18,22 @@ _DEFAULTS = {"betas": (0.9, 0.999), "weight_decay": 0.0}
 class AdaMax(Rule):
     """Adam with the largest recent gradient in place of the root of the mean square.
 
+    Notes
+    -----
+    ::
+
         m := b1 m + (1 - b1) g,  u := max(b2 u, |g| + eps_inside),  c1 = 1 - b1^t
         p := p - lr (m / c1) / (u + eps)
 
     States: m, u. Where the denominator is zero there is no step. PyTorch and optax have their eps
-    inside of the maximum, Keras has it outside, and the paper has none. Source: Kingma & Ba 2015,
-    algorithm 2.
+    inside of the maximum, Keras has it outside, and the paper has none.
 
+    References
+    ----------
+    Kingma & Ba 2015, algorithm 2.
+
+    Examples
+    --------
     >>> import numpy as np, fusedopt as fo
     >>> p, g = np.array([1.0, 1.0]), np.array([0.01, 100.0])
     >>> rule = fo.AdaMax(lr=0.1)

@@ -19,20 +19,28 @@ from .muon import Muon, through
 
 @dataclass(frozen=True, kw_only=True)
 class AdaMuon(Muon):
-    """Muon with Adam's second moment on the orthogonalised direction. States: m, v.
+    """Muon with Adam's second moment on the orthogonalised direction.
 
-    Of the orthogonalised o of `Muon`, whose hyperparameters these are but for the last two:
+    Notes
+    -----
+    Of the orthogonalised o of `Muon`, whose hyperparameters these are but for the last two::
 
         v := beta2 v + (1 - beta2) o^2         n = o / (sqrt(v / (1 - beta2^t)) + eps_v)
         p := p - lr s sqrt(min(rows, cols)) n / (||n|| + eps_v)
 
-    The norm is that of each matrix. With the default scale, "match_rms_adamw", the step's root
-    mean square is 0.2 lr, about that of AdamW's.
+    The norm is that of each matrix. With the default scale, "match_rms_adamw", the step's root mean
+    square is 0.2 lr, about that of AdamW's.
 
-    Source: Si, Zhang, Shen 2025, arXiv 2507.11005, in the form of the authors' code
+    States: m, v.
+
+    References
+    ----------
+    Si, Zhang, Shen 2025, arXiv 2507.11005, in the form of the authors' code
     (https://github.com/Chongjie-Si/AdaMuon); the paper besides takes the sign of the direction
     before it is orthogonalised, which neither that code nor this does.
 
+    Examples
+    --------
     >>> import numpy as np, fusedopt as fo
     >>> p, g = np.zeros((2, 3)), np.array([[1.0, 2, 3], [4, 5, 6]])
     >>> rule = fo.AdaMuon(lr=1.0)

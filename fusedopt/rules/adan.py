@@ -16,7 +16,11 @@ from .hyperparameters import LearningRate, NonNegative, ThreeBetas
 
 @dataclass(frozen=True, kw_only=True)
 class Adan(Rule):
-    """Adam with Nesterov's momentum from differences of gradients. States: m, d, n, prev.
+    """Adam with Nesterov's momentum from differences of gradients.
+
+    Notes
+    -----
+    ::
 
         e = g - prev, 0 in the first step;  prev := g
         m := b1 m + (1 - b1) g,  d := b2 d + (1 - b2) e,  n := b3 n + (1 - b3) (g + k e)^2
@@ -24,8 +28,16 @@ class Adan(Rule):
 
     form "official" has k = b2, the paper's and its code's (the paper calls 1 - b_i what is b_i
     here), "optax" k = 1 - b2. The paper divides by 1 + lr lambda for weight decay, which is the
-    form "decoupled" to first order. Source: Xie et al. 2022, algorithm 1.
+    form "decoupled" to first order.
 
+    States: m, d, n, prev.
+
+    References
+    ----------
+    Xie et al. 2022, algorithm 1.
+
+    Examples
+    --------
     >>> import numpy as np, fusedopt as fo
     >>> p, g = np.array([1.0, 1.0]), np.array([0.01, 100.0])
     >>> rule = fo.Adan(lr=0.1)

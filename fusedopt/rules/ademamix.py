@@ -15,15 +15,26 @@ from .hyperparameters import Count, LearningRate, NonNegative, ThreeBetas
 
 @dataclass(frozen=True, kw_only=True)
 class AdEMAMix(Rule):
-    """AdamW with a second, much slower mean of the gradients. States: m, slow, v.
+    """AdamW with a second, much slower mean of the gradients.
+
+    Notes
+    -----
+    ::
 
         m := b1 m + (1 - b1) g,  slow := b3 slow + (1 - b3) g,  v := b2 v + (1 - b2) g^2
         p := p - lr (m / c1 + alpha slow) / (sqrt(v / c2) + eps),  c1 = 1 - b1^t,  c2 = 1 - b2^t
 
     `betas` are b1, b2, b3. In the first `warmup` steps alpha grows linearly, and b3 from b1 on so
-    that the logarithm's inverse does. Source: Pagliardini et al. 2024, algorithm 1; optax's
-    `contrib.ademamix`, which has constants there.
+    that the logarithm's inverse does.
 
+    States: m, slow, v.
+
+    References
+    ----------
+    Pagliardini et al. 2024, algorithm 1; optax's `contrib.ademamix`, which has constants there.
+
+    Examples
+    --------
     >>> import numpy as np, fusedopt as fo
     >>> p, g = np.array([1.0, 1.0]), np.array([0.01, 100.0])
     >>> rule = fo.AdEMAMix(lr=0.1)

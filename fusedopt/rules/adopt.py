@@ -15,14 +15,24 @@ from .hyperparameters import Betas, LearningRate, NonNegative
 
 @dataclass(frozen=True, kw_only=True)
 class ADOPT(Rule):
-    """Adam that converges with any b2: v divides before it takes the gradient in. States: m, v.
+    """Adam that converges with any b2: v divides before it takes the gradient in.
+
+    Notes
+    -----
+    ::
 
         t = 1:  v := g^2, and p stays
         t > 1:  n = g / max(sqrt(v), eps), clipped to +-(t - 1)^(1/4)
                 m := b1 m + (1 - b1) n,  p := p - lr m,  v := b2 v + (1 - b2) g^2
 
-    Source: Taniguchi et al. 2024, algorithm 2 (clipped); optax's `contrib.adopt`.
+    States: m, v.
 
+    References
+    ----------
+    Taniguchi et al. 2024, algorithm 2 (clipped); optax's `contrib.adopt`.
+
+    Examples
+    --------
     >>> import numpy as np, fusedopt as fo
     >>> p, g = np.array([1.0, 1.0]), np.array([0.01, 100.0])
     >>> rule = fo.ADOPT(lr=0.1)

@@ -24,6 +24,8 @@ _RESERVED = {
 class CustomRule(Rule):
     """A rule of your own: fields, `scalars` and `element` are all that it takes.
 
+    Notes
+    -----
     A subclass is made a frozen dataclass with keyword-only fields (of those annotated float or int
     the values are checked), beside `lr`, `weight_decay`, `decay` and `maximize`, which every rule
     has and which `element` need not know. Numba compiles `element` at first use.
@@ -44,6 +46,8 @@ class CustomRule(Rule):
     The bits are the same on every machine as long as `element` keeps to + - * / sqrt, comparison
     and selection; `Optimizer.describe` says where it does not.
 
+    Examples
+    --------
     >>> import numpy as np, fusedopt as fo
     >>> class SignMomentum(fo.CustomRule):
     ...     beta: float = 0.9

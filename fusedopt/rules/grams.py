@@ -15,13 +15,25 @@ from .hyperparameters import Betas, LearningRate, NonNegative
 
 @dataclass(frozen=True, kw_only=True)
 class Grams(Rule):
-    """Adam's step size for each element, in the direction of the gradient itself. States: m, v.
+    """Adam's step size for each element, in the direction of the gradient itself.
+
+    Notes
+    -----
+    ::
 
         m := b1 m + (1 - b1) g,  v := b2 v + (1 - b2) g^2,  c1 = 1 - b1^t,  c2 = 1 - b2^t
         p := p - lr |(m / c1) / (sqrt(v / c2) + eps)| sign(g)
 
-    Where the gradient is zero there is no step. Source: Cao et al. 2024, algorithm 1.
+    Where the gradient is zero there is no step.
 
+    States: m, v.
+
+    References
+    ----------
+    Cao et al. 2024, algorithm 1.
+
+    Examples
+    --------
     >>> import numpy as np, fusedopt as fo
     >>> p, rule = np.array([1.0, 1.0]), fo.Grams(lr=0.1, betas=(0.5, 0.75), eps=0.0)
     >>> states = rule.init(p)

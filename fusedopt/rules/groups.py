@@ -1,4 +1,4 @@
-"""Which rule updates which leaf."""
+"""Parameter groups: the assignment of rules to leaves."""
 
 from __future__ import annotations
 
@@ -100,11 +100,18 @@ def with_hyperparameters(
     for group in groups:
         known = {f.name for f in fields(group.rule)} if label in (None, group.label) else set()
         unknown -= known
-        rules.append(replace(group.rule, **{n: v for n, v in values.items() if n in known}))
+        rules.append(_replaced(group.rule, {n: v for n, v in values.items() if n in known}))
     if unknown:
         where = "none of the rules has" if label is None else f"the rule of {label!r} has no"
         raise TypeError(f"replace: {where} {', '.join(sorted(unknown))}")
     return rules
+
+
+def _replaced(rule: Rule, values: Mapping[str, Any]) -> Rule:
+    numbers = all(type(value) is float for value in values.values())
+    if numbers and values.keys() <= {"lr", *number_names(type(rule))}:
+        return rule.with_numbers(**values)
+    return replace(rule, **values)
 
 
 def check_successor(group: Group, rule: Rule) -> bool:

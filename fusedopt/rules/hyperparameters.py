@@ -155,6 +155,12 @@ def _kinds(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls, include_extras=True)
 
 
+@functools.cache
+def field_names(cls: Any) -> tuple[str, ...]:
+    """Return the names of a rule's hyperparameters."""
+    return tuple(field.name for field in fields(cls))
+
+
 def number_names(cls: Any) -> tuple[str, ...]:
     """Return the names of a rule's hyperparameters that are numbers, or tuples of them."""
     return _number_names(cls)  # type: ignore[arg-type,unused-ignore]
@@ -172,6 +178,12 @@ def _is_number(annotation: Any) -> bool:
     kind = typing.get_args(annotation)[1]
     each = kind.each if isinstance(kind, Numbers) else kind
     return isinstance(each, Number) and not each.integer
+
+
+def check_number(rule: Any, name: str, value: Any) -> Any:
+    """Return a value of one of a rule's hyperparameters; TypeError or ValueError otherwise."""
+    cls: Any = type(rule)
+    return check_field(f"{cls.__name__}({name})", _kinds(cls)[name], value)
 
 
 def in_step(rule: Any, name: str, step: int) -> Any:

@@ -15,14 +15,24 @@ from .hyperparameters import Betas, LearningRate, NonNegative
 
 @dataclass(frozen=True, kw_only=True)
 class LaProp(Rule):
-    """Adam with momentum of the divided gradients, which decouples b1 from b2. States: m, v.
+    """Adam with momentum of the divided gradients, which decouples b1 from b2.
+
+    Notes
+    -----
+    ::
 
         v := b2 v + (1 - b2) g^2,  c1 = 1 - b1^t,  c2 = 1 - b2^t
         m := b1 m + (1 - b1) g / (sqrt(v / c2) + eps),  p := p - lr m / c1
 
-    Source: Ziyin, Wang & Ueda 2020, algorithm 1. The authors' code gathers the learning rate in m,
-    the same where it is constant.
+    States: m, v.
 
+    References
+    ----------
+    Ziyin, Wang & Ueda 2020, algorithm 1. The authors' code gathers the learning rate in m, the same
+    where it is constant.
+
+    Examples
+    --------
     >>> import numpy as np, fusedopt as fo
     >>> p, g = np.array([1.0, 1.0]), np.array([0.01, 100.0])
     >>> rule = fo.LaProp(lr=0.1)

@@ -14,13 +14,25 @@ from .hyperparameters import Betas, LearningRate, NonNegative
 
 @dataclass(frozen=True, kw_only=True)
 class Lion(Rule):
-    """Evolved sign momentum. State: m.
+    """Evolved sign momentum.
+
+    Notes
+    -----
+    ::
 
         c = b1 m + (1 - b1) g,  p := p - lr sign(c),  m := b2 m + (1 - b2) g
 
-    sign(0) = 0; c is made of the old m. Sources: "The Evolution of AdamW", eq. (19); Chen et al.
-    2023, algorithm 2 (the state's own beta, decoupled decay).
+    sign(0) = 0; c is made of the old m.
 
+    State: m.
+
+    References
+    ----------
+    "The Evolution of AdamW", eq. (19); Chen et al. 2023, algorithm 2 (the state's own beta,
+    decoupled decay).
+
+    Examples
+    --------
     >>> import numpy as np, fusedopt as fo
     >>> p, g = np.array([1.0, 1.0, 1.0]), np.array([0.01, -100.0, 0.0])
     >>> rule = fo.Lion(lr=0.1)

@@ -12,15 +12,27 @@ from .hyperparameters import Fraction, LearningRate
 
 @dataclass(frozen=True, kw_only=True)
 class Momentum(Rule):
-    """Gradient descent with momentum. State: v.
+    """Gradient descent with momentum.
+
+    Notes
+    -----
+    ::
 
         "ema"         v := mu v + (1 - mu) g         p := p - lr v     eq. (3)-(4)
         "heavy_ball"  v := mu v + lr g               p := p - v        eq. (5); Keras
         "buffer"      v := mu v + (1 - dampening) g  p := p - lr v     PyTorch, optax
 
     The forms differ where lr changes: the heavy ball keeps the old rate in its velocity. The
-    buffer's first step takes the gradient undampened. Source: "The Evolution of AdamW".
+    buffer's first step takes the gradient undampened.
 
+    State: v.
+
+    References
+    ----------
+    "The Evolution of AdamW".
+
+    Examples
+    --------
     >>> import numpy as np, fusedopt as fo
     >>> p, g = np.array([1.0]), np.array([0.5])
     >>> rule = fo.Momentum(lr=0.1, momentum=0.9, form="heavy_ball")
@@ -57,8 +69,7 @@ class Momentum(Rule):
     dampening: Fraction = 0.0
     form: Literal["ema", "heavy_ball", "buffer"] = "ema"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check_together(self) -> None:
         if self.dampening and self.form != "buffer":
             raise ValueError(f"Momentum(dampening): form {self.form!r} has none; only 'buffer' has")
 

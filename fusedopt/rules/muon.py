@@ -33,7 +33,11 @@ def muon(
 
 @dataclass(frozen=True, kw_only=True)
 class Muon(Rule):
-    """Momentum, orthogonalised, for matrices. State: m.
+    """Momentum, orthogonalised, for matrices.
+
+    Notes
+    -----
+    ::
 
         "ema"         m := mu m + (1 - mu) g    u = (1 - mu) g + mu m with `nesterov`, else m
         "heavy_ball"  m := mu m + g             u = g + mu m with `nesterov`, else m
@@ -50,12 +54,18 @@ class Muon(Rule):
     value, of one fused projection; each is orthogonalised by itself. s by `scale`, of each matrix:
     "original" sqrt(max(1, rows/cols)), "match_rms_adamw" 0.2 sqrt(max(rows, cols)), "spectral"
     sqrt(rows/cols), "none" 1. Rows are outputs; in optax's own layout they are the columns, unless
-    its `MuonDimensionNumbers` says otherwise. `bias_correction` (optax) divides g by 1 - mu^t and
-    m by 1 - mu^(t+1) in u. eps only guards a zero gradient. Vectors are refused: `with_adamw`
-    sends them to AdamW.
+    its `MuonDimensionNumbers` says otherwise. `bias_correction` (optax) divides g by 1 - mu^t and m
+    by 1 - mu^(t+1) in u. eps only guards a zero gradient. Vectors are refused: `with_adamw` sends
+    them to AdamW.
 
-    Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/.
+    State: m.
 
+    References
+    ----------
+    Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/.
+
+    Examples
+    --------
     >>> import numpy as np, fusedopt as fo
     >>> p, g = np.zeros((2, 3)), np.array([[1.0, 2, 3], [4, 5, 6]])
     >>> rule = fo.Muon(lr=1.0)
@@ -135,8 +145,7 @@ class Muon(Rule):
     weight_decay: NonNegative = 0.0
     decay: DecayForm = "decoupled"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check_together(self) -> None:
         if self.bias_correction and self.form != "ema":
             raise ValueError(
                 f"{type(self).__name__}(bias_correction): only the form 'ema' has a bias; got"
@@ -255,7 +264,7 @@ class Muon(Rule):
             workspace.orthogonalize(directions, stack, self.iteration, self.factor(*stack[1:]))
 
     def stack(self, directions: np.ndarray) -> Stack:
-        """Those of several parameters, whose number is the first dimension."""
+        """Return the matrices of several parameters, which the first dimension counts."""
         leaves, *shape = directions.shape
         count, rows, cols = self.matrices(tuple(shape))
         return leaves * count, rows, cols
@@ -273,7 +282,7 @@ class Muon(Rule):
         return self.factor(*self.matrices(u.shape)[1:]) * self.polar(u)
 
     def polar(self, u: np.ndarray) -> np.ndarray:
-        """The same without s."""
+        """Return the orthogonalised direction, without the scale s."""
         if u.size == 0:
             return u.copy()
         matrices = [self._textbook(matrix) for matrix in u.reshape(self.matrices(u.shape))]

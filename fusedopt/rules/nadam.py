@@ -19,7 +19,11 @@ VANISHED = 1e-20
 
 @dataclass(frozen=True, kw_only=True)
 class NAdam(Rule):
-    """Adam with Nesterov's momentum, which warms up. States: m, v.
+    """Adam with Nesterov's momentum, which warms up.
+
+    Notes
+    -----
+    ::
 
         m := b1 m + (1 - b1) g,  v := b2 v + (1 - b2) g^2,  c2 = 1 - b2^t
         mu_t = b1 (1 - 0.96^(t momentum_decay) / 2),  P_t = mu_1 mu_2 ... mu_t
@@ -27,8 +31,16 @@ class NAdam(Rule):
         p := p - lr n / (sqrt(v / c2) + eps)
 
     Keras has momentum_decay = 1. optax's `nadam` keeps the momentum constant, which is
-    `Adam(nesterov=True)` here. Source: Dozat 2016.
+    `Adam(nesterov=True)` here.
 
+    States: m, v.
+
+    References
+    ----------
+    Dozat 2016.
+
+    Examples
+    --------
     >>> import numpy as np, fusedopt as fo
     >>> p, g = np.array([1.0, 1.0]), np.array([0.01, 100.0])
     >>> rule = fo.NAdam(lr=0.1)

@@ -22,15 +22,26 @@ def nesterov(
 
 @dataclass(frozen=True, kw_only=True)
 class Nesterov(Rule):
-    """Nesterov's accelerated gradient. State: v.
+    """Nesterov's accelerated gradient.
+
+    Notes
+    -----
+    ::
 
         "rearranged"  v := mu v + g     p := p - lr (g + mu v)   eq. (8)-(9); PyTorch, optax
         "heavy_ball"  v := mu v + lr g  p := p - (lr g + mu v)   Keras: lr inside the velocity
         "lookahead"   v := mu v + lr g  p := p - v               eq. (6)-(7)
 
-    In the last form the gradient is to be taken at p - mu v, inside of
-    `with opt.lookahead(): ...`. Source: "The Evolution of AdamW".
+    In the last form the gradient is to be taken at p - mu v, inside of `with opt.lookahead(): ...`.
 
+    State: v.
+
+    References
+    ----------
+    "The Evolution of AdamW".
+
+    Examples
+    --------
     >>> import numpy as np, fusedopt as fo
     >>> p = np.array([1.0])
     >>> opt = fo.Optimizer(p, fo.Nesterov(lr=0.1, form="lookahead"))

@@ -18,20 +18,28 @@ from .muon import Muon, through
 
 @dataclass(frozen=True, kw_only=True)
 class NorMuon(Muon):
-    """Muon whose rows are of like size. States: m; v, one number for each row.
+    """Muon whose rows are of like size.
 
-    Of the orthogonalised o of `Muon`, whose hyperparameters these are but for the last two:
+    Notes
+    -----
+    Of the orthogonalised o of `Muon`, whose hyperparameters these are but for the last two::
 
         v_i := beta2 v_i + (1 - beta2) mean_j(o_ij^2)       n_ij = o_ij / (sqrt(v_i) + eps_v)
         p := p - lr s (||o|| / (||n|| + eps_v)) n
 
-    Rows are those of the flattened parameter, shape[0] of them; the norms are those of each
-    matrix. v is in the compute type, whatever the optimizer's `state_dtype`.
+    Rows are those of the flattened parameter, shape[0] of them; the norms are those of each matrix.
+    v is in the compute type, whatever the optimizer's `state_dtype`.
 
-    Source: Li et al. 2025, arXiv 2510.05491, with the scale of the authors' code, which keeps the
-    norm of o (https://github.com/zichongli5/NorMuon); the paper's step of a fixed root mean square
-    is that of scale="match_rms_adamw" where o is orthogonal.
+    States: m; v, one number for each row.
 
+    References
+    ----------
+    Li et al. 2025, arXiv 2510.05491, with the scale of the authors' code, which keeps the norm of o
+    (https://github.com/zichongli5/NorMuon); the paper's step of a fixed root mean square is that of
+    scale="match_rms_adamw" where o is orthogonal.
+
+    Examples
+    --------
     >>> import numpy as np, fusedopt as fo
     >>> p, g = np.zeros((2, 3)), np.array([[1.0, 2, 3], [4, 5, 6]])
     >>> rule = fo.NorMuon(lr=1.0)

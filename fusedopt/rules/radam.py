@@ -19,8 +19,11 @@ AboveFour = Annotated[float, Number(low=4.0)]
 
 @dataclass(frozen=True, kw_only=True)
 class RAdam(Rule):
-    """Adam that does not divide by v while v tells too little, and less than fully after. States:
-    m, v.
+    """Adam that does not divide by v while v tells too little, and less than fully after.
+
+    Notes
+    -----
+    ::
 
         m := b1 m + (1 - b1) g,  v := b2 v + (1 - b2) g^2,  c1 = 1 - b1^t,  c2 = 1 - b2^t
         r_inf = 2 / (1 - b2) - 1,  r = r_inf - 2 t b2^t / c2
@@ -28,9 +31,16 @@ class RAdam(Rule):
         r > threshold:  p := p - lr k (m / c1) / (sqrt(v / c2 + eps_root) + eps)
         otherwise:      p := p - lr m / c1
 
-    `hat` (PyTorch): sqrt(c2) m / (sqrt(v + eps_root) + eps) in the quotient's place. Source: Liu et
-    al. 2020, algorithm 2, whose threshold is 4; the authors' code and the libraries have 5.
+    `hat` (PyTorch): sqrt(c2) m / (sqrt(v + eps_root) + eps) in the quotient's place.
 
+    States: m, v.
+
+    References
+    ----------
+    Liu et al. 2020, algorithm 2, whose threshold is 4; the authors' code and the libraries have 5.
+
+    Examples
+    --------
     >>> import numpy as np, fusedopt as fo
     >>> p, g = np.array([1.0, 1.0]), np.array([0.5, 1.0])
     >>> rule = fo.RAdam(lr=0.1)

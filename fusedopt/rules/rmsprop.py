@@ -95,6 +95,10 @@ _ELEMENTS: dict[str, Element] = {
 class RMSProp(Rule):
     """Steps divided by the root of a moving average of squared gradients.
 
+    Notes
+    -----
+    ::
+
         v := rho v + (1 - rho) g^2                   w = v
         a := rho a + (1 - rho) g                     w = max(v - a^2, 0)   with `centered`
         u = g / (sqrt(w + eps_root) + eps)           p := p - lr_t u
@@ -103,8 +107,14 @@ class RMSProp(Rule):
 
     lr_t = lr / (1 + (t - 1) lr_decay). `lr_in_buffer` has b gather lr_t u instead (optax, Keras).
     `bias_correction` divides v and a by 1 - rho^t. v starts at `initial_accumulator`. States: b
-    with momentum, v, a where centered. Source: "The Evolution of AdamW", eq. (12)-(13).
+    with momentum, v, a where centered.
 
+    References
+    ----------
+    "The Evolution of AdamW", eq. (12)-(13).
+
+    Examples
+    --------
     >>> import numpy as np, fusedopt as fo
     >>> p, g = np.array([1.0, 1.0]), np.array([0.01, 100.0])
     >>> rule = fo.RMSProp(lr=0.1, rho=0.75)
@@ -177,8 +187,7 @@ class RMSProp(Rule):
     lr_in_buffer: bool = False
     bias_correction: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check_together(self) -> None:
         if self.nesterov and not self.momentum:
             raise ValueError("RMSProp(nesterov): needs momentum > 0, got 0")
 

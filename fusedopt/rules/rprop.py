@@ -16,6 +16,10 @@ from .hyperparameters import LearningRate, Pair
 class Rprop(Rule):
     """Resilient propagation: a step size for each element, that only signs of gradients change.
 
+    Notes
+    -----
+    ::
+
         agreement = sign(g) sign(prev)
         s := s etas[1], s etas[0] or s where the agreement is 1, -1 or 0, within `step_sizes`
         prev := g, 0 where the agreement is -1
@@ -23,10 +27,15 @@ class Rprop(Rule):
 
     States: prev (the last gradient), s, which starts at lr: the learning rate is the size of the
     first steps and nothing after them, and what a schedule says later only scales a decoupled
-    weight decay. For gradients of the whole data: noise turns their signs. Sources: Riedmiller &
-    Braun 1993; the form without weight-backtracking (iRprop-) of Igel & Huesken 2000, as PyTorch
-    has it. optax 0.2.8 applies every step one step late, which no setting here does.
+    weight decay. For gradients of the whole data: noise turns their signs.
 
+    References
+    ----------
+    Riedmiller & Braun 1993; the form without weight-backtracking (iRprop-) of Igel & Huesken 2000,
+    as PyTorch has it. optax 0.2.8 applies every step one step late, which no setting here does.
+
+    Examples
+    --------
     >>> import numpy as np, fusedopt as fo
     >>> p, rule = np.array([1.0, 1.0]), fo.Rprop(lr=0.1)
     >>> states = rule.init(p)
@@ -49,8 +58,7 @@ class Rprop(Rule):
     etas: Pair = (0.5, 1.2)
     step_sizes: Pair = (1e-6, 50.0)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check_together(self) -> None:
         if self.scheduled:  # the values of a step are checked in it
             return
         down, up = self.etas

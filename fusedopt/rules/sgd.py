@@ -13,10 +13,18 @@ from .hyperparameters import LearningRate
 class SGD(Rule):
     """Stochastic gradient descent: no state.
 
+    Notes
+    -----
+    ::
+
         p := p - lr g
 
-    Source: "The Evolution of AdamW", eq. (2).
+    References
+    ----------
+    "The Evolution of AdamW", eq. (2).
 
+    Examples
+    --------
     >>> import numpy as np, fusedopt as fo
     >>> p, g = np.array([1.0, -2.0]), np.array([0.5, 0.5])
     >>> fo.update(fo.SGD(lr=0.1), 1, p, g)

@@ -15,13 +15,24 @@ from .lion import Lion
 
 @dataclass(frozen=True, kw_only=True)
 class Signum(Rule):
-    """Steps of one size, with the sign of the momentum. State: m.
+    """Steps of one size, with the sign of the momentum.
+
+    Notes
+    -----
+    ::
 
         m := mu m + (1 - mu) g,  p := p - lr sign(m)
 
-    sign(0) = 0; momentum 0 is signSGD. It is Lion with two equal betas, and has its kernel. Source:
+    sign(0) = 0; momentum 0 is signSGD. It is Lion with two equal betas, and has its kernel.
+
+    State: m.
+
+    References
+    ----------
     Bernstein et al. 2018, algorithm 2; optax's `signum`.
 
+    Examples
+    --------
     >>> import numpy as np, fusedopt as fo
     >>> p, g = np.array([1.0, 1.0, 1.0]), np.array([0.01, -100.0, 0.0])
     >>> rule = fo.Signum(lr=0.1)

@@ -20,9 +20,11 @@ from .sgd import SGD
 
 @dataclass(frozen=True, kw_only=True)
 class SOAP(Rule):
-    """Adam in the eigenbasis of Shampoo's preconditioner, for matrices. States: m, v; L, R, QL, QR.
+    """Adam in the eigenbasis of Shampoo's preconditioner, for matrices.
 
-    With G the gradient as a matrix, which is (shape[0], the rest):
+    Notes
+    -----
+    With G the gradient as a matrix, which is (shape[0], the rest)::
 
         m := b1 m + (1 - b1) G       v := b2 v + (1 - b2) (QL^T G QR)^2
         n = (QL^T m QR) / (sqrt(v) + eps)       p := p - lr sqrt(c2) / c1 QL n QR^T
@@ -31,21 +33,27 @@ class SOAP(Rule):
     c1 = 1 - b1^(t-1), c2 likewise; b is `shampoo_beta`. The first step only begins L and R: m, v
     and, but for weight decay, p stay. The second finds QL and QR by an eigendecomposition of L and
     R. After every `precondition_frequency` steps they are refined by one step of orthogonal
-    iteration: the QR decomposition of L Q with its columns by falling eigenvalue, which then
-    return to their places, so that v, unlike in the authors' code, need not be sorted again. To L
-    a 1e-7 part of its trace is added there, so that directions that no gradient had stay where
-    they are. All of that is in float64. Where the first gradient has not the full rank, the rest of
-    the first basis is whatever LAPACK takes, and so in part are all later steps.
+    iteration: the QR decomposition of L Q with its columns by falling eigenvalue, which then return
+    to their places, so that v, unlike in the authors' code, need not be sorted again. To L a 1e-7
+    part of its trace is added there, so that directions that no gradient had stay where they are.
+    All of that is in float64. Where the first gradient has not the full rank, the rest of the first
+    basis is whatever LAPACK takes, and so in part are all later steps.
 
     A side longer than `max_precond_dim` has no L and QL (R and QR): there Q is the identity. L, R,
     QL and QR are in the compute type, whatever the optimizer's `state_dtype`; m and v are as
     `state_dtype` says. Once L or R is not finite, the basis and the parameter become NaN, and no
     other parameter does. Vectors are refused.
 
-    Source: Vyas et al. 2024, arXiv 2409.11321, with the first step, bias correction and defaults
-    of the authors' code (https://github.com/nikhilvyas/SOAP); that gives each dimension of a
-    filter its own basis, and decays the weights after the update.
+    States: m, v; L, R, QL, QR.
 
+    References
+    ----------
+    Vyas et al. 2024, arXiv 2409.11321, with the first step, bias correction and defaults of the
+    authors' code (https://github.com/nikhilvyas/SOAP); that gives each dimension of a filter its
+    own basis, and decays the weights after the update.
+
+    Examples
+    --------
     >>> import numpy as np, fusedopt as fo
     >>> p, g = np.zeros((2, 3)), np.array([[1.0, 2, 3], [4, 5, 6]])
     >>> rule = fo.SOAP(lr=1.0, max_precond_dim=2)

@@ -51,13 +51,17 @@ def sophia_paper(
 
 @dataclass(frozen=True, kw_only=True)
 class Sophia(Rule):
-    """Second-order clipped steps. States: m, h.
+    """Second-order clipped steps.
+
+    Notes
+    -----
+    ::
 
         m := b1 m + (1 - b1) g
         "official"  p := p - lr clip(m / (rho bs h + eps))    the authors' code
         "paper"     p := p - lr clip(m / max(rho h, eps))     algorithm 3
 
-    clip(r) limits |r| to `clip`. h changes only in steps that get `hessian=`, after the update:
+    clip(r) limits |r| to `clip`. h changes only in steps that get `hessian=`, after the update::
 
         estimator="gnb"         h := b2 h + (1 - b2) e^2     e: gradient at sampled labels; the
                                                              paper's form has bs e^2
@@ -67,8 +71,14 @@ class Sophia(Rule):
     (optax). A Hutchinson estimate can be negative, where only the paper's form is safe, so the
     official one refuses it. `fusedopt.hessian` makes both estimates.
 
-    Sources: Liu et al. 2023, algorithms 1-3; the authors' code.
+    States: m, h.
 
+    References
+    ----------
+    Liu et al. 2023, algorithms 1-3; the authors' code.
+
+    Examples
+    --------
     >>> import numpy as np, fusedopt as fo
     >>> p, g = np.array([1.0, 1.0]), np.array([0.01, -0.01])
     >>> opt = fo.Optimizer(p, fo.Sophia(lr=0.1, bs=100, weight_decay=0.0))
@@ -112,8 +122,7 @@ class Sophia(Rule):
     weight_decay: NonNegative = 0.1
     decay: DecayForm = "decoupled"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check_together(self) -> None:
         if self.estimator == "hutchinson" and self.form == "official":
             raise ValueError(
                 "Sophia(estimator): 'hutchinson' can be negative, which the official form does not"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -201,8 +202,10 @@ class Assembly:
         self.settle_rates()
 
     def settle_rates(self) -> None:
-        """Take what a step needs to know of the rules' learning rates."""
+        """Take what a step needs to know of the rules' learning rates and schedules."""
         self.rates.settle(self.groups)
+        numbers = any(group.rule.scheduled for group in self.groups)
+        self._scheduled = numbers or callable(self._extras.ema)  # but for learning rates
         formulas = [formula_of(group.rule.lr) for group in self.groups]
         known = all(
             formula is not None or not callable(group.rule.lr)
@@ -226,16 +229,14 @@ class Assembly:
         options, plan = self.options, self.plan
         if options.exact or options.verify or self.state_file or self._shared_out:
             return None
-        if (
-            self._scheduled or not self._one_phase
-        ):  # programs change, or Python has its part in them
+        if not self._one_phase:  # Python has its part in them
             return None
         if hasattr(plan, "settle"):
             if formulas != self._formulas:
                 plan.settle(self._policy(formulas))
                 self._formulas = formulas
-            return plan.whole_step
-        simple = not (self.decides or options.stats or self.rates.scheduled)
+            return self._scheduled_step if self._scheduled else plan.whole_step
+        simple = not (self.decides or options.stats or self.rates.scheduled or self._scheduled)
         return self._simple_step if simple and hasattr(plan, "step_alone") else None
 
     def _policy(self, formulas: list[Any]) -> Policy:
@@ -255,15 +256,23 @@ class Assembly:
             stats=list(self.info_builder.alike.items()) if options.stats else [],
         )
 
+    def _scheduled_step(self, grads: Any, hessian: Any, scale: Any, ask: Any) -> StepInfo | None:
+        """Take a whole step after the plan was given the values of its schedules."""
+        current, extras = self._values
+        if (current, extras) != (self.current, self.extras):
+            self.whole("step", partial(self._use, current, extras), settled=False)
+        info: StepInfo | None = self.plan.whole_step(grads, hessian, scale, ask)
+        return info
+
+    @property
+    def _values(self) -> tuple[list[Group], Extras]:
+        """The groups and what is beside them, with the values of the next step."""
+        return at_step(self.groups, self._upcoming), self._extras.at(self._upcoming)
+
     def _simple_step(self, grads: Any, hessian: Any, grad_scale: Any, ask: Any) -> StepInfo | None:
         """Take a step that a plan makes by itself but does not tell of."""
         number = None if grad_scale != 1.0 else self.plan.step_alone(grads, hessian)
         return None if number is None else StepInfo(number, self.rates.used())
-
-    @property
-    def _scheduled(self) -> bool:
-        """Whether anything but learning rates has a schedule."""
-        return callable(self._extras.ema) or any(group.rule.scheduled for group in self.groups)
 
     def adopt(self, rules: Sequence[Rule]) -> None:
         """Put rules in the place of the groups' own, all of them or none."""
@@ -277,7 +286,8 @@ class Assembly:
                 self.current = current
             else:
                 self._use(current, self.extras)
-            self.settle_rates()
+            if not all(map(_same_rate, old, self.groups)):
+                self.settle_rates()
         except BaseException:
             self.groups, self.current = old, before
             raise
@@ -295,6 +305,32 @@ class Assembly:
         assert self.lazy_rows is not None
         self.clipper.begin(1.0)
         self.lazy_rows.catch_up(rows)
+
+    def set_rates(self, rates: Sequence[Any]) -> bool:
+        """Take numbers as the groups' learning rates; False, and nothing is done, where that is for
+        `adopt`."""
+        if self.exchanged or self.options.exact or self.state_file or self._scheduled:
+            return False
+        old, rates_before = self.groups, self.rates.values.tolist()
+        groups = []
+        for group, lr in zip(old, rates, strict=True):
+            number = type(lr) is float and 0.0 <= lr < math.inf
+            rule = group.rule.with_rate(lr) if number else None
+            if rule is None or self.counters[0] == HALFWAY:
+                return False
+            groups.append(Group(group.label, rule))
+        token = object()
+        self.plan.take(token)
+        try:
+            self.rates.change(groups, rates)
+            self.groups = self.current = groups
+        except BaseException:  # an interrupt: before or after it, not within
+            self.groups = self.current = old
+            self.rates.change(old, rates_before)
+            raise
+        finally:
+            self.plan.give(token)
+        return True
 
     @property
     def _upcoming(self) -> int:
@@ -413,12 +449,11 @@ class Assembly:
         lr: StepRate | None = None,
     ) -> StepInfo:
         def begun() -> StepInfo:
-            number = self._upcoming
             if self._scheduled:
-                self._use(at_step(self.groups, number), self._extras.at(number))
+                self._use(*self._values)
             self.clipper.begin(scale)
             try:
-                self.rates.begin(number, lr)
+                self.rates.begin(self._upcoming, lr)
                 return step()
             finally:
                 self.rates.end()
@@ -549,6 +584,11 @@ class Assembly:
     def checked_arrays(self, tree: Tree) -> Arrays:
         """Return a tree's parameters, and the copies of them, checked."""
         return checked_arrays(self.device, tree, self.rules, self.options.copy_out)
+
+
+def _same_rate(a: Group, b: Group) -> bool:
+    """Whether groups have the same learning rate, and schedules of the same other numbers."""
+    return a.rule.lr is b.rule.lr and a.rule.scheduled == b.rule.scheduled
 
 
 def _state_file(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 os.environ.setdefault("KERAS_BACKEND", "torch")  # read when Keras is imported
+os.environ.setdefault("DEV", "PYTHON")  # tinygrad's device that needs no compiler
 PAGES = Path(__file__).parents[2] / "docs" / "ways-in"
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the clients
 
@@ -98,6 +99,22 @@ def test_keras_is_its_own_adam() -> None:
             opt.apply([v.value.grad for v in net.trainable_variables], net.trainable_variables)
     for p, v in zip(found["params"], net.trainable_variables, strict=True):
         assert torch.allclose(p, v.value, rtol=1e-4, atol=1e-6)
+
+
+def test_tinygrad_sees_the_steps() -> None:
+    found = run(recipe("tinygrad"))
+    from tinygrad import Context, Tensor
+    from tinygrad.nn.optim import Adam
+
+    w = Tensor(np.ones((3, 2), np.float32)).realize()
+    opt = Adam([w], lr=0.1)
+    with Context(TRAINING=1):
+        for _ in range(10):
+            opt.zero_grad()
+            (w.tanh() ** 2).sum().backward()
+            opt.step()
+    # Its corrections are in float32: 1 - 0.999 has four digits there.
+    assert np.allclose(found["w"].numpy(), w.numpy(), rtol=0, atol=1e-4)
 
 
 def test_evolution_arrives() -> None:

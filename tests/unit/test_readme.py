@@ -13,31 +13,57 @@ import pytest
 import fusedopt
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
+README = ROOT / "README.md"
+RECIPES = {"jax.md", "numpy-frameworks.md", "pytorch.md", "spacy.md"}
+"""Pages that need other packages, and run in tests/interop/test_recipes.py."""
+PAGES = sorted(set((ROOT / "docs").rglob("*.md")) - {*(ROOT / "docs/rules/generated").glob("*")})
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
-def test_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    code = compile("\n".join(blocks("python")), "README.md", "exec", dont_inherit=True)
-    exec(code, {"__name__": "__main__"})
-    printed = capsys.readouterr().out
-    found = re.match(r"step 200: loss (.*) -> (.*)\n", printed)
+def run(page: Path) -> None:
+    """Run the Python blocks of a page, one after another, as one program.
+
+    Examples that need what a test has not, such as a GPU, are `{code-block} python` in the pages.
+    """
+    for code in blocks(page, "python"):
+        assert all(len(line) <= 100 for line in code.splitlines())
+    exec(compile("\n".join(blocks(page, "python")), str(page), "exec", dont_inherit=True), {})
+
+
+def test_the_readmes_example(capsys: pytest.CaptureFixture[str]) -> None:
+    run(README)
+    found = re.match(r"step 200: loss (.*) -> (.*)\n", capsys.readouterr().out)
     assert found
-    assert "m bfloat16, v dynamic8, low uint16" in printed
     assert float(found[2]) < 0.1 * float(found[1])
 
 
+@pytest.mark.parametrize(
+    "page",
+    [p for p in PAGES if p.name not in RECIPES and blocks(p, "python")],
+    ids=lambda p: p.relative_to(ROOT).as_posix(),
+)
+def test_the_examples_of_a_page(page: Path) -> None:
+    run(page)
+
+
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_links_between_pages(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / link).exists(), link
+
+
 def test_ci_runs_the_readmes_test_command() -> None:
-    _, test_command, *_ = blocks("sh")
+    _, test_command, *_ = blocks(README, "sh")
     assert test_command in (ROOT / ".ci" / "run").read_text()
 
 
 def test_the_table_has_every_rule_and_its_states() -> None:
+    lines = (ROOT / "docs" / "rules" / "index.md").read_text().splitlines()
     for cls in fusedopt.RULES.values():
-        row = next(line for line in README.splitlines() if line.startswith(f"| `{cls.__name__}`"))
+        row = next(line for line in lines if line.startswith(f"| `{cls.__name__}`"))
         cell = row.rsplit("|", 2)[1]
         rules = [cls(**example) for example in cls.examples]
         states = {name for rule in rules for name in (*rule.states, *rule.sides((2, 3)))}

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...arrays.formats import TILE, Format
-from ...jit import scalar_codecs as bits
-from ...jit.block_codecs import BLOCKS, element_functions
+from ...jit.block_codecs import BLOCKS, element_functions, negative_bits, positive_bits, scaling
 from .kernels import (
     Variant,
     all_scalars,
@@ -39,7 +38,6 @@ WARPS = 4
 CHUNK = 1 << 12
 """Elements of a thread block."""
 
-_NORMAL = float(np.finfo(np.float32).smallest_normal)
 _STEP = """
 def kernel({arguments}):
 {beginning}
@@ -116,9 +114,12 @@ def _encoding(name: str, format: Format, j: int) -> list[str]:
     """Stores the j-th results as blocks."""
     values = [f"y{k}" for k in range(WIDTH)]
     lines = [f"y{k} = r{k}[{j}] if i + {k} < stop else zero" for k in range(WIDTH)]
-    largest = f"magnitude_{name}(y0)"
-    for value in values[1:]:
-        largest = f"max({largest}, magnitude_{name}({value}))"
+    found = []
+    for sign in ("positive", "negative"):
+        largest = f"{sign}_{name}(y0)"
+        for value in values[1:]:
+            largest = f"max({largest}, {sign}_{name}({value}))"
+        found.append(f"largest_{name}({largest})")
     codes = "".join(
         f"code_{name}({value}, good, factor, "
         + (f"tile_{name}, {place(k, WIDTH)}), " if format.random else "0, u32(0)), ")
@@ -126,7 +127,7 @@ def _encoding(name: str, format: Format, j: int) -> list[str]:
     )
     return [
         *lines,
-        f"good, scale, factor = scaled_{name}(largest_{name}({largest}))",
+        f"good, scale, factor = scaled_{name}({', '.join(found)})",
         "if i < stop:",
         f"    store_{name}(a_{name} + i * {format.bits} // 8, ({codes}))",
         f"    if i % {format.block} == 0:",
@@ -140,12 +141,13 @@ def _encoding(name: str, format: Format, j: int) -> list[str]:
 class BlockFunctions(NamedTuple):
     """The functions that encode a block.
 
-    magnitude: of a value, the number whose largest is wanted. largest: that of all threads of the
-    block. scaled: from it whether the block has a scale other than zero and NaN, the scale, and
-    its inverse. code: of a value, with these.
+    positive, negative: of a value, the bits whose largest is wanted. largest: that of all threads
+    of the block. scaled: from both whether the block has a scale other than zero and NaN, the
+    scale, and its inverse. code: of a value, with these.
     """
 
-    magnitude: Any
+    positive: Any
+    negative: Any
     largest: Any
     scaled: Any
     code: Any
@@ -157,25 +159,13 @@ def block_functions(format: Format) -> BlockFunctions:
     b = BLOCKS[format.codec.removesuffix("_stochastic")]
     _, nearest, stochastic = element_functions(b)
     encode = stochastic if format.random else nearest
-    f32, zero, one, top = np.float32, np.float32(0), np.float32(1), np.float32(b.largest)
-    lowest = np.float32(_NORMAL / b.smallest * b.largest).view(np.uint32)
-    bits_of, float_of, MAGNITUDE = bits.bits_of, bits.float_of, bits.MAGNITUDE
-    INFINITE, NOT_A_NUMBER, N0 = bits.INFINITE, bits.NOT_A_NUMBER, bits.N0
-    u32 = np.uint32
-
-    def magnitude(x: Any) -> Any:
-        return u32(bits_of(f32(x)) & MAGNITUDE)
-
-    def scaled(largest: Any) -> Any:
-        good = (largest >= lowest) & (largest < INFINITE)
-        scale = float_of(largest) / top
-        bad = float_of(NOT_A_NUMBER if largest >= INFINITE else N0)
-        return good, scale if good else bad, one / scale if good else zero
+    f32, zero = np.float32, np.float32(0)
 
     def code(x: Any, good: Any, factor: Any, key: Any, place: Any) -> Any:
         return encode(f32(x) if good else zero, factor, key, place)
 
-    return BlockFunctions(magnitude, group_largest(b.block // WIDTH), scaled, code)
+    largest = group_largest(b.block // WIDTH)
+    return BlockFunctions(positive_bits, negative_bits, largest, scaling(b), code)
 
 
 def _guarded(size: int, load1: Any, load: Any, store1: Any, store: Any) -> tuple[Any, Any]:

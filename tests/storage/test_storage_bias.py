@@ -1,0 +1,192 @@
+"""No bias: rounded states are right in the mean, and the sign of the gradients does not matter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fusedopt as fo
+from exactness import Array
+from formatted import BLOCKED, F32, on_each_isa, stored
+from fusedopt.arrays.formats import QUANTIZED, QUANTIZED_STOCHASTIC, Blocks, Format
+
+LIMITS = np.finfo(np.float32)
+DRAWS = 2000
+ROUNDINGS = pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+names = pytest.mark.parametrize("name", BLOCKED)
+SIGNED = [signed for signed, _ in (*QUANTIZED.values(), *QUANTIZED_STOCHASTIC.values())]
+ELEMENTWISE = [n for n, rule in fo.RULES.items() if rule().program.phases == 1 and rule().states]
+
+
+def blocks_of(seed: int, size: int = 256) -> dict[str, Array]:
+    """Blocks of elements, by what is special about them."""
+    rng = np.random.default_rng(seed)
+    heavy = rng.standard_cauchy(size)
+    sign = np.where(np.arange(size) % 2, -1.0, 1.0)
+    near = rng.uniform(0.98, 1.0, size)
+    kinds = {
+        "constant": np.full(size, 0.7),
+        "alternating": 0.7 * sign,
+        "two magnitudes": np.where(sign < 0, -0.7, 0.6999),
+        "nearly as large": near * sign,
+        "decaying": 0.9 ** np.arange(size) * sign,
+        "heavy-tailed": heavy,
+        "one outlier": np.where(np.arange(size) == 3, 40.0, rng.standard_normal(size)),
+        "huge": 3e38 * near * sign,
+    }
+    return {name: x.astype(np.float32) for name, x in kinds.items()}
+
+
+def gaps(format: Blocks, x: Array, scales: Array) -> Array:
+    """How far apart the two values are that an element lies between."""
+    values = np.sort(np.unique(format.map.astype(np.float64)))
+    spread = np.repeat(scales.astype(np.float64), format.block)[: x.size]
+    upper = np.searchsorted(values, x / spread).clip(1, values.size - 1)
+    gap: Array = (values[upper] - values[upper - 1]) * np.abs(spread)
+    return gap
+
+
+@names
+@pytest.mark.parametrize("kind", blocks_of(0))
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_mean_of_what_is_stored_is_the_element(name: str, kind: str, sign: int) -> None:
+    """Within five standard deviations, for elements that a format has values on both sides of."""
+    x = sign * blocks_of(1)[kind]
+    for format, elements in zip(QUANTIZED_STOCHASTIC[name], (x, np.abs(x)), strict=True):
+        _, scales = format.encode(elements)
+        read = format.decode(*format.encode(np.tile(elements, DRAWS), 7))
+        got = read.reshape(DRAWS, -1).mean(axis=0, dtype=np.float64)
+        gap, wide = gaps(format, elements, scales), elements.astype(np.float64)
+        low = np.abs(wide) < format.smallest * np.repeat(np.abs(scales), format.block)[: x.size]
+        if format.map.min() >= 0 or format.codec.startswith("e5m3"):
+            # What is below an unsigned format's smallest value becomes that value, not zero.
+            assert (got[low] >= wide[low]).all()
+        else:
+            low[:] = False
+        bound = gap * (2.5 / DRAWS**0.5 + 2.0**-16) + 4 * LIMITS.eps * np.abs(wide)
+        np.testing.assert_array_less(np.abs(got - wide)[~low], bound[~low] + 1e-300)
+        assert not low.all()
+
+
+@pytest.mark.parametrize("format", SIGNED, ids=[f"{f.codec}" for f in SIGNED])
+@pytest.mark.parametrize("kind", blocks_of(0))
+def test_no_element_is_cut_off(format: Blocks, kind: str) -> None:
+    """Every element is between the least and the largest value, whatever the signs in its block."""
+    for x in (blocks_of(2)[kind], -blocks_of(2)[kind]):
+        codes, scales = format.encode(x, 5)
+        y = x / np.repeat(scales, format.block).astype(np.float64)
+        few = 4 * LIMITS.eps * format.largest
+        assert -format.opposite - few <= y.min()
+        assert y.max() <= format.largest + few
+        assert np.abs(y).reshape(-1, format.block).max(axis=1).min() >= format.opposite - few
+        if kind in ("constant", "alternating"):
+            np.testing.assert_allclose(format.decode(codes, scales), x, rtol=5e-7)
+
+
+@pytest.mark.parametrize("format", SIGNED, ids=[f"{f.codec}" for f in SIGNED])
+def test_a_scale_stays_finite(format: Blocks) -> None:
+    x = LIMITS.max * np.where(np.arange(256) % 2, -1, 1).astype(np.float32)
+    for isa in on_each_isa():
+        state = stored(format, np.tile(x, 16))
+        np.testing.assert_allclose(state.dequantize(), np.tile(x, 16), rtol=0.12, err_msg=isa)
+
+
+def gradients(kind: str, t: int, n: int) -> Array:
+    """The t-th gradient of a run of this kind; block after block of another magnitude."""
+    rng = np.random.default_rng(t)
+    alternating = np.where(np.arange(n) % 2, -1.0, 1.0)
+    scale = 10.0 ** (np.arange(n) // 256 % 5 - 2)
+    values = {
+        "constant": np.ones(n),
+        "negative": -np.ones(n),
+        "alternating": alternating,
+        "turning": np.full(n, (-1.0) ** t),
+        "decaying": 0.97**t * alternating,
+        "heavy-tailed": 0.3 * alternating + rng.standard_t(2.0, n),
+        "heavy-tailed, negative": -1.0 + rng.standard_t(2.0, n),
+    }
+    found: Array = (scale * values[kind]).astype(np.float32)
+    return found
+
+
+KINDS = (
+    "constant",
+    "negative",
+    "alternating",
+    "turning",
+    "decaying",
+    "heavy-tailed",
+    "heavy-tailed, negative",
+)
+
+
+@names
+@pytest.mark.parametrize("kind", KINDS)
+def test_averages_over_a_run_are_those_of_float32(name: str, kind: str) -> None:
+    """Elements of either sign within six standard errors of what their averages are without
+    rounding, in units of their block's largest."""
+    n, steps = 20 * 256, 300
+    rule = fo.Momentum(momentum=0.98)
+    p = {"q": np.zeros(n, np.float32)}
+    opt = fo.Optimizer(p, rule, state_dtype=name, rounding="stochastic", seed=4)
+    exact = np.zeros(n)
+    for t in range(steps):
+        g = gradients(kind, t, n)
+        opt.step({"q": g})
+        exact = 0.98 * exact + 0.02 * g.astype(np.float64)
+    largest = np.repeat(np.abs(exact).reshape(-1, 256).max(axis=1), 256)
+    off = (opt.state["q"]["v"].dequantize() - exact) / largest
+    for chosen in (exact > 0, exact < 0):
+        if chosen.any():
+            error = off[chosen].std() / chosen.sum() ** 0.5
+            assert abs(off[chosen].mean()) < 6 * error + 1e-4
+
+
+@names
+@ROUNDINGS
+def test_a_constant_gradient_of_either_sign_is_its_own_average(name: str, rounding: str) -> None:
+    """Also where both signs are in one block: for each, the average comes to the gradient."""
+    options: dict[str, Any] = {"state_dtype": name, "rounding": rounding}
+    for beta in (0.9, 0.99):
+        for g in (gradients(kind, 0, 4096) for kind in ("constant", "negative", "alternating")):
+            p = np.zeros(4096, np.float32)
+            opt = fo.Optimizer(p, fo.Lion(betas=(0.9, beta)), **options)
+            for _ in range(700):
+                opt.step(g)
+            np.testing.assert_allclose(opt.state["params"]["m"].dequantize(), g, rtol=1e-3)
+
+
+def _run(rule: fo.Rule, sign: int, **options: Any) -> tuple[Array, dict[str, Array]]:
+    rng = np.random.default_rng(8)
+    p = sign * rng.standard_normal(5003).astype(np.float32)
+    opt = fo.Optimizer(p, rule, backend="native", **options)
+    for _ in range(3):
+        g = sign * rng.standard_t(2.0, p.size).astype(np.float32)
+        curvature = abs(g) if rule.takes_hessian else None
+        opt.step(g, hessian=curvature)
+    states = opt.state["params"]
+    values = {k: s if isinstance(s, np.ndarray) else s.dequantize() for k, s in states.items()}
+    return p, values
+
+
+@names
+@ROUNDINGS
+@pytest.mark.parametrize("rule", ELEMENTWISE)
+def test_negated_gradients_negate_states_and_steps(rule: str, name: str, rounding: str) -> None:
+    made = fo.RULES[rule](weight_decay=0.1)
+    for isa in on_each_isa():
+        p, states = _run(made, 1, state_dtype=name, rounding=rounding)
+        q, turned = _run(made, -1, state_dtype=name, rounding=rounding)
+        np.testing.assert_array_equal(p, -q, isa)
+        for key, values in states.items():
+            same = np.array_equal(values, turned[key]) and bool((values >= 0).all())
+            assert same or np.array_equal(values, -turned[key]), f"{isa}: {key}"
+
+
+@pytest.mark.parametrize("format", SIGNED, ids=[f"{f.codec}" for f in SIGNED])
+def test_codes_of_negated_elements(format: Format) -> None:
+    x = np.random.default_rng(9).standard_cauchy(5003).astype(F32)
+    read, turned = (format.decode(*format.encode(a, 3))[:5003] for a in (x, -x))
+    np.testing.assert_array_equal(read, -turned)
