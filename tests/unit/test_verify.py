@@ -56,7 +56,9 @@ def test_verify_leaves_the_instruction_set_as_it_was() -> None:
     assert fo.get_isa() == before
     with pytest.raises(ValueError, match=r"rules: expected names of sgd, .*; got 'sdg'"):
         fo.verify(["sdg"])
-    with pytest.raises(ValueError, match="isa 'sse9' is not to be had here; valid: baseline"):
+    with pytest.raises(
+        ValueError, match="isa 'sse9' is not available on this machine; available: baseline"
+    ):
         fo.verify(["sgd"], isas=["sse9"])
 
 
