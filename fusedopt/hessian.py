@@ -68,7 +68,8 @@ def hutchinson(
     tree = Tree(params)
     arrays = [leaf.value for leaf in tree.leaves]
     backup = [a.copy() for a in arrays]
-    noise = [rng.standard_normal(a.shape).astype(a.dtype) for a in arrays]
+    with np.errstate(all="ignore"):
+        noise = [rng.standard_normal(a.shape).astype(a.dtype) for a in arrays]
 
     def shifted(sign: float) -> list[Any]:
         for a, original, u in zip(arrays, backup, noise, strict=True):

@@ -107,7 +107,8 @@ def _encoded(leaf_state: LeafState, state: Stored, value: Any) -> Stored:
     if isinstance(value, Encoded):
         state.write((value.data, value.aux))
         return state
-    x = value.astype(compute_dtype(leaf_state.caller.dtype))
+    with np.errstate(all="ignore"):
+        x = value.astype(compute_dtype(leaf_state.caller.dtype))
     # As the step itself stores it.
     x[np.abs(x) < least_state(x.dtype, state.format.dtype)] = 0
     state.write(state.format.encode(state.flat(x)))

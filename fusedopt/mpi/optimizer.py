@@ -501,7 +501,7 @@ class ShardedOptimizer:
         with self._local.averaged():
             try:
                 for p, average in zip(self._whole, averages, strict=True):
-                    with np.errstate(over="ignore"):
+                    with np.errstate(all="ignore"):
                         p[...] = average
                 yield self.params
             finally:

@@ -153,11 +153,25 @@ class Rule:
 
     @classmethod
     def like(cls, library: str, **hyperparameters: Any) -> Self:
-        """The rule in another library's convention, with that library's defaults.
+        """Return the rule in another library's convention, with that library's defaults.
 
-        library: "torch", "optax" or "keras". hyperparameters: fusedopt's names for those that the
-        library has. Raises ValueError where the library lacks the rule, or the rule there the
-        name, or where the library has no default for a name that is not given.
+        Parameters
+        ----------
+        library : {"torch", "optax", "keras"}
+            Name of the library.
+        **hyperparameters
+            Values of those that the library has, under the names used here.
+
+        Returns
+        -------
+        Rule
+            The rule.
+
+        Raises
+        ------
+        ValueError
+            If the library lacks the rule, the rule lacks the name there, or the library has no
+            default for a name that is not given.
         """
         if library not in cls.conventions:
             known = ", ".join(map(repr, cls.conventions)) or "none"

@@ -78,7 +78,7 @@ class Averaged(Exchange):
 
         def move() -> None:
             for p, average in zip(assembly.parameters, averages, strict=True):
-                with np.errstate(over="ignore"):
+                with np.errstate(all="ignore"):  # whatever np.seterr says: it rounds
                     p[...] = average
 
         super().__init__(assembly, "averaged", range(len(averages)), move, params)
