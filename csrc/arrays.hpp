@@ -46,9 +46,26 @@ inline bool same_layout(const Proxy* a, std::size_t a_size, const Proxy* b, std:
   return true;
 }
 
+// Without gaps, in any order of the axes: their strides are those of C order, permuted.
+inline bool is_dense(const Proxy* a) {
+  if (a->flags & DENSE) return true;
+  const int format = format_of(a);
+  if (format < 0) return false;
+  auto stride = static_cast<py::ssize_t>(SIZES[format]);
+  unsigned long long seen = 0;  // axes; NumPy has at most 64
+  for (int found = 0; found < a->nd; ++found) {
+    int k = 0;
+    while (k < a->nd && (seen >> k & 1 || (a->dimensions[k] != 1 && a->strides[k] != stride))) ++k;
+    if (k == a->nd) return false;
+    seen |= 1ULL << k;
+    stride *= a->dimensions[k];
+  }
+  return true;
+}
+
 inline bool is_target(const Proxy* a) {
   const int needed = ALIGNED | WRITEABLE;
-  return (a->flags & needed) == needed && (a->flags & DENSE);
+  return (a->flags & needed) == needed && is_dense(a);
 }
 
 struct Range {

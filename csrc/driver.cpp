@@ -11,20 +11,9 @@
 namespace fusedopt {
 namespace {
 
-// benchmarks/README.md says how to measure these two.
-#ifndef FUSEDOPT_SERIAL
-#define FUSEDOPT_SERIAL (1 << 16)
-#endif
-#ifndef FUSEDOPT_SMALLEST_PART
-#define FUSEDOPT_SMALLEST_PART (1 << 14)
-#endif
-// Below this many elements one thread does it all.
-constexpr std::size_t SERIAL = FUSEDOPT_SERIAL;
 // From this many elements on all threads do it, whatever else they do; in between see ThreadChoice.
 constexpr std::size_t PLENTY = 1 << 21;
-// A part is at least this long, so that handing parts out costs nothing ...
-constexpr std::size_t SMALLEST_PART = FUSEDOPT_SMALLEST_PART;
-// ... and there are several for each thread, so that a thread that was held up is waited for less.
+// There are several parts for each thread, so that a thread that was held up is waited for less.
 constexpr std::size_t PARTS_PER_THREAD = 16;
 
 void run_step(const Step& step, void* const* data, std::size_t n) {

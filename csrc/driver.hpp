@@ -8,6 +8,18 @@
 
 namespace fusedopt {
 
+// benchmarks/README.md says how to measure these two.
+#ifndef FUSEDOPT_SERIAL
+#define FUSEDOPT_SERIAL (1 << 16)
+#endif
+#ifndef FUSEDOPT_SMALLEST_PART
+#define FUSEDOPT_SMALLEST_PART (1 << 14)
+#endif
+// Below this many elements one thread does it all.
+constexpr std::size_t SERIAL = FUSEDOPT_SERIAL;
+// A part is at least this long, so that handing parts out costs nothing.
+constexpr std::size_t SMALLEST_PART = FUSEDOPT_SMALLEST_PART;
+
 enum class Role : std::uint8_t {
   ARRAY,    // of the leaf, in place
   INPUT,    // one that comes with the step

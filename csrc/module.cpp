@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "cpu.hpp"
+#include "driver.hpp"
 #include "errands.hpp"
 #include "floating_point.hpp"
 #include "parallel.hpp"
@@ -16,6 +17,7 @@
 #include "update.hpp"
 
 namespace py = pybind11;
+using py::literals::operator""_a;
 
 namespace {
 
@@ -75,6 +77,9 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   module.def("get_level", [] { return fusedopt::level().name; });
   module.def("set_level", &fusedopt::force_level);
   module.def("parallel_limit", &fusedopt::parallel_limit);
+  module.attr("sizes") =
+      py::dict("SERIAL"_a = fusedopt::SERIAL, "SMALLEST_PART"_a = fusedopt::SMALLEST_PART,
+               "SEGMENT"_a = fusedopt::SEGMENT);
   module.def("bound_processors", &fusedopt::bound_processors);
   module.def(
       "floating_point",

@@ -18,7 +18,10 @@ py::object Plan::whole_step(const py::object& gradients, const py::object& hessi
   const DefaultControl control;
   const Use use(*this);
   const double factor = policy_ ? policy_->factor(grad_scale.ptr()) : 0.0;
-  if (factor == 0.0 || !collect(gradients, hessian, false) || !find_rates(ask)) return py::none();
+  if (factor == 0.0 || !collect(gradients, hessian, false)) return py::none();
+  // A schedule of one's own is asked once a step, so not before gradients that Python must look at.
+  if (!ask.is_none() && !read(false)) return py::none();
+  if (!find_rates(ask)) return py::none();
   const Policy& policy = *policy_;
   std::fill_n(factor_, programs_.size(), factor);
   Found found;

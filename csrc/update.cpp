@@ -119,7 +119,7 @@ py::object sums_of_squares(const py::list& arrays) {
     const Proxy* const a = as_array(array.ptr());
     Measured m{};
     m.compute = compute_of(a);
-    if (m.compute < 0 || !(a->flags & DENSE) ||
+    if (m.compute < 0 || !is_dense(a) ||
         !read_input(Given(array.ptr()), a, m.compute, *level().table, false, m.input))
       return py::none();
     m.elements = elements_of(a);

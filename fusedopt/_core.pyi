@@ -4,6 +4,7 @@ from typing import Any
 import numpy as np
 
 parallel: str
+sizes: dict[str, int]
 compiler: str
 
 class Program:

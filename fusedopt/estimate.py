@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from .arrays.checks import EXPECTED, memory_order
+from .arrays.checks import EXPECTED
 from .arrays.formats import DTYPES, compute_dtype
+from .arrays.order import memory_order
 from .arrays.storage import Master, Rounding, StateDtype, Storage
 from .arrays.stored import WINDOW
 from .arrays.trees import Tree
@@ -48,12 +49,26 @@ def estimate(
     ema: float | Schedule | None = None,
     state_path: str | os.PathLike[str] | None = None,
 ) -> Estimate:
-    """The memory of `Optimizer(params, rule, ...)` on the native backend, in bytes.
+    """Estimate the memory of `Optimizer(params, rule, ...)` on the native backend.
 
-    params: arrays nested as there, or anything with a shape and a dtype in their place. The rest is
-    as there; masters and averages count as states; with a state_path, which is not looked at,
-    states are on disk. Raises TypeError or ValueError where the optimizer would, as far as shapes
-    and dtypes tell.
+    Parameters
+    ----------
+    params : nested arrays
+        As for the optimizer; anything with a shape and a dtype serves in an array's place.
+    rule : Rule, mapping or callable
+        As for the optimizer, and so are the other arguments.
+    state_dtype, rounding, master, ema, state_path
+        As for the optimizer. With a `state_path`, which is not looked at, states are on disk.
+
+    Returns
+    -------
+    Estimate
+        Numbers of bytes. Masters and averages count as states.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the optimizer would raise, as far as shapes and dtypes tell.
     """
     storage = Storage(state_dtype, master, rounding)
     tree = Tree(params)

@@ -29,18 +29,36 @@ def update(
     hessian: Any = None,
     lr: float | None = None,
 ) -> None:
-    """Updates a parameter and its states in place.
+    """Update one parameter and its states in place.
 
-    rule: its hyperparameters. step: 1 for the first. p: float32, float64, bfloat16 or float16,
-    dense. g: gradient of p's shape in any of these, left alone. states: as `rule.init(p)` made
-    them, in its order; arrays may have any of these dtypes. hessian: for Sophia, an estimate of p's
-    shape that refreshes h after the update. What is stored is rounded to the nearest. All of them
-    may be arrays on a CUDA device instead; an `Optimizer` is the fast way there.
+    Parameters
+    ----------
+    rule : Rule
+        The rule, with its hyperparameters.
+    step : int
+        Number of the step, 1 for the first.
+    p : array
+        Dense parameter of float32, float64, bfloat16 or float16.
+    g : array
+        Gradient of the parameter's shape, in any of these dtypes. It is left alone.
+    *states : array
+        States as `rule.init(p)` made them, in its order.
+    hessian : array, optional
+        An estimate for Sophia, of the parameter's shape, which refreshes h after the update.
+    lr : float, optional
+        Learning rate of this step, instead of the rule's.
 
-    lr: the learning rate of this step, instead of the rule's.
+    Raises
+    ------
+    TypeError
+        If an argument is of the wrong kind.
+    ValueError
+        If an argument does not fit. Nothing has been written then.
 
-    Raises TypeError for a value of the wrong kind, ValueError for one that does not fit; nothing
-    was written then.
+    Notes
+    -----
+    Stored values are rounded to the nearest. All arrays may be on a CUDA device instead; an
+    `Optimizer` is the fast way there.
     """
     if type(step) is not int or step < 1:
         step = _check_step(step)
@@ -123,17 +141,32 @@ def _check_fit(name: str, state: Stored, p: Stored, shape: tuple[int, ...] | Non
 
 
 def global_norm(grads: Any) -> float:
-    """The Euclidean norm of all elements of all arrays.
+    """Return the Euclidean norm of all elements of all arrays.
 
-    grads: an array or any nesting of dicts, lists and tuples of them, of float32, float64, bfloat16
-    or float16, in any layout, or `Rows`, or all on one CUDA device; None counts as nothing. Squares
-    are summed in float64, in an order that depends on nothing but each array's elements in memory:
-    the result has the same bits with any number of threads, on any instruction set and in any order
-    of the leaves. NaN where an element is NaN, infinite where one is; large elements do not
-    overflow it otherwise.
+    Parameters
+    ----------
+    grads : array, Rows, or nested dicts, lists and tuples of them
+        Arrays of float32, float64, bfloat16 or float16 in any layout, all on the host or all on
+        one CUDA device. None counts as nothing.
 
-    Raises TypeError for what is no array, or of another dtype.
+    Returns
+    -------
+    float
+        The norm: NaN where an element is NaN, infinite where one is.
 
+    Raises
+    ------
+    TypeError
+        If a leaf is not an array, or has another dtype.
+
+    Notes
+    -----
+    Squares are summed in float64, in an order that depends only on each array's elements in
+    memory. The result has the same bits with any number of threads, on any instruction set and in
+    any order of the leaves. Large elements do not overflow it.
+
+    Examples
+    --------
     >>> import numpy as np, fusedopt as fo
     >>> fo.global_norm({"w": np.float32([3.0, 0.0]), "b": [None, np.array(4.0)]})
     5.0

@@ -14,12 +14,25 @@ from .system.interrupts import uninterrupted
 def gauss_newton_bartlett(
     logits: np.ndarray, backward: Callable[[np.ndarray], Any], rng: np.random.Generator
 ) -> Any:
-    """The gradient at labels that the model itself draws, for Sophia(estimator="gnb").
+    """Return the gradient at labels drawn by the model, for Sophia(estimator="gnb").
 
-    logits: of shape (..., classes). backward: from labels (int64, of shape logits.shape[:-1]) to
-    the tree of gradients of the mean loss. Returns that tree; the refresh squares it.
+    Parameters
+    ----------
+    logits : array, shape (..., classes)
+        The model's logits.
+    backward : callable
+        Maps labels (int64, of shape logits.shape[:-1]) to the tree of gradients of the mean loss.
+    rng : numpy.random.Generator
+        Source of the draws.
 
-    Source: Liu et al. 2023, algorithm 2.
+    Returns
+    -------
+    nested arrays
+        The result of `backward`; the refresh squares it.
+
+    References
+    ----------
+    Liu et al. 2023, algorithm 2.
     """
     # The largest of logits plus independent Gumbel noise is a draw from their softmax.
     return backward(np.argmax(logits + rng.gumbel(size=logits.shape), axis=-1))
@@ -28,19 +41,35 @@ def gauss_newton_bartlett(
 def hutchinson(
     gradient: Callable[[], Any], params: Any, rng: np.random.Generator, *, step: float = 1e-3
 ) -> Any:
-    """u times the Hessian's product with u, for Sophia(estimator="hutchinson").
+    """Return u times the Hessian's product with a random u, for Sophia(estimator="hutchinson").
 
-    gradient: returns the tree of gradients at the current values of params (None where a leaf has
-    none). params: the tree of arrays that the model uses; they are shifted in place by
-    plus and minus `step` u, u standard normal, and their exact bits restored. The Hessian-vector
-    product is the central difference of the two gradients. Returns a tree like the gradients.
+    Parameters
+    ----------
+    gradient : callable
+        Returns the tree of gradients at the current values of `params`, None where a leaf has
+        none.
+    params : nested arrays
+        The arrays that the model uses. They are shifted in place by plus and minus `step` u, with
+        u standard normal, and their exact bits are restored.
+    rng : numpy.random.Generator
+        Source of u.
+    step : float, default 1e-3
+        Size of the shift. The product is the central difference of the two gradients.
 
-    Source: Liu et al. 2023, algorithm 1, with the product by finite differences.
+    Returns
+    -------
+    nested arrays
+        A tree like the gradients.
+
+    References
+    ----------
+    Liu et al. 2023, algorithm 1, with the product by finite differences.
     """
     tree = Tree(params)
     arrays = [leaf.value for leaf in tree.leaves]
     backup = [a.copy() for a in arrays]
-    noise = [rng.standard_normal(a.shape).astype(a.dtype) for a in arrays]
+    with np.errstate(all="ignore"):
+        noise = [rng.standard_normal(a.shape).astype(a.dtype) for a in arrays]
 
     def shifted(sign: float) -> list[Any]:
         for a, original, u in zip(arrays, backup, noise, strict=True):

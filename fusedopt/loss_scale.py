@@ -12,17 +12,35 @@ LOWEST, HIGHEST = 2.0**-126, 2.0**127  # within float32's normal numbers
 
 @dataclass(kw_only=True)
 class LossScaler:
-    """Grows the scale of the loss while all gradients are finite, and shrinks it when one is not.
+    """Scale of the loss, which grows while gradients are finite and shrinks when one is not.
 
-    scale: multiplies the loss, so that small gradients do not vanish in float16; in
-    [2^-126, 2^127). growth_factor: at least 1; multiplies it after `growth_interval` steps in a
-    row without a skipped one. backoff_factor: in [0, 1), not 0; multiplies it after a skipped
-    step. growth_interval: steps. good_steps: how many of these have passed.
+    Parameters
+    ----------
+    scale : float in [2^-126, 2^127), default 65536
+        Factor of the loss, so that small gradients do not vanish in float16.
+    growth_factor : float, default 2
+        At least 1. Multiplies the scale after `growth_interval` steps in a row without a skip.
+    backoff_factor : float in (0, 1), default 0.5
+        Multiplies the scale after a skipped step.
+    growth_interval : int, default 2000
+        Number of steps.
+    good_steps : int, default 0
+        Number of steps since the scale last changed.
 
-    The defaults and semantics are those of torch.amp.GradScaler. A scale that would leave its
-    range stays. Fields can be set; `update` alone reads them. Raises TypeError for a value of the
-    wrong kind and ValueError for one out of range.
+    Raises
+    ------
+    TypeError
+        If a value is of the wrong kind.
+    ValueError
+        If a value is out of range.
 
+    Notes
+    -----
+    Defaults and semantics are those of torch.amp.GradScaler. A scale that would leave its range
+    stays. Fields can be set; only `update` reads them.
+
+    Examples
+    --------
     >>> scaler = LossScaler(scale=1024.0, growth_interval=2)
     >>> for skipped in (True, False, False, False):
     ...     scaler.update(skipped)
@@ -43,7 +61,7 @@ class LossScaler:
         check_fields(self)
 
     def update(self, skipped: bool) -> None:
-        """Takes note of a step: whether it was skipped for a NaN or an infinity."""
+        """Adapt the scale to a step, which was or was not skipped for a NaN or an infinity."""
         if not isinstance(skipped, bool):
             raise TypeError(f"skipped: expected True or False, got {skipped!r}")
         if skipped:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from .arrays.formats import RandomKey
+from .arrays.order import memory_order
 from .arrays.storage import Master, Rounding, StateDtype
 from .arrays.stored import LeafState
 from .plan.options import ClipNorm, Options
@@ -32,82 +34,63 @@ class Optimizer:
     Parameters
     ----------
     params : array or nested dicts, lists and tuples of arrays
-        Arrays of float32, float64, bfloat16 (of ml_dtypes) or float16: dense in C or Fortran order,
-        aligned, writable, none overlapping another. A float64 parameter is updated in float64
-        arithmetic, any other in float32. On a CUDA device, arrays of CuPy, PyTorch or Numba.
+        Dense writable arrays of float32, float64, bfloat16 (of ml_dtypes) or float16, none
+        overlapping another; on a CUDA device, arrays of CuPy, PyTorch or Numba.
     rule : Rule, mapping or callable
-        One rule for all leaves; a mapping of path patterns to rules, of which the first that
-        matches a leaf's dotted path (`block.0.w`) takes it; or a callable of path and array.
+        One rule for all leaves; path patterns -> rules, of which the first that matches a leaf's
+        dotted path (`block.0.w`) takes it; or a callable of path and array.
     clip_norm : float or mapping, optional
-        Multiply gradients by min(1, clip_norm / norm), where norm is that of all (unscaled)
-        gradients together. A mapping has a limit, or None, for each parameter group's label, and
-        clips each group on its own. A norm that is NaN or infinite raises.
+        Multiply gradients by min(1, clip_norm / norm of all unscaled gradients); a mapping clips
+        each parameter group on its own. A norm that is NaN or infinite raises.
     clip_value : float, optional
-        Keep every element of the (unscaled) gradients within +- this value instead.
+        Keep every element of the unscaled gradients within +- this value instead.
     skip_nonfinite : bool
         Skip a step with a NaN or infinity in any gradient, and say so in its `StepInfo`.
     zero_grads : bool
         Set the gradients to zero in the pass that reads them.
     state_dtype : str or mapping, optional
-        Format of the states, one for all or by state name: "float32", "float64", "bfloat16",
-        "float16", or, from 4096 elements on, quantised in blocks: "float8" (e4m3; e5m3 for second
-        moments), "dynamic8" (the map of bitsandbytes), "dynamic4" (torchao's). By default float64
-        for float64 parameters and float32 for others.
+        Format of the states, for all or by name: "float32", "float64", "bfloat16", "float16", or,
+        from 4096 elements on, in blocks, "float8", "dynamic8", "dynamic4".
     rounding : {"nearest", "stochastic", "kahan"}
-        How parameters without masters, and states, are rounded to bfloat16 and float16.
-        "stochastic" is unbiased, also in quantised states; "kahan" compensates bfloat16 parameters.
+        Rounding to bfloat16 and float16, of parameters without masters and of states.
     master : {"float32", "split16"}, optional
-        Separate float32 masters of bfloat16 and float16 parameters, or 16 more bits beside each
-        bfloat16, which together are a float32.
+        Float32 masters of narrow parameters, or 16 more bits beside each bfloat16.
     copy_out : nested arrays, optional
-        Arrays like the parameters, of any supported dtype, or None, into which the same pass writes
-        the new parameters.
+        Arrays like the parameters, or None, into which the same pass writes the new parameters.
     ema : float or schedule, optional
-        Keep an average of each parameter (of its master, where there is one): average := average
-        + (1 - ema) (parameter - average) in every step. See `averaged`.
+        Keep averages: average := average + (1 - ema) (parameter - average). See `averaged`.
     stats : bool
         Measure what `StepInfo.stats` tells, in the same passes.
     exact : bool
-        Replay later the steps that rows missed which a gradient of `Rows` left out, as if their
-        gradient had been zero. See `catch_up`.
+        Replay later the steps that rows missed which `Rows` left out. See `catch_up`.
     state_path : path, optional
-        An empty or new directory for states larger than memory: a step has at most 32 MiB of them
-        in memory at a time. The file there is no checkpoint and goes with the optimizer.
+        An empty or new directory for states larger than memory; its file is no checkpoint.
     seed : int
-        Seed of stochastic rounding.
+        Seed of stochastic rounding, whose bits depend on it and on a leaf's path and step.
     backend : {"auto", "native", "numba", "reference", "cuda"}
         What runs the steps; "auto" takes "cuda" for arrays on a device.
     threads : int, optional
         Largest number of threads.
     verify : bool
-        Run every step on copies first, compare with the float64 reference, and commit only what
-        agrees.
+        Run every step on copies, compare with the float64 reference, commit only what agrees.
     wait : bool
-        False lets steps on a CUDA device not wait for the norm that `clip_norm` needs; see Notes.
+        With False, steps on a CUDA device do not wait for the norm of `clip_norm`: see Notes.
 
     Raises
     ------
     TypeError, ValueError
         If a value is of the wrong kind, or does not fit.
     RuntimeError
-        If the backend cannot be used.
+        If the backend cannot be used, or, of a method, another thread uses the optimizer.
     OSError
         If `state_path` is in use, holds anything else (FileExistsError), or has no room.
 
     Notes
     -----
-    The bits of stochastic rounding depend on the seed, the leaf's path and step, the state and the
-    element alone. An average such as v, rounded to the nearest bfloat16, moves only where a step
-    changes it by half a unit: take "stochastic" there. A NaN or infinity in a quantised state makes
-    its whole block NaN.
-
-    With `wait=False`, `StepInfo.grad_norm` and `clip_scale` are arrays of the device without
-    dimensions, whose `float()` waits. Where a norm is not finite the device takes neither that step
-    nor a later one; the next step that knows, or whatever else waits, raises FloatingPointError,
-    and counters are those before that step. It does not go with `skip_nonfinite`.
-
-    An optimizer is for one thread at a time: RuntimeError tells the second one. With `state_path`
-    it cannot be pickled, copied or used in a forked process.
+    With `wait=False`, `StepInfo.grad_norm` and `clip_scale` are arrays of the device, whose
+    `float()` waits. Where a norm is not finite the device takes neither that step nor a later one;
+    the next step that knows, or whatever else waits, raises FloatingPointError, and counters are
+    those before that step. It does not go with `skip_nonfinite`.
     """
 
     _first_tiles: Sequence[int] | None = None
@@ -156,23 +139,15 @@ class Optimizer:
         Parameters
         ----------
         grads : nested arrays, optional
-            Nested like the parameters and of their shapes, in any dtype that a parameter may have.
-            A None leaf leaves its parameter, states and step count alone. Gradients may overlap
-            each other (unless `zero_grads`) but no parameter or state; one in another memory layout
-            than its parameter's is copied first. By default those that `accumulate` added up, which
-            are consumed even where the step is skipped or finds no finite norm.
+            Like the parameters, in any dtype that these may have, and not overlapping them. A None
+            leaf leaves its parameter, states and step count alone. By default those that
+            `accumulate` added up, which are consumed also by a step that is skipped.
         grad_scale : float
-            Divides the gradients before they are examined and clipped: the scale of the loss, or
-            the number of micro-batches.
+            Divides the gradients before they are examined: the scale of the loss, for example.
         hessian : nested arrays, optional
             Hessian estimates for Sophia, nested like the gradients.
         lr : float or mapping, optional
             Learning rate of this step alone, for all parameter groups or for each label.
-
-        Returns
-        -------
-        StepInfo
-            What the step did.
 
         Raises
         ------
@@ -205,51 +180,21 @@ class Optimizer:
         """Take a step of some leaves alone, such as those whose gradients have just been found.
 
         All parts have the number, and so the learning rate, of one step, and each leaf its bits of
-        a whole step; the part that is `last` ends it. A leaf without a part is left alone.
+        a whole step. A leaf without a part is left alone.
 
-        Parameters
-        ----------
-        paths : sequence of str
-            The leaves' dotted paths; none of them twice in a step.
-        grads : sequence of arrays
-            Their gradients, as `step` takes them.
-        grad_scale : float, default 1.0
-            As in `step`.
-        last : bool, default False
-            Whether this part ends the step. It may be empty.
-
-        Returns
-        -------
-        StepInfo
-            Its `step` is the number of the whole step.
-
-        Raises
-        ------
-        ValueError
-            If a path is unknown or comes twice, or if the optimizer was made with `clip_norm`,
-            `skip_nonfinite` or `exact`, which need all gradients. Nothing has changed then.
+        Each path may come once in a step. `last` says that this part, which may be empty, ends the
+        step. Raises ValueError for another path, and with `clip_norm`, `skip_nonfinite` or `exact`,
+        which need all gradients; nothing has changed then.
         """
         self._assembly.watch.check_tensors()
         return self._assembly.step_part(paths, grads, grad_scale, last)
 
     def accumulate(self, grads: Any) -> int:
-        """Add the gradients of a micro-batch to those that the next `step()` will take.
+        """Add the gradients of a micro-batch, as `step` takes them, to those of the next `step()`.
 
-        Parameters
-        ----------
-        grads : nested arrays
-            As `step` takes them. A leaf that is None every time takes no part in the step. With
-            `zero_grads` they are set to zero.
-
-        Returns
-        -------
-        int
-            The number of micro-batches so far; divide by it with `step(grad_scale=n)`.
-
-        Notes
-        -----
-        Sums are float32 (float64 for float64 parameters), and are allocated at the first call. A
-        `state_dict` cannot be taken before the step.
+        Returns the number of micro-batches so far; divide by it with `step(grad_scale=n)`. Sums are
+        float32 (float64 for float64 parameters). A leaf that is None every time takes no part in
+        the step; with `zero_grads` the gradients are set to zero.
         """
         return self._assembly.accumulate(grads)
 
@@ -281,26 +226,11 @@ class Optimizer:
     def replace(self, label: str | None = None, /, **hyperparameters: Any) -> None:
         """Change hyperparameters from the next step on: `opt.replace(weight_decay=0.05)`.
 
-        States and counters stay. Pickles and deep copies have the new values; what a `state_dict`
-        or a file is loaded into must have been given the same.
+        What a `state_dict` or a file is loaded into must have been given the same.
 
-        Parameters
-        ----------
-        label : str, optional
-            Pattern (or name of a rule, as in `lr`) of the only parameter group that is meant; by
-            default each hyperparameter goes to all rules that have it.
-        **hyperparameters
-            New values.
-
-        Raises
-        ------
-        TypeError
-            If no rule meant has such a name, or a value is of the wrong kind.
-        ValueError
-            If the label is unknown, a value is out of range, or the states (amsgrad) or parameters
-            do not fit it. Nothing has changed then.
-        RuntimeError
-            Inside of `lookahead` and `averaged`.
+        label: that of the only parameter group that is meant (as in `lr`); by default each value
+        goes to all rules that have the name. Raises TypeError or ValueError where none has it, or
+        where a value does not fit it, the states or the parameters; nothing has changed then.
         """
         self._adopt(with_hyperparameters(self._assembly.groups, label, hyperparameters))
 
@@ -340,27 +270,21 @@ class Optimizer:
     def sync(self) -> None:
         """Take the masters anew from the parameters, after these were written by the caller.
 
-        Without it the next step goes on from the masters, and what was written is lost. Does
-        nothing where there are no masters.
+        Without it the next step goes on from the masters, and what was written is lost.
         """
         self._assembly.whole("sync", self._assembly.sync)
 
     def synchronize(self) -> None:
         """Wait until a CUDA device has done all steps; on the host they are done already.
 
-        Raises
-        ------
-        FloatingPointError
-            If one of them, with `wait=False`, found a norm that is NaN or infinite. Neither it nor
-            a step after it has changed anything, counters included.
+        Raises FloatingPointError where one of them found a norm that is NaN or infinite.
         """
         self._assembly.whole("synchronize", lambda: None)
 
     def flush(self) -> None:
         """Write the states in `state_path` to the disk, wait, and free all memory they take.
 
-        The system does the same in its own time; this is for when memory is needed at once. Does
-        nothing without `state_path`. Raises OSError where the disk failed.
+        The system does so in its own time. Raises OSError where the disk failed.
         """
         if self._assembly.state_file:
             self._assembly.state_file.flush()
@@ -368,8 +292,8 @@ class Optimizer:
     def lookahead(self) -> Exchange:
         """Move the parameters to p - mu v, where Nesterov's look-ahead form wants its gradient.
 
-        On leaving, by an exception too, their exact bits are restored. Leaves of other rules stay
-        where they are. Raises ValueError where no leaf has that form, RuntimeError when nested.
+        On leaving their exact bits are restored. Leaves of other rules stay where they are. Raises
+        ValueError where no leaf has that form, RuntimeError when nested.
         """
         return exchange.lookahead(self._assembly)
 
@@ -388,15 +312,10 @@ class Optimizer:
     def catch_up(self, rows: Mapping[str, np.ndarray] | None = None) -> None:
         """Replay the steps that rows missed because no gradient touched them.
 
-        For `exact=True`: before the forward pass, with the rows that it will read and that the next
-        gradient will have; without an argument all rows of all leaves, before evaluation, saving
-        or a change of hyperparameters. After it they have the bits that steps with a gradient of
-        zero would have given them. The cost is that of these steps.
-
-        Parameters
-        ----------
-        rows : mapping, optional
-            Path of a leaf -> indices, integers in any order. TypeError or ValueError otherwise.
+        For `exact=True`: before the forward pass, with the rows (path of a leaf -> indices) that it
+        will read and that the next gradient will have; without an argument all rows of all leaves,
+        before evaluation, saving or a change of hyperparameters. After it they have the bits that
+        steps with a gradient of zero would have given them. The cost is that of these steps.
         """
         assembly = self._assembly
         if assembly.lazy_rows is None:
@@ -406,12 +325,8 @@ class Optimizer:
     def rebind(self, params: Any) -> None:
         """Take new arrays in place of the old ones, for trainers that write `W = W - ...`.
 
-        Parameters
-        ----------
-        params : nested arrays
-            Nested as before, of the same shapes, dtypes and memory orders; TypeError or ValueError
-            otherwise, and the optimizer keeps the old ones. Masters are taken anew where the values
-            differ from the old arrays'.
+        They have the nesting, shapes, dtypes and memory orders of the old ones, or TypeError or
+        ValueError says so. Masters are taken anew where values differ.
         """
 
         def rebind() -> None:
@@ -457,22 +372,9 @@ class Optimizer:
         """Go on from a `state_dict`, copying its arrays; with equal parameters, bit for bit.
 
         Put the parameters back first: masters come from the `state_dict`, not from them.
-        Accumulated gradients are forgotten.
-
-        Parameters
-        ----------
-        state : dict
-            What `state_dict` returned.
-        strict : bool
-            Whether hyperparameters must be equal too (of schedules what they print; any two other
-            callables count as equal). With False this optimizer's own hold from here on, and only
-            those that say what the states hold, such as `amsgrad` or `form`, must be equal.
-
-        Raises
-        ------
-        ValueError
-            With every difference in paths, rules, hyperparameters, shapes, dtypes, memory orders,
-            formats and states. Nothing has changed then.
+        Accumulated gradients are forgotten. ValueError lists every difference; nothing has changed
+        then. strict: whether hyperparameters must be equal too (of schedules what they print). With
+        False only those must be that say what the states hold, such as `amsgrad` or `form`.
         """
 
         def restore() -> None:
@@ -486,18 +388,11 @@ class Optimizer:
         """Write states, counters and parameters to one safetensors file: all that a run needs.
 
         A file at `path` is replaced at once when the new one is whole and on the disk: a process
-        killed at any moment leaves the old file or the new one. No other copy is made in memory.
+        killed at any moment leaves the old file or the new one. The parameter of the leaf `b.0` is
+        called `p:b.0` there, its state m `m:b.0`; arrays have their axes as in memory.
 
-        Parameters
-        ----------
-        path : path
-            The file. The parameter of the leaf `block.0.w` is called `p:block.0.w` there, its state
-            m `m:block.0.w`; arrays in Fortran order lie there transposed. Every bit is kept.
-        parameters : bool
-            Whether to write the parameters and the arrays of `copy_out` too.
-        metadata : optional
-            Whatever else of the run must be of the same moment, such as the state of a random
-            generator, in the types of JSON: `load` returns it.
+        parameters: whether to write the parameters and the arrays of `copy_out` too. metadata: what
+        else of the run must be of the same moment, in the types of JSON, for `load` to return.
         """
 
         def save() -> None:
@@ -511,20 +406,14 @@ class Optimizer:
     ) -> Any:
         """Go on from a file of `save`, bit for bit: parameters and states are written in place.
 
-        Returns the metadata that `save` was given, tuples as lists. The file is read into
-        the arrays that there are. Accumulated gradients are forgotten.
+        Returns the metadata that `save` was given, tuples as lists. Accumulated gradients are
+        forgotten. Raises OSError where the file cannot be read; ValueError, and nothing has
+        changed, where it is not whole or of another version, or lists every difference. Where the
+        disk fails, or somebody shortens the file, while its arrays are read, the optimizer has part
+        of them and refuses everything until it has loaded a whole file.
 
-        Parameters
-        ----------
-        path : path
-            The file. OSError where it cannot be read; ValueError, and nothing has changed, where it
-            is not whole or of another version, or lists every difference. Where the disk fails, or
-            somebody shortens the file, while its arrays are read, the optimizer has part of them
-            and refuses everything until it has loaded a whole file.
-        parameters : bool
-            With False the file's parameters are left there; the caller's must be in place.
-        strict : bool
-            As in `load_state_dict`.
+        parameters: with False the file's parameters are left there; the caller's must be in place.
+        strict: as in `load_state_dict`.
         """
 
         def load() -> Any:
@@ -536,6 +425,20 @@ class Optimizer:
         return self._assembly.loaded("load", load)
 
     def __reduce__(self) -> tuple[Any, ...]:
+        for leaf, p in zip(self._assembly.tree.leaves, self._assembly.parameters, strict=True):
+            if memory_order(p) not in ("C", "F"):  # NumPy's pickle would put it in C order
+                raise TypeError(
+                    f"{leaf.label}: a pickle does not keep the memory order of its axes, which is"
+                    f" {memory_order(p)}; use save() and load(), or copy.deepcopy"
+                )
+        return self._recipe()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Optimizer:
+        rebuild, arguments = self._recipe()
+        made: Optimizer = rebuild(*copy.deepcopy(arguments, memo))
+        return made
+
+    def _recipe(self) -> tuple[Any, ...]:
         # Pickled or deep-copied together with a tree that holds the same arrays, both copies go
         # on sharing them; on its own, an optimizer takes its arrays along.
         assembly = self._assembly

@@ -22,20 +22,47 @@ def orthogonalize(
     gram: Gram = "auto",
     eps: float = 1e-30,
 ) -> np.ndarray:
-    """Newton-Schulz's approximation to u v^T, where x = u s v^T is a singular value decomposition.
+    """Return Newton-Schulz's approximation to u v^T, of the decomposition x = u s v^T.
 
-    x: float32 or float64, a matrix or a stack of them (..., rows, columns), left alone. steps: of
-    the iteration. coefficients: "keller", "you", "cans", "polar_express", one (a, b, c) or a list
-    of `steps` of them. norm: "frobenius", or "aol" for each row's own. gram: iterate on the Gram
-    matrix: "auto" where that is faster, True, or False. eps: added to the norm. Returns a new
-    array of x's shape and dtype, in which the arithmetic is done too; a zero matrix stays zero, an
-    infinity or NaN makes its matrix NaN. `Muon` does the same to its momentum.
+    Parameters
+    ----------
+    x : array of float32 or float64, shape (..., rows, columns)
+        A matrix or a stack of them; left alone.
+    steps : int, default 5
+        Number of iterations.
+    coefficients : {"keller", "you", "cans", "polar_express"} or sequence, default "keller"
+        The name of a set, one (a, b, c), or a list of `steps` of them.
+    norm : {"frobenius", "aol"}, default "frobenius"
+        Norm that x is divided by; "aol" divides each row by its own.
+    gram : {"auto", True, False}, default "auto"
+        Whether to iterate on the Gram matrix; "auto" does where that is faster.
+    eps : float, default 1e-30
+        Added to the norm.
 
-    Raises TypeError for a value of the wrong kind, ValueError for one that does not fit.
+    Returns
+    -------
+    array
+        A new array of the shape and dtype of `x`. A zero matrix stays zero; an infinity or NaN
+        makes its matrix NaN.
 
-    Sources: see `fusedopt.linalg.coefficients.coefficient_set` and
+    Raises
+    ------
+    TypeError
+        If a value is of the wrong kind.
+    ValueError
+        If a value does not fit.
+
+    Notes
+    -----
+    The arithmetic is done in the dtype of `x`. `Muon` does the same to its momentum.
+
+    References
+    ----------
+    See `fusedopt.linalg.coefficients.coefficient_set` and
     `fusedopt.linalg.newton_schulz.Iteration`.
 
+    Examples
+    --------
     >>> import numpy as np, fusedopt as fo
     >>> x = np.array([[1.0, 2, 3], [4, 5, 6]])
     >>> print(fo.orthogonalize(x, coefficients="polar_express", steps=8).round(4))

@@ -20,13 +20,28 @@ from .system.threads import available
 
 
 def warmup(*rules: Rule, dtype: str = "float32", backend: str = "auto", **options: Any) -> float:
-    """Compiles ahead of the first step what that would compile; returns the seconds it took.
+    """Compile ahead of the first step what that would compile.
 
-    Only the backend "numba" compiles, and whichever runs a `CustomRule`. rules: by default all of
-    `RULES` as they are. dtype: of parameters and gradients. options: what `Optimizer` takes for
-    storage, such as `state_dtype`. Compiled kernels stay on disk for later processes, below
-    NUMBA_CACHE_DIR or the user's cache directory, where one of them can be written to. Raises as
-    `Optimizer` does.
+    Parameters
+    ----------
+    *rules : Rule
+        By default all of `RULES` as they are.
+    dtype : str, default "float32"
+        Dtype of parameters and gradients.
+    backend : str, default "auto"
+        As for `Optimizer`. Only "numba" compiles, and whichever backend runs a `CustomRule`.
+    **options
+        Arguments of `Optimizer` for storage, such as `state_dtype`.
+
+    Returns
+    -------
+    float
+        Seconds that it took.
+
+    Notes
+    -----
+    Compiled kernels stay on disk for later processes, below NUMBA_CACHE_DIR or the user's cache
+    directory, if it can be written to. Errors are those of `Optimizer`.
     """
     start = time.perf_counter()
     kind = np.dtype(getattr(ml_dtypes, dtype, dtype))

@@ -1,6 +1,7 @@
 """Schedules: the learning rate of each step, as values that can be compared, pickled and printed.
 
-A schedule is called with the optimizer's step number, 1 for the first step, and is a rule's `lr`:
+A schedule is called with the optimizer's step number, 1 for the first step. It is a rule's `lr`, or
+any other of its numbers (`weight_decay=Linear(0.1, steps=1000)`), or `Optimizer(ema=...)`:
 
 >>> import fusedopt as fo
 >>> lr = fo.schedules.Cosine(1e-3, steps=1000, warmup=100, final=0.1)

@@ -71,14 +71,33 @@ def verify(
     steps: int = 3,
     seed: int = 0,
 ) -> list[Check]:
-    """Checks rules on this machine, element by element, against the float64 reference.
+    """Check rules on this machine, element by element, against the float64 reference.
 
-    rules: names in `RULES`, by default all; each in every variant. backends, isas: by default all
-    that can be used. storages: names in `STORAGES`, by default all; float32 and float64 with every
-    instruction set, the others with the one in use. size: elements of each array (matrices for
-    Muon: about as many). steps: more are taken where a rule has branches that begin later. The
-    data span many orders of magnitude, with exact zeros, and are drawn from `seed`. Raises
-    ValueError for unknown names.
+    Parameters
+    ----------
+    rules : iterable of str, optional
+        Names in `RULES`, by default all. Each is checked in every variant.
+    backends, isas : iterable of str, optional
+        Backends and instruction sets, by default all that can be used.
+    storages : iterable of str, optional
+        Ways to store, names in `fusedopt.verify.STORAGES`, by default all: float32 and float64 on
+        every instruction set, the others on the one in use.
+    size : int, default 4201
+        Number of elements of each array; matrices for Muon have about this number.
+    steps : int, default 3
+        Number of steps. More are taken where a rule has branches that begin later.
+    seed : int, default 0
+        Seed of the data, which span many orders of magnitude and have exact zeros.
+
+    Returns
+    -------
+    list of Check
+        One for each rule, backend, instruction set and way to store.
+
+    Raises
+    ------
+    ValueError
+        If a name is unknown.
     """
     names = list(RULES) if rules is None else list(rules)
     for name in names:

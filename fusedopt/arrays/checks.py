@@ -5,13 +5,14 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from .device_interface import on_device
 from .foreign import host_array, read_only
 from .formats import DTYPES
+from .order import axes_of, memory_order, turned, turned_back
 from .trees import Fixed
 
 EXPECTED = "float32, float64, bfloat16 (of ml_dtypes) or float16"
@@ -20,13 +21,12 @@ EXPECTED = "float32, float64, bfloat16 (of ml_dtypes) or float16"
 class Refusing(Protocol):
     """The part of a rule that may refuse a parameter: see `fusedopt.rules.base.Rule`."""
 
+    @property
+    def program(self) -> Any:
+        """What a step does with an element, in one phase or several."""
+
     def refuses(self, p: np.ndarray) -> str | None:
         """Why this parameter cannot be updated, with the remedy; None where it can."""
-
-
-def memory_order(dense: np.ndarray) -> Literal["C", "F"]:
-    """C where a dense array is in both orders."""
-    return "C" if dense.flags.c_contiguous else "F"
 
 
 def _check_array(label: str, array: Any) -> np.ndarray:
@@ -61,11 +61,11 @@ def _plain(a: np.ndarray) -> np.ndarray:
     if type(a) is np.ndarray and any(a.dtype is dtype for dtype in DTYPES):
         return a
     dtype = next(dtype for dtype in DTYPES if dtype == a.dtype)
-    c_order = a.flags.c_contiguous
+    order = memory_order(a)
     # By way of bytes: bfloat16 does not go through the buffer protocol.
-    memory = (a if c_order else a.T).view(np.ndarray).view(f"u{a.itemsize}")
-    plain = np.ndarray(a.shape if c_order else a.shape[::-1], dtype, memory)
-    return plain if c_order else plain.T
+    memory = turned(a.view(np.ndarray), order).view(f"u{a.itemsize}")
+    plain: np.ndarray = turned_back(np.ndarray(memory.shape, dtype, memory), order)
+    return plain
 
 
 def check_target(label: str, array: Any) -> np.ndarray:
@@ -79,7 +79,7 @@ def check_target(label: str, array: Any) -> np.ndarray:
         raise ValueError(f"{label}: {read_only(array)}")
     if not a.flags.aligned:
         raise ValueError(f"{label}: is not aligned in memory; pass a copy")
-    if not (a.flags.c_contiguous or a.flags.f_contiguous):
+    if not memory_order(a):
         raise ValueError(
             f"{label}: is not dense (shape {a.shape}, strides {a.strides}), and a copy would be"
             " updated instead of it; pass an array made with np.ascontiguousarray, and copy it back"
@@ -91,7 +91,7 @@ def check_input(label: str, array: Any) -> np.ndarray:
     """An array that will only be read, dense: itself, or a copy. Raises TypeError for another kind
     or dtype."""
     a = _check_array(label, array)
-    if a.flags.aligned and (a.flags.c_contiguous or a.flags.f_contiguous):
+    if a.flags.aligned and memory_order(a):
         return _plain(a)
     return _plain(np.array(a, subok=False))
 
@@ -99,10 +99,21 @@ def check_input(label: str, array: Any) -> np.ndarray:
 def check_parameter(label: str, array: Any, rule: Refusing) -> np.ndarray:
     """A parameter that this rule can update; raises as `check_target`, and where it cannot."""
     a = check_target(label, array)
-    reason = rule.refuses(a)
+    check_rule(label, a, rule)
+    return a
+
+
+def check_rule(label: str, dense: Any, rule: Refusing) -> None:
+    """ValueError where a rule cannot update an array, of the host or a device."""
+    reason, order = rule.refuses(dense), memory_order(dense)
+    if not reason and rule.program.phases > 1 and order not in ("C", "F"):
+        axes = ", ".join(map(str, axes_of(order, dense.ndim)))
+        reason = (
+            f"{type(rule).__name__} updates matrices in C or Fortran order, and in memory the axes"
+            f" are in the order ({axes}); pass the view a.transpose({axes}), and gradients alike"
+        )
     if reason:
         raise ValueError(f"{label}: {reason}")
-    return a
 
 
 def check_apart(labels: Sequence[str], arrays: Sequence[np.ndarray]) -> None:
@@ -213,10 +224,9 @@ class GradientChecks:
             )
         self.check_apart(label, g)
         order = memory_order(p)
-        dense = g.flags.c_contiguous if order == "C" else g.flags.f_contiguous
-        if dense and g.flags.aligned:
+        if memory_order(g) == order and g.flags.aligned:
             return _plain(g)
-        return _plain(np.array(g, order=order, subok=False))
+        return _plain(turned_back(np.array(turned(g, order), order="C", subok=False), order))
 
     def check_apart(self, label: str, g: np.ndarray) -> None:
         """ValueError where an input shares memory with what the step writes."""

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from .order import axes_of, inverse
+
 CUDA = 2
 """DLPack's number of CUDA devices."""
 
@@ -139,14 +141,10 @@ def current_stream(library: str, device: int, named: int) -> int:
 
 
 def relaid(array: Any, library: str, order: str) -> Any:
-    """A copy in C or Fortran order by its own library; None where that is not known."""
+    """A dense copy in a memory order by its own library; None where that is not known."""
+    axes, back = axes_of(order, len(array.shape)), inverse(order, len(array.shape))
     if library == "torch":
-        reverse = tuple(range(array.ndim - 1, -1, -1))
-        return (
-            array.contiguous()
-            if order == "C"
-            else array.permute(reverse).contiguous().permute(reverse)
-        )
+        return array.permute(axes).contiguous().permute(back)
     if library == "cupy":
-        return sys.modules["cupy"].array(array, order=order)
+        return sys.modules["cupy"].array(array.transpose(axes), order="C").transpose(back)
     return None

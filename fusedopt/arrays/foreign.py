@@ -15,7 +15,7 @@ CPU = 1
 
 
 def host_array(array: Any) -> Any:
-    """An ndarray over an array's memory, or the object itself where it is not to be had so.
+    """An ndarray over an array's memory, or the object itself where it has no such view.
 
     Taken are ndarrays, CPU tensors of PyTorch and whatever offers DLPack or
     `__array_interface__` without a copy. Arrays that their library does not let others write are

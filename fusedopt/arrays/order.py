@@ -19,23 +19,26 @@ def memory_order(a: Any) -> str:
         return order
     if a.flags.c_contiguous:
         return "C"
-    return "F" if a.flags.f_contiguous else dense_order(a.shape, a.strides, a.itemsize)
+    return "F" if a.flags.f_contiguous else order_of(a.shape, a.strides, a.itemsize)
 
 
-def dense_order(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> str:
-    """The order of an array by its strides in bytes; "" where it is not dense.
+def order_of(shape: Sequence[int], strides: Sequence[int] | None, itemsize: int) -> str:
+    """The `memory_order` of an array by its strides in bytes; None: those of C order.
 
-    Axes of length 1 come first, since their strides say nothing.
+    Axes of length 1, whose strides say nothing, come first.
     """
+    if strides is None or 0 in shape:
+        return "C"
     ones = [k for k, n in enumerate(shape) if n == 1]
-    others = [k for k, n in enumerate(shape) if n != 1]
-    others.sort(key=lambda k: -strides[k])
+    others = sorted((k for k, n in enumerate(shape) if n != 1), key=lambda k: -strides[k])
     size = itemsize
     for k in reversed(others):
         if strides[k] != size:
             return ""
         size *= shape[k]
-    return ",".join(map(str, ones + others))
+    if others == sorted(others):
+        return "C"
+    return "F" if others[::-1] == sorted(others) else ",".join(map(str, ones + others))
 
 
 def axes_of(order: str, ndim: int) -> tuple[int, ...]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from .checks import memory_order
 from .formats import PLAIN, Format, Values
+from .order import flattened, memory_order, shaped
 
 LINE = 64  # bytes: of a cache line, and of the widest vector
 WINDOW = 32 << 20
@@ -32,7 +32,7 @@ class Stored:
     data: np.ndarray
     aux: np.ndarray | None
     shape: tuple[int, ...]
-    order: Literal["C", "F"]
+    order: str
 
     @classmethod
     def plain(cls, array: np.ndarray) -> Stored:
@@ -59,7 +59,8 @@ class Stored:
     def values(self) -> Values:
         """The elements in the type that they are computed in, of the array's shape; a copy."""
         flat = self.format.decode(self.flat_data, self.aux)
-        return flat[: self.size].reshape(self.shape, order=self.order)
+        values: Values = shaped(flat[: self.size], self.shape, self.order)
+        return values
 
     @property
     def size(self) -> int:
@@ -68,17 +69,19 @@ class Stored:
     @property
     def flat_data(self) -> np.ndarray:
         """The data in memory order."""
-        return self.data.reshape(-1, order=self.order)
+        return self.flat(self.data) if self.data.shape == self.shape else self.data.reshape(-1)
 
     def flat(self, x: Values) -> Values:
         """Elements of the array's shape, in memory order."""
-        return x.reshape(-1, order=self.order)
+        elements: Values = flattened(x, self.order)
+        return elements
 
     def write(self, encoded: tuple[np.ndarray, Any], rows: np.ndarray | None = None) -> None:
         """Stores what the format made of flat elements; of these rows alone, if given."""
         for mine, new in zip(self.arrays, encoded, strict=False):
             if rows is None:
-                mine[...] = new.reshape(mine.shape, order=self.order)
+                alike = mine.shape == self.shape
+                mine[...] = shaped(new, mine.shape, self.order if alike else "C")
             elif rows.size:
                 count = self.shape[0]
                 mine.reshape(count, -1)[rows] = new.reshape(count, -1)[rows]
@@ -193,7 +196,7 @@ def _make(w: ArraySpec, data: np.ndarray, aux: np.ndarray | None = None) -> Stor
     if aux is not None:
         aux = aux.view(aux_dtype)
     if w.format.bits >= 16:
-        data = data.reshape(shape, order=order)
+        data = shaped(data, shape, order)
     cls = Quantized if w.format.quantized else Stored
     made = cls(w.format, data, aux, shape, order)
     if w.initial:

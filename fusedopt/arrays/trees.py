@@ -32,15 +32,22 @@ def values_of(tree: Any) -> Iterator[Any]:
 
 
 class Fixed:
-    """Gradients on a CUDA device of which the caller promises that they stay where they are.
+    """Gradients on a CUDA device that the caller promises to leave where they are.
 
-    tree: as `Optimizer.step` takes it. As long as this object is used, its leaves, and the
-    parameters of the optimizers that it is given to, are the same arrays in the same memory: none
-    was replaced in the tree, and no tensor was given other memory (`t.data = ...`,
-    `zero_grad(set_to_none=True)`). What they hold may change. From its third step in a row on they
-    are not looked at, so that what a step costs the host does not depend on how many there are. It
-    keeps its tree alive; arrays that are exchanged by DLPack alone are looked at nevertheless,
-    since only that says when they may be read.
+    Parameters
+    ----------
+    tree : nested arrays
+        Gradients, as `Optimizer.step` takes them.
+
+    Notes
+    -----
+    As long as this object is used, its leaves, and the parameters of the optimizers that it is
+    given to, must be the same arrays in the same memory: none may be replaced in the tree, and no
+    tensor may be given other memory (`t.data = ...`, `zero_grad(set_to_none=True)`). Their
+    elements may change. From the third step in a row on they are not looked at, so that the time
+    of a step on the host does not depend on their number. The object keeps its tree alive. Arrays
+    that are exchanged by DLPack alone are looked at in every step, since only that says when they
+    may be read.
     """
 
     def __init__(self, tree: Any) -> None:

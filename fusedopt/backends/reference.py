@@ -105,7 +105,7 @@ class ReferencePlan(ExclusiveUse):
         if spec.decide is not None:
             for k in active:
                 computed = compute_dtype(spec.leaves[k].caller.dtype)
-                with np.errstate(over="ignore"):
+                with np.errstate(all="ignore"):
                     given = selected(grads[k]).astype(computed)
                 spec.results[k, :2] = sum_of_squares(given)
             if not spec.decide():

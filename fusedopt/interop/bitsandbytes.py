@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..arrays.checks import memory_order
 from ..arrays.formats import Blocks
+from ..arrays.order import memory_order
 from ..arrays.stored import Stored
 from ..rules import RULES, Rule
 from .common import (

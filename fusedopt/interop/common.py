@@ -92,7 +92,7 @@ def take_over(opt: Optimizer, step: int, arrivals: Mapping[str, Arrival]) -> Non
 
 def _stored(leaf_state: LeafState, states: Mapping[str, Any]) -> LeafState:
     """The leaf's memory with these states, in arrays of their own."""
-    extra = leaf_state.extra and (leaf_state.extra[0], leaf_state.extra[1].copy(order="A"))
+    extra = leaf_state.extra and (leaf_state.extra[0], leaf_state.extra[1].copy(order="K"))
     fresh = {
         name: _encoded(leaf_state, leaf_state.states[name].copy(), a) for name, a in states.items()
     }
@@ -107,7 +107,8 @@ def _encoded(leaf_state: LeafState, state: Stored, value: Any) -> Stored:
     if isinstance(value, Encoded):
         state.write((value.data, value.aux))
         return state
-    x = value.astype(compute_dtype(leaf_state.caller.dtype))
+    with np.errstate(all="ignore"):
+        x = value.astype(compute_dtype(leaf_state.caller.dtype))
     # As the step itself stores it.
     x[np.abs(x) < least_state(x.dtype, state.format.dtype)] = 0
     state.write(state.format.encode(state.flat(x)))

@@ -143,7 +143,8 @@ def to_optax(opt: Optimizer, template: Any) -> Any:
                     new.append(value)
                     continue
                 problems.extend(f"{path}: {reason}" for reason in _unfit(rule, kind))
-                new.append((sign * leaf.states[name]).astype(as_array(value).dtype))
+                with np.errstate(all="ignore"):
+                    new.append((sign * leaf.states[name]).astype(as_array(value).dtype))
                 given[path].add(name)
                 seen.add(leaf.t)
             changed[theirs] = _filled(opt.params, old, iter(new))

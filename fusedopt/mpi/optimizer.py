@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import zip_longest
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
 from ..arrays import host
-from ..arrays.checks import GradientChecks, memory_order
+from ..arrays.checks import GradientChecks
 from ..arrays.file_set import open_tensors
 from ..arrays.formats import TILE, compute_dtype
+from ..arrays.order import memory_order
 from ..arrays.rows import Rows, UniqueRows, as_rows, check_indices, unique_rows, values_of
 from ..arrays.stored import AVERAGE
 from ..arrays.trees import Tree
@@ -24,7 +26,6 @@ from ..rules import Rule
 from ..rules.groups import RateChoice, RuleChoice, assign
 from ..step.accumulate import ACCUMULATED
 from ..step.assembly import Assembly, checked_arrays
-from ..step.exchange import Averaged
 from ..step.gradients import refuses_rows
 from ..step.info import StepInfo
 from ..step.rates import StepRate
@@ -477,7 +478,7 @@ class ShardedOptimizer:
                 for p, original in zip(self._whole, backup, strict=True):
                     p[...] = original
 
-    def averaged(self) -> Averaged:
+    def averaged(self) -> GatheredAverages:
         """The averages of `ema` on every rank, as `Optimizer.averaged`; here they are copies."""
         self._local.averaged()  # which refuses it where there are none
         averages, requests = [], []
@@ -492,7 +493,8 @@ class ShardedOptimizer:
                 c.part(whole, self._ranks.rank)[...] = mine
                 requests += self._ranks.begin_share(flat(whole), c.bounds[:-1], c.sizes)
         self._ranks.wait(requests)
-        return Averaged(self._tree.build(averages), self._in_place_of_parameters(averages))
+        exchange = self._in_place_of_parameters(averages)
+        return GatheredAverages(self._tree.build(averages), exchange)
 
     @contextmanager
     def _in_place_of_parameters(self, averages: Sequence[np.ndarray]) -> Iterator[Any]:
@@ -500,7 +502,7 @@ class ShardedOptimizer:
         with self._local.averaged():
             try:
                 for p, average in zip(self._whole, averages, strict=True):
-                    with np.errstate(over="ignore"):
+                    with np.errstate(all="ignore"):
                         p[...] = average
                 yield self.params
             finally:
@@ -625,6 +627,27 @@ class ShardedOptimizer:
             "a ShardedOptimizer belongs to the ranks of its communicator; take its state_dict(),"
             " or save it"
         )
+
+
+class GatheredAverages:
+    """Averages of weights of all ranks: `params`, copies, nested like the parameters.
+
+    As a context manager, once, puts them in the parameters' place, and gives the parameters.
+    """
+
+    def __init__(self, params: Any, exchange: AbstractContextManager[Any]) -> None:
+        self.params, self._exchange = params, exchange
+
+    def __enter__(self) -> Any:
+        return self._exchange.__enter__()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool | None:
+        return self._exchange.__exit__(kind, error, trace)
 
 
 def _active(kinds: Sequence[Sequence[Kind | None]]) -> list[int]:

@@ -59,7 +59,9 @@ class Member(NamedTuple):
 class Rule:
     """An update rule: frozen hyperparameters, and the arithmetic that they select.
 
-    lr: learning rate, a number >= 0 or a callable of the optimizer's step number (1 first).
+    lr: learning rate, a number >= 0 or a callable of the optimizer's step number (1 first). Every
+    other number, and each of a pair such as `betas`, takes such a schedule too, unless it says what
+    the states are; a value that does not fit is refused in its step.
     weight_decay: lambda >= 0, applied as `decay` says: "l2" adds lambda p to the gradient,
     "decoupled" subtracts lr lambda p together with the update, "decoupled_first" multiplies p by
     1 - lr lambda before it (PyTorch's order), "independent" subtracts lambda p times lr divided
@@ -151,11 +153,25 @@ class Rule:
 
     @classmethod
     def like(cls, library: str, **hyperparameters: Any) -> Self:
-        """The rule in another library's convention, with that library's defaults.
+        """Return the rule in another library's convention, with that library's defaults.
 
-        library: "torch", "optax" or "keras". hyperparameters: fusedopt's names for those that the
-        library has. Raises ValueError where the library lacks the rule, or the rule there the
-        name, or where the library has no default for a name that is not given.
+        Parameters
+        ----------
+        library : {"torch", "optax", "keras"}
+            Name of the library.
+        **hyperparameters
+            Values of those that the library has, under the names used here.
+
+        Returns
+        -------
+        Rule
+            The rule.
+
+        Raises
+        ------
+        ValueError
+            If the library lacks the rule, the rule lacks the name there, or the library has no
+            default for a name that is not given.
         """
         if library not in cls.conventions:
             known = ", ".join(map(repr, cls.conventions)) or "none"
@@ -180,7 +196,7 @@ class Rule:
             if spelling is not None:
                 if value not in spelling:
                     raise ValueError(
-                        f"{cls.__name__}.like({library!r}): {name}={value!r} is not to be had"
+                        f"{cls.__name__}.like({library!r}): {name}={value!r} is not available"
                         f" there; values that are: {', '.join(map(repr, spelling))}"
                     )
                 values[name] = spelling[value]
@@ -235,7 +251,7 @@ class Rule:
     def textbook_sums(
         self, before: Sequence[np.ndarray], after: Sequence[np.ndarray], *, t: int
     ) -> dict[str, float]:
-        """The same, from the states before and after a step."""
+        """Return the counts of `sums` in plain NumPy, from the states before and after a step."""
         return {}
 
     @property

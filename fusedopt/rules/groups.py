@@ -1,4 +1,4 @@
-"""Which rule updates which leaf."""
+"""Parameter groups: the assignment of rules to leaves."""
 
 from __future__ import annotations
 

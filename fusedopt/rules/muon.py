@@ -264,7 +264,7 @@ class Muon(Rule):
             workspace.orthogonalize(directions, stack, self.iteration, self.factor(*stack[1:]))
 
     def stack(self, directions: np.ndarray) -> Stack:
-        """Those of several parameters, whose number is the first dimension."""
+        """Return the matrices of several parameters, which the first dimension counts."""
         leaves, *shape = directions.shape
         count, rows, cols = self.matrices(tuple(shape))
         return leaves * count, rows, cols
@@ -282,7 +282,7 @@ class Muon(Rule):
         return self.factor(*self.matrices(u.shape)[1:]) * self.polar(u)
 
     def polar(self, u: np.ndarray) -> np.ndarray:
-        """The same without s."""
+        """Return the orthogonalised direction, without the scale s."""
         if u.size == 0:
             return u.copy()
         matrices = [self._textbook(matrix) for matrix in u.reshape(self.matrices(u.shape))]

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from ..arrays import host
-from ..arrays.checks import memory_order
 from ..arrays.formats import RandomKey, compute_dtype
+from ..arrays.order import memory_order
 from ..arrays.storage import synchronize
 from ..arrays.trees import Leaf, Tree
 from ..arrays.watch import Watch

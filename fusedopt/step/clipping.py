@@ -26,7 +26,7 @@ def combined(rows: np.ndarray) -> float:
         total = _exact_sum(sums)
         if math.isfinite(total):
             return math.sqrt(total)
-    with np.errstate(over="ignore"):
+    with np.errstate(all="ignore"):
         norms = np.sqrt(sums) / scales
         largest = float(np.max(norms, initial=0.0))
         if largest == 0.0 or math.isinf(largest):

@@ -43,7 +43,7 @@ class Exchange(Uninterrupted):
         try:
             assembly.plan.synchronize()
             assembly.watch.check()
-            self._backup = [assembly.parameters[k].copy(order="A") for k in self._leaves]
+            self._backup = [assembly.parameters[k].copy(order="K") for k in self._leaves]
             assembly.exchanged = self._name
             self._move()
         except BaseException:
@@ -78,7 +78,7 @@ class Averaged(Exchange):
 
         def move() -> None:
             for p, average in zip(assembly.parameters, averages, strict=True):
-                with np.errstate(over="ignore"):
+                with np.errstate(all="ignore"):  # whatever np.seterr says: it rounds
                     p[...] = average
 
         super().__init__(assembly, "averaged", range(len(averages)), move, params)

@@ -181,7 +181,7 @@ def refuses_rows(rule: Rule, leaf_state: LeafState) -> str | None:
     if rule.program.phases > 1:
         return f"{type(rule).__name__} updates matrices as a whole, not some of their rows"
     if not p.flags.c_contiguous:
-        return "rows of a parameter in Fortran order are not dense"
+        return "rows of a parameter that is not in C order are not dense"
     length = p.size // max(p.shape[0], 1)
     for name, stored in (("parameter", leaf_state.parameter), *leaf_state.states.items()):
         unit = TILE if stored.format.random else stored.format.block

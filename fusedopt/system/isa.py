@@ -18,13 +18,21 @@ def isas() -> list[str]:
 
 
 def set_isa(name: str) -> None:
-    """Makes every later step run on this instruction set.
+    """Set the instruction set that later steps run on.
 
-    Raises ValueError, with the valid names, for one that is unknown or that this machine lacks.
+    Parameters
+    ----------
+    name : str
+        An instruction set of this build and machine, such as "x86_v3".
+
+    Raises
+    ------
+    ValueError
+        If this build or machine has no such instruction set. The message names those available.
     """
     if not core or not core.set_level(name):
         valid = ", ".join(isas()) or "none: there is no compiled core"
-        raise ValueError(f"isa {name!r} is not to be had here; valid: {valid}")
+        raise ValueError(f"isa {name!r} is not available on this machine; available: {valid}")
 
 
 def get_threads() -> int:
@@ -33,9 +41,17 @@ def get_threads() -> int:
 
 
 def set_threads(n: int) -> None:
-    """Lets every later step use up to n threads, at most what the process was granted.
+    """Set the number of threads that later steps may use.
 
-    Raises TypeError or ValueError where n is no integer >= 1.
+    Parameters
+    ----------
+    n : int
+        Largest number of threads; no more are used than the process was granted.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `n` is not an integer of at least 1.
     """
     n = check_threads("set_threads", n)
     _use(min(n, *available().values()))

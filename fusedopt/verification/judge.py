@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..arrays.formats import RandomKey, Values, least_state
+from ..arrays.order import flattened
 from ..arrays.stored import Stored
 from ..plan.extras import NOTHING, Extras
 from ..rules.base import Rule
@@ -110,7 +111,7 @@ def judge(
     whole = rule.program.phases > 1  # a matrix, which the reference needs in its shape
 
     def lift(a: np.ndarray) -> Bounded:
-        return Bounded.exact(a if whole else a.reshape(-1, order=order), dtype)
+        return Bounded.exact(a if whole else flattened(a, order), dtype)
 
     old = [lift(a) for a in before]
     p, *states = old

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
+from ..arrays.order import flattened
+
 
 class Bounded(NDArrayOperatorsMixin):
     """value: float64; error: the bound, of the same shape; dtype: the kernel's.
@@ -42,9 +44,9 @@ class Bounded(NDArrayOperatorsMixin):
         with np.errstate(all="ignore"):
             return cls(value, np.abs(value.astype(dtype).astype(np.float64) - value), dtype)
 
-    def flat(self, order: Any) -> Bounded:
+    def flat(self, order: str) -> Bounded:
         """One-dimensional, in memory order."""
-        return self._like(self.value.reshape(-1, order=order), self.error.reshape(-1, order=order))
+        return self._like(flattened(self.value, order), flattened(self.error, order))
 
     def where(self, chosen: np.ndarray, other: Bounded) -> Bounded:
         """The other's elements where chosen."""

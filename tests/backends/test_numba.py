@@ -228,6 +228,7 @@ def stepped_apart(tmp_path: Any, before: str = "", cache: Any = None) -> None:
     assert (done.returncode, done.stdout) == (0, "[0.75, 0.75, 0.75]\n"), done.stderr
 
 
+@pytest.mark.slow
 def test_compiled_kernels_are_kept(tmp_path: Any) -> None:
     stepped_apart(tmp_path)
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")}
@@ -236,6 +237,7 @@ def test_compiled_kernels_are_kept(tmp_path: Any) -> None:
     assert kept == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")}
 
 
+@pytest.mark.slow
 def test_damaged_files_are_no_obstacle(tmp_path: Any) -> None:
     stepped_apart(tmp_path)
     for path in tmp_path.rglob("*.nbc"):
@@ -243,6 +245,7 @@ def test_damaged_files_are_no_obstacle(tmp_path: Any) -> None:
     stepped_apart(tmp_path)
 
 
+@pytest.mark.slow
 def test_nor_is_a_place_that_cannot_be_written(tmp_path: Any) -> None:
     blocked = tmp_path / "file"
     blocked.touch()
@@ -284,6 +287,7 @@ FILES = [
 ]
 
 
+@pytest.mark.slow
 def test_the_suite_without_the_compiled_core() -> None:
     done = run_python(HIDDEN.replace("FILES", repr(FILES)), timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr

@@ -25,6 +25,8 @@ from exactness import ROOT, run_python
 from fusedopt.backends import BACKENDS, check_registry
 from fusedopt.system.isa import isas
 
+pytestmark = pytest.mark.build
+
 LIGHT = ("numba", "torch", "matplotlib", "mpi4py", "rich", "typer")
 
 

@@ -13,6 +13,8 @@ from exactness import ROOT
 from fusedopt.arrays.formats import FORMATS
 from fusedopt.system.isa import isas
 
+pytestmark = pytest.mark.build
+
 CODECS = [format.codec for format in FORMATS if format.codec not in ("float32", "float64")]
 
 

@@ -12,6 +12,8 @@ import pytest
 
 from exactness import ROOT
 
+pytestmark = pytest.mark.build
+
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the program forks")
 @pytest.mark.parametrize("parallel", ["FUSEDOPT_THREADS", "FUSEDOPT_SERIAL_LOOP"])

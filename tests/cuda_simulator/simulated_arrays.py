@@ -175,15 +175,19 @@ def test_arrays_by_dlpack() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("order", ["C", "F"])
-def test_tensors(dtype: Any, order: Any, torch: list[int]) -> None:
-    p = np.asarray(draw(0, (6, 7), dtype), order=order)
-    q, grads = p.copy(order="K"), [draw(k, (6, 7), dtype) for k in range(3)]
+@pytest.mark.parametrize("axes", [(0, 1, 2), (2, 1, 0), (0, 2, 1), (1, 0, 2)])
+def test_tensors(dtype: Any, axes: Any, torch: list[int]) -> None:
+    p = np.ascontiguousarray(draw(0, (6, 7, 5), dtype).transpose(axes)).transpose(np.argsort(axes))
+    q, grads = p.copy(order="K"), [draw(k, (6, 7, 5), dtype) for k in range(3)]
     mine, theirs = fo.Optimizer(Tensor(p), fo.Adam()), fo.Optimizer(q, fo.Adam())
     for g in grads:
         mine.step(Tensor(g))
         theirs.step(g)
     assert_same_bits((p,), (q,), "tensors")
+    for name, state in theirs.state["params"].items():
+        found = mine.state["params"][name].copy()
+        assert found.strides == state.strides
+        np.testing.assert_array_equal(found, state)
     assert set(torch) == {0}
 
 

@@ -34,6 +34,8 @@ pytest.importorskip("numba_cuda")
 from fusedopt.backends.cuda import blocks, kernels, reductions, rows, stats, toolkit
 from fusedopt.backends.cuda.kernels import Step, Variant
 
+pytestmark = pytest.mark.gpu
+
 CAPABILITIES = ((8, 0), (9, 0))
 LOW = ("bfloat16", "float16")
 
@@ -51,7 +53,7 @@ LOW = ("bfloat16", "float16")
     ],
 )
 def test_on_the_simulator(file: str) -> None:
-    options = ["-q", "-W", "ignore", "-p", "no:cacheprovider", "-p", "devices"]
+    options = ["-q", "--all", "-W", "ignore", "-p", "no:cacheprovider", "-p", "devices"]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", *options, file],
         cwd=TESTS / "cuda_simulator",

@@ -198,6 +198,7 @@ def test_times() -> None:
 # The command
 
 
+@pytest.mark.slow
 def test_bench_writes_what_it_shows(quick: Callable[..., Any], tmp_path: Path) -> None:
     before = fo.get_threads()
     result = quick("--threads", "1", "--json", str(tmp_path / "copy.json"))

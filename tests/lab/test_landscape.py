@@ -253,6 +253,7 @@ def test_no_text_is_cut_off_or_covers_another(scene: Scene) -> None:
     assert check_texts(made) > 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["valley", "rosenbrock"])
 def test_pictures_are_small_and_move(name: str, tmp_path: Path) -> None:
     scene = SCENES[name]

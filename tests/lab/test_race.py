@@ -156,6 +156,7 @@ def whole(story: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, P
     return race(options, screen), out, printed.getvalue()
 
 
+@pytest.mark.slow
 def test_all_rules_race(whole: tuple[Any, Path, str]) -> None:
     result, _, _ = whole
     assert result.status == "finished"
@@ -247,6 +248,7 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> Mock:
     return add
 
 
+@pytest.mark.slow
 def test_known_rates_are_taken_and_missing_ones_found(
     small: RaceOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:

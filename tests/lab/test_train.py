@@ -189,6 +189,7 @@ def test_recipe_of_rules_with_needs() -> None:
 # Runs.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", fo.RULES)
 def test_each_rule_learns(
     rule: str, small: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -85,6 +85,7 @@ def interrupting(after: int) -> Any:
 # Stopping and going on.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
 def test_an_interrupted_run_goes_on_bit_for_bit(
     options: dict[str, Any], small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -159,6 +160,7 @@ def record(options: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(small: dict[str, Any], tmp_path: Path) -> None:
     small.update(RUNS["gnb"], ema=0.9, clip=0.5, steps=300, checkpoint_every=7)
     whole, stopped = (

@@ -12,7 +12,9 @@ from mpi_ranks import run_ranks
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "ranks", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3, 4))]
+)
 def test_cases(ranks: int, tmp_path: Path) -> None:
     done = run_ranks(ranks, [str(HERE / "cases.py")], cwd=tmp_path)
     assert done.returncode == 0, done.stderr + done.stdout

@@ -27,6 +27,7 @@ def losses_of(folder: Path) -> list[float]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_losses_are_those_of_one_rank(ranks: int, losses: list[float], tmp_path: Path) -> None:
     done = run_ranks(ranks, [*TRAIN, "--checkpoint", "kept"], cwd=tmp_path)

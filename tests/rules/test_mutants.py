@@ -15,6 +15,8 @@ import pytest
 
 from exactness import ROOT, run_python
 
+pytestmark = pytest.mark.build
+
 pybind11 = pytest.importorskip("pybind11", reason="pybind11 is not installed")
 
 SOURCES = sorted(source.name for source in (ROOT / "csrc").glob("*.cpp"))

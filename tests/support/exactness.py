@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 import fusedopt as fo
+from fusedopt.system.extension import core
 from fusedopt.system.isa import isas
 from fusedopt.verify import variants
 
@@ -28,15 +28,9 @@ DTYPES = (np.float32, np.float64)
 STEPS = 3
 
 
-def constant(file: str, name: str) -> int:
-    """A power of two that the compiled core is built with."""
-    found = re.search(rf"{name}\W+1 << (\d+)", (ROOT / "csrc" / file).read_text())
-    assert found, f"csrc/{file} defines no {name}"
-    return 1 << int(found[1])
-
-
-SERIAL = constant("driver.cpp", "SERIAL")
-PART = constant("driver.cpp", "SMALLEST_PART")
+SIZES = core.sizes if core else {"SERIAL": 1 << 16, "SMALLEST_PART": 1 << 14}
+"""Sizes from which the core divides work among threads; some tests run without it."""
+SERIAL, PART = SIZES["SERIAL"], SIZES["SMALLEST_PART"]
 
 
 def elementwise(rule: fo.Rule) -> fo.Rule:

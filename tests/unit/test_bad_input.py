@@ -44,7 +44,6 @@ BAD_PARAMETERS: dict[str, tuple[Any, type[Exception], str]] = {
     "masked": (np.ma.masked_equal([1.0, 2.0], 2.0), TypeError, r"masks are not supported"),
     "read-only": (read_only(), ValueError, r"params\['w'\]: is read-only"),
     "strided": (np.ones(10)[::2], ValueError, r"is not dense \(shape \(5,\), strides \(16,\)\)"),
-    "transposed 3-d": (np.ones((2, 3, 4)).transpose(1, 0, 2), ValueError, r"is not dense"),
     "reversed": (np.ones(4)[::-1], ValueError, r"is not dense"),
     "broadcast": (np.broadcast_to(np.ones(1), (4,)), ValueError, r"is read-only"),
     "unaligned": (unaligned(5), ValueError, r"is not aligned"),

@@ -348,6 +348,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
 def test_interrupt_at_every_line_of_a_step(options: dict[str, Any]) -> None:

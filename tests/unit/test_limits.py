@@ -27,6 +27,7 @@ def available_gibibytes() -> float:
     return kibibytes / 2**20
 
 
+@pytest.mark.slow
 def test_more_than_two_to_the_31_elements() -> None:
     if available_gibibytes() < 12:
         pytest.skip("needs 12 GiB of free memory")
@@ -43,6 +44,7 @@ def test_more_than_two_to_the_31_elements() -> None:
     assert np.count_nonzero(p) == len(places)
 
 
+@pytest.mark.slow
 def test_many_tiny_arrays() -> None:
     n = 100_000
     start, gradients = np.random.default_rng(0).standard_normal((2, n), np.float32)
@@ -101,6 +103,7 @@ def test_counters_beyond_two_to_the_31() -> None:
     assert all(math.isfinite(x) and x < 0 for x in p)
 
 
+@pytest.mark.slow
 def test_a_million_steps() -> None:
     # Every sum is exact: a lost step or one taken twice would show, as would memory that grows.
     p, g = np.zeros(2, np.float64), np.array([1.0, -3.0])
@@ -176,6 +179,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_running_out_of_memory() -> None:
     if not sys.platform.startswith("linux") or available_gibibytes() < 2:
         pytest.skip("needs Linux and 2 GiB of free memory")

@@ -10,14 +10,19 @@ import numpy as np
 import pytest
 
 import fusedopt as fo
-from exactness import PART, SERIAL, Array, constant
+from exactness import PART, SERIAL, Array
+from fusedopt.arrays.formats import SEGMENT
+from fusedopt.system.extension import core
 from fusedopt.system.isa import isas
 
-SEGMENT = constant("table.h", "SEGMENT")
 DTYPES = (np.float32, np.float64, ml_dtypes.bfloat16, np.float16)
 SIZES = (0, 1, 15, 17, 255, 257, SEGMENT - 1, SEGMENT + 1, 100_003, SERIAL + 4321)
 
 rng = np.random.default_rng(7)
+
+
+def test_segments_are_those_of_the_core() -> None:
+    assert core.sizes["SEGMENT"] == SEGMENT
 
 
 def in_lanes(x: Array) -> float:

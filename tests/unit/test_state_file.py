@@ -56,13 +56,12 @@ def test_every_format_has_the_same_bits(
         assert_same(got, want, name)
 
 
-@pytest.mark.parametrize("name", RULES)
-def test_every_rule_has_the_same_bits(name: str, windows: None, tmp_path: Path) -> None:
-    rule = RULES[name]
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_every_rule_has_the_same_bits(rule: fo.Rule, windows: None, tmp_path: Path) -> None:
     if rule.states:
         leaves = {"a": SERIAL + 300, "b": 700}
         want = run(rule, WAYS["float32"], leaves)
-        assert_same(run(rule, WAYS["float32"], leaves, state_path=tmp_path), want, name)
+        assert_same(run(rule, WAYS["float32"], leaves, state_path=tmp_path), want, repr(rule))
 
 
 def test_other_backends_and_verified_steps(windows: None, tmp_path: Path) -> None:
@@ -174,6 +173,7 @@ print(mapped(), optimizer.state["0"]["v"][-1])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is bounded and measured on Linux")
 @pytest.mark.parametrize("threads", ["1", "2"])
 def test_a_step_has_a_window_in_memory(threads: str, tmp_path: Path) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from itertools import accumulate
 from types import SimpleNamespace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ...arrays import device_interface
 from ...arrays.formats import BFLOAT16, FLOAT32, PLAIN
+from ...arrays.order import flattened, inverse, shaped, turned_shape
 from ...arrays.stored import Quantized, Stored
 from .buffers import Memory, on_device
 from .launching import convert
@@ -46,7 +47,7 @@ class DeviceArray:
         address: int,
         shape: tuple[int, ...],
         dtype: np.dtype,
-        order: Literal["C", "F"],
+        order: str,
         device: int,
         owner: Any,
         library: str,
@@ -113,22 +114,23 @@ class DeviceArray:
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        steps = [self.itemsize, *(self.shape if self.order == "F" else self.shape[::-1])]
-        strides = tuple(accumulate(steps, lambda x, y: x * y))[: self.ndim]
+        steps = [self.itemsize, *turned_shape(self.shape, self.order)[::-1]]
+        strides = list(accumulate(steps, lambda x, y: x * y))[: self.ndim][::-1]
         return {
             "shape": self.shape,
             "typestr": "<u2" if self.dtype == BFLOAT16 else self.dtype.str,
             "data": (self.address, False),
-            "strides": strides if self.order == "F" else strides[::-1],
+            "strides": tuple(strides[k] for k in inverse(self.order, self.ndim)),
             "stream": self.stream or 1,
             "version": 3,
         }
 
-    def copy(self, order: str = "A") -> np.ndarray:
+    def copy(self, order: str = "K") -> np.ndarray:
         """The elements on the host, in the same order in memory."""
         with on_device(self.device):
             flat = self.memory.read(self.stream).view(self.dtype)
-        return flat.reshape(self.shape, order=self.order)
+        host: np.ndarray = shaped(flat, self.shape, self.order)
+        return host
 
     def __float__(self) -> float:
         """The only element; waits until it is there."""
@@ -145,7 +147,7 @@ class DeviceArray:
                 self.memory.fill(0, self.stream)
                 return
             host = np.broadcast_to(np.asarray(value), self.shape).astype(self.dtype)
-            flat = np.ascontiguousarray(host.reshape(-1, order=self.order))
+            flat = np.ascontiguousarray(flattened(host, self.order))
             self.memory.write(flat, self.stream)
 
     def __repr__(self) -> str:

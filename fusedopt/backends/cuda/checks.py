@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...arrays import device_interface
-from ...arrays.checks import EXPECTED
+from ...arrays.checks import EXPECTED, check_rule
 from ...arrays.formats import DTYPES
+from ...arrays.order import order_of
 from ...arrays.rows import values_of
 from ...arrays.trees import opened
 from .arrays import DeviceArray
@@ -50,22 +51,8 @@ def _read(label: str, array: Any) -> tuple[device_interface.Description, np.dtyp
     return d, next(dtype for dtype in DTYPES if dtype == d.dtype)
 
 
-def _order(shape: tuple[int, ...], strides: Sequence[int] | None, size: int) -> str:
-    """Return the orders in which the elements are dense: "C", "F", both, or none."""
-    if strides is None or 0 in shape:
-        return "CF" if sum(n > 1 for n in shape) < 2 or 0 in shape else "C"
-    found = ""
-    for name, axes in (("C", range(len(shape) - 1, -1, -1)), ("F", range(len(shape)))):
-        expected, dense = size, True
-        for axis in axes:
-            dense &= shape[axis] == 1 or strides[axis] == expected
-            expected *= shape[axis]
-        found += name * dense
-    return found
-
-
 def _device_array(
-    d: device_interface.Description, dtype: np.dtype, order: Any, owner: Any
+    d: device_interface.Description, dtype: np.dtype, order: str, owner: Any
 ) -> DeviceArray:
     from .buffers import current_device
 
@@ -86,13 +73,13 @@ def check_target(label: str, array: Any) -> DeviceArray:
         raise ValueError(f"{label}: is read-only, and is to be updated in place; pass a copy")
     if d.address % dtype.itemsize:
         raise ValueError(f"{label}: is not aligned in memory; pass a copy")
-    order = _order(d.shape, d.strides, dtype.itemsize)
+    order = order_of(d.shape, d.strides, dtype.itemsize)
     if not order:
         raise ValueError(
             f"{label}: is not dense (shape {d.shape}, strides {d.strides}), and a copy would be"
             " updated instead of it; pass a contiguous array, and copy it back"
         )
-    return _device_array(d, dtype, order[0], array)
+    return _device_array(d, dtype, order, array)
 
 
 def check_input(label: str, array: Any) -> DeviceArray:
@@ -102,9 +89,9 @@ def check_input(label: str, array: Any) -> DeviceArray:
     not known.
     """
     d, dtype = _read(label, array)
-    order = _order(d.shape, d.strides, dtype.itemsize)
+    order = order_of(d.shape, d.strides, dtype.itemsize)
     if order and not d.address % dtype.itemsize:
-        return _device_array(d, dtype, order[0], array)
+        return _device_array(d, dtype, order, array)
     dense = device_interface.relaid(array, d.library, "C")
     if dense is None:
         raise ValueError(f"{label}: is not dense (strides {d.strides}); pass a dense copy")
@@ -114,9 +101,7 @@ def check_input(label: str, array: Any) -> DeviceArray:
 def check_parameter(label: str, array: Any, rule: Rule) -> DeviceArray:
     """A parameter that this rule can update; raises as `check_target`, and where it cannot."""
     a = check_target(label, array)
-    reason = rule.refuses(a)  # type: ignore[arg-type]  # it looks at the shape
-    if reason:
-        raise ValueError(f"{label}: {reason}")
+    check_rule(label, a, rule)
     return a
 
 
@@ -200,8 +185,8 @@ class GradientChecks:
                 f"{label}: expected the shape {p.shape} of {self._labels[k]}, got {d.shape}"
             )
         self._check_range(label, d, dtype.itemsize)
-        order = _order(d.shape, d.strides, dtype.itemsize)
-        if p.order not in order or d.address % dtype.itemsize:
+        order = order_of(d.shape, d.strides, dtype.itemsize)
+        if p.order != order or d.address % dtype.itemsize:
             g = device_interface.relaid(g, d.library, p.order)
             if g is None:
                 raise ValueError(

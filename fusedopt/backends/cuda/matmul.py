@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ...arrays.order import shaped
 from ...linalg.newton_schulz import Iteration, Stack
 from .arrays import DeviceArray
 
@@ -37,7 +38,7 @@ class Library:
         if self._module is np:
             from .buffers import simulated_view
 
-            return simulated_view(a.address, a.dtype, a.size).reshape(a.shape, order=a.order)
+            return shaped(simulated_view(a.address, a.dtype, a.size), a.shape, a.order)
         if self._module.__name__ == "torch":
             return self._module.as_tensor(a, device=f"cuda:{a.device}")
         return self._module.asarray(a)

@@ -1,0 +1,49 @@
+"""Which tests a plain `pytest` runs: each, on as few cases as show all of its values."""
+
+from __future__ import annotations
+
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable
+
+import pytest
+
+import fusedopt as fo
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="run every test, the slow ones included")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.all:
+        config.option.markexpr = ""
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow the cases of each parametrised test that show no value of their own."""
+    cases: dict[str, list[pytest.Function]] = defaultdict(list)
+    for item in items:
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+            cases[item.nodeid.partition("[")[0]].append(item)
+    for of_one_test in cases.values():
+        for item in redundant(of_one_test):
+            item.add_marker(pytest.mark.slow)
+
+
+def redundant(cases: Iterable[pytest.Function]) -> Iterable[pytest.Function]:
+    """Yield the cases whose values, one by one, are all shown by the cases that are left.
+
+    The order is that of a checksum, so that each test shows other combinations, always the same.
+    The variants of a rule count as one value: over all tests each is shown by some.
+    """
+    shown: set[tuple[str, object]] = set()
+    for item in sorted(cases, key=lambda case: zlib.crc32(case.nodeid.encode())):
+        values = {
+            (name, type(value).__name__ if isinstance(value, fo.Rule) else id(value))
+            for name, value in item.callspec.params.items()
+        }
+        if values <= shown:
+            yield item
+        shown |= values
