@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import is_dataclass
 from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
 
-from .device_interface import on_device
+from .device_interface import library_of, on_device
 from .foreign import host_array, read_only
 from .formats import DTYPES
 from .order import axes_of, memory_order, turned, turned_back
@@ -29,7 +30,7 @@ class Refusing(Protocol):
         """Why this parameter cannot be updated, with the remedy; None where it can."""
 
 
-def _check_array(label: str, array: Any) -> np.ndarray:
+def _check_array(label: str, array: Any, use: str = "update") -> np.ndarray:
     given, array = array, host_array(array)
     if not isinstance(array, np.ndarray):
         if on_device(array):
@@ -38,8 +39,7 @@ def _check_array(label: str, array: Any) -> np.ndarray:
                 " array of the host beside it, or copy it there"
             )
         raise TypeError(
-            f"{label}: expected an ndarray, got a {type(given).__name__}; convert it"
-            " with np.asarray"
+            f"{label}: expected an ndarray, got a {type(given).__name__}; {_remedy(given, use)}"
         )
     a: np.ndarray = array
     if isinstance(a, np.ma.MaskedArray):
@@ -54,6 +54,32 @@ def _check_array(label: str, array: Any) -> np.ndarray:
             f"{label}: expected {EXPECTED}, got {a.dtype}; pass an array of one of these dtypes"
         )
     return a
+
+
+def _check_read(label: str, array: Any) -> np.ndarray:
+    """Return an array that will only be read, or raise TypeError.
+
+    The scalars that NumPy's reductions give are arrays without dimensions.
+    """
+    return _check_array(
+        label, np.asarray(array) if isinstance(array, np.generic) else array, "read"
+    )
+
+
+def _remedy(given: Any, use: str) -> str:
+    """Return what to pass in the place of an object that is no array."""
+    library = library_of(given)
+    if library == "mygrad":
+        return "pass x.data, the ndarray that it holds"
+    if is_dataclass(given):
+        return "pass its arrays in a dict, such as vars(x)"
+    if use == "read":
+        return "pass it as an ndarray, with np.asarray(x) or what its library has for that"
+    others = f", and make what {library} needs of them" if hasattr(given, "__array__") else ""
+    return (
+        "keep the parameters as ndarrays, which are updated in place"
+        f"{others if library != 'numpy' else ''} (np.asarray(x) would be a copy)"
+    )
 
 
 def _plain(a: np.ndarray) -> np.ndarray:
@@ -90,7 +116,7 @@ def check_target(label: str, array: Any) -> np.ndarray:
 def check_input(label: str, array: Any) -> np.ndarray:
     """An array that will only be read, dense: itself, or a copy. Raises TypeError for another kind
     or dtype."""
-    a = _check_array(label, array)
+    a = _check_read(label, array)
     if a.flags.aligned and memory_order(a):
         return _plain(a)
     return _plain(np.array(a, subok=False))
@@ -217,7 +243,7 @@ class GradientChecks:
         """
         if g is None:
             return None
-        g, p = _check_array(label, g), self._parameters[k]
+        g, p = _check_read(label, g), self._parameters[k]
         if g.shape != p.shape:
             raise ValueError(
                 f"{label}: expected the shape {p.shape} of {self._labels[k]}, got {g.shape}"

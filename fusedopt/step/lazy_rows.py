@@ -110,8 +110,10 @@ class LazyRows:
     def _replay(self, k: int, rows: np.ndarray) -> None:
         spec, table, t = self._spec, self._tables[k], self._t(k)
         p = spec.leaves[k].caller
-        nothing = np.zeros((1, *p.shape[1:]), compute_dtype(p.dtype))
+        # Two arrays: with `zero_grads` the gradient is written, and may overlap nothing.
+        nothing = np.zeros((2, 1, *p.shape[1:]), compute_dtype(p.dtype))
         grads: list[Any] = [None] * len(self._paths)
+        estimates = list(grads)
         counters, rates = spec.counters.copy(), spec.rates.copy()
         try:
             for step in range(int(table.current[rows].min()) + 1, t + 1):
@@ -120,8 +122,9 @@ class LazyRows:
                 self._adopt(values)
                 spec.counters[k + 1] = step - 1
                 spec.rates[spec.group_of[k]] = rate
-                grads[k] = UniqueRows(behind, np.zeros(behind.size, np.int64), nothing)
-                if self._plan.step_leaves(grads, grads if refreshed else None) is None:
+                first = np.zeros(behind.size, np.int64)
+                grads[k], estimates[k] = (UniqueRows(behind, first, zeros) for zeros in nothing)
+                if self._plan.step_leaves(grads, estimates if refreshed else None) is None:
                     raise RuntimeError("the core refused a replay; please report this")
                 table.current[behind] = step
         finally:

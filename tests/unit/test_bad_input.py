@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 
 import fusedopt as fo
+from exactness import Array
 from fusedopt.system.extension import core
 
 BACKENDS = ["native", "reference"]
@@ -28,6 +30,20 @@ def read_only() -> np.ndarray:
     return a
 
 
+@dataclass
+class Fields:
+    """A container that no tree is made of."""
+
+    w: Array
+
+
+class Foreign:
+    """An array of a library that gives copies only."""
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Array:
+        return np.ones(2)
+
+
 SHARED = np.ones(10)
 
 BAD_PARAMETERS: dict[str, tuple[Any, type[Exception], str]] = {
@@ -38,8 +54,18 @@ BAD_PARAMETERS: dict[str, tuple[Any, type[Exception], str]] = {
     "object": (np.array([1.0, None]), TypeError, r"got object"),
     "bytes swapped": (swapped([1, 2]), TypeError, r"expected native byte order, got >f4"),
     "a list of numbers": ([1.0, 2.0], TypeError, r"params\['w'\]\[0\]: expected an ndarray"),
-    "a scalar": (1.0, TypeError, r"expected an ndarray, got a float; convert it with np.asarray"),
-    "NumPy's scalar": (np.float32(1), TypeError, r"expected an ndarray, got a float32"),
+    "a scalar": (1.0, TypeError, r"expected an ndarray, got a float; keep the parameters as ndarr"),
+    "NumPy's scalar": (np.float32(1), TypeError, r"got a float32; keep .* would be a copy\)"),
+    "a dataclass": (
+        Fields(np.ones(2)),
+        TypeError,
+        r"got a Fields; pass .* in a dict, such as vars",
+    ),
+    "another library's": (
+        Foreign(),
+        TypeError,
+        r"as ndarrays, .*, and make what \w+ needs of them",
+    ),
     "None": (None, TypeError, r"got a NoneType"),
     "masked": (np.ma.masked_equal([1.0, 2.0], 2.0), TypeError, r"masks are not supported"),
     "read-only": (read_only(), ValueError, r"params\['w'\]: is read-only"),
@@ -352,3 +378,29 @@ def test_native_plans(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(core, "Plan", lambda description: make(description._replace(**spoilt)))
     with pytest.raises((TypeError, ValueError, RuntimeError)):
         fo.Optimizer({"w": np.ones(3), "v": np.ones(3)}, fo.SGD(), backend="native")
+
+
+@pytest.mark.parametrize("backend", ["native", "numba", "reference"])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_gradients_may_be_scalars_of_numpy(dtype: Any, backend: str) -> None:
+    """NumPy's reductions give them for parameters without dimensions."""
+    runs = []
+    for scalar in (dtype(0.75), np.full((), 0.75, dtype)):
+        params = {"w": np.ones(3, np.float32), "bias": np.zeros((), np.float32)}
+        opt = fo.Optimizer(params, fo.Adam(), backend=backend, clip_norm=1.0)
+        grads = {"w": np.ones(3), "bias": scalar}
+        opt.step(grads)
+        opt.accumulate(grads)
+        opt.step()
+        bias = np.zeros((), np.float32)
+        fo.update(fo.SGD(), 1, bias, scalar)
+        runs.append((opt.fingerprint(), bias.tobytes(), fo.global_norm(grads)))
+    assert runs[0] == runs[1]
+
+
+def test_scalars_of_numpy_cannot_be_zeroed() -> None:
+    p = np.zeros(())
+    opt = fo.Optimizer(p, fo.SGD(), zero_grads=True)
+    with pytest.raises(ValueError, match="read-only"):
+        opt.step(np.float64(1))
+    assert p == opt.step_count == 0

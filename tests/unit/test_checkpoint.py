@@ -165,11 +165,13 @@ def save_on(n):
         opt.save(path)
 rng, last, strays = random.Random(0), 0, 0
 optimizer().save(path)
-for _ in range(100):
+for k in range(2000):
+    if k >= 100 and last > 20 and strays > 10:
+        break
     child = os.fork()
     if not child:
         save_on(last)
-    time.sleep(rng.uniform(0, 0.03))
+    time.sleep(rng.uniform(0, 0.03 + k / 5000))  # a busy machine needs more
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     found = optimizer()

@@ -80,15 +80,16 @@ def test_every_storage_verified(way: str, backend: str) -> None:
         assert copied[others].tobytes() == kept[others].tobytes()
 
 
+@pytest.mark.parametrize("zero_grads", [False, True])
 @pytest.mark.parametrize("way", STORAGES)
 @every_rule
-def test_exact_rows_have_the_bits_of_dense_steps(rule: fo.Rule, way: str) -> None:
+def test_exact_rows_have_the_bits_of_dense_steps(rule: fo.Rule, way: str, zero_grads: bool) -> None:
     name, options = STORAGES[way]
     dtype = ml_dtypes.bfloat16 if name == "bfloat16" else np.dtype(name)
     p = draw(ROWS, LENGTH, dtype=dtype)
     q = p.copy()
     rule = type(rule)(lr=lambda t: 0.1 / t, weight_decay=0.1, decay="l2")
-    every = {"clip_norm": 0.5, "ema": 0.8, "seed": 5, **options}
+    every = {"clip_norm": 0.5, "ema": 0.8, "seed": 5, "zero_grads": zero_grads, **options}
     sparse = fo.Optimizer(p, rule, exact=True, **every)
     dense = fo.Optimizer(q, rule, **every)
     for step in range(6):
@@ -105,11 +106,13 @@ def test_exact_rows_have_the_bits_of_dense_steps(rule: fo.Rule, way: str) -> Non
         one = sparse.step(given, hessian=hessian)
         two = dense.step(whole, hessian=curvature)
         assert one == two
+        assert np.any(given.values) == (not zero_grads)
     sparse.catch_up()
     assert sparse.fingerprint() == dense.fingerprint()
     assert sparse.step_count == dense.step_count == 6
     sparse.catch_up()  # nothing is left to do
-    sparse.step(whole)  # a whole gradient is welcome now
+    whole = draw(ROWS, LENGTH, dtype=dtype)
+    sparse.step(whole.copy())  # a whole gradient is welcome now
     dense.step(whole)
     assert sparse.fingerprint() == dense.fingerprint()
 
