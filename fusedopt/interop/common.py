@@ -79,15 +79,27 @@ def take_over(opt: Optimizer, step: int, arrivals: Mapping[str, Arrival]) -> Non
             )
             continue
         for name, value in arrival.states.items():
-            if not isinstance(value, Encoded) and value.shape != leaf_state.caller.shape:
-                problems.append(
-                    f"{path}: {name} has shape {leaf_state.caller.shape} here, {value.shape} there"
-                )
+            if not isinstance(value, Encoded):
+                problems += (f"{path}: {name} {m}" for m in _misfits(leaf_state.caller, value))
         if not problems:
             entry["t"] = arrival.t
             entry["state"] = _stored(leaf_state, arrival.states).saved
     refuse("the state", problems)
     opt.load_state_dict(saved)
+
+
+def _misfits(p: np.ndarray, value: np.ndarray) -> Iterator[str]:
+    """Yield why an array cannot be a state of a parameter."""
+    if value.dtype.kind not in "fiu" and value.dtype.name != "bfloat16":
+        yield f"has dtype {value.dtype} there, expected floating-point numbers"
+        return
+    if value.shape != p.shape:
+        yield f"has shape {p.shape} here, {value.shape} there"
+    dtype = compute_dtype(p.dtype)
+    with np.errstate(all="ignore"):
+        overflows = np.isfinite(value) & ~np.isfinite(value.astype(dtype))
+    if overflows.any():
+        yield f"has numbers there that {dtype.name} cannot hold, such as {value[overflows][0]!r}"
 
 
 def _stored(leaf_state: LeafState, states: Mapping[str, Any]) -> LeafState:

@@ -195,21 +195,26 @@ def from_torch(
     group_of = [group for group in groups for _ in group["params"]]
     state: Mapping[Any, Any] = state_dict["state"]
     layouts = [_layout(group) for group in group_of]
-    counts = [int(as_array(state[key]["step"])) for key in ids if "step" in state.get(key, {})]
+    counts = {key: _count(key, state[key]) for key in ids if "step" in state.get(key, {})}
+    latest = max(counts.values(), default=0)
+    if step is not None and (not isinstance(step, int) or isinstance(step, bool) or step < 0):
+        raise ValueError(f"step: expected an integer >= 0, got {step!r}")
     if step is None:
         if not all(layout.counted for layout in layouts):
             raise ValueError(
                 "step: torch.optim.SGD and Muon do not count their steps; give their number"
             )
-        step = max(counts, default=0)
-    problems = [f"step: {step} given, {max(counts)} there"] if max(counts, default=0) > step else []
+        step = latest
+    problems = [f"step: {step} given, {latest} there"] if latest > step else []
     arrivals = {}
     for key, path, group, layout in zip(ids, order, group_of, layouts, strict=True):
         k = snapshot.paths.index(path)
         rule = snapshot.rules[k]
         found = differences(rule, _rule(group, rule.decay != "l2"), step + 1, strict)
         problems += [f"{path}: {reason}" for reason in found]
-        arrivals[path] = _arrival(state.get(key, {}), layout, step, initial_states(opt, k))
+        arrivals[path] = _arrival(
+            state.get(key, {}), layout, counts.get(key, step), initial_states(opt, k)
+        )
     refuse("the state of torch", problems)
     take_over(opt, step, arrivals)
 
@@ -261,7 +266,25 @@ def parameter_groups(state_dict: Any) -> list[Mapping[str, Any]]:
             "state_dict: expected what a torch optimizer's state_dict() returns, a dict with"
             f" 'state' and 'param_groups', got {type(state_dict).__name__}"
         )
-    return list(state_dict["param_groups"])
+    groups, state = state_dict["param_groups"], state_dict["state"]
+    if not isinstance(groups, (list, tuple)) or not all(
+        isinstance(group, Mapping) and isinstance(group.get("params"), (list, tuple))
+        for group in groups
+    ):
+        raise ValueError("state_dict['param_groups']: expected a list of dicts with 'params'")
+    if not isinstance(state, Mapping) or not all(isinstance(s, Mapping) for s in state.values()):
+        raise ValueError("state_dict['state']: expected a dict of dicts, one for each parameter")
+    return list(groups)
+
+
+def _count(key: Any, entry: Mapping[str, Any]) -> int:
+    """Return the step count of a parameter's state; ValueError where it is none."""
+    value = as_array(entry["step"])
+    if value.size == 1 and value.dtype.kind in "iuf":
+        count = float(value.item())
+        if count.is_integer() and 0 <= count < 2.0**53:
+            return int(count)
+    raise ValueError(f"state[{key!r}]['step']: expected a number of steps, got {entry['step']!r}")
 
 
 def _layout(group: Mapping[str, Any]) -> Layout:
@@ -369,13 +392,12 @@ def order_of(
 
 
 def _arrival(
-    entry: Mapping[str, Any], layout: Layout, step: int, initial: Mapping[str, Any]
+    entry: Mapping[str, Any], layout: Layout, t: int, initial: Mapping[str, Any]
 ) -> Arrival:
     """Return the state that torch has of a parameter, or the initial one where it has none."""
     other = ("step", *layout.follows)
     there = {name: a for name, a in entry.items() if name not in other and a is not None}
     states = {layout.states.get(name, name): as_array(a) for name, a in there.items()}
-    t = int(as_array(entry["step"])) if "step" in entry else step
     if initial and not states:
         return Arrival(0, dict(initial))
     return Arrival(t, states)

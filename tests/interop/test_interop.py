@@ -187,3 +187,54 @@ def test_torchs_low_precision_and_groups() -> None:
     for name, tensor in zip("abc", tensors, strict=True):
         theirs = adamw.state[tensor]["exp_avg_sq"].float().numpy()
         np.testing.assert_array_equal(opt.state[name]["v"].astype(np.float32), theirs)
+
+
+def moments(value: Any, step: Any = 3) -> dict[str, Any]:
+    """A state of torch's Adam on one parameter, with something odd in it."""
+    state = {"step": step, "exp_avg": value, "exp_avg_sq": np.ones(4, np.float32)}
+    group = {"params": [0], "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+    group |= {"amsgrad": False, "maximize": False, "decoupled_weight_decay": False}
+    return {"state": {0: state}, "param_groups": [group]}
+
+
+FINE = np.ones(4, np.float32)
+ODD: dict[str, tuple[Any, str]] = {
+    "no groups": ({"state": {}, "param_groups": None}, "expected a list of dicts with 'params'"),
+    "a group of nothing": ({"state": {}, "param_groups": [3]}, "expected a list of dicts"),
+    "no params": ({"state": {}, "param_groups": [{"lr": 1.0}]}, "expected a list of dicts"),
+    "a state of nothing": ({**moments(FINE), "state": {0: 7}}, "expected a dict of dicts"),
+    "no state": ({**moments(FINE), "state": None}, "expected a dict of dicts"),
+    "infinitely many steps": (moments(FINE, np.inf), r"state\[0\]\['step'\]: expected a number"),
+    "half a step": (moments(FINE, 0.5), "expected a number of steps"),
+    "fewer than no steps": (moments(FINE, -1), "expected a number of steps"),
+    "several counts": (moments(FINE, np.ones(2)), "expected a number of steps"),
+    "text for a count": (moments(FINE, "3"), "expected a number of steps"),
+    "complex": (moments(np.ones(4, np.complex64)), "has dtype complex64 there"),
+    "text": (moments("abc"), "has dtype <U3 there"),
+    "another shape": (moments(np.ones(5)), r"has shape \(4,\) here, \(5,\) there"),
+    "too large": (moments(np.full(4, 1e300)), "that float32 cannot hold, such as .*1e.300"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_states_of_torch_are_refused_and_nothing_changes(name: str) -> None:
+    state, message = ODD[name]
+    opt = fo.Optimizer(np.ones(4, np.float32), fo.Adam.like("torch"))
+    before = opt.fingerprint()
+    with pytest.raises(ValueError, match=message):
+        fo.interop.from_torch(opt, state)
+    assert opt.fingerprint() == before
+
+
+@pytest.mark.parametrize("step", [-1, 1.5, True, "3"])
+def test_the_number_of_steps_is_an_integer(step: Any) -> None:
+    opt = fo.Optimizer(np.ones(4, np.float32), fo.Adam.like("torch"))
+    with pytest.raises(ValueError, match="step: expected an integer >= 0"):
+        fo.interop.from_torch(opt, moments(FINE), step=step)
+
+
+def test_what_is_not_odd_is_taken() -> None:
+    opt = fo.Optimizer(np.ones(4, np.float32), fo.Adam.like("torch"))
+    fo.interop.from_torch(opt, moments(FINE))
+    assert opt.step_count == 3
+    assert opt.state["params"]["m"].tolist() == [1.0] * 4
