@@ -205,6 +205,15 @@ def test_no_text_is_cut_off_or_covers_another(runners: int, whole: tuple[Any, Pa
     assert check_texts(step_times(result)) > 2 * runners
 
 
+@pytest.mark.parametrize("slower", [1, 3, 10, 30, 100, 300, 1000, 10_000])
+def test_numbers_of_step_times_have_room(slower: int, whole: tuple[Any, Path, str]) -> None:
+    """However many decades lie between the fastest and the slowest step."""
+    outcomes = list(whole[0].outcomes)
+    times = replace(outcomes[0].step_times, fused_s=5e-6, naive_s=slower * 1e-5)
+    result = replace(whole[0], outcomes=[replace(o, step_times=times) for o in outcomes])
+    assert check_texts(step_times(result)) > 2 * len(outcomes)
+
+
 def test_record_of_a_race(whole: tuple[Any, Path, str]) -> None:
     result, out, _ = whole
     record = json.loads((out / "race.json").read_text(encoding="ascii"), parse_constant=pytest.fail)

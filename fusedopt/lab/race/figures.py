@@ -66,8 +66,10 @@ def step_times(race: Race) -> Figure:
             fontsize=SMALL,
         )
     axes.set_xscale("log")
-    axes.set_xlim(0.7 * min(fused.min(), naive.min()), 4 * max(fused.max(), naive.max()))
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    low, high = 0.7 * min(fused.min(), naive.min()), 4 * max(fused.max(), naive.max())
+    axes.set_xlim(low, high)
+    # Three numbers for each decade have room in two decades.
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_ylim(-0.6, len(rows) - 0.4)
