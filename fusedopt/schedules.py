@@ -102,7 +102,7 @@ def formula_of(schedule: Any) -> Formula | None:
 
 @dataclass(frozen=True)
 class Schedule(ABC):
-    """What all have: a base, a call, products, and checks of what they are given.
+    """The base of all schedules: a base value, a call, products, and checks of arguments.
 
     base: learning rate, at least 0. Raises TypeError for a value of the wrong kind and ValueError
     for one out of range.
@@ -115,7 +115,7 @@ class Schedule(ABC):
 
     @property
     def formula(self) -> Formula | None:
-        """What the core computes the values from; None where it cannot."""
+        """The numbers from which the core computes the values; None where it cannot."""
         return None
 
     @abstractmethod
@@ -198,7 +198,7 @@ class _Falling(Schedule):
 
     @abstractmethod
     def _fallen(self, x: float) -> float:
-        """What is left of `base` at a share of the way down."""
+        """Return what is left of `base` at a share of the way down."""
 
 
 @dataclass(frozen=True)
@@ -525,7 +525,7 @@ class InverseSqrt(Schedule):
 
 @dataclass
 class _Told:
-    """What a `ReduceOnPlateau` has made of the losses that it was told."""
+    """The result that a `ReduceOnPlateau` has drawn from the losses that it was told."""
 
     rate: float
     best: float = inf

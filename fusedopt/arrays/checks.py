@@ -24,7 +24,7 @@ class Refusing(Protocol):
 
     @property
     def program(self) -> Any:
-        """What a step does with an element, in one phase or several."""
+        """The program of a step on an element, in one phase or several."""
 
     def refuses(self, p: np.ndarray) -> str | None:
         """Why this parameter cannot be updated, with the remedy; None where it can."""

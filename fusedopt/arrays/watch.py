@@ -1,4 +1,4 @@
-"""What becomes of the caller's arrays after they were handed over."""
+"""Watch what becomes of the caller's arrays after they were handed over."""
 
 from __future__ import annotations
 

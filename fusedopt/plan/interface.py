@@ -33,7 +33,7 @@ class Decision(Protocol):
 
 
 class Policy(NamedTuple):
-    """What a whole step in one call of a plan does besides the update, and what it tells.
+    """The work of a whole step in one call of a plan besides the update, and what it returns.
 
     info: the class `StepInfo`. labels, paths: of groups and leaves. schedules: of each group the
     `formula` of its learning rate, or None where that stays or only Python knows. limits: see

@@ -1,4 +1,4 @@
-"""What every rule has: hyperparameters, weight decay, scalars, reference and program."""
+"""The base of every rule: hyperparameters, weight decay, scalars, reference and program."""
 
 from __future__ import annotations
 
@@ -293,7 +293,7 @@ class Rule:
         space: Workspace,
         members: Sequence[Member | None],
     ) -> None:
-        """What a rule of several phases does to its work space, in place, after each but the last.
+        """Change the workspace between the phases of a rule, in place, after each but the last.
 
         phase: that which has just run. works: by name as `self.works`; the first axis is that of
         parameters of one shape; each lies at the beginning of one of the space's directions.

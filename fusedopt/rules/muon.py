@@ -240,7 +240,7 @@ class Muon(Rule):
 
     @functools.cached_property
     def iteration(self) -> Iteration:
-        """What is done to each matrix."""
+        """The iteration that is applied to each matrix."""
         coefficients = coefficient_set(
             self.ns_coefficients, self.ns_steps, f"{type(self).__name__}(ns_coefficients)"
         )

@@ -549,7 +549,7 @@ class Assembly:
 
     @property
     def run(self) -> Callable[[Callable[[], T]], T]:
-        """What calls an action as a whole. A context of CUDA's, and MPI, are of one thread."""
+        """The function that runs an action as a whole; CUDA and MPI keep to one thread."""
         on_host = self.device is host and self.clipper.agree is None
         return uninterrupted if on_host else directly
 
