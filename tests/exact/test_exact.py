@@ -117,6 +117,7 @@ def check_thread_counts(most: int) -> None:
                 assert_same_bits(results[threads], results[1], where)
 
 
+@pytest.mark.slow
 def test_thread_counts() -> None:
     done = run_python(
         "from exact import test_exact; test_exact.check_thread_counts(7)", {"OMP_NUM_THREADS": "7"}

@@ -121,6 +121,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return path.read_bytes()
 
 
+@pytest.mark.slow
 def test_spoilt_files(whole: bytes, tmp_path: Path) -> None:
     rng, path, opt = random.Random(1), tmp_path / "run", fresh()
     accepted = 0

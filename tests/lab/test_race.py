@@ -174,6 +174,7 @@ def test_all_rules_race(whole: tuple[Any, Path, str]) -> None:
     assert 4 < numbers["muon"] < 8 < numbers["soap"]
 
 
+@pytest.mark.slow
 def test_report_is_one_file_that_needs_nothing_else(whole: tuple[Any, Path, str]) -> None:
     result, out, _ = whole
     source = (out / "report.html").read_text(encoding="utf-8")
@@ -197,6 +198,7 @@ def test_report_is_one_file_that_needs_nothing_else(whole: tuple[Any, Path, str]
     assert (out / "curves.png").stat().st_size < 12_000 * len(fo.RULES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runners", [10, 5, 1])
 def test_no_text_is_cut_off_or_covers_another(runners: int, whole: tuple[Any, Path, str]) -> None:
     result = replace(whole[0], outcomes=whole[0].outcomes[-runners:])
@@ -205,6 +207,7 @@ def test_no_text_is_cut_off_or_covers_another(runners: int, whole: tuple[Any, Pa
     assert check_texts(step_times(result)) > 2 * runners
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slower", [1, 3, 10, 30, 100, 300, 1000, 10_000])
 def test_numbers_of_step_times_have_room(slower: int, whole: tuple[Any, Path, str]) -> None:
     """However many decades lie between the fastest and the slowest step."""
@@ -214,6 +217,7 @@ def test_numbers_of_step_times_have_room(slower: int, whole: tuple[Any, Path, st
     assert check_texts(step_times(result)) > 2 * len(outcomes)
 
 
+@pytest.mark.slow
 def test_record_of_a_race(whole: tuple[Any, Path, str]) -> None:
     result, out, _ = whole
     record = json.loads((out / "race.json").read_text(encoding="ascii"), parse_constant=pytest.fail)
@@ -228,6 +232,7 @@ def test_record_of_a_race(whole: tuple[Any, Path, str]) -> None:
     assert record["machine"] == fo.info()
 
 
+@pytest.mark.slow
 def test_plain_lines_into_a_pipe(whole: tuple[Any, Path, str]) -> None:
     result, _, printed = whole
     assert "\x1b" not in printed
