@@ -214,7 +214,7 @@ class Optimizer:
         if len(groups) == 1 and self._assembly.set_rates([lr]):
             self._show_rules([group.rule for group in self._assembly.groups])
         else:
-            self._adopt(with_rates(groups, lr))
+            self._adopt(with_rates(groups, lr), settled=False)
 
     @property
     def groups(self) -> dict[str, ParameterGroup]:
@@ -234,12 +234,12 @@ class Optimizer:
         """
         self._adopt(with_hyperparameters(self._assembly.groups, label, hyperparameters))
 
-    def _adopt(self, rules: Sequence[Rule]) -> None:
+    def _adopt(self, rules: Sequence[Rule], *, settled: bool = True) -> None:
         def adopt() -> None:
             self._assembly.adopt(rules)
             self._show_rules(rules)
 
-        self._assembly.whole("hyperparameters", adopt, settled=False)
+        self._assembly.whole("hyperparameters", adopt, settled=settled, moved=True)
 
     def _show_rules(self, rules: Sequence[Rule]) -> None:
         if isinstance(self.rule, Rule):

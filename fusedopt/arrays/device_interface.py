@@ -142,9 +142,9 @@ def current_stream(library: str, device: int, named: int) -> int:
 
 def relaid(array: Any, library: str, order: str) -> Any:
     """A dense copy in a memory order by its own library; None where that is not known."""
+    if library not in ("torch", "cupy"):
+        return None
     axes, back = axes_of(order, len(array.shape)), inverse(order, len(array.shape))
     if library == "torch":
         return array.permute(axes).contiguous().permute(back)
-    if library == "cupy":
-        return sys.modules["cupy"].array(array.transpose(axes), order="C").transpose(back)
-    return None
+    return sys.modules["cupy"].array(array.transpose(axes), order="C").transpose(back)
