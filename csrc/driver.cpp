@@ -80,11 +80,12 @@ void run_tiles(const Leaf& leaf, const Span& span, Lanes* lanes) {
 void run_span(const Leaf& leaf, const Span& span, Lanes* lanes) {
   void* data[MAX_OPERANDS];
   bool in_place = leaf.step_count == 1;
+  Lanes* next = lanes;
   for (int k = 0; k < leaf.operand_count && in_place; ++k) {
     const Operand& operand = leaf.operands[k];
     if (!(leaf.used >> k & 1)) continue;
     data[k] = element(operand, span.from, span);
-    if (operand.role == Role::SUMS) data[k] = lanes[0];
+    if (operand.role == Role::SUMS) data[k] = next++;
     in_place = !operand.decode && !operand.encode;
   }
   // With nothing to decode or encode and nothing to keep in cache between operations, a tile may be

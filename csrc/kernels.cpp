@@ -151,6 +151,63 @@ void sum_tile(void* const* x, const void* scalars, std::size_t n) {
     add_up(op, lanes, n, a, static_cast<const T*>(x[2]));
 }
 
+// The same struct in float64, with the scalars that the rule begins with; those that the sums will
+// give are zero.
+template <class Wide, class T>
+Wide widened(const T* fields) {
+  constexpr std::size_t all = sizeof(Wide) / sizeof(double), given = all - Wide::measured;
+  double values[all] = {};
+  for (std::size_t k = 0; k < given; ++k) values[k] = static_cast<double>(fields[k]);
+  Wide rule;
+  std::memcpy(&rule, values, sizeof rule);
+  return rule;
+}
+
+// What a rule measures of its operands before it runs. The gradient is the one that the rule will
+// see, in the compute type; everything after that is float64.
+template <class Wide, Mode mode, class T, class... S>
+inline void add_measures(const Wide& rule, T factor, T decay, void* const* x, std::size_t n,
+                         const T* p, const T* g, const S*... states) {
+  double sums[Wide::sums][LANES];
+  for (int k = 0; k < Wide::sums; ++k) std::memcpy(sums[k], x[k], sizeof sums[k]);
+  const auto add = [&](std::size_t i, std::size_t lane) {
+    T w = p[i];
+    T gradient = factor * g[i];
+    if constexpr (mode == L2) gradient = gradient + decay * w;
+    if constexpr (mode == FIRST) w = decay * w;
+    double addends[Wide::sums];
+    rule.measure(addends, static_cast<double>(w), static_cast<double>(gradient),
+                 static_cast<double>(states[i])...);
+    for (int k = 0; k < Wide::sums; ++k) sums[k][lane] += addends[k];
+  };
+  std::size_t i = 0;
+  for (; i + LANES <= n; i += LANES)
+    for (std::size_t lane = 0; lane < LANES; ++lane) add(i + lane, lane);
+  for (std::size_t lane = 0; i + lane < n; ++lane) add(i + lane, lane);
+  for (int k = 0; k < Wide::sums; ++k) std::memcpy(x[k], sums[k], sizeof sums[k]);
+}
+
+template <class Wide, class T, Mode mode, std::size_t... S>
+inline void unpack_measures(void* const* x, const void* scalars, std::size_t n,
+                            std::index_sequence<S...>) {
+  const T* const fields = static_cast<const T*>(scalars);
+  void* const* const own = x + Wide::sums;
+  add_measures<Wide, mode>(widened<Wide>(fields + 2), fields[0], fields[1], x, n,
+                           static_cast<const T*>(own[0]), static_cast<const T*>(own[1]),
+                           static_cast<const T*>(own[2 + S])...);
+}
+
+template <class Wide, class T, Mode mode>
+void measure_tile(void* const* x, const void* scalars, std::size_t n) {
+  unpack_measures<Wide, T, mode>(x, scalars, n, std::make_index_sequence<Wide::states>());
+}
+
+template <class Wide, class T>
+constexpr Functions measures() {
+  return {{measure_tile<Wide, T, PLAIN>, measure_tile<Wide, T, L2>, measure_tile<Wide, T, PLAIN>,
+           measure_tile<Wide, T, FIRST>}};
+}
+
 template <class Rule, class T, int... M>
 constexpr Functions modes(std::integer_sequence<int, M...>) {
   return {{rule_tile<Rule, T, static_cast<Mode>(M)>...}};
@@ -187,15 +244,28 @@ constexpr Operation sum_entry() {
           {{{sum_tile<R<float>, float>}}, {{sum_tile<R<double>, double>}}}};
 }
 
-template <class Rules, class Others, class Sums>
+template <template <class> class R>
+constexpr Operation measure_entry() {
+  using Wide = R<double>;
+  return {Wide::measure_name,
+          Wide::sums + 2 + Wide::states,
+          MEASURE,
+          Wide::sums,
+          2 + fields<R>() - Wide::measured,
+          {measures<Wide, float>(), measures<Wide, double>()}};
+}
+
+template <class Rules, class Measured, class Others, class Sums>
 struct Operations;
-template <template <class> class... R, template <class> class... O, template <class> class... S>
-struct Operations<List<R...>, List<O...>, List<S...>> {
-  static constexpr int count = sizeof...(R) + sizeof...(O) + sizeof...(S);
-  static constexpr Operation all[] = {rule_entry<R>()..., other_entry<O>()..., sum_entry<S>()...};
+template <template <class> class... R, template <class> class... M, template <class> class... O,
+          template <class> class... S>
+struct Operations<List<R...>, List<M...>, List<O...>, List<S...>> {
+  static constexpr int count = sizeof...(R) + sizeof...(M) + sizeof...(O) + sizeof...(S);
+  static constexpr Operation all[] = {rule_entry<R>()..., measure_entry<M>()...,
+                                      other_entry<O>()..., sum_entry<S>()...};
 };
 
-using Everything = Operations<Rules, Others, Sums>;
+using Everything = Operations<Rules, Measured, Others, Sums>;
 
 }  // namespace
 

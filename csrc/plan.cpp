@@ -158,7 +158,8 @@ bool Plan::reprogram(const py::list& programs, std::vector<py::tuple> folds) {
     const auto& program = each.cast<const Program&>();
     const Program& old = *programs_[fresh.size()];
     if (program.arrays != old.arrays || program.works != old.works ||
-        program.phases != old.phases || program.scratch != old.scratch || program.sums != old.sums)
+        program.phases != old.phases || program.measured_sums != old.measured_sums ||
+        program.scratch != old.scratch || program.sums != old.sums)
       return false;
     fresh.push_back(&program);
   }

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <atomic>
+#include <deque>
 #include <map>
 #include <memory>
 #include <tuple>
@@ -141,8 +142,11 @@ class Plan {
   // The leaves' scalars: once for each group, compute type and t.
   void prepare();
   const Scalars& scalars_of(std::size_t k);
-  void run_phase(int batch, int phase);
-  void take_sums(int batch);
+  // phase: -1 for the last of each leaf's own. choice: of the members together.
+  void run_phase(const std::vector<std::size_t>& members, int phase, ThreadChoice* choice);
+  void take_sums(const std::vector<std::size_t>& members);
+  // The sums that rules read, and the scalars that come from them; runs Python.
+  void take_measures();
   int threads() const;
   std::size_t columns() const { return Policy::FIRST_SUM + static_cast<std::size_t>(sums_); }
 
@@ -166,7 +170,7 @@ class Plan {
   py::object program_objects_;    // keeps `programs_` alive
   Mapped mapped_;
   std::unique_ptr<Policy> policy_;
-  ThreadChoice choice_, norm_choice_;  // of the elementwise pass, and of the norm
+  ThreadChoice choice_, norm_choice_, measure_choice_;  // of the last pass, the norm, the sums
   std::vector<const Program*> programs_;
   std::vector<Own> own_;
   std::vector<Operand> operands_;  // MAX_OPERANDS for each leaf
@@ -185,6 +189,7 @@ class Plan {
   bool measured_ = false;
   std::map<std::tuple<int, int, std::int64_t>, Scalars> scalar_cache_;
   std::vector<const Scalars*> leaf_scalars_;
+  std::deque<Scalars> measured_scalars_;  // of leaves that have their own
   std::vector<Step> steps_;
   std::vector<Leaf> leaves_;
   Partials partials_;

@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <iterator>
 #include <memory>
 #include <stdexcept>
 #include <utility>
@@ -58,22 +59,31 @@ bool Plan::update(bool flat) {
   }
   if (!read(flat)) return false;
   if (!measured_) begin_results();
+  const bool measures = std::any_of(active_.begin(), active_.end(),
+                                    [&](std::size_t k) { return program(k).measures; });
+  if (measures) {
+    take_measures();
+    if (!read(flat)) return false;
+  }
+  const auto those = [&](auto condition) {
+    std::vector<std::size_t> members;
+    std::copy_if(active_.begin(), active_.end(), std::back_inserter(members), condition);
+    return members;
+  };
   for (int batch = 0; batch < batch_count_; ++batch) {
-    py::list members;
-    for (const std::size_t k : active_)
-      if (batches_[k] == batch) members.append(k);
+    const std::vector<std::size_t> members = those([&](auto k) { return batches_[k] == batch; });
     if (members.empty()) continue;
-    const int last = program(py::cast<std::size_t>(members[0])).phases - 1;
+    const int last = program(members[0]).phases - 1;
     for (int phase = 0; phase < last; ++phase) {
-      run_phase(batch, phase);
+      run_phase(members, phase, nullptr);
       called(between_, py::make_tuple(batch, phase, members));
       if (!read(flat))
         throw std::runtime_error(
             "an array was given other memory during a step, which is half done; load a checkpoint");
     }
-    run_phase(batch, last);
+    run_phase(members, last, nullptr);
   }
-  run_phase(-1, 0);
+  run_phase(those([&](auto k) { return batches_[k] < 0; }), -1, &choice_);
   for (const std::size_t k : active_) ++counts_[k + 1];
   ++counts_[0];
   return true;
@@ -259,18 +269,37 @@ const Scalars& Plan::scalars_of(std::size_t k) {
   return found->second;
 }
 
-void Plan::run_phase(int batch, int phase) {
+void Plan::take_measures() {
+  std::vector<std::size_t> members;
+  for (const std::size_t k : active_)
+    if (program(k).measures) members.push_back(k);
+  run_phase(members, 0, &measure_choice_);
+  measured_scalars_.clear();
+  for (const std::size_t k : members) {
+    const auto first =
+        static_cast<std::size_t>(program(k).first_measured() - program(k).first_sum());
+    const double* const row = result_ + k * columns() + Policy::FIRST_SUM + first;
+    py::tuple sums(program(k).measured_sums);
+    for (std::size_t j = 0; j < sums.size(); ++j) sums[j] = row[j];
+    const auto group = static_cast<std::size_t>(groups_[k]);
+    const py::object fold = folds_[group][folds_[group].size() - 1];
+    const py::object found = called(fold, py::make_tuple(counts_[k + 1] + 1, rate_[group], sums));
+    measured_scalars_.push_back(leaf_scalars_[k]->with(program(k), found));
+    leaf_scalars_[k] = &measured_scalars_.back();
+  }
+}
+
+void Plan::run_phase(const std::vector<std::size_t>& members, int phase, ThreadChoice* choice) {
   steps_.clear();
-  steps_.reserve(active_.size() * most_);  // the leaves point into it
-  leaves_.resize(active_.size());
+  steps_.reserve(members.size() * most_);  // the leaves point into it
+  leaves_.resize(members.size());
   partials_.clear();
   std::size_t count = 0, elements = 0;
   const Scalars* scalars = nullptr;
   bool refreshed = false;
   int operand_count = 0;
   Phase steps;
-  for (const std::size_t k : active_) {
-    if (batches_[k] != batch) continue;
+  for (const std::size_t k : members) {
     Operand* const operands = &operands_[k * MAX_OPERANDS];
     // Neighbours with the same scalars, inputs and number of mirrors have the same steps.
     if (leaf_scalars_[k] != scalars || refreshed != (operands[HESSIAN].data != nullptr) ||
@@ -278,7 +307,8 @@ void Plan::run_phase(int batch, int phase) {
       scalars = leaf_scalars_[k];
       refreshed = operands[HESSIAN].data != nullptr;
       operand_count = own_[k].operand_count;
-      steps = append_phase(program(k), phase, own_[k].compute, *scalars, operands, steps_);
+      const int own_phase = phase < 0 ? program(k).phases - 1 : phase;
+      steps = append_phase(program(k), own_phase, own_[k].compute, *scalars, operands, steps_);
     }
     // Field by field: a struct made beside its place and copied stalls on its own stores.
     Leaf& leaf = leaves_[count++];
@@ -296,15 +326,13 @@ void Plan::run_phase(int batch, int phase) {
   leaves_.resize(count);
   partials_.place();
   // given_ and held_ keep every array alive
-  run_unlocked(leaves_, elements, threads(), mapped_.data ? &mapped_ : nullptr,
-               batch < 0 ? &choice_ : nullptr);
-  if (sums_) take_sums(batch);
+  run_unlocked(leaves_, elements, threads(), mapped_.data ? &mapped_ : nullptr, choice);
+  if (sums_) take_sums(members);
 }
 
-void Plan::take_sums(int batch) {
+void Plan::take_sums(const std::vector<std::size_t>& members) {
   auto leaf = leaves_.begin();
-  for (const std::size_t k : active_) {
-    if (batches_[k] != batch) continue;
+  for (const std::size_t k : members) {
     for (int j = 0; j < program(k).sums; ++j) {
       const int slot = program(k).first_sum() + j;
       if (leaf->summed >> slot & 1)

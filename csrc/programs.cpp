@@ -19,9 +19,10 @@ std::pair<std::uint32_t, std::uint32_t> masks(const Operation& op, bool peek,
     const std::uint32_t bit = 1u << operands[k];
     const int place = static_cast<int>(k);
     used |= bit;
-    if (peek              ? k + 1 == operands.size()
-        : op.kind == RULE ? place == 0 || (place >= 2 && place < 2 + op.written)
-                          : place == 0)
+    if (peek                 ? k + 1 == operands.size()
+        : op.kind == RULE    ? place == 0 || (place >= 2 && place < 2 + op.written)
+        : op.kind == MEASURE ? place < op.written
+                             : place == 0)
       written |= bit;
   }
   return {used, written};
@@ -52,8 +53,8 @@ Program::Program(const py::list& rows, double factor, double base, double slope,
     throw py::value_error("a program has 1 to " + std::to_string(MAX_OPERANDS) + " operands");
   const Table& table = *level().table;
   for (const py::handle row : rows) {
-    const auto [name, mode, phase, input, slots, outside] =
-        row.cast<std::tuple<std::string, int, int, int, std::vector<int>, py::object>>();
+    const auto [name, mode, phase, input, measured, slots, outside] =
+        row.cast<std::tuple<std::string, int, int, int, int, std::vector<int>, py::object>>();
     const int index =
         outside.is_none()
             ? static_cast<int>(&operation_named(table, name) - table.operations)
@@ -61,7 +62,9 @@ Program::Program(const py::list& rows, double factor, double base, double slope,
     const Operation* const op = &operation(index);
     const bool peek = mode == PEEK || mode == PEEK_L2;
     if (mode < 0 || mode >= MODES || !op->compute[0].mode[mode] || phase < 0 ||
-        static_cast<int>(slots.size()) != op->operands + peek)
+        static_cast<int>(slots.size()) != op->operands + peek || measured < 0 ||
+        (op->kind == MEASURE && phase != 0) ||
+        (measured && (op->kind != RULE || phase != 1 || measured > op->scalars - 2)))
       throw py::value_error("operation '" + name + "' cannot be used so");
     std::vector<std::uint8_t> operands;
     for (const int slot : slots) {
@@ -69,23 +72,31 @@ Program::Program(const py::list& rows, double factor, double base, double slope,
       operands.push_back(static_cast<std::uint8_t>(slot));
     }
     const auto [used, written] = masks(*op, peek, operands);
-    const std::uint32_t summed = op->kind == SUM ? written : 0;
-    ops.push_back({index, mode, phase, input, operands, used, written & ~summed, summed});
+    const std::uint32_t summed = op->kind == SUM || op->kind == MEASURE ? written : 0;
+    ops.push_back({index, mode, phase, input, measured, operands, used, written & ~summed, summed});
     scalar_count += op->scalars;
     phases = std::max(phases, phase + 1);
     takes_hessian = takes_hessian || input == HESSIAN;
     filtered = filtered || op->kind == FILTER;
+    if (op->kind == MEASURE) {
+      measures = true;
+      measured_sums = op->written;
+    }
   }
+  if (measures && (phases != 2 || works || measured_sums > sums))
+    throw py::value_error("a program measures in the first of two phases, without work space");
 }
 
 int Program::adopt(const std::string& name, int mode, int operands, const Outside& outside) {
-  const auto& [scalars, addresses] = outside;
-  if (mode < 0 || mode >= PEEK || operands < 2 || scalars < 2 ||
+  const auto& [measures, scalars, addresses] = outside;
+  if (mode < 0 || mode >= PEEK || operands < 2 + measures || measures < 0 || scalars < 2 ||
       addresses.size() != static_cast<std::size_t>(COMPUTE_TYPES))
     throw py::value_error("operation '" + name + "' cannot be used so");
   foreign.emplace_back(name, Operation{});
   auto& [kept, operation] = foreign.back();
-  operation = {kept.c_str(), operands, RULE, operands - 2, scalars, {}};
+  operation = {
+      kept.c_str(), operands, measures ? MEASURE : RULE, measures ? measures : operands - 2,
+      scalars,      {}};
   for (int compute = 0; compute < COMPUTE_TYPES; ++compute)
     operation.compute[compute].mode[mode] =
         reinterpret_cast<TileFunction>(addresses[static_cast<std::size_t>(compute)]);
@@ -98,33 +109,49 @@ Scalars::Scalars(const Program& program, const py::tuple& folds, std::int64_t t,
   const py::int_ step(t);
   const py::float_ rate(lr);
   PyObject* const arguments[] = {step.ptr(), rate.ptr()};
-  if (folds.size() != program.ops.size()) throw py::value_error("one fold for each operation");
+  if (folds.size() != program.ops.size() + program.measures)
+    throw py::value_error("one fold for each operation");
   for (std::size_t k = 0; k < program.ops.size(); ++k) {
     const Operation& operation = program.operation(program.ops[k].index);
-    const int first = filled_;
+    const int own = operation.scalars - program.ops[k].measured, first = filled_;
     if (operation.kind == FILTER) append(factor * program.factor);
-    if (operation.kind == RULE) {
+    if (operation.kind == RULE || operation.kind == MEASURE) {
       append(program.filtered ? 1.0 : factor * program.factor);
       append(program.base + program.slope * lr);
     }
     PyObject* const fold = PyTuple_GET_ITEM(folds.ptr(), static_cast<Py_ssize_t>(k));
-    const auto own = py::reinterpret_steal<py::object>(
+    const auto numbers = py::reinterpret_steal<py::object>(
         in_python([&] { return PyObject_Vectorcall(fold, arguments, 2, nullptr); }));
-    if (!own) throw py::error_already_set();
-    if (!PyTuple_Check(own.ptr()) ||
-        PyTuple_GET_SIZE(own.ptr()) != first + operation.scalars - filled_)
-      throw py::value_error("the scalars of '" + std::string(operation.name) +
-                            "' are not the tuple that it takes");
-    for (Py_ssize_t j = 0; j < PyTuple_GET_SIZE(own.ptr()); ++j) {
-      const double value = PyFloat_AsDouble(PyTuple_GET_ITEM(own.ptr(), j));
-      if (value == -1.0 && PyErr_Occurred()) throw py::error_already_set();
-      append(value);
-    }
+    if (!numbers) throw py::error_already_set();
+    put_all(filled_, numbers, first + own - filled_, operation.name);
+    filled_ = first + operation.scalars;
   }
 }
 
-void Scalars::append(double value) {
-  char* const place = reinterpret_cast<char*>(storage_.data()) + SIZES[compute_] * filled_++;
+Scalars Scalars::with(const Program& program, const py::object& measured) const {
+  Scalars result = *this;
+  int end = 0;
+  for (const Program::Op& op : program.ops) {
+    const Operation& operation = program.operation(op.index);
+    end += operation.scalars;
+    if (op.measured) result.put_all(end - op.measured, measured, op.measured, operation.name);
+  }
+  return result;
+}
+
+void Scalars::put_all(int index, const py::object& numbers, int length, const char* name) {
+  if (!PyTuple_Check(numbers.ptr()) || PyTuple_GET_SIZE(numbers.ptr()) != length)
+    throw py::value_error("the scalars of '" + std::string(name) +
+                          "' are not the tuple that it takes");
+  for (int j = 0; j < length; ++j) {
+    const double value = PyFloat_AsDouble(PyTuple_GET_ITEM(numbers.ptr(), j));
+    if (value == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+    put(index + j, value);
+  }
+}
+
+void Scalars::put(int index, double value) {
+  char* const place = reinterpret_cast<char*>(storage_.data()) + SIZES[compute_] * index;
   const float narrow = static_cast<float>(value);
   if (compute_ == F32)
     std::memcpy(place, &narrow, sizeof narrow);

@@ -4,6 +4,7 @@
 
 #include <deque>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -25,23 +26,23 @@ const Operation& operation_named(const Table& table, const std::string& name);
 // One rule's operations, by their place in the table, or in the program itself.
 struct Program {
   struct Op {
-    int index;  // of a foreign one ~(its place)
-    int mode, phase, input;
+    int index;                         // of a foreign one ~(its place)
+    int mode, phase, input, measured;  // measured: the last scalars, which sums give
     std::vector<std::uint8_t> operands;
     std::uint32_t used, written, summed;  // slots, as bits
   };
   std::vector<Op> ops;
   std::deque<std::pair<std::string, Operation>> foreign;  // with their names, which do not move
   int scalar_count = 0, phases = 1, arrays, works, scratch, sums;
-  bool takes_hessian = false, filtered = false;
+  bool takes_hessian = false, filtered = false, measures = false;
   // What a rule's scalars begin with: the factor on the gradient, and base + slope lr.
   double factor, base, slope;
 
-  // Rows: (name, mode, phase, input that it needs or -1, operand slots, foreign), the last of them
-  // None, or for a rule that is not in the table (scalars, addresses of its tile function in that
-  // mode, for each compute type); whoever passes these keeps the functions alive. arrays, scratch,
-  // sums: how many slots each of these have; works: how many of the arrays, the last ones, are work
-  // space.
+  // Rows: (name, mode, phase, input that it needs or -1, measured, operand slots, foreign), the
+  // last of them None, or for a rule that is not in the table (sums that it adds to, scalars,
+  // addresses of its tile function in that mode, for each compute type); whoever passes these keeps
+  // the functions alive. arrays, scratch, sums: how many slots each of these have; works: how many
+  // of the arrays, the last ones, are work space. A program that measures has two phases.
   Program(const py::list& rows, double factor, double base, double slope, int arrays, int works,
           int scratch, int sums);
 
@@ -52,28 +53,38 @@ struct Program {
   }
 
   int first_sum() const { return INPUTS + arrays + scratch; }
+  // Of the sums that the rule itself reads, which come last.
+  int first_measured() const { return first_sum() + sums - measured_sums; }
+  int measured_sums = 0;
 
  private:
-  using Outside = std::pair<int, std::vector<std::uintptr_t>>;
+  using Outside = std::tuple<int, int, std::vector<std::uintptr_t>>;
 
-  // A rule compiled elsewhere: it writes all of its states.
+  // A rule compiled elsewhere, which writes all of its states, or its measurement.
   int adopt(const std::string& name, int mode, int operands, const Outside& outside);
 };
 
 // The scalars of a program, folded in float64 and cast once to the compute type.
 class Scalars {
  public:
-  // folds: for each operation Python's function from (t, lr) to a tuple of its own scalars. factor:
-  // on the gradient, beside the program's own.
+  // folds: for each operation Python's function from (t, lr) to a tuple of its own scalars, and
+  // behind these, where the program measures, that from (t, lr, sums) to the scalars that sums
+  // give, which are zero here. factor: on the gradient, beside the program's own.
   Scalars(const Program& program, const py::tuple& folds, std::int64_t t, double lr, double factor,
           int compute);
+
+  // The same for one leaf, with what its sums gave.
+  Scalars with(const Program& program, const py::object& measured) const;
 
   const void* at(int index) const {
     return reinterpret_cast<const char*>(storage_.data()) + SIZES[compute_] * index;
   }
 
  private:
-  void append(double value);
+  void append(double value) { put(filled_++, value); }
+  void put(int index, double value);
+  // All numbers of a tuple of this length, from an index on.
+  void put_all(int index, const py::object& numbers, int length, const char* name);
 
   std::vector<double> storage_;  // raw, and aligned for either type
   int compute_, filled_ = 0;

@@ -1,9 +1,11 @@
 // Every update rule, simplest first. A rule is a struct of per-step scalars with one call operator
 // that takes one element's parameter, gradient and states, updates the states and returns the
 // delta: what is subtracted from the parameter. `states` is their number; where only the first few
-// of them are written, `written` says how many. Weight decay, the sign for `maximize`, clipping
-// and storage formats are the business of the loop around it. Python folds the scalars in float64
-// (fusedopt/rules/*.py, same names) and they are cast once.
+// of them are written, `written` says how many. A rule of `Measured` reads sums over its leaf:
+// `measure` says what an element adds to each of its `sums`, always in float64, before anything is
+// written, and the last `measured` scalars come from them. Weight decay, the sign for `maximize`,
+// clipping and storage formats are the business of the loop around it. Python folds the scalars in
+// float64 (fusedopt/rules/*.py, same names) and they are cast once.
 //
 // Only + - * / sqrt, comparison and selection: that is what makes the bits the same everywhere.
 #pragma once
@@ -374,13 +376,52 @@ struct Muon {
   }
 };
 
+// Momentum of gradients whose size is that of the parameter; x and y as in Buffered. rate: the
+// learning rate of the leaf, from both norms.
+template <class T>
+struct LARS {
+  static constexpr const char *name = "lars", *measure_name = "lars_measure";
+  static constexpr int states = 1, sums = 2, measured = 1;
+  T mu, x, y, rate;
+  void measure(T* sums, T p, T g, T) const {
+    sums[0] = p * p;
+    sums[1] = g * g;
+  }
+  T operator()(T, T g, T& v) const {
+    const T u = rate * g;
+    v = mu * v + u;
+    return x * u + y * v;
+  }
+};
+
+// Adam's direction, weight decay included, in steps of the parameter's size.
+template <class T>
+struct LAMB {
+  static constexpr const char *name = "lamb", *measure_name = "lamb_measure";
+  static constexpr int states = 2, sums = 2, measured = 1;
+  T b1, one_b1, b2, one_b2, step, eps_root, eps, decay, rate;
+  void measure(T* sums, T p, T g, T m, T v) const {
+    const T u = direction(p, g, m, v);
+    sums[0] = p * p;
+    sums[1] = u * u;
+  }
+  T operator()(T p, T g, T& m, T& v) const { return rate * direction(p, g, m, v); }
+  T direction(T p, T g, T& m, T& v) const {
+    m = b1 * m + one_b1 * g;
+    v = b2 * v + one_b2 * (g * g);
+    return ratio(step * m, root(v + eps_root) + eps) + decay * p;
+  }
+};
+
 template <template <class> class...>
 struct List {};
 
-using Rules =
-    List<SGD, Momentum, Nesterov, AdaGrad, RMSProp, CenteredRMSProp, BufferedRMSProp,
-         BufferedCenteredRMSProp, Adam, NesterovAdam, AMSGrad, AdaMax, Adadelta, RAdam, Rprop,
-         AdaBelief, ADOPT, AdEMAMix, Grams, LaProp, Adan, Lion, Sophia, PaperSophia, Muon>;
+using Rules = List<SGD, Momentum, Nesterov, AdaGrad, RMSProp, CenteredRMSProp, BufferedRMSProp,
+                   BufferedCenteredRMSProp, Adam, NesterovAdam, AMSGrad, AdaMax, Adadelta, RAdam,
+                   Rprop, AdaBelief, ADOPT, AdEMAMix, Grams, LaProp, Adan, Lion, Sophia,
+                   PaperSophia, Muon, LARS, LAMB>;
+
+using Measured = List<LARS, LAMB>;
 
 // Operations that are no rule, on a target and a source. `state`: the target is stored as states
 // are, without denormals; `filter`: the target is the gradient that the rule will see, and the

@@ -34,8 +34,9 @@ enum Mode : std::uint8_t {
 
 // One operation on one tile, every operand already in the compute type. Operand order: the
 // parameter, the gradient, the states, and in the PEEK modes the output; for a sum its lanes, in
-// float64, and what it sums over; for other operations what their structs say. Scalars: the
-// struct's fields, behind (factor on the gradient, decay coefficient c) for a rule and behind that
+// float64, and what it sums over; for a measurement the lanes of each of its sums, and then a
+// rule's operands; for other operations what their structs say. Scalars: the struct's fields,
+// behind (factor on the gradient, decay coefficient c) for a rule or a measurement and behind that
 // factor for a filter.
 using TileFunction = void (*)(void* const* operands, const void* scalars, std::size_t n);
 
@@ -44,17 +45,19 @@ struct Functions {
 };
 
 enum Kind : std::uint8_t {
-  RULE,    // the loop writes the parameter as its mode says, and the first `written` states
-  FILTER,  // of the gradient, which it takes over from the rule: writes its first operand
-  SUM,     // adds to its first operand
-  OTHER    // writes its first operand
+  RULE,     // the loop writes the parameter as its mode says, and the first `written` states
+  FILTER,   // of the gradient, which it takes over from the rule: writes its first operand
+  SUM,      // adds to its first operand
+  MEASURE,  // of a rule, before it runs: adds to its first `written` operands and writes nothing
+  OTHER     // writes its first operand
 };
 
 struct Operation {
   const char* name;
   int operands;  // in every mode but PEEK and PEEK_L2, which have one more
   Kind kind;
-  int written;  // of a rule: how many of its states, the first ones, are written
+  int written;  // of a rule: how many of its states, the first ones, are written; of a measurement:
+                // how many sums it adds to
   int scalars;
   Functions compute[COMPUTE_TYPES];
 };

@@ -13,7 +13,7 @@ from ..arrays.state_file import StateFile
 from ..plan.extras import EVERYTHING, Extras
 from ..plan.interface import Plan
 from ..plan.spec import INPUTS, PlanSpec
-from ..programs.program import HEAD, MODES, Operation, Program
+from ..programs.program import MODES, Operation, Program
 from ..rules import RULES, Rule
 from ..rules.groups import Group
 from ..system.extension import core, reason
@@ -32,6 +32,7 @@ def compiled(program: Program) -> Any:
                     MODES.index(program.mode(op)),
                     op.phase,
                     INPUTS.index(op.needs) if op.needs else -1,
+                    op.measured,
                     [slots[name] for name in op.operands],
                     None if op.kernel else _foreign(program, op),
                 )
@@ -46,12 +47,12 @@ def compiled(program: Program) -> Any:
     return program.native
 
 
-def _foreign(program: Program, op: Operation) -> tuple[int, list[int]]:
-    """The scalars and addresses of an operation that Numba compiles."""
+def _foreign(program: Program, op: Operation) -> tuple[int, int, list[int]]:
+    """The sums, scalars and addresses of an operation that Numba compiles."""
     from ..jit.operations import tile_function  # 0.5 s, for those with rules of their own
 
     addresses = [tile_function(program, op, dtype).address for dtype in (FLOAT32, FLOAT64)]
-    return HEAD[op.loop] + len(op.scalars(1, 0.1)), addresses
+    return len(op.sums), op.scalar_count, addresses
 
 
 def check_registry() -> None:
@@ -61,12 +62,12 @@ def check_registry() -> None:
     for rule in rules:
         for op in (*rule.every_operation(), *EVERYTHING.program(rule).operations):
             operands = len(op.operands) - (op.loop == "peek")
-            scalars = len(op.scalars(1, 0.1)) + HEAD[op.loop]
             found = table.get(op.kernel or "")
-            if found != (operands, scalars):
+            if found != (operands, op.scalar_count):
                 raise ImportError(
                     f"stale extension, rebuild: {type(rule).__name__} needs the kernel"
-                    f" {op.kernel!r} with (operands, scalars) = {(operands, scalars)}, the compiled"
+                    f" {op.kernel!r} with (operands, scalars) = {(operands, op.scalar_count)}, the"
+                    f" compiled"
                     f" core has {found}"
                 )
     formats = [

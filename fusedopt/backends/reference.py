@@ -154,7 +154,7 @@ class ReferencePlan(ExclusiveUse):
                 "weight": np.sum(p**2),
                 **rule.textbook_sums(before, after[1:], t=t),
             }
-        sums = spec.extras.program(rule).sums
+        sums = spec.extras.program(rule).told
         spec.results[k, 1] = spec.results[k, 1] or 1.0
         spec.results[k, 2] = p.size
         spec.results[k, 3 : 3 + len(sums)] = [found[name] for name in sums]

@@ -47,6 +47,27 @@ def check_element(element: FunctionType, dtype: np.dtype, states: int, scalars: 
             raise TypeError(f"{where}: {what} is {kind} where all else is {dtype.name}{remedy}")
 
 
+@functools.cache
+def check_measure(element: FunctionType, states: int, scalars: int, sums: int) -> None:
+    """Raise TypeError where what a rule measures does not compile or is not a tuple of numbers."""
+    code = element.__code__
+    where = f"{element.__qualname__} ({code.co_filename}, line {code.co_firstlineno})"
+    try:
+        kinds = returned(element, np.dtype(np.float64), 2 + states + scalars)
+    except NumbaError as error:
+        raise TypeError(
+            f"{where}: Numba cannot compile it for float64 numbers. It may use numbers,"
+            f" comparisons, `math` and functions of the same kind, but no other Python objects."
+            f" {_essence(error)}"
+        ) from error
+    for k, kind in enumerate(kinds):
+        if kind != "float64":
+            raise TypeError(
+                f"{where}: value {k} of the {sums} that it returns is {kind}; expected a float64, such"
+                " as 1.0 for a count"
+            )
+
+
 def _essence(error: Any) -> str:
     """The lines of Numba's message that speak of the user's code."""
     lines = [line.strip() for line in str(error).splitlines()]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..programs.elements import ELEMENTS, OF_STATES
-from ..programs.program import Operation, Program
+from ..programs.program import HEAD, Operation, Program
 from . import unavailable
 
 
@@ -21,12 +21,17 @@ def tile_function(program: Program, op: Operation, dtype: np.dtype) -> Any:
     if reason is not None:
         raise RuntimeError(f"{element.__qualname__} is compiled by Numba: {reason}")
     from . import tiles
-    from .diagnostics import check_element
+    from .diagnostics import check_element, check_measure
 
-    operands, own = len(op.operands), len(op.scalars(1, 0.1))
-    if op.kernel is None:
-        check_element(element, dtype, operands - 2, own)
-    scalars = own + (op.loop == "filter")
+    operands, sums = len(op.operands), len(op.sums)
+    scalars = op.scalar_count - (0 if op.loop == "filter" else HEAD[op.loop])
+    if op.kernel is None and op.loop == "rule":
+        check_element(element, dtype, operands - 2, scalars)
+    if op.loop == "measure":
+        states = operands - sums - 2
+        if op.kernel is None:
+            check_measure(element, states, scalars, sums)
+        return tiles.measure_tile(element, sums, states, scalars, program.mode(op), dtype)
     if op.loop == "sum":
         return tiles.sum_tile(element, operands, scalars, dtype)
     if op.loop in ("filter", "other"):

@@ -95,6 +95,55 @@ def sum_tile(element: Any, operands: int, scalars: int, dtype: np.dtype) -> Any:
     return entry(TILE_FUNCTION, source, namespace)
 
 
+_MEASURE = """
+def entry(operands, scalars, n):
+{unpacked}
+    sums = np.empty((SUMS, LANES), f64)
+    for k in range(SUMS):
+        lanes = carray(operands[k], LANES, f64)
+        for lane in range(LANES):
+            sums[k, lane] = lanes[lane]
+    for first in range(0, n, LANES):
+        for lane in range(min(LANES, n - first)):
+            i = first + lane
+{body}
+    for k in range(SUMS):
+        lanes = carray(operands[k], LANES, f64)
+        for lane in range(LANES):
+            lanes[lane] = sums[k, lane]
+"""
+
+
+@functools.cache
+def measure_tile(
+    element: Any, sums: int, states: int, scalars: int, mode: str, dtype: np.dtype
+) -> Any:
+    """The tile function of what a rule measures: (lanes of each sum, parameter, gradient, states).
+
+    All that the element sees is float64; the gradient is made in the compute type, as for the rule.
+    """
+    names = ["p", "g", *(f"s{k}" for k in range(states))]
+    constants = [f"c{k}" for k in range(scalars)]
+    operands = ["w", "gradient", *(f"s{k}[i]" for k in range(states)), *constants]
+    gradient, before, _ = loop_lines(mode, "")
+    body = [
+        "w = p[i]",
+        "gradient = factor * g[i]",
+        gradient,
+        before,
+        f"{', '.join(f'a{k}' for k in range(sums))}, = element("
+        f"{', '.join(f'f64({name})' for name in operands)})",
+        *(f"sums[{k}, lane] += a{k}" for k in range(sums)),
+    ]
+    unpacked = _unpacked(names, ["factor", "decay", *constants], first=sums)
+    source = _MEASURE.format(
+        unpacked="\n".join(f"    {line}" for line in unpacked),
+        body="\n".join(f"            {line}" for line in body if line),
+    )
+    namespace = {"element": element, "T": dtype.type, "f64": np.float64, "np": np}
+    return entry(TILE_FUNCTION, source, {**namespace, "LANES": LANES, "SUMS": sums})
+
+
 def _unpacked(names: list[str], scalars: list[str], first: int = 0) -> list[str]:
     return [
         *(f"{name} = carray(operands[{k}], n, T)" for k, name in enumerate(names, first)),

@@ -78,8 +78,7 @@ class Extras(NamedTuple):
         steps = tuple(op for op in own if op.needs is None)
         refreshes = tuple(op for op in own if op.needs is not None)
         operations = (*before, *steps, *after, *refreshes)
-        sums = tuple(op.operands[0] for op in operations if op.loop == "sum")
-        return Program(rule, operations, ("p", *self.states(rule)), tuple(temporaries), sums)
+        return Program(rule, operations, ("p", *self.states(rule)), tuple(temporaries))
 
     def reference(
         self,

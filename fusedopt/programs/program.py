@@ -8,8 +8,11 @@ from typing import Any, Literal, Protocol
 
 from .elements import Element
 
-HEAD = {"rule": 2, "peek": 2, "filter": 1, "sum": 0, "other": 0}
+HEAD = {"rule": 2, "peek": 2, "measure": 2, "filter": 1, "sum": 0, "other": 0}
 """How many scalars an operation has before its own, by its loop."""
+
+LOOPS = {"independent": "decoupled", "decoupled_first": "first", "scaled": "plain"}
+"""Modes of the forms of weight decay whose names differ."""
 
 MODES = ("plain", "l2", "decoupled", "first", "peek", "peek_l2")
 """What the loop around a rule does about weight decay and the delta, as in csrc/table.h."""
@@ -40,8 +43,10 @@ class Operation:
     operands: names; "g" and "hessian" come anew with each step, "p" is the parameter, those of
     `Rule.works` are the matrices between two phases, every other name a state, scratch or sum.
     loop: what the loop around the kernel does: "rule" applies the delta, "peek" only writes it to
-    the last operand, "filter" makes its first operand of the gradient times its factor, "sum" adds
-    up, and "other" writes its first operand. needs: run only where this input was given. written:
+    the last operand, "measure" adds to sums of the leaf what the rule will read of them, "filter"
+    makes its first operand of the gradient times its factor, "sum" adds up, and "other" writes its
+    first operand. measured: how many of the scalars, the last ones, come from those sums and not
+    from `scalars`. needs: run only where this input was given. written:
     the number of a rule's states that are written, the first ones; None: all. element: the kernel
     in Python, where elements.py does not have it under the kernel's name. kernel: None where the
     core has none, and is given the compiled element.
@@ -50,11 +55,28 @@ class Operation:
     kernel: str | None
     operands: tuple[str, ...]
     scalars: Callable[[int, float], tuple[float, ...]]
-    loop: Literal["rule", "peek", "filter", "sum", "other"] = "rule"
+    loop: Literal["rule", "peek", "measure", "filter", "sum", "other"] = "rule"
     phase: int = 0
     needs: Literal["hessian"] | None = None
     written: int | None = None
     element: Element | None = None
+    measured: int = 0
+
+    @property
+    def sums(self) -> tuple[str, ...]:
+        """The sums to which the operation adds, which are its first operands."""
+        if self.loop == "measure":
+            return tuple(name for name in self.operands if name.startswith(MEASURE))
+        return self.operands[:1] if self.loop == "sum" else ()
+
+    @property
+    def scalar_count(self) -> int:
+        """The number of scalars, those of the loop included."""
+        return HEAD[self.loop] + len(self.scalars(1, 0.1)) + self.measured
+
+
+MEASURE = "sum "
+"""The sums that a rule reads are called this and a number, as no state can be."""
 
 
 class Governed(Protocol):
@@ -80,13 +102,17 @@ class Governed(Protocol):
     def decay_line(self) -> tuple[float, float]:
         """(a, b): the loop around the rule multiplies the parameter with a + b lr."""
 
+    def measured(self, t: int, lr: float, sums: tuple[float, ...]) -> tuple[float, ...]:
+        """The scalars that come from the sums of a leaf."""
+
 
 class Program:
     """Operations on a rule's arrays, and their scalars.
 
-    arrays: names; work space is added where there are several phases. temporaries: names of tiles
-    that live as long as a tile is worked on; sums: of sums over a leaf. folds: of each operation
-    its function from (t, lr). head: (factor, a, b); the scalars of a rule stand behind the factor
+    arrays: names; work space is added where there is some between phases. temporaries: names of
+    tiles that live as long as a tile is worked on; sums: of sums over a leaf, those that the rule
+    itself reads last; told: the others. folds: of each operation its function from (t, lr), and
+    where the rule measures, that from (t, lr, sums). head: (factor, a, b); the scalars of a rule stand behind the factor
     on the gradient and the coefficient a + b lr of weight decay.
     """
 
@@ -96,15 +122,18 @@ class Program:
         operations: tuple[Operation, ...],
         arrays: tuple[str, ...],
         temporaries: tuple[str, ...] = (),
-        sums: tuple[str, ...] = (),
     ) -> None:
-        self.operations, self.temporaries, self.sums = operations, temporaries, sums
+        self.operations, self.temporaries = operations, temporaries
         self.phases = 1 + max(op.phase for op in operations)
-        self.works = rule.works if self.phases > 1 else ()
+        self.told = tuple(name for op in operations if op.loop == "sum" for name in op.sums)
+        own = tuple(name for op in operations if op.loop == "measure" for name in op.sums)
+        self.sums, self.measures = (*self.told, *own), len(own)
+        self.works = rule.works if self.phases > 1 and not own else ()
         self.arrays = (*arrays, *self.works)
-        decay = {"independent": "decoupled", "decoupled_first": "first"}.get(rule.decay, rule.decay)
-        self._decay = decay if rule.weight_decay else "plain"
-        self.folds = tuple(op.scalars for op in operations)
+        self._decay = LOOPS.get(rule.decay, rule.decay) if rule.weight_decay else "plain"
+        self.measured = rule.measured
+        folds: tuple[Any, ...] = tuple(op.scalars for op in operations)
+        self.folds = (*folds, rule.measured) if own else folds
         line = rule.decay_line if rule.weight_decay else (0.0, 0.0)
         self.head = (-1.0 if rule.maximize else 1.0, *line)
         self._filtered = any(op.loop == "filter" for op in operations)
@@ -118,19 +147,16 @@ class Program:
         sign, base, slope = self.head
         signed = sign * factor
         rule = (1.0 if self._filtered else signed, base + slope * lr)
-        return (*{0: (), 1: (signed,), 2: rule}[HEAD[op.loop]], *op.scalars(t, lr))
+        head = {0: (), 1: (signed,), 2: rule}[HEAD[op.loop]]
+        return (*head, *op.scalars(t, lr), *[0.0] * op.measured)
 
     def fits(self, other: Program) -> bool:
         """Whether this program runs on the arrays that another was laid out for."""
-        return (self.arrays, self.temporaries, self.sums, self.phases) == (
-            other.arrays,
-            other.temporaries,
-            other.sums,
-            other.phases,
-        )
+        names = ("arrays", "temporaries", "sums", "phases", "measures")
+        return all(getattr(self, name) == getattr(other, name) for name in names)
 
     def mode(self, op: Operation) -> str:
         """Return how the loop around an operation treats weight decay and the delta."""
         if op.loop == "peek":
             return "peek_l2" if self._decay == "l2" else "peek"
-        return self._decay if op.loop == "rule" else "plain"
+        return self._decay if op.loop in ("rule", "measure") else "plain"

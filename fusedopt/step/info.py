@@ -45,7 +45,7 @@ class StepInfoBuilder:
         # By their sums' names the leaves that have these.
         self.alike: dict[tuple[str, ...], list[int]] = {}
         for k, group in enumerate(spec.group_of):
-            self.alike.setdefault(programs[group].sums, []).append(k)
+            self.alike.setdefault(programs[group].told, []).append(k)
 
     def info(self, number: int, lr: float | dict[str, float]) -> StepInfo:
         """Return the information of the step that was taken last."""

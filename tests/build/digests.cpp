@@ -99,11 +99,12 @@ std::uint64_t operation_digest(const Operation& operation) {
         arrays.push_back(drawn<T>(numbers, n));
         operands.push_back(arrays.back().get());
       }
-      double lanes[LANES] = {};
-      if (operation.kind == SUM) operands[0] = lanes;
+      double lanes[MAX_OPERANDS][LANES] = {};
+      const int sums = operation.kind == SUM ? 1 : operation.kind == MEASURE ? operation.written : 0;
+      for (int k = 0; k < sums; ++k) operands[k] = lanes[k];
       run(operands.data(), scalars.data(), n);
       for (const auto& array : arrays) digest.add(array.get(), n);
-      digest.add(lanes, LANES);
+      for (int k = 0; k < std::max(sums, 1); ++k) digest.add(lanes[k], LANES);
     }
   }
   return digest.state();
