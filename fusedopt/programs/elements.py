@@ -116,4 +116,4 @@ ELEMENTS: dict[str, Element] = {
 """By the kernel's name."""
 
 OF_STATES = frozenset(("sophia_refresh_square", "average", "lerp"))
-"""Those whose first operand is stored as states are, without denormals."""
+"""Operations whose first operand is stored as states are, without denormals."""

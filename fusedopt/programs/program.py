@@ -15,7 +15,7 @@ LOOPS = {"independent": "decoupled", "decoupled_first": "first", "scaled": "plai
 """Modes of the forms of weight decay whose names differ."""
 
 MODES = ("plain", "l2", "decoupled", "first", "peek", "peek_l2")
-"""What the loop around a rule does about weight decay and the delta, as in csrc/table.h."""
+"""Treatments of weight decay and the delta by the loop around a rule, as in csrc/table.h."""
 
 
 def loop_lines(mode: str, target: str, decay: str = "decay") -> tuple[str, str, str]:
