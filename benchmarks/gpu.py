@@ -53,7 +53,7 @@ HOST_SECONDS = 20e-6
 RULES = {
     name: cls
     for name, cls in fo.RULES.items()
-    if cls().program.phases <= 2 and not cls().sides((2, 2))
+    if cls().program.phases <= 2 and not (cls().sides((2, 2)) or cls().program.measures)
 }
 """The rules that the backend has."""
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .orthogonalize import orthogonalize
     from .rules import (
         ADOPT,
+        LAMB,
+        LARS,
         RULES,
         SGD,
         SOAP,
@@ -57,6 +59,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ADOPT",
+    "LAMB",
+    "LARS",
     "RULES",
     "SGD",
     "SOAP",

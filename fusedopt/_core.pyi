@@ -10,7 +10,7 @@ compiler: str
 class Program:
     def __init__(
         self,
-        rows: list[tuple[str, int, int, int, list[int], tuple[int, list[int]] | None]],
+        rows: list[tuple[str, int, int, int, int, list[int], tuple[int, int, list[int]] | None]],
         factor: float,
         base: float,
         slope: float,

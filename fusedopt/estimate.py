@@ -95,7 +95,7 @@ def estimate(
             states += computed.nbytes(n) - n * dtype.itemsize
         elif computed.dtype != dtype:
             states += computed.nbytes(n)
-        if own.program.phases > 1:
+        if own.program.matrices:
             works = max(works, len(own.works))
             order = memory_order(leaf.value) if isinstance(leaf.value, np.ndarray) else "C"
             compute = compute_dtype(dtype)

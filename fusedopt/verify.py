@@ -41,7 +41,8 @@ def variants(cls: type[Rule]) -> Iterator[Rule]:
     for example in cls.examples:
         yield cls(**example, weight_decay=0.0)
         yield cls(**{**example, "maximize": True})
-        for decay in ("l2", "decoupled", "decoupled_first", "independent"):
+        scaled = ("scaled",) if cls.scales_decay else ()
+        for decay in ("l2", "decoupled", "decoupled_first", "independent", *scaled):
             yield cls(**example, weight_decay=0.1, decay=decay)
 
 
@@ -140,7 +141,7 @@ def _check(name: str, backend: str, isa: str, way: str, size: int, steps: int, s
 def _run(rule: Rule, backend: str, way: str, size: int, steps: int, seed: int) -> Iterator[Worst]:
     rng = np.random.default_rng(seed)
     side = max(2, int(size**0.5))
-    shape = (side, max(2, size // side)) if rule.program.phases > 1 else (size,)
+    shape = (side, max(2, size // side)) if rule.program.matrices else (size,)
     name, options = STORAGES[way]
     dtype = PLAIN[name].dtype
 

@@ -132,7 +132,7 @@ def check_parameter(label: str, array: Any, rule: Refusing) -> np.ndarray:
 def check_rule(label: str, dense: Any, rule: Refusing) -> None:
     """ValueError where a rule cannot update an array, of the host or a device."""
     reason, order = rule.refuses(dense), memory_order(dense)
-    if not reason and rule.program.phases > 1 and order not in ("C", "F"):
+    if not reason and rule.program.matrices and order not in ("C", "F"):
         axes = ", ".join(map(str, axes_of(order, dense.ndim)))
         reason = (
             f"{type(rule).__name__} updates matrices in C or Fortran order, and in memory the axes"

@@ -29,7 +29,7 @@ class Matrices:
         self.sided = any(leaf_state.sides for leaf_state in spec.leaves)
         for k, group in enumerate(spec.group_of):
             rule, p = spec.groups[group].rule, spec.leaves[k].parameter
-            if rule.program.phases > 1:
+            if rule.program.matrices:
                 works = max(works, len(rule.works))
                 compute = compute_dtype(p.format.dtype)
                 leaves.append((k, compute, rule.matrices(p.shape), (group, p.shape, p.order)))

@@ -25,7 +25,7 @@ class Part(NamedTuple):
 _ADAM, _RMS = ("adam", "adamw"), ("rmsprop",)
 _STDDEV = Part(_RMS, {"mu": "a", "nu": "v"})
 PARTS = {
-    "ScaleByAdamState": Part((*_ADAM, "adamax", "radam", "adopt"), {"mu": "m", "nu": "v"}),
+    "ScaleByAdamState": Part((*_ADAM, "adamax", "radam", "adopt", "lamb"), {"mu": "m", "nu": "v"}),
     "ScaleByAmsgradState": Part(_ADAM, {"mu": "m", "nu": "v", "nu_max": "x"}),
     "ScaleByLionState": Part(("lion",), {"mu": "m"}),
     "ScaleByRssState": Part(("adagrad",), {"sum_of_squares": "G"}),
@@ -40,7 +40,7 @@ PARTS = {
     "EmaState": Part(("signum",), {"ema": "m"}),
     "SophiaState": Part(("sophia",), {"mu": "m", "nu": "h"}),
     "MuonState": Part(("muon",), {"mu": "m"}),
-    "TraceState": Part(("momentum", "nesterov", "rmsprop"), {"trace": "v"}),
+    "TraceState": Part(("momentum", "nesterov", "rmsprop", "lars"), {"trace": "v"}),
     "ScaleByScheduleState": Part((), {}),
     "EmptyState": Part((), {}),
 }
@@ -182,9 +182,9 @@ def _walked(node: Any, act: Callable[[Any], Any]) -> Any:
 
 
 def _own(rule: Rule, name: str, kind: str) -> tuple[str, int]:
-    """Return the name of a state here, and the factor on it: the RMSProp of optax traces -lr u."""
-    if kind == "TraceState" and rule.name == "rmsprop":
-        return "b", -1
+    """Return the name of a state here, and the factor on it: the RMSProp and LARS of optax trace -lr u."""
+    if kind == "TraceState" and rule.name in ("rmsprop", "lars"):
+        return ("b" if rule.name == "rmsprop" else name), -1
     return ("u" if (rule.name, name) == ("adamax", "v") else name), 1
 
 

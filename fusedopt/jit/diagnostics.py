@@ -63,8 +63,8 @@ def check_measure(element: FunctionType, states: int, scalars: int, sums: int) -
     for k, kind in enumerate(kinds):
         if kind != "float64":
             raise TypeError(
-                f"{where}: value {k} of the {sums} that it returns is {kind}; expected a float64, such"
-                " as 1.0 for a count"
+                f"{where}: value {k} of the {sums} that it returns is {kind}; expected a float64,"
+                " such as 1.0 for a count"
             )
 
 

@@ -115,7 +115,7 @@ def _unit(p: np.ndarray, rule: Rule) -> tuple[int, int]:
 def _cost(p: np.ndarray, rule: Rule) -> float:
     """Bytes that a step moves, operations of matrix products converted to them."""
     cost = float(p.size * 4 * (3 + 2 * len(rule.states)))
-    if rule.program.phases > 1 and p.size:
+    if rule.program.matrices and p.size:
         count, *sides = rule.matrices(p.shape)
         short, long = sorted(sides)
         steps = getattr(rule, "ns_steps", 5)

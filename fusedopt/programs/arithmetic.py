@@ -36,6 +36,21 @@ def by_sign(sign: Array, negative: Array, zero: Array, positive: Array) -> Array
     return sign.by_sign(negative, zero, positive)
 
 
+def plain(x: Array) -> Array:
+    """The values alone, in float64, of which kernels measure sums."""
+    return np.asarray(getattr(x, "value", x), np.float64)
+
+
+def size(x: Array) -> float:
+    """The Euclidean norm of all elements."""
+    return float(np.sqrt(np.sum(plain(x) * plain(x))))
+
+
+def trust_ratio(numerator: float, denominator: float) -> float:
+    """The quotient of two norms, 1 where either is zero."""
+    return numerator / denominator if numerator and denominator else 1.0
+
+
 def ratio(numerator: Array, denominator: Array) -> Array:
     """The quotient, 0 where the denominator is 0: no step where nothing was accumulated."""
     if isinstance(denominator, (np.ndarray, np.generic)):

@@ -112,8 +112,8 @@ class Program:
     arrays: names; work space is added where there is some between phases. temporaries: names of
     tiles that live as long as a tile is worked on; sums: of sums over a leaf, those that the rule
     itself reads last; told: the others. folds: of each operation its function from (t, lr), and
-    where the rule measures, that from (t, lr, sums). head: (factor, a, b); the scalars of a rule stand behind the factor
-    on the gradient and the coefficient a + b lr of weight decay.
+    where the rule measures, that from (t, lr, sums). head: (factor, a, b); the scalars of a rule
+    stand behind the factor on the gradient and the coefficient a + b lr of weight decay.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Program:
         self.told = tuple(name for op in operations if op.loop == "sum" for name in op.sums)
         own = tuple(name for op in operations if op.loop == "measure" for name in op.sums)
         self.sums, self.measures = (*self.told, *own), len(own)
-        self.works = rule.works if self.phases > 1 and not own else ()
+        self.works = rule.works if self.matrices else ()
         self.arrays = (*arrays, *self.works)
         self._decay = LOOPS.get(rule.decay, rule.decay) if rule.weight_decay else "plain"
         self.measured = rule.measured
@@ -138,6 +138,11 @@ class Program:
         self.head = (-1.0 if rule.maximize else 1.0, *line)
         self._filtered = any(op.loop == "filter" for op in operations)
         self.native: Any = None  # what the native backend compiled it to
+
+    @property
+    def matrices(self) -> bool:
+        """Whether the phases have matrix products between them."""
+        return self.phases > 1 and not self.measures
 
     def scalars(self, op: Operation, t: int, lr: float, factor: float) -> tuple[float, ...]:
         """Return all scalars of an operation: those that the loop around it takes, then its own.

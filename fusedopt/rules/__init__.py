@@ -14,7 +14,9 @@ from .adopt import ADOPT
 from .base import Rule
 from .custom import CustomRule
 from .grams import Grams
+from .lamb import LAMB
 from .laprop import LaProp
+from .lars import LARS
 from .lion import Lion
 from .momentum import Momentum
 from .muon import Muon
@@ -35,6 +37,7 @@ RULES: dict[str, type[Rule]] = {
         *(SGD, Momentum, Nesterov, AdaGrad, RMSProp, Adam, AdamW, Lion, Sophia),
         *(AdaMax, Adadelta, NAdam, RAdam, Rprop),
         *(Signum, AdaBelief, ADOPT, AdEMAMix, Grams, LaProp, Adan),
+        *(LARS, LAMB),
         *(Muon, NorMuon, AdaMuon, SOAP),
     )
 }
@@ -42,6 +45,8 @@ RULES: dict[str, type[Rule]] = {
 
 __all__ = [
     "ADOPT",
+    "LAMB",
+    "LARS",
     "RULES",
     "SGD",
     "SOAP",

@@ -14,7 +14,7 @@ from ..arrays.storage import StateDtype, Storage
 from ..linalg.newton_schulz import Stack, Workspace
 from ..programs.arithmetic import Array
 from ..programs.elements import Element
-from ..programs.program import Operation, Program
+from ..programs.program import MEASURE, Operation, Program
 from .hyperparameters import (
     LearningRate,
     NonNegative,
@@ -26,7 +26,7 @@ from .hyperparameters import (
     number_names,
 )
 
-DecayForm = Literal["l2", "decoupled", "decoupled_first", "independent"]
+DecayForm = Literal["l2", "decoupled", "decoupled_first", "independent", "scaled"]
 
 
 class Convention(NamedTuple):
@@ -65,7 +65,9 @@ class Rule:
     weight_decay: lambda >= 0, applied as `decay` says: "l2" adds lambda p to the gradient,
     "decoupled" subtracts lr lambda p together with the update, "decoupled_first" multiplies p by
     1 - lr lambda before it (PyTorch's order), "independent" subtracts lambda p times lr divided
-    by its base value, so that lr itself does not scale it. maximize: ascend instead of descend.
+    by its base value, so that lr itself does not scale it, and "scaled", of rules that measure the
+    size of their steps, makes lambda p a part of the update whose size that is. maximize: ascend
+    instead of descend.
 
     Raises TypeError for a value of the wrong kind and ValueError for one out of range.
     """
@@ -79,6 +81,9 @@ class Rule:
     """The step by which the examples have taken every branch of `scalars`."""
     settled: ClassVar[tuple[str, ...]] = ()
     """Hyperparameters that say what the states hold, so that no step may change them."""
+
+    scales_decay: ClassVar[bool] = False
+    """Whether there is the form "scaled" of weight decay."""
 
     works: ClassVar[tuple[str, ...]] = ("work",)
     """The work space of a rule of several phases, by the names of operands."""
@@ -97,6 +102,11 @@ class Rule:
                     f" schedule; got {getattr(self, name)!r}"
                 )
         self.check_together()
+        if self.decay == "scaled" and not self.scales_decay:
+            raise ValueError(
+                f"{type(self).__name__}(decay): 'scaled' is not available for this rule; take"
+                " 'decoupled'"
+            )
         if self.decay == "independent" and callable(self.lr) and not hasattr(self.lr, "base"):
             raise ValueError(
                 f"{type(self).__name__}(decay): 'independent' divides lr by its base value, and the"
@@ -219,8 +229,8 @@ class Rule:
         return 0.0
 
     @property
-    def kernel(self) -> str:
-        """The name of the struct in csrc/rules.hpp."""
+    def kernel(self) -> str | None:
+        """The name of the struct in csrc/rules.hpp; None where Numba compiles the element."""
         return self.name
 
     def scalars(self, t: int, lr: float) -> tuple[float, ...]:
@@ -238,10 +248,36 @@ class Rule:
         """The delta to subtract and the new states, as the source's equation writes them."""
         raise TypeError(f"{type(self).__name__} defines no textbook form")
 
+    @property
+    def measure(self) -> Element | None:
+        """The addends of an element, or None for a rule that reads no sums.
+
+        (p, g, states, scalars) -> a tuple, whose members are each added up over the leaf before the
+        step; all in float64, and without the scalars that come from the sums.
+        """
+        return None
+
+    def measured(self, t: int, lr: float, sums: tuple[float, ...]) -> tuple[float, ...]:
+        """The struct's last fields, behind `scalars`, from the sums over the leaf."""
+        raise TypeError(f"{type(self).__name__} measures nothing")
+
     def operations(self) -> tuple[Operation, ...]:
         """The program of one step."""
         operands = ("p", "g", *self.states)
-        return (Operation(self.kernel, operands, self.scalars, element=self.element),)
+        rule = Operation(self.kernel, operands, self.scalars, element=self.element)
+        if self.measure is None:
+            return (rule,)
+        ones = [1.0] * (len(operands) + len(self.scalars(1, 0.1)))
+        sums = tuple(f"{MEASURE}{k}" for k in range(len(self.measure(*ones))))
+        measure = Operation(
+            rule.kernel and f"{rule.kernel}_measure",
+            (*sums, *operands),
+            self.scalars,
+            loop="measure",
+            element=self.measure,
+        )
+        count = len(self.measured(1, 0.1, (1.0,) * len(sums)))
+        return measure, replace(rule, phase=1, measured=count)
 
     def sums(self) -> tuple[Operation, ...]:
         """Counts of elements that `stats` adds to its own: run after the rule, each named by its
@@ -320,9 +356,16 @@ class Rule:
         return float(Number().accept(where, self.lr(step)))
 
     @property
+    def scaled_decay(self) -> float:
+        """The coefficient of weight decay that is a part of the update."""
+        return self.weight_decay if self.decay == "scaled" else 0.0
+
+    @property
     def decay_line(self) -> tuple[float, float]:
         """(a, b): the loop around the rule multiplies the parameter with a + b lr."""
         lam = self.weight_decay
+        if self.decay == "scaled":
+            return 0.0, 0.0
         if self.decay == "l2":
             return lam, 0.0
         if self.decay == "decoupled":

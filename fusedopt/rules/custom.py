@@ -8,9 +8,10 @@ import inspect
 from types import FunctionType
 from typing import Any, dataclass_transform
 
-from ..programs.arithmetic import Array
+import numpy as np
+
+from ..programs.arithmetic import Array, plain
 from ..programs.element_source import inexact, on_arrays
-from ..programs.program import Operation
 from .base import Rule
 
 _RESERVED = {
@@ -18,6 +19,13 @@ _RESERVED = {
     *("clipped", "before", "update", "weight", "gradient"),
 }
 """Names that an optimizer gives to arrays of its own."""
+
+
+def _numbers(where: str, values: Any) -> tuple[float, ...]:
+    """Return a tuple of numbers; TypeError for anything else."""
+    if not isinstance(values, tuple) or not all(isinstance(x, (int, float)) for x in values):
+        raise TypeError(f"{where}: expected a tuple of floats, got {values!r}")
+    return values
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -36,6 +44,13 @@ class CustomRule(Rule):
     here, between g and the scalars. It returns the delta, which is subtracted from the parameter,
     and behind it the new value of each state; without states the delta alone. Constants come in
     through the scalars: 0.5 x is a float64.
+
+    A rule may read sums over the parameter, such as norms: `measure`, a static method on the
+    parameters of `element` before those sums are known, returns a tuple of what each element adds,
+    and `measured(t, lr, sums)` makes scalars of the sums, which `element` takes behind the others.
+    Each step measures all parameters before it writes anything. `measure` computes in float64
+    and sees the gradient with clipping and weight decay of the form "l2"; 1.0 adds up to the number
+    of elements. A parameter is then updated as a whole: `Rows` are refused.
 
     `nonnegative` names states that are never negative, `initial` gives the value that states start
     with, `textbook` the reference for `verify` and the backend "reference"; by default that is
@@ -61,17 +76,46 @@ class CustomRule(Rule):
     ...         return (lr if m > 0 else -lr), m
     >>> SignMomentum(lr=0.1).states
     ('m',)
+
+    LARS, whose steps are a share of the parameter's norm:
+
+    >>> class LARS(fo.CustomRule):
+    ...     momentum: float = 0.9
+    ...     trust: float = 1e-3
+    ...
+    ...     def scalars(self, t, lr):
+    ...         return (self.momentum,)
+    ...
+    ...     @staticmethod
+    ...     def measure(p, g, v, momentum):
+    ...         return p * p, g * g
+    ...
+    ...     def measured(self, t, lr, sums):
+    ...         p, g = sums
+    ...         return (lr * self.trust * (p / g) ** 0.5 if p and g else lr,)
+    ...
+    ...     @staticmethod
+    ...     def element(p, g, v, momentum, rate):
+    ...         v = momentum * v + rate * g
+    ...         return v, v
+    >>> p, g = np.array([3.0, 4.0]), np.array([0.0, 1000.0])
+    >>> rule = LARS(lr=1.0, trust=0.1)
+    >>> fo.update(rule, 1, p, g, *rule.init(p))
+    >>> print(p.round(6))
+    [3.  3.5]
     """
 
     name = "custom"
+    kernel = None
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         if "name" not in cls.__dict__:
             cls.name = cls.__name__.lower()
-        own = cls.__dict__.get("element")
-        if isinstance(own, FunctionType):
-            cls.element = staticmethod(own)  # type: ignore[method-assign]
+        for name in ("element", "measure"):
+            own = cls.__dict__.get(name)
+            if isinstance(own, FunctionType):
+                setattr(cls, name, staticmethod(own))
         dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
     @property
@@ -81,35 +125,53 @@ class CustomRule(Rule):
     @functools.cached_property
     def _states(self) -> tuple[str, ...]:
         where = type(self).__name__
-        if not isinstance(self.element, FunctionType):
-            raise TypeError(f"{where}.element: expected a function, got {self.element!r}")
-        scalars = self.scalars(1, 0.1)
-        if not isinstance(scalars, tuple) or not all(isinstance(s, (int, float)) for s in scalars):
-            raise TypeError(f"{where}.scalars: expected a tuple of floats, got {scalars!r}")
-        parameters = inspect.signature(self.element).parameters.values()
-        names = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
-        if len(names) != len(parameters) or names[:2] != ["p", "g"]:
-            raise TypeError(f"{where}.element: expected parameters (p, g, ...), got {names}")
-        count = len(names) - 2 - len(scalars)
-        if count < 0:
+        scalars = _numbers(f"{where}.scalars", self.scalars(1, 0.1))
+        if self.measure is not None:
+            ahead = self._parameters("measure", len(scalars), "`scalars` returns")
+            sums = self.measure(*[1.0] * (2 + len(ahead) + len(scalars)))
+            sums = _numbers(f"{where}.measure", sums)
+            scalars += _numbers(f"{where}.measured", self.measured(1, 0.1, (1.0,) * len(sums)))
+        origin = "`scalars` returns" if self.measure is None else "`scalars` and `measured` return"
+        states = self._parameters("element", len(scalars), origin)
+        if self.measure is not None and ahead != states:
             raise TypeError(
-                f"{where}.element: takes {len(names) - 2} parameters behind p and g, but `scalars`"
-                f" returns {len(scalars)} values; each has a parameter of its own"
+                f"{where}.measure: expected the states of `element`, {states}, between g and the"
+                f" scalars, got {ahead}"
             )
-        states = tuple(names[2 : 2 + count])
         for state in states:
             if state in _RESERVED:
                 raise ValueError(f"{where}.element: a state cannot be called {state!r}")
         return states
 
-    def operations(self) -> tuple[Operation, ...]:
-        return (Operation(None, ("p", "g", *self.states), self.scalars, element=self.element),)
+    def _parameters(self, name: str, scalars: int, origin: str) -> tuple[str, ...]:
+        """Return the states that a function names between g and as many scalars."""
+        where, function = f"{type(self).__name__}.{name}", getattr(self, name)
+        if not isinstance(function, FunctionType):
+            raise TypeError(f"{where}: expected a function, got {function!r}")
+        parameters = inspect.signature(function).parameters.values()
+        names = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
+        if len(names) != len(parameters) or names[:2] != ["p", "g"]:
+            raise TypeError(f"{where}: expected parameters (p, g, ...), got {names}")
+        count = len(names) - 2 - scalars
+        if count < 0:
+            raise TypeError(
+                f"{where}: takes {len(names) - 2} parameters behind p and g, but {origin}"
+                f" {scalars} values; each has a parameter of its own"
+            )
+        return tuple(names[2 : 2 + count])
 
     def textbook(
         self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float
     ) -> tuple[Array, tuple[Array, ...]]:
+        scalars = self.scalars(t, lr)
         try:
-            result = on_arrays(self.element)(p, g, *states, *self.scalars(t, lr))
+            if self.measure is not None:
+                arrays = map(plain, (p, g, *states))
+                addends = on_arrays(self.measure)(*arrays, *scalars)
+                scalars += self.measured(
+                    t, lr, tuple(float(np.sum(np.broadcast_to(x, p.shape))) for x in addends)
+                )
+            result = on_arrays(self.element)(p, g, *states, *scalars)
         except (TypeError, ValueError) as error:
             where = type(self).__name__
             raise TypeError(

@@ -179,7 +179,8 @@ def refuses_rows(rule: Rule, leaf_state: LeafState) -> str | None:
     """Why a leaf takes no gradient of some rows; None where it does."""
     p = leaf_state.caller
     if rule.program.phases > 1:
-        return f"{type(rule).__name__} updates matrices as a whole, not some of their rows"
+        what = "measures parameters" if rule.program.measures else "updates matrices"
+        return f"{type(rule).__name__} {what} as a whole, not some of their rows"
     if not p.flags.c_contiguous:
         return "rows of a parameter that is not in C order are not dense"
     length = p.size // max(p.shape[0], 1)

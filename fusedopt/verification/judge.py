@@ -108,7 +108,7 @@ def judge(
     rows: what alone may have changed, if given.
     """
     dtype, order = before[0].dtype, after[0].order
-    whole = rule.program.phases > 1  # a matrix, which the reference needs in its shape
+    whole = rule.program.matrices  # a matrix, which the reference needs in its shape
 
     def lift(a: np.ndarray) -> Bounded:
         return Bounded.exact(a if whole else flattened(a, order), dtype)

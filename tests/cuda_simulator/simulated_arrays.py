@@ -295,6 +295,10 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         )
         for cls in (fo.NorMuon, fo.AdaMuon, fo.SOAP)
     },
+    "sums": (
+        lambda: fo.Optimizer(OnDevice(host()), fo.LARS()),
+        ValueError, "LARS, which measures: is not supported by the backend 'cuda'; take fo.AdamW",
+    ),
     "shape": (
         lambda: fo.Optimizer(OnDevice(host()), fo.SGD()).step(OnDevice(host(3))),
         ValueError, r"expected the shape \(4,\)",

@@ -16,7 +16,11 @@ from fusedopt.arrays import storage
 from fusedopt.arrays.formats import SEGMENT
 from fusedopt.backends.cuda.matmul import Library
 
-SUPPORTED = {name: rule for name, rule in DEFAULTS.items() if rule.program.phases <= 2}
+SUPPORTED = {
+    name: rule
+    for name, rule in DEFAULTS.items()
+    if rule.program.phases <= 2 and not rule.program.measures
+}
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
 

@@ -22,6 +22,7 @@ from exactness import (
     Case,
     Guards,
     Result,
+    apart,
     assert_same_bits,
     case,
     operands,
@@ -85,7 +86,7 @@ def test_instruction_sets_at_every_size(rule: fo.Rule, n: int, dtype: type) -> N
 
 @several_isas
 @every_dtype
-@pytest.mark.parametrize("name", [n for n, rule in DEFAULTS.items() if rule.program.phases > 1])
+@pytest.mark.parametrize("name", [n for n, rule in DEFAULTS.items() if rule.program.matrices])
 def test_instruction_sets_with_matrix_products(name: str, dtype: type) -> None:
     # The products themselves are BLAS's, the same on each: they must get the same operands.
     rule = fo.RULES[name](**DECAYING)
@@ -132,7 +133,7 @@ def test_thread_counts() -> None:
 @every_rule
 def test_one_optimizer_over_many_is_one_for_each(rule: fo.Rule, dtype: type) -> None:
     cases = [case(rule, n, dtype, seed=n) for n in (0, 1, 300, 256, 7)]
-    if rule.program.phases == 1:
+    if not rule.program.matrices:
         cases.append(case(rule, (), dtype, seed=11))
     together = stepped(rule, cases)
     for k, c in enumerate(cases):
@@ -142,6 +143,7 @@ def test_one_optimizer_over_many_is_one_for_each(rule: fo.Rule, dtype: type) -> 
 @every_dtype
 @every_rule
 def test_each_element_is_alone(rule: fo.Rule, dtype: type) -> None:
+    rule = apart(rule)
     # One-element leaves run the code of the vectorised loop's tail.
     n = 67
     for awkward in ((), operands(rule)):
@@ -154,6 +156,7 @@ def test_each_element_is_alone(rule: fo.Rule, dtype: type) -> None:
 @pytest.mark.parametrize("n", SIZES)
 @default_rules
 def test_concatenation(rule: fo.Rule, n: int, dtype: type) -> None:
+    rule = apart(rule)
     c = case(rule, n, dtype)
     cuts = sorted({n // 7, n // 3, n // 2, max(0, n - 3)})
     assert_same_bits(stepped(rule, [c])[0], joined(stepped(rule, pieces(c, cuts))), repr(rule))
@@ -162,6 +165,7 @@ def test_concatenation(rule: fo.Rule, n: int, dtype: type) -> None:
 @every_dtype
 @every_rule
 def test_permutation(rule: fo.Rule, dtype: type) -> None:
+    rule = apart(rule)
     n = 1009
     c = case(rule, n, dtype, awkward=operands(rule))
     order = np.random.default_rng(1).permutation(n)

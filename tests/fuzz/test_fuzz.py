@@ -92,7 +92,7 @@ def chooser(data: st.DataObject) -> Choose:
 def test_against_the_reference(data: st.DataObject) -> None:
     choose = chooser(data)
     chosen = recipe(choose)
-    matrices = any(RULES[name].program.phases > 1 for name in chosen.rules)
+    matrices = any(RULES[name].program.matrices for name in chosen.rules)
     twins = [made(chosen, backend="native")]
     twins.append(made(chosen, backend="native", verify=not matrices, threads=1))
     twins.append(made(chosen, backend="reference"))

@@ -101,6 +101,8 @@ DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
     ("optax", "adopt"): {"betas": (0.9, 0.9999), "eps": 1e-6},
     ("optax", "ademamix"): {"betas": (0.9, 0.999, 0.9999), "alpha": 5.0, "eps": 1e-8},
     ("optax", "adan"): {"betas": (0.98, 0.92, 0.99), "eps": 1e-8, "eps_root": 1e-8},
+    ("optax", "lars"): {"momentum": 0.9, "trust": 1e-3, "eps": 0.0, "nesterov": False, **L2},
+    ("optax", "lamb"): {"betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.0, "decay": "scaled"},
     ("optax", "lion"): {"betas": (0.9, 0.99), "weight_decay": 1e-3},
     ("optax", "sophia"): {
         "betas": (0.965, 0.99),

@@ -43,6 +43,8 @@ def test_registry() -> None:
         "grams",
         "laprop",
         "adan",
+        "lars",
+        "lamb",
         "muon",
         "normuon",
         "adamuon",

@@ -17,7 +17,7 @@ DRAWS = 2000
 ROUNDINGS = pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 names = pytest.mark.parametrize("name", BLOCKED)
 SIGNED = [signed for signed, _ in (*QUANTIZED.values(), *QUANTIZED_STOCHASTIC.values())]
-ELEMENTWISE = [n for n, rule in fo.RULES.items() if rule().program.phases == 1 and rule().states]
+ELEMENTWISE = [n for n, rule in fo.RULES.items() if not rule().program.matrices and rule().states]
 
 
 def blocks_of(seed: int, size: int = 256) -> dict[str, Array]:

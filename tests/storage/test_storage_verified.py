@@ -100,7 +100,7 @@ def test_verified_steps_pass(
 
     if options.get("master") == "split16":
         leaves = [(shape, BF16 if dtype == F16 else dtype, o) for shape, dtype, o in leaves]
-    if rule.program.phases > 1:
+    if rule.program.matrices:
         leaves = [(s if len(s) > 1 else shape_of(rule, 7), d, o) for s, d, o in leaves]
     if options:  # nothing is refused for lack of use
         leaves = [((1, 9), BF16, "C"), *leaves]

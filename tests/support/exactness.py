@@ -38,7 +38,7 @@ def elementwise(rule: fo.Rule) -> fo.Rule:
 
     What BLAS returns may depend on how it is called; everything round it may not.
     """
-    if rule.program.phases == 1:
+    if not rule.program.matrices:
         return rule
 
     def between(self: fo.Rule, phase: int, works: Any, workspace: Any, members: Any) -> None:
@@ -55,6 +55,20 @@ def elementwise(rule: fo.Rule) -> fo.Rule:
 
     members = {"between": between, "sides": sides, "textbook": textbook}
     cls = type("Elementwise" + type(rule).__name__, (type(rule),), members)
+    stand_in: fo.Rule = cls(**{field.name: getattr(rule, field.name) for field in fields(rule)})
+    return stand_in
+
+
+def apart(rule: fo.Rule) -> fo.Rule:
+    """The rule; where it reads sums, with one that is the same whatever there is to add up."""
+    if not rule.program.measures:
+        return rule
+    sums = (2.0,) * rule.program.measures
+
+    def measured(self: fo.Rule, t: int, lr: float, _: Any) -> tuple[float, ...]:
+        return rule.measured(t, lr, sums)
+
+    cls = type("Apart" + type(rule).__name__, (type(rule),), {"measured": measured})
     stand_in: fo.Rule = cls(**{field.name: getattr(rule, field.name) for field in fields(rule)})
     return stand_in
 
@@ -96,7 +110,7 @@ def operands(rule: fo.Rule) -> tuple[str, ...]:
 
 def shape_of(rule: fo.Rule, n: int) -> tuple[int, ...]:
     """A shape of n elements that the rule accepts."""
-    return (n,) if rule.program.phases == 1 else (1, n)
+    return (n,) if not rule.program.matrices else (1, n)
 
 
 def case(

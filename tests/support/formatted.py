@@ -137,7 +137,7 @@ ADAMW = RULES["adamw"]
 
 
 def shaped(rule: fo.Rule, n: int) -> tuple[int, ...]:
-    return (n,) if rule.program.phases == 1 else (1, n)
+    return (n,) if not rule.program.matrices else (1, n)
 
 
 def draw(seed: int, shape: Any, dtype: Any, *, special: bool = False) -> Array:

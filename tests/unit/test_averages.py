@@ -27,7 +27,7 @@ def blended(average: Array, p: Array, ema: float) -> Array:
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_bits_of_an_average(name: str, dtype: Any) -> None:
     rule = DEFAULTS[name]
-    shape = (111, 300) if rule.program.phases > 1 else (N,)
+    shape = (111, 300) if rule.program.matrices else (N,)
     p = rng.standard_normal(shape).astype(dtype)
     opt = fo.Optimizer(p, rule, ema=0.97)
     expected = p.copy()

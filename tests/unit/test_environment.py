@@ -50,7 +50,7 @@ def in_new_thread(action: Callable[[], Any], control: int | None = None) -> Any:
 def tiny(rule: fo.Rule, dtype: Any, n: int) -> tuple[Array, Array]:
     """A parameter and a gradient, many of whose elements, sums and products are denormal."""
     rng = np.random.default_rng(7)
-    shape = (n // 256, 256) if rule.program.phases > 1 else (n,)
+    shape = (n // 256, 256) if rule.program.matrices else (n,)
     limit = np.log(np.finfo(dtype).tiny)
     p, g = (np.exp(limit + rng.uniform(-9, 3, shape)).astype(dtype) for _ in range(2))
     return p, g * rng.choice([-1, 1], shape).astype(dtype)

@@ -69,7 +69,7 @@ def test_every_number_of_every_rule_is_there() -> None:
 
 
 def tensors(rule: fo.Rule, dtype: Any = np.float32) -> tuple[Any, list[Any]]:
-    shape = (7, 5) if rule.program.phases > 1 else (35,)
+    shape = (7, 5) if rule.program.matrices else (35,)
     drawn = [
         {name: rng.standard_normal(shape).astype(dtype) for name in "ab"} for _ in range(STEPS + 1)
     ]

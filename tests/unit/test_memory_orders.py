@@ -25,7 +25,7 @@ ORDERS = {
 }
 RULES: dict[str, fo.Rule] = {name: rule() for name, rule in fo.RULES.items()}
 ELEMENTWISE = sorted(name for name, rule in RULES.items() if rule.program.phases == 1)
-MATRICES = sorted(set(RULES) - set(ELEMENTWISE))
+MATRICES = sorted(name for name, rule in RULES.items() if rule.program.matrices)
 SHAPES = {
     "channels last": (8, 5, 12, 11),
     "turned": (4, 12, 10, 12),

@@ -111,7 +111,7 @@ def test_lists_and_tuples_and_orders_of_keys_are_alike(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    "rule", [MIXED, *(r for r in (cls() for cls in fo.RULES.values()) if r.program.phases == 1)]
+    "rule", [MIXED, *(r for r in (cls() for cls in fo.RULES.values()) if not r.program.matrices)]
 )
 def test_resuming_gives_the_bits_of_not_stopping(rule: Any, backend: str) -> None:
     params = tree()

@@ -260,7 +260,7 @@ def test_every_storage_verified_with_everything_on(way: str) -> None:
 @pytest.mark.parametrize("name", fo.RULES)
 def test_every_rule_verified_with_clipped_values(name: str) -> None:
     rule = fo.RULES[name](weight_decay=0.1)
-    shape = (97, 130) if rule.program.phases > 1 else (N,)
+    shape = (97, 130) if rule.program.matrices else (N,)
     p, g = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))
     opt = fo.Optimizer(p, rule, verify=True, clip_value=0.5, ema=0.5, stats=True)
     for _ in range(STEPS):

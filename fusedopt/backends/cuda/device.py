@@ -64,6 +64,8 @@ def check_options(options: Options, state_path: Any) -> None:
 
 def check_rule(rule: Rule, p: DeviceArray) -> None:
     """ValueError for a rule that there is on the host alone."""
+    if rule.program.measures:
+        raise ValueError(unsupported(f"{type(rule).__name__}, which measures", "take fo.AdamW"))
     if rule.program.phases > 2 or rule.sides(p.shape):
         raise ValueError(unsupported(type(rule).__name__, "take fo.Muon"))
 

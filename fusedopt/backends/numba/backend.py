@@ -83,19 +83,21 @@ def _compiled(program: Program, dtype: np.dtype) -> list[Op]:
     for op in program.operations:
         places = [slots[name] for name in op.operands]
         changed = places[:1]
-        if op.loop == "rule":
+        if op.loop == "measure":
+            changed = places[: len(op.sums)]
+        elif op.loop == "rule":
             changed += places[2:] if op.written is None else places[2 : 2 + op.written]
         elif op.loop == "peek":
             changed = places[-1:]
         used, written = (sum(1 << k for k in bits) for bits in (places, changed))
-        summed = written if op.loop == "sum" else 0
+        summed = written if op.sums else 0
         run = tile_function(program, op, dtype).address
         ops.append(Op(run, places, used, written - summed, summed, op.phase, op.needs))
     return ops
 
 
-Kind = tuple[int, np.dtype, int]
-"""Key of leaves that have the same scalars: rule, compute type and step."""
+Folded = list[np.ndarray]
+"""The scalars of each operation of a program."""
 
 
 class NumbaPlan(ExclusiveUse):
@@ -190,14 +192,18 @@ class NumbaPlan(ExclusiveUse):
         scalars = self._folded(active)
         if self._matrices.sided:
             self._matrices.before(active)
+        measuring = [k for k in active if self._programs[spec.group_of[k]].measures]
+        if measuring:
+            self._run(measuring, 0, scalars, grads)
+            scalars.update({k: self._with_measured(k, scalars[k]) for k in measuring})
         batches = self._matrices.batches
         for batch in sorted({batches[k] for k in active if k in batches}):
             members = [k for k in active if batches.get(k) == batch]
-            for phase in range(last := self._programs[spec.group_of[members[0]]].phases - 1):
+            for phase in range(self._programs[spec.group_of[members[0]]].phases - 1):
                 self._run(members, phase, scalars, grads)
                 self._matrices.between(batch, phase, members)
-            self._run(members, last, scalars, grads)
-        self._run([k for k in active if k not in batches], 0, scalars, grads)
+            self._run(members, None, scalars, grads)
+        self._run([k for k in active if k not in batches], None, scalars, grads)
         spec.counters[1:][active] += 1
         spec.counters[0] += 1
         return int(spec.counters[0])
@@ -222,31 +228,46 @@ class NumbaPlan(ExclusiveUse):
         for k, result in zip(active, found, strict=True):
             self._spec.results[k, :2] = result
 
-    def _folded(self, active: Sequence[int]) -> dict[Kind, list[np.ndarray]]:
-        """The scalars of each operation."""
-        spec, folded = self._spec, {}
+    def _folded(self, active: Sequence[int]) -> dict[int, Folded]:
+        """The scalars of each leaf; those of one rule, compute type and step share theirs."""
+        spec, shared, folded = self._spec, dict[Any, Folded](), {}
         for k in active:
-            g, dtype, t = kind = self._kind(k)
-            if kind in folded:
-                continue
-            program, lr = self._programs[g], float(spec.rates[g])
-            factor = float(spec.factors[g])
-            folded[kind] = [
-                np.array(program.scalars(op, t, lr, factor), np.float64).astype(dtype)
-                for op in program.operations
-            ]
+            g, dtype, t = kind = spec.group_of[k], self._dtypes[k], self._next(k)
+            if kind not in shared:
+                program, lr = self._programs[g], float(spec.rates[g])
+                factor = float(spec.factors[g])
+                shared[kind] = [
+                    np.array(program.scalars(op, t, lr, factor), np.float64).astype(dtype)
+                    for op in program.operations
+                ]
+            folded[k] = shared[kind]
         return folded
 
-    def _kind(self, k: int) -> Kind:
-        return self._spec.group_of[k], self._dtypes[k], int(self._spec.counters[k + 1]) + 1
+    def _with_measured(self, k: int, scalars: Folded) -> Folded:
+        """Return the scalars of a leaf with those that its sums give."""
+        spec, g = self._spec, self._spec.group_of[k]
+        program = self._programs[g]
+        first = 3 + len(program.told)
+        sums = tuple(spec.results[k, first : first + program.measures].tolist())
+        found = program.measured(self._next(k), float(spec.rates[g]), sums)
+        given = zip(program.operations, scalars, strict=True)
+        return [
+            np.append(own[: -op.measured], found).astype(own.dtype) if op.measured else own
+            for op, own in given
+        ]
+
+    def _next(self, k: int) -> int:
+        """The number of a leaf's next step."""
+        return int(self._spec.counters[k + 1]) + 1
 
     def _run(
         self,
         members: Sequence[int],
-        phase: int,
-        scalars: dict[Kind, list[np.ndarray]],
+        phase: int | None,
+        scalars: dict[int, Folded],
         grads: Sequence[Any],
     ) -> None:
+        """Run a phase of some leaves; None: the last of each."""
         from .tables import Table
 
         table = Table(self._operands)
@@ -255,10 +276,9 @@ class NumbaPlan(ExclusiveUse):
         for k in members:
             first, count = self._starts[k], self._counts[k]
             refreshed = bool(self._operands[first + HESSIAN]["data"])
-            kind = self._kind(k)
-            key = kind, refreshed
+            key = id(scalars[k]), refreshed
             if key not in made:
-                made[key] = self._steps(table, kind, phase, refreshed, scalars[kind])
+                made[key] = self._steps(table, k, phase, refreshed, scalars[k])
             steps, used, written, sums = made[key]
             if written >> PARAMETER & 1:
                 mirrors = len(self._spec.leaves[k].mirrors)
@@ -278,11 +298,14 @@ class NumbaPlan(ExclusiveUse):
                     self._spec.results[k, 3 + j] = total(leaf, at + j)
 
     def _steps(
-        self, table: Any, kind: Kind, phase: int, refreshed: bool, scalars: Sequence[np.ndarray]
+        self, table: Any, k: int, phase: int | None, refreshed: bool, scalars: Folded
     ) -> tuple[tuple[int, int], int, int, int]:
         """Adds a program's steps: the first and their count; operands used, written, summed."""
         numbers, used, written, summed = [0], 0, 0, 0
-        for op, values in zip(self._ops[kind[:2]], scalars, strict=True):
+        g = self._spec.group_of[k]
+        if phase is None:
+            phase = self._programs[g].phases - 1
+        for op, values in zip(self._ops[g, self._dtypes[k]], scalars, strict=True):
             if op.phase == phase and (op.needs is None or refreshed):
                 numbers.append(table.add_step(op.run, values, op.slots))
                 used, written, summed = used | op.used, written | op.written, summed | op.summed

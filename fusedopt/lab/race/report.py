@@ -42,6 +42,8 @@ ERAS = {
     "grams": ("2024", "Adam's step size, the gradient's direction"),
     "laprop": ("2020", "a velocity of gradients made alike"),
     "adan": ("2022", "a velocity of changes of the gradient"),
+    "lars": ("2017", "a velocity of the size of each matrix"),
+    "lamb": ("2019", "Adam's direction, of the size of each matrix"),
     "muon": ("2024", "matrices made orthogonal"),
     "normuon": ("2025", "and their rows made alike"),
     "adamuon": ("2025", "and their elements made alike"),
