@@ -182,7 +182,10 @@ def _walked(node: Any, act: Callable[[Any], Any]) -> Any:
 
 
 def _own(rule: Rule, name: str, kind: str) -> tuple[str, int]:
-    """Return the name of a state here, and the factor on it: the RMSProp and LARS of optax trace -lr u."""
+    """Return the name of a state here, and the factor on it.
+
+    The RMSProp and LARS of optax trace -lr u.
+    """
     if kind == "TraceState" and rule.name in ("rmsprop", "lars"):
         return ("b" if rule.name == "rmsprop" else name), -1
     return ("u" if (rule.name, name) == ("adamax", "v") else name), 1

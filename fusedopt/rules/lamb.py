@@ -115,12 +115,12 @@ class LAMB(Rule):
     def textbook(
         self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float
     ) -> tuple[Array, tuple[Array, ...]]:
-        u, m, v = self._textbook_direction(p, g, *states, t)
-        measured, *_ = self._textbook_direction(*map(plain, (p, g, *states)), t)
+        u, m, v = self._textbook_direction(t, p, g, *states)
+        measured, *_ = self._textbook_direction(t, *map(plain, (p, g, *states)))
         return lr * trust_ratio(size(p), size(measured)) * u, (m, v)
 
     def _textbook_direction(
-        self, p: Array, g: Array, m: Array, v: Array, t: int
+        self, t: int, p: Array, g: Array, m: Array, v: Array
     ) -> tuple[Array, Array, Array]:
         b1, b2 = self.betas
         m = b1 * m + (1 - b1) * g

@@ -101,9 +101,9 @@ def test_the_norm_is_of_the_clipped_gradient() -> None:
 
 
 def test_counts_and_leaves_without_a_gradient() -> None:
-    p = {"a": np.zeros(4, np.float32), "b": np.zeros(2), "c": np.zeros(3)}
+    p: dict[str, Any] = {"a": np.zeros(4, np.float32), "b": np.zeros(2), "c": np.zeros(3)}
     opt = fo.Optimizer(p, Counting(lr=1.0))
-    opt.step({"a": np.float32([1, -1, 1, 1]), "b": None, "c": np.array([0.0, 0, 1])})
+    opt.step({"a": np.array([1, -1, 1, 1], np.float32), "b": None, "c": np.array([0.0, 0, 1])})
     opt.step({"a": None, "b": np.array([1.0, -1]), "c": None})
     assert p["a"].tolist() == [-0.75] * 4
     assert p["b"].tolist() == [-0.5] * 2

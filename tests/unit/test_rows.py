@@ -120,7 +120,7 @@ def test_exact_rows_have_the_bits_of_dense_steps(rule: fo.Rule, way: str, zero_g
 @pytest.mark.parametrize("rule", [r for c in fo.RULES.values() for r in variants(c)], ids=repr)
 def test_exact_rows_of_every_variant(rule: fo.Rule) -> None:
     if rule.program.phases > 1:
-        with pytest.raises(ValueError, match="(updates matrices|measures parameters) as a whole"):
+        with pytest.raises(ValueError, match=r"(updates matrices|measures parameters) as a whole"):
             fo.Optimizer(draw(ROWS, 8), rule).step(some(length=8))
         return
     p = draw(ROWS, 8)
