@@ -96,7 +96,7 @@ class Governed(Protocol):
 
     @property
     def works(self) -> tuple[str, ...]:
-        """The names of the work space of a rule of several phases."""
+        """The names of the work space between two phases."""
 
     @property
     def decay_line(self) -> tuple[float, float]:
@@ -128,7 +128,7 @@ class Program:
         self.told = tuple(name for op in operations if op.loop == "sum" for name in op.sums)
         own = tuple(name for op in operations if op.loop == "measure" for name in op.sums)
         self.sums, self.measures = (*self.told, *own), len(own)
-        self.works = rule.works if self.matrices else ()
+        self.works = rule.works
         self.arrays = (*arrays, *self.works)
         self._decay = LOOPS.get(rule.decay, rule.decay) if rule.weight_decay else "plain"
         self.measured = rule.measured
@@ -142,7 +142,7 @@ class Program:
     @property
     def matrices(self) -> bool:
         """Whether the phases have matrix products between them."""
-        return self.phases > 1 and not self.measures
+        return bool(self.works)
 
     def scalars(self, op: Operation, t: int, lr: float, factor: float) -> tuple[float, ...]:
         """Return all scalars of an operation: those that the loop around it takes, then its own.

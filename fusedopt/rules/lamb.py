@@ -17,7 +17,7 @@ from ..programs.arithmetic import (
     trust_ratio,
 )
 from ..programs.elements import quotient
-from .base import REQUIRED, Convention, DecayForm, Rule
+from .base import DecayForm, Rule
 from .hyperparameters import Betas, LearningRate, NonNegative
 
 
@@ -53,17 +53,6 @@ class LAMB(Rule):
     """
 
     name = "lamb"
-    conventions = {
-        "optax": Convention(
-            {
-                "lr": REQUIRED,
-                "betas": (0.9, 0.999),
-                "eps": 1e-6,
-                "eps_root": 0.0,
-                "weight_decay": 0.0,
-            }
-        )
-    }
     examples = ({}, {"eps_root": 1e-6})
     scales_decay = True
 
@@ -89,10 +78,7 @@ class LAMB(Rule):
         return *means, step, self.eps_root * c2, self.eps * root, self.scaled_decay
 
     @staticmethod
-    def measure(
-        p: float, g: float, m: float, v: float, b1: float, one_b1: float, b2: float, one_b2: float,
-        step: float, eps_root: float, eps: float, decay: float,
-    ) -> tuple[float, float]:  # fmt: skip
+    def measure(p, g, m, v, b1, one_b1, b2, one_b2, step, eps_root, eps, decay):
         m = b1 * m + one_b1 * g
         v = b2 * v + one_b2 * (g * g)
         u = quotient(step * m, sqrt(v + eps_root) + eps) + decay * p
@@ -103,10 +89,7 @@ class LAMB(Rule):
         return (lr * (p / u if p and u else 1.0),)
 
     @staticmethod
-    def element(
-        p: float, g: float, m: float, v: float, b1: float, one_b1: float, b2: float, one_b2: float,
-        step: float, eps_root: float, eps: float, decay: float, rate: float,
-    ) -> tuple[float, float, float]:  # fmt: skip
+    def element(p, g, m, v, b1, one_b1, b2, one_b2, step, eps_root, eps, decay, rate):
         m = b1 * m + one_b1 * g
         v = b2 * v + one_b2 * (g * g)
         u = quotient(step * m, sqrt(v + eps_root) + eps) + decay * p

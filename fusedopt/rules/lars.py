@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import sqrt
 
 from ..programs.arithmetic import Array, size, trust_ratio
-from .base import REQUIRED, Convention, Rule
+from .base import Rule
 from .hyperparameters import Fraction, LearningRate, NonNegative
 
 
@@ -42,18 +42,6 @@ class LARS(Rule):
     """
 
     name = "lars"
-    conventions = {
-        "optax": Convention(
-            {
-                "lr": REQUIRED,
-                "weight_decay": 0.0,
-                "trust": 1e-3,
-                "eps": 0.0,
-                "momentum": 0.9,
-                "nesterov": False,
-            }
-        )
-    }
     examples = ({}, {"nesterov": True, "trust": 0.02, "eps": 0.1})
 
     lr: LearningRate = 1.0
@@ -70,7 +58,7 @@ class LARS(Rule):
         return (self.momentum, 1.0, self.momentum) if self.nesterov else (self.momentum, 0.0, 1.0)
 
     @staticmethod
-    def measure(p: float, g: float, v: float, mu: float, x: float, y: float) -> tuple[float, float]:
+    def measure(p, g, v, mu, x, y):
         return p * p, g * g
 
     def measured(self, t: int, lr: float, sums: tuple[float, ...]) -> tuple[float, ...]:
@@ -78,9 +66,7 @@ class LARS(Rule):
         return (lr * (self.trust * p / (g + self.eps) if p and g else 1.0),)
 
     @staticmethod
-    def element(
-        p: float, g: float, v: float, mu: float, x: float, y: float, rate: float
-    ) -> tuple[float, float]:
+    def element(p, g, v, mu, x, y, rate):
         u = rate * g
         v = mu * v + u
         return x * u + y * v, v
