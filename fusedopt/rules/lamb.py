@@ -25,6 +25,17 @@ from .hyperparameters import Betas, LearningRate, NonNegative
 class LAMB(Rule):
     """Adam whose steps have the norm of their parameter.
 
+    Parameters
+    ----------
+    betas : pair of float
+        Decay rates b1 and b2 in [0, 1) of m and v; default (0.9, 0.999).
+    eps : float
+        Number >= 0 added to the root in the denominator; default 1e-6.
+    eps_root : float
+        Number >= 0 added inside the root; default 0.
+    lr, weight_decay, decay, maximize
+        As in `Rule`; decay "scaled" by default.
+
     Notes
     -----
     ::

@@ -14,6 +14,19 @@ from .hyperparameters import Fraction, LearningRate, NonNegative
 class LARS(Rule):
     """Momentum of gradients whose norm is made a fixed share of their parameter's.
 
+    Parameters
+    ----------
+    momentum : float
+        Decay rate in [0, 1) of the velocity; default 0.9.
+    trust : float
+        Share >= 0 of the parameter's norm that a gradient gets; default 1e-3.
+    eps : float
+        Number >= 0 added to the gradient's norm; default 0.
+    nesterov : bool
+        Whether to look ahead by Nesterov's momentum; default False.
+    lr, weight_decay, decay, maximize
+        As in `Rule`; lr 1 by default.
+
     Notes
     -----
     ::
