@@ -1,6 +1,7 @@
 // Threads that stay from one parallel loop to the next, for builds without OpenMP.
 #pragma once
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
@@ -23,13 +24,24 @@ inline void relax() {
 #endif
 }
 
-// Looks for some 30 to 100 us, as long as waking a thread takes, and says whether it came true.
+// How long a thread looks before it sleeps. To wake it takes 30 to 100 us, and steps that choose
+// between one thread and all leave it alone for a step now and then.
+#ifndef FUSEDOPT_SPIN_US
+#define FUSEDOPT_SPIN_US 300
+#endif
+constexpr std::chrono::microseconds SPIN{FUSEDOPT_SPIN_US};
+
+// Looks again and again, and says whether it came true.
 template <class Condition>
 bool spin(const Condition& condition) {
-  for (int k = 0; k < 2000; ++k) {
-    if (condition()) return true;
-    relax();
-  }
+  using Clock = std::chrono::steady_clock;
+  const Clock::time_point end = Clock::now() + SPIN;
+  do {
+    for (int k = 0; k < 64; ++k) {
+      if (condition()) return true;
+      relax();
+    }
+  } while (Clock::now() < end);
   return condition();
 }
 
