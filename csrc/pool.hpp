@@ -24,12 +24,9 @@ inline void relax() {
 #endif
 }
 
-// How long a thread looks before it sleeps. To wake it takes 30 to 100 us, and steps that choose
-// between one thread and all leave it alone for a step now and then.
-#ifndef FUSEDOPT_SPIN_US
-#define FUSEDOPT_SPIN_US 300
-#endif
-constexpr std::chrono::microseconds SPIN{FUSEDOPT_SPIN_US};
+// How long a thread looks before it sleeps: about as long as waking it takes, and as OpenMP's threads
+// do here. With 300 us steps were no faster, and what a trainer does next waits for the processor.
+constexpr std::chrono::microseconds SPIN{50};
 
 // Looks again and again, and says whether it came true.
 template <class Condition>
