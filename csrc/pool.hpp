@@ -24,8 +24,9 @@ inline void relax() {
 #endif
 }
 
-// How long a thread looks before it sleeps: about as long as waking it takes, and as OpenMP's threads
-// do here. With 300 us steps were no faster, and what a trainer does next waits for the processor.
+// How long a thread looks before it sleeps: about as long as waking it takes, and as OpenMP's
+// threads do here. With 300 us steps were no faster, and what a trainer does next waits for the
+// processor.
 constexpr std::chrono::microseconds SPIN{50};
 
 // Looks again and again, and says whether it came true.

@@ -72,7 +72,7 @@ class Governed(Protocol):
 
     @property
     def works(self) -> tuple[str, ...]:
-        """The names of the work space of a rule of several phases."""
+        """The names of the work space between two phases."""
 
     @property
     def decay_line(self) -> tuple[float, float]:
@@ -99,7 +99,7 @@ class Program:
     ) -> None:
         self.temporaries, self.sums = temporaries, sums
         self.phases = 1 + max([op.phase for op in operations])
-        self.works = rule.works if self.phases > 1 else ()
+        self.works = rule.works
         self.arrays = (*arrays, *self.works)
         self._decay = _decay(rule)
         self._forms = _forms(operations)
