@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
 
 from .elements import Element
 
@@ -36,8 +35,7 @@ def loop_lines(mode: str, target: str, decay: str = "decay") -> tuple[str, str, 
     return lines[mode]
 
 
-@dataclass(frozen=True)
-class Operation:
+class Operation(NamedTuple):
     """One operation of a rule's program, run on each tile (csrc/rules.hpp holds the kernels).
 
     operands: names; "g" and "hessian" come anew with each step, "p" is the parameter, those of
@@ -46,10 +44,10 @@ class Operation:
     the last operand, "measure" adds to sums of the leaf what the rule will read of them, "filter"
     makes its first operand of the gradient times its factor, "sum" adds up, and "other" writes its
     first operand. measured: how many of the scalars, the last ones, come from those sums and not
-    from `scalars`. needs: run only where this input was given. written:
-    the number of a rule's states that are written, the first ones; None: all. element: the kernel
-    in Python, where elements.py does not have it under the kernel's name. kernel: None where the
-    core has none, and is given the compiled element.
+    from `scalars`. needs: run only where this input was given. written: the number of a rule's
+    states that are written, the first ones; None: all. element: the kernel in Python, where
+    elements.py does not have it under the kernel's name. kernel: None where the core has none, and
+    is given the compiled element.
     """
 
     kernel: str | None
@@ -113,7 +111,9 @@ class Program:
     tiles that live as long as a tile is worked on; sums: of sums over a leaf, those that the rule
     itself reads last; told: the others. folds: of each operation its function from (t, lr), and
     where the rule measures, that from (t, lr, sums). head: (factor, a, b); the scalars of a rule
-    stand behind the factor on the gradient and the coefficient a + b lr of weight decay.
+    stand behind the factor on the gradient and the coefficient a + b lr of weight decay. numbers:
+    both, all that depends on hyperparameters that are numbers. form: what does not, hashable where
+    operations have kernels.
     """
 
     def __init__(
@@ -123,21 +123,36 @@ class Program:
         arrays: tuple[str, ...],
         temporaries: tuple[str, ...] = (),
     ) -> None:
-        self.operations, self.temporaries = operations, temporaries
-        self.phases = 1 + max(op.phase for op in operations)
-        self.told = tuple(name for op in operations if op.loop == "sum" for name in op.sums)
-        own = tuple(name for op in operations if op.loop == "measure" for name in op.sums)
+        self.temporaries = temporaries
+        self.told = tuple([name for op in operations if op.loop == "sum" for name in op.sums])
+        own = tuple([name for op in operations if op.loop == "measure" for name in op.sums])
         self.sums, self.measures = (*self.told, *own), len(own)
+        self.phases = 1 + max([op.phase for op in operations])
         self.works = rule.works
         self.arrays = (*arrays, *self.works)
-        self._decay = LOOPS.get(rule.decay, rule.decay) if rule.weight_decay else "plain"
+        self._decay = _decay(rule)
+        self._forms = _forms(operations)
+        self.form = (self._forms, self.arrays, temporaries, self.sums, self._decay)
+        self.native: Any = None  # what the native backend compiled it to
+        self._renumber(rule, operations)
+
+    def _renumber(self, rule: Governed, operations: tuple[Operation, ...]) -> None:
+        self.operations = operations
         self.measured = rule.measured
-        folds: tuple[Any, ...] = tuple(op.scalars for op in operations)
-        self.folds = (*folds, rule.measured) if own else folds
+        folds: tuple[Any, ...] = tuple([op.scalars for op in operations])
+        self.folds = (*folds, rule.measured) if self.measures else folds
         line = rule.decay_line if rule.weight_decay else (0.0, 0.0)
         self.head = (-1.0 if rule.maximize else 1.0, *line)
-        self._filtered = any(op.loop == "filter" for op in operations)
-        self.native: Any = None  # what the native backend compiled it to
+        self.numbers = self.folds, self.head
+
+    def renumbered(self, rule: Governed, operations: tuple[Operation, ...]) -> Program | None:
+        """Return this program with the numbers of another rule; None where forms differ."""
+        if _decay(rule) != self._decay or _forms(operations) != self._forms:
+            return None
+        new = object.__new__(Program)
+        new.__dict__.update(self.__dict__)
+        new._renumber(rule, operations)
+        return new
 
     @property
     def matrices(self) -> bool:
@@ -151,7 +166,8 @@ class Program:
         """
         sign, base, slope = self.head
         signed = sign * factor
-        rule = (1.0 if self._filtered else signed, base + slope * lr)
+        filtered = any(each.loop == "filter" for each in self.operations)
+        rule = (1.0 if filtered else signed, base + slope * lr)
         head = {0: (), 1: (signed,), 2: rule}[HEAD[op.loop]]
         return (*head, *op.scalars(t, lr), *[0.0] * op.measured)
 
@@ -165,3 +181,12 @@ class Program:
         if op.loop == "peek":
             return "peek_l2" if self._decay == "l2" else "peek"
         return self._decay if op.loop in ("rule", "measure") else "plain"
+
+
+def _decay(rule: Governed) -> str:
+    return LOOPS.get(rule.decay, rule.decay) if rule.weight_decay else "plain"
+
+
+def _forms(operations: Sequence[Operation]) -> tuple[Any, ...]:
+    """Return what is the same of operations whatever numbers a rule has."""
+    return tuple([(op[:2], op[3:7], op.measured) for op in operations])

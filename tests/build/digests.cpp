@@ -3,6 +3,7 @@
 // memory of exactly its size, so that a sanitizer or valgrind sees each byte read beyond it.
 //
 //   digests [INSTRUCTION SET ...]      all that the machine has, if none is named
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
