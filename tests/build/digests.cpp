@@ -101,7 +101,9 @@ std::uint64_t operation_digest(const Operation& operation) {
         operands.push_back(arrays.back().get());
       }
       double lanes[MAX_OPERANDS][LANES] = {};
-      const int sums = operation.kind == SUM ? 1 : operation.kind == MEASURE ? operation.written : 0;
+      const int sums = operation.kind == SUM       ? 1
+                       : operation.kind == MEASURE ? operation.written
+                                                   : 0;
       for (int k = 0; k < sums; ++k) operands[k] = lanes[k];
       run(operands.data(), scalars.data(), n);
       for (const auto& array : arrays) digest.add(array.get(), n);
