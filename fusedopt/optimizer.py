@@ -35,7 +35,8 @@ class Optimizer:
     ----------
     params : array or nested dicts, lists and tuples of arrays
         Dense writable arrays of float32, float64, bfloat16 (of ml_dtypes) or float16, none
-        overlapping another; on a CUDA device, arrays of CuPy, PyTorch or Numba.
+        overlapping another; on a CUDA device, arrays of CuPy, PyTorch or Numba. None, such as the
+        bias of a layer without one, is no parameter; gradients have None there too.
     rule : Rule, mapping or callable
         One rule for all leaves; path patterns -> rules, of which the first that matches a leaf's
         dotted path (`block.0.w`) takes it; or a callable of path and array.

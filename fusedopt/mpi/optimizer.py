@@ -424,8 +424,7 @@ class ShardedOptimizer:
     def rebind(self, params: Any) -> None:
         """Take new arrays in place of the old ones, as `Optimizer.rebind`."""
         with self._ranks.together(changing=True):
-            self._tree.flatten(params, "params")
-            tree = Tree(params)
+            tree = self._tree.successor(params)
             old, copies = self._whole, self._copies
             whole, _ = self._checked(params, self._local.assembly.rules)
             for leaf, p, q in zip(tree.leaves, whole, old, strict=True):

@@ -358,8 +358,7 @@ class Assembly:
 
     def rebind(self, params: Any) -> None:
         """Take new arrays in place of the old ones: see `Optimizer.rebind`."""
-        tree = Tree(params)
-        self.tree.flatten(params, "params")
+        tree = self.tree.successor(params)
         for leaf, expected, rule in zip(tree.leaves, self._layouts, self.rules, strict=True):
             p = self.device.check_parameter(leaf.label, leaf.value, rule)
             got = p.shape, p.dtype.name, memory_order(p)

@@ -54,6 +54,21 @@ def test_what_is_fixed_is_not_looked_into_again(monkeypatch: pytest.MonkeyPatch)
         optimizer.step(fo.Fixed([]))
 
 
+def test_places_without_a_parameter() -> None:
+    p, g = np.ones(4, np.float32), np.ones(4, np.float32)
+    optimizer = fo.Optimizer({"a": None, "b": [OnDevice(p), None]}, fo.SGD(lr=0.25))
+    grads = {"a": None, "b": [OnDevice(g), None]}
+    for _ in range(2):
+        optimizer.step(grads)
+    for _ in range(3):
+        optimizer.step(fo.Fixed(grads))
+    assert (p == -0.25).all()
+    for wrong in ({**grads, "a": OnDevice(g)}, fo.Fixed({**grads, "a": [None]})):
+        with pytest.raises(TypeError, match=r"grads\['a'\]: expected None"):
+            optimizer.step(wrong)
+    assert optimizer.step_count == 5
+
+
 def test_what_is_fixed_is_kept_alive_by_itself_alone() -> None:
     optimizer = fo.Optimizer(OnDevice(host()), fo.SGD())
     grads = fo.Fixed(OnDevice(host()))

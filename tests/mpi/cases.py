@@ -34,7 +34,7 @@ def case(function: Case) -> Case:
 
 
 def parameters(dtype: Any = np.float32, seed: int = 0) -> dict[str, Any]:
-    """Leaves that are cut, that are not, empty ones, and one in Fortran order."""
+    """Leaves that are cut, that are not, empty ones, one in Fortran order; places of none."""
     rng = np.random.default_rng(seed)
 
     def of(*shape: int) -> np.ndarray:
@@ -42,7 +42,11 @@ def parameters(dtype: Any = np.float32, seed: int = 0) -> dict[str, Any]:
 
     return {
         "embed": of(3000, 64),
-        "block": [{"w": of(200, 300), "b": of(300)}, {"w": np.asfortranarray(of(320, 256))}],
+        "block": [
+            {"w": of(200, 300), "b": of(300)},
+            {"w": np.asfortranarray(of(320, 256)), "b": None},
+        ],
+        "absent": None,
         "empty": of(0, 5),
         "scale": np.asarray(of()),
         "head": of(64, 128),
@@ -54,7 +58,7 @@ def leaves(tree: Any) -> list[Any]:
         return [x for value in tree.values() for x in leaves(value)]
     if isinstance(tree, list):
         return [x for value in tree for x in leaves(value)]
-    return [tree]
+    return [] if tree is None else [tree]
 
 
 def mapped(function: Callable[..., Any], *trees: Any) -> Any:
@@ -63,7 +67,7 @@ def mapped(function: Callable[..., Any], *trees: Any) -> Any:
         return {k: mapped(function, *(tree[k] for tree in trees)) for k in first}
     if isinstance(first, list):
         return [mapped(function, *each) for each in zip(*trees, strict=True)]
-    return function(*trees)
+    return None if first is None else function(*trees)
 
 
 def gradients(like: Any, rank: int, step: int, dtype: Any = np.float32) -> Any:

@@ -392,6 +392,7 @@ def test_copies_are_refused(copied: Callable[[Any], Any], tmp_path: Path) -> Non
         copied(optimizer)
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_child_is_refused(tmp_path: Path) -> None:
     optimizer, g = make(tmp_path)
     saved = optimizer.state_dict()

@@ -78,8 +78,8 @@ def _leaves(spec: Any, tree: Any) -> list[Any]:
     elif isinstance(spec, list):
         children = spec
         nodes = tree if isinstance(tree, (list, tuple)) and len(tree) == len(spec) else []
-    else:
-        return [tree]
+    else:  # a leaf, or None, which is no leaf
+        return [] if spec is None and tree is None else [tree]
     found: list[Any] = []
     for child, node in zip(children, nodes, strict=False):
         if isinstance(child, int):
