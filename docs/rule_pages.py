@@ -58,7 +58,7 @@ def _accepted(hint: object) -> str:
 
 def _conventions(rule: type[Rule]) -> list[str]:
     if not rule.conventions:
-        return ["None of PyTorch, optax and Keras has this rule.", ""]
+        return ["No convention of PyTorch, optax or Keras is recorded for this rule.", ""]
     rows = [
         f"`fo.{rule.__name__}.like(library, ...)` takes the names in the second column, with the",
         "library's defaults, and sets what the third column says.",

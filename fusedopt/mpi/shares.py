@@ -17,7 +17,7 @@ LONGEST_ROW = 8192
 """Elements; longer rows may be cut across ranks, so that their leaf takes no gradient of `Rows`."""
 
 BYTES_PER_FLOP = 0.2
-"""What a product's operation costs next to moving a byte: 50 GFLOP/s and 10 GB/s of one core."""
+"""Cost of a product's operation in bytes moved: 50 GFLOP/s and 10 GB/s of one core."""
 
 
 @dataclass(frozen=True)

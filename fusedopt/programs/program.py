@@ -12,7 +12,7 @@ HEAD = {"rule": 2, "peek": 2, "filter": 1, "sum": 0, "other": 0}
 """How many scalars an operation has before its own, by its loop."""
 
 MODES = ("plain", "l2", "decoupled", "first", "peek", "peek_l2")
-"""What the loop around a rule does about weight decay and the delta, as in csrc/table.h."""
+"""Treatments of weight decay and the delta by the loop around a rule, as in csrc/table.h."""
 
 
 def loop_lines(mode: str, target: str, decay: str = "decay") -> tuple[str, str, str]:

@@ -10,87 +10,28 @@ from typing import Literal
 import numpy as np
 
 from ..programs.arithmetic import Array, correction, ratio, textbook_correction
-from ..programs.elements import Element, maximum, quotient
-from .base import REQUIRED, Convention, DecayForm, Rule
+from ..programs.elements import Element, maximum, moments, quotient
+from .base import DecayForm, Rule
 from .hyperparameters import Betas, LearningRate, NonNegative
 
 
-def adam(
-    p: float,
-    g: float,
-    m: float,
-    v: float,
-    b1: float,
-    one_b1: float,
-    b2: float,
-    one_b2: float,
-    step: float,
-    eps_root: float,
-    eps: float,
-) -> tuple[float, float, float]:
-    m = b1 * m + one_b1 * g
-    v = b2 * v + one_b2 * (g * g)
+def adam(p, g, m, v, b1, one_b1, b2, one_b2, step, eps_root, eps):
+    m, v = moments(g, m, v, b1, one_b1, b2, one_b2)
     return quotient(step * m, sqrt(v + eps_root) + eps), m, v
 
 
-def adam_nesterov(
-    p: float,
-    g: float,
-    m: float,
-    v: float,
-    b1: float,
-    one_b1: float,
-    b2: float,
-    one_b2: float,
-    step: float,
-    eps_root: float,
-    eps: float,
-    step_g: float,
-) -> tuple[float, float, float]:
-    m = b1 * m + one_b1 * g
-    v = b2 * v + one_b2 * (g * g)
+def adam_nesterov(p, g, m, v, b1, one_b1, b2, one_b2, step, eps_root, eps, step_g):
+    m, v = moments(g, m, v, b1, one_b1, b2, one_b2)
     return quotient(step * m + step_g * g, sqrt(v + eps_root) + eps), m, v
 
 
-def adam_amsgrad(
-    p: float,
-    g: float,
-    m: float,
-    v: float,
-    x: float,
-    b1: float,
-    one_b1: float,
-    b2: float,
-    one_b2: float,
-    step: float,
-    eps_root: float,
-    eps: float,
-    k: float,
-) -> tuple[float, float, float, float]:
-    m = b1 * m + one_b1 * g
-    v = b2 * v + one_b2 * (g * g)
+def adam_amsgrad(p, g, m, v, x, b1, one_b1, b2, one_b2, step, eps_root, eps, k):
+    m, v = moments(g, m, v, b1, one_b1, b2, one_b2)
     x = maximum(x, k * v)
     return quotient(step * m, sqrt(x + eps_root) + eps), m, v, x
 
 
 _ELEMENTS: dict[str, Element] = {f.__name__: f for f in (adam, adam_nesterov, adam_amsgrad)}
-
-_TORCH = {
-    "lr": 1e-3,
-    "betas": (0.9, 0.999),
-    "eps": 1e-8,
-    "amsgrad": False,
-    "maximize": False,
-}
-_OPTAX = {
-    "lr": REQUIRED,
-    "betas": (0.9, 0.999),
-    "eps": 1e-8,
-    "eps_root": 0.0,
-    "nesterov": False,
-}
-_KERAS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-7, "amsgrad": False}
-_RAW = {"amsgrad": {False: False, True: "raw", "raw": "raw"}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,16 +68,6 @@ class Adam(Rule):
     """
 
     name = "adam"
-    conventions = {
-        "torch": Convention({**_TORCH, "weight_decay": 0.0}, spelled=_RAW),
-        "optax": Convention(
-            {**_OPTAX, "amsgrad": False},
-            spelled={"amsgrad": {False: False, True: "corrected", "corrected": "corrected"}},
-        ),
-        "keras": Convention(
-            {**_KERAS, "weight_decay": 0.0}, {"hat": True, "decay": "decoupled"}, _RAW
-        ),
-    }
     settled = ("amsgrad",)
     examples = (
         {},
@@ -252,13 +183,6 @@ class AdamW(Adam):
     """
 
     name = "adamw"
-    conventions = {
-        "torch": Convention({**_TORCH, "weight_decay": 1e-2}, {"decay": "decoupled_first"}, _RAW),
-        "optax": Convention({**_OPTAX, "weight_decay": 1e-4}, {"decay": "decoupled"}),
-        "keras": Convention(
-            {**_KERAS, "weight_decay": 4e-3}, {"hat": True, "decay": "decoupled"}, _RAW
-        ),
-    }
 
     weight_decay: NonNegative = 1e-2
     decay: DecayForm = "decoupled"

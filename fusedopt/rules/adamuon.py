@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 
 from ..linalg.newton_schulz import Workspace
 from ..programs.arithmetic import Array, capped, correction, ratio, textbook_correction
 from ..programs.program import Operation
-from .base import Convention, Member
+from .base import Member
 from .hyperparameters import Fraction, NonNegative
 from .muon import Muon, through
 
@@ -51,7 +51,6 @@ class AdaMuon(Muon):
     """
 
     name = "adamuon"
-    conventions: ClassVar[dict[str, Convention]] = {}
     examples = (
         {},
         {"nesterov": False, "scale": "original", "beta2": 0.9},

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..programs.arithmetic import Array, correction, ratio, textbook_correction
 from ..programs.elements import quotient
-from .base import REQUIRED, Convention, DecayForm, Rule
+from .base import DecayForm, Rule
 from .hyperparameters import LearningRate, NonNegative, ThreeBetas
 
 
@@ -47,18 +47,6 @@ class Adan(Rule):
     """
 
     name = "adan"
-    conventions = {
-        "optax": Convention(
-            {
-                "lr": REQUIRED,
-                "betas": (0.98, 0.92, 0.99),
-                "eps": 1e-8,
-                "eps_root": 1e-8,
-                "weight_decay": 0.0,
-            },
-            {"form": "optax"},
-        )
-    }
     examples = ({}, {"form": "optax", "eps_root": 1e-6})
 
     lr: LearningRate = 1e-3
@@ -86,31 +74,14 @@ class Adan(Rule):
 
     @staticmethod
     def element(
-        p: float,
-        g: float,
-        m: float,
-        d: float,
-        n: float,
-        prev: float,
-        b1: float,
-        one_b1: float,
-        b2: float,
-        one_b2: float,
-        b3: float,
-        one_b3: float,
-        later: float,
-        k: float,
-        step: float,
-        step_d: float,
-        eps_root: float,
-        eps: float,
-    ) -> tuple[float, float, float, float, float]:
-        e = later * (g - prev)
-        ahead = g + k * e
+        p, g, m, d, n, prev, b1, one_b1, b2, one_b2, b3, one_b3, past, k, step, ahead, eps_root, eps
+    ):
+        e = past * (g - prev)
+        mixed = g + k * e
         m = b1 * m + one_b1 * g
         d = b2 * d + one_b2 * e
-        n = b3 * n + one_b3 * (ahead * ahead)
-        return quotient(step * m + step_d * d, sqrt(n + eps_root) + eps), m, d, n, g
+        n = b3 * n + one_b3 * (mixed * mixed)
+        return quotient(step * m + ahead * d, sqrt(n + eps_root) + eps), m, d, n, g
 
     def textbook(
         self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float

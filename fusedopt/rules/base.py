@@ -15,6 +15,7 @@ from ..linalg.newton_schulz import Stack, Workspace
 from ..programs.arithmetic import Array
 from ..programs.elements import Element
 from ..programs.program import Operation, Program
+from .conventions import CONVENTIONS, Convention, hyperparameters_of
 from .hyperparameters import (
     LearningRate,
     NonNegative,
@@ -27,22 +28,6 @@ from .hyperparameters import (
 )
 
 DecayForm = Literal["l2", "decoupled", "decoupled_first", "independent"]
-
-
-class Convention(NamedTuple):
-    """A library's form of a rule.
-
-    free: the hyperparameters that the library has, with its defaults (`REQUIRED`: it has none).
-    fixed: the settings that make a rule the library's.
-    spelled: what a value is called there, by hyperparameter (`amsgrad=True`).
-    """
-
-    free: Mapping[str, Any]
-    fixed: Mapping[str, Any] = {}
-    spelled: Mapping[str, Mapping[Any, Any]] = {}
-
-
-REQUIRED = object()
 
 
 class Member(NamedTuple):
@@ -72,6 +57,7 @@ class Rule:
 
     name: ClassVar[str]
     conventions: ClassVar[Mapping[str, Convention]] = {}
+    """Forms of the rule in other libraries, from `CONVENTIONS`."""
     takes_hessian: ClassVar[bool] = False
     examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
     """Hyperparameters that between them select every kernel and every branch of `scalars`."""
@@ -87,6 +73,10 @@ class Rule:
     weight_decay: NonNegative = 0.0
     decay: DecayForm = "l2"
     maximize: bool = False
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.conventions = CONVENTIONS.get(getattr(cls, "name", ""), {})
 
     def __post_init__(self) -> None:
         check_fields(self, self.scheduled)
@@ -173,34 +163,7 @@ class Rule:
             If the library lacks the rule, the rule lacks the name there, or the library has no
             default for a name that is not given.
         """
-        if library not in cls.conventions:
-            known = ", ".join(map(repr, cls.conventions)) or "none"
-            raise ValueError(
-                f"{cls.__name__}.like: {library!r} has no such rule; libraries that have: {known}"
-            )
-        convention = cls.conventions[library]
-        for name in hyperparameters:
-            if name not in convention.free:
-                raise ValueError(
-                    f"{cls.__name__}.like({library!r}): {name!r} does not apply there; names that"
-                    f" do: {', '.join(convention.free)}"
-                )
-        values = {**convention.free, **hyperparameters}
-        for name, value in values.items():
-            if value is REQUIRED:
-                raise ValueError(
-                    f"{cls.__name__}.like({library!r}): {library} has no default for {name!r}; give"
-                    " one"
-                )
-            spelling = convention.spelled.get(name)
-            if spelling is not None:
-                if value not in spelling:
-                    raise ValueError(
-                        f"{cls.__name__}.like({library!r}): {name}={value!r} is not available"
-                        f" there; values that are: {', '.join(map(repr, spelling))}"
-                    )
-                values[name] = spelling[value]
-        return cls(**{**convention.fixed, **values})
+        return cls(**hyperparameters_of(cls.__name__, cls.conventions, library, hyperparameters))
 
     # What a rule defines.
 

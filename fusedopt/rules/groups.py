@@ -176,7 +176,7 @@ def _some(paths: Sequence[str]) -> str:
 # ---------------------------------------------------------------- Muon or AdamW
 
 NAMES = ("*embed*", "emb", "*_emb", "wte", "wpe", "head", "*_head", "classifier")
-"""What embeddings and output heads are called; matrices both, but of another kind."""
+"""Common names of embeddings and output heads, which are matrices of another kind."""
 
 Filters = Literal["muon", "adamw"] | None
 

@@ -63,18 +63,7 @@ class LaProp(Rule):
         return b1, gain, b2, 1.0 - b2, step, self.eps * root
 
     @staticmethod
-    def element(
-        p: float,
-        g: float,
-        m: float,
-        v: float,
-        b1: float,
-        gain: float,
-        b2: float,
-        one_b2: float,
-        step: float,
-        eps: float,
-    ) -> tuple[float, float, float]:
+    def element(p, g, m, v, b1, gain, b2, one_b2, step, eps):
         v = b2 * v + one_b2 * (g * g)
         m = b1 * m + quotient(gain * g, sqrt(v) + eps)
         return step * m, m, v

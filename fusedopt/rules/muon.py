@@ -15,18 +15,14 @@ from ..linalg.newton_schulz import Gram, Iteration, Norm, Stack, Workspace, as_m
 from ..programs.arithmetic import Array, correction, ratio, textbook_correction
 from ..programs.program import Operation
 from .adam import AdamW
-from .base import REQUIRED, Convention, DecayForm, Member, Rule
+from .base import DecayForm, Member, Rule
 from .groups import by_kind
 from .hyperparameters import Count, Fraction, LearningRate, NonNegative, QuinticSet, check_field
 from .momentum import Momentum
 from .nesterov import nesterov
 
-_SCALES = {"scale": {"original": "original", "match_rms_adamw": "match_rms_adamw"}}
 
-
-def muon(
-    p: float, g: float, m: float, o: float, mu: float, a: float, lr: float
-) -> tuple[float, float]:
+def muon(p, g, m, o, mu, a, lr):
     m = mu * m + a * g
     return lr * o, m
 
@@ -76,49 +72,6 @@ class Muon(Rule):
     """
 
     name = "muon"
-    conventions = {
-        "torch": Convention(
-            {
-                "lr": 1e-3,
-                "weight_decay": 0.1,
-                "momentum": 0.95,
-                "nesterov": True,
-                "ns_coefficients": (3.4445, -4.7750, 2.0315),
-                "eps": 1e-7,
-                "ns_steps": 5,
-                "scale": "original",
-            },
-            {"decay": "decoupled_first"},
-            _SCALES,
-        ),
-        "optax": Convention(
-            {
-                "lr": REQUIRED,
-                "momentum": 0.95,
-                "nesterov": True,
-                "ns_coefficients": (3.4445, -4.7750, 2.0315),
-                "ns_steps": 5,
-                "eps": 1e-8,
-                "weight_decay": 0.0,
-                "scale": "original",
-            },
-            {"bias_correction": True},
-            _SCALES,
-        ),
-        "keras": Convention(
-            {
-                "lr": 1e-3,
-                "momentum": 0.95,
-                "nesterov": True,
-                "ns_coefficients": (3.4445, -4.7750, 2.0315),
-                "ns_steps": 5,
-                "weight_decay": 4e-3,
-                "scale": "match_rms_adamw",
-            },
-            {"form": "heavy_ball", "eps": 1e-7},
-            {"scale": {"match_rms_adamw": "match_rms_adamw", "none": "none"}},
-        ),
-    }
     settled = ("form",)
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
         {},

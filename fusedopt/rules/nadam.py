@@ -10,7 +10,7 @@ import numpy as np
 from ..programs.arithmetic import Array, correction, ratio, textbook_correction
 from ..programs.elements import Element
 from .adam import adam_nesterov
-from .base import Convention, DecayForm, Rule
+from .base import DecayForm, Rule
 from .hyperparameters import Betas, LearningRate, NonNegative
 
 VANISHED = 1e-20
@@ -50,24 +50,6 @@ class NAdam(Rule):
     """
 
     name = "nadam"
-    conventions = {
-        "torch": Convention(
-            {
-                "lr": 2e-3,
-                "betas": (0.9, 0.999),
-                "eps": 1e-8,
-                "weight_decay": 0.0,
-                "momentum_decay": 4e-3,
-                "decay": "l2",
-                "maximize": False,
-            },
-            spelled={"decay": {"l2": "l2", "decoupled": "decoupled_first"}},
-        ),
-        "keras": Convention(
-            {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-7, "weight_decay": 0.0},
-            {"momentum_decay": 1.0, "decay": "decoupled"},
-        ),
-    }
 
     lr: LearningRate = 2e-3
     betas: Betas = (0.9, 0.999)

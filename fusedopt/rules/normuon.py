@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
 from ..linalg.newton_schulz import Workspace
 from ..programs.arithmetic import Array, capped, ratio
-from .base import Convention, Member
+from .base import Member
 from .hyperparameters import Fraction, NonNegative
 from .muon import Muon, through
 
@@ -50,7 +49,6 @@ class NorMuon(Muon):
     """
 
     name = "normuon"
-    conventions: ClassVar[dict[str, Convention]] = {}
     examples = (
         {},
         {"nesterov": False, "scale": "match_rms_adamw", "beta2": 0.8},

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..programs.arithmetic import Array, by_sign
 from ..programs.elements import signed_like
-from .base import Convention, Rule
+from .base import Rule
 from .hyperparameters import LearningRate, Pair
 
 
@@ -46,11 +46,6 @@ class Rprop(Rule):
     """
 
     name = "rprop"
-    conventions = {
-        "torch": Convention(
-            {"lr": 1e-2, "etas": (0.5, 1.2), "step_sizes": (1e-6, 50.0), "maximize": False}
-        )
-    }
     settled = ("lr",)
     examples = ({}, {"lr": 0.025, "etas": (0.4, 3.0), "step_sizes": (0.02, 0.06)})
 
@@ -84,9 +79,7 @@ class Rprop(Rule):
         return *self.etas, *self.step_sizes
 
     @staticmethod
-    def element(
-        p: float, g: float, prev: float, s: float, down: float, up: float, low: float, high: float
-    ) -> tuple[float, float, float]:
+    def element(p, g, prev, s, down, up, low, high):
         agreement = signed_like(prev, g)
         s = up * s if agreement > 0 else (down * s if agreement < 0 else s)
         s = low if s < low else (high if s > high else s)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..programs.arithmetic import Array
-from .base import REQUIRED, Convention, Rule
+from .base import Rule
 from .hyperparameters import LearningRate
 
 
@@ -33,11 +33,6 @@ class SGD(Rule):
     """
 
     name = "sgd"
-    conventions = {
-        "torch": Convention({"lr": 1e-3, "weight_decay": 0.0, "maximize": False}),
-        "optax": Convention({"lr": REQUIRED}),
-        "keras": Convention({"lr": 1e-2, "weight_decay": 0.0}, {"decay": "decoupled"}),
-    }
 
     lr: LearningRate = 1e-2
 
@@ -45,7 +40,7 @@ class SGD(Rule):
         return (lr,)
 
     @staticmethod
-    def element(p: float, g: float, lr: float) -> float:
+    def element(p, g, lr):
         return lr * g
 
     def textbook(

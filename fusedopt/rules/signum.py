@@ -8,7 +8,7 @@ import numpy as np
 
 from ..programs.arithmetic import Array
 from ..programs.elements import Element
-from .base import REQUIRED, Convention, DecayForm, Rule
+from .base import DecayForm, Rule
 from .hyperparameters import Fraction, LearningRate
 from .lion import Lion
 
@@ -42,7 +42,6 @@ class Signum(Rule):
     """
 
     name = "signum"
-    conventions = {"optax": Convention({"lr": REQUIRED, "momentum": 0.9})}
 
     lr: LearningRate = 1e-4
     momentum: Fraction = 0.9

@@ -11,40 +11,16 @@ import numpy as np
 from ..programs.arithmetic import Array, correction, textbook_correction
 from ..programs.elements import Element, clamp, maximum
 from ..programs.program import Operation
-from .base import REQUIRED, Convention, DecayForm, Rule
+from .base import DecayForm, Rule
 from .hyperparameters import Betas, Count, LearningRate, NonNegative
 
 
-def sophia(
-    p: float,
-    g: float,
-    m: float,
-    h: float,
-    b1: float,
-    one_b1: float,
-    lr: float,
-    gamma: float,
-    eps: float,
-    clip: float,
-    k: float,
-) -> tuple[float, float]:
+def sophia(p, g, m, h, b1, one_b1, lr, gamma, eps, clip, k):
     m = b1 * m + one_b1 * g
     return lr * clamp(k * m / (gamma * h + eps), clip), m
 
 
-def sophia_paper(
-    p: float,
-    g: float,
-    m: float,
-    h: float,
-    b1: float,
-    one_b1: float,
-    lr: float,
-    gamma: float,
-    eps: float,
-    clip: float,
-    k: float,
-) -> tuple[float, float]:
+def sophia_paper(p, g, m, h, b1, one_b1, lr, gamma, eps, clip, k):
     m = b1 * m + one_b1 * g
     return lr * clamp(k * m / maximum(eps, gamma * h), clip), m
 
@@ -90,19 +66,6 @@ class Sophia(Rule):
 
     name = "sophia"
     takes_hessian = True
-    conventions = {
-        "optax": Convention(
-            {
-                "lr": REQUIRED,
-                "betas": (0.965, 0.99),
-                "eps": 1e-8,
-                "weight_decay": 1e-4,
-                "rho": 0.01,
-                "clip": 1.0,
-            },
-            {"form": "paper", "estimator": "hutchinson", "bias_correction": True},
-        ),
-    }
     settled = ("form", "estimator")
     examples = (
         {"bs": 100},

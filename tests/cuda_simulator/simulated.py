@@ -48,7 +48,7 @@ def halved(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def supported(rules: dict[str, fo.Rule]) -> dict[str, fo.Rule]:
-    """Those that there are on a device, as far as these tests step them: see `elementwise`."""
+    """Return the rules that a device has, as far as these tests step them: see `elementwise`."""
     return {name: rule for name, rule in rules.items() if rule.program.phases <= 2}
 
 

@@ -26,16 +26,16 @@ from ...jit.compiler import with_compiled_callees
 SIMULATED = bool(ENABLE_CUDASIM)
 
 OPTIONS = {"opt": 3, "fma": False}
-"""Of the compiler. Multiply and add stay two operations, so that the bits are the CPU's; quotients
-and roots are IEEE's, and denormals are kept, by default."""
+"""Options of the compiler. Multiply and add stay two operations, so that the bits are the CPU's;
+quotients and roots are IEEE's, and denormals are kept, by default."""
 
 MAX_REGISTERS = {"float32": 64, "float64": 128}
-"""Of a thread, by the type of a kernel's arithmetic: with more, too few threads fit for the memory
-to be kept busy. A float64 takes two."""
+"""Registers of a thread, by the dtype of a kernel's arithmetic; a float64 takes two. With more, too
+few threads fit for the memory to be kept busy."""
 
 MORE_REGISTERS = {"float32": 112, "float64": 168}
-"""The same where all elements of a thread wait for the scales of their blocks, or are rounded at
-random, or belong to many arrays: the numbers are then those without spilling to memory."""
+"""Registers of a thread where all its elements wait for the scales of their blocks, or are rounded
+at random, or belong to many arrays: the numbers are then those without spilling to memory."""
 
 Capability = tuple[int, int]
 
