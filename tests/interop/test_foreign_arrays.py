@@ -152,7 +152,7 @@ HOLDERS: dict[str, tuple[Callable[[np.ndarray], Any], str]] = {
     "deque": (lambda a: deque([a]), "list(x)"),
     "values of a dict": (lambda a: {"w": a}.values(), "list(x)"),
     "array of arrays": (of_objects, "a.tolist()"),
-    "memory": (memoryview, "np.asarray(x)"),
+    "memory": (lambda a: a.data, "np.asarray(x)"),
     "MyGrad": (mygrad_tensor, "x.data"),
     "PyTorch's module": (torch_module, "dict(x.named_parameters())"),
 }
