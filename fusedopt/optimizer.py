@@ -260,6 +260,7 @@ class Optimizer:
         Beside the rule's states there are "master" of master="float32"; "low" of "split16", the
         uint16 below a bfloat16; "compensation" of rounding="kahan".
         """
+        self._assembly.check_owner()
         held = zip(self._assembly.paths, self._assembly.leaf_states, strict=True)
         return {path: leaf_state.visible for path, leaf_state in held}
 
@@ -287,6 +288,7 @@ class Optimizer:
 
         The system does so in its own time. Raises OSError where the disk failed.
         """
+        self._assembly.check_owner()
         if self._assembly.state_file:
             self._assembly.state_file.flush()
 
@@ -307,6 +309,7 @@ class Optimizer:
         """
         if self._assembly.options.ema is None:
             raise ValueError("averaged(): there are no averages; make the optimizer with ema=0.999")
+        self._assembly.check_owner()
         self._assembly.check_caught_up("averaged")
         return Averaged(self._assembly, self.params)
 
@@ -346,6 +349,7 @@ class Optimizer:
         Any NaN counts as any other. The same on every machine, in hexadecimal digits.
         """
         assembly = self._assembly
+        assembly.check_owner()
         if not assembly.options.wait and not assembly.exchanged:
             self.synchronize()
         states = (leaf_state.saved for leaf_state in assembly.leaf_states)

@@ -15,6 +15,10 @@ from ..rules import Rule
 from ..rules.base import Member
 from ..rules.groups import Group, only_numbers_differ
 
+RESERVE = 1 << 20
+"""Bytes that must be free before a step begins. What comes between its phases takes less, and could
+not be undone if it failed: the parameters and states of the matrices before would be written."""
+
 
 class Matrices:
     """The leaves whose rule has several phases, and the matrix products between these.
@@ -74,6 +78,7 @@ class Matrices:
 
     def before(self, leaves: Sequence[int]) -> None:
         """All that may yet fail, for the leaves that take part in a step, before it begins."""
+        np.empty(RESERVE, np.uint8)
         with np.errstate(all="ignore"):
             self._fresh = {
                 k: self._rule(k).before(*self._member(k)) for k in leaves if k in self.batches
