@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from types import FunctionType, SimpleNamespace
@@ -36,6 +37,29 @@ few threads fit for the memory to be kept busy."""
 MORE_REGISTERS = {"float32": 112, "float64": 168}
 """Registers of a thread where all its elements wait for the scales of their blocks, or are rounded
 at random, or belong to many arrays: the numbers are then those without spilling to memory."""
+
+if SIMULATED:
+    from numba.cuda.simulator import kernelapi
+
+    class _SharedArrays(kernelapi.FakeCUDAShared):  # type: ignore[misc]
+        """Shared arrays on the simulator, one for all threads of a block.
+
+        The simulator's own looks for an array and then makes one: threads that look at once get an
+        array each, and what they write is lost.
+        """
+
+        def array(self, shape: Any, dtype: Any, *more: Any) -> Any:
+            """Return the array of this line of the calling thread's block, at first all ones in
+            every bit, which is NaN for floats."""
+            if shape == 0:
+                return super().array(shape, dtype, *more)
+            caller, thread = sys._getframe(1), threading.current_thread()
+            made = np.empty(shape, dtype)
+            made.view(np.uint8)[...] = 255
+            key = thread._manager, caller.f_code, caller.f_lineno  # type: ignore[attr-defined]
+            return self._allocations.setdefault(key, made)
+
+    kernelapi.FakeCUDAShared = _SharedArrays
 
 Capability = tuple[int, int]
 
