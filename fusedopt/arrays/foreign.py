@@ -50,8 +50,10 @@ def read_only(array: Any) -> str:
 
 
 def remedy(given: Any, use: str) -> str:
-    """What to pass in the place of an object that is no array, where it is to `use`: "update" or
-    "read"."""
+    """Return what to pass in the place of an object that is no array.
+
+    use: what the array is for, "update" or "read".
+    """
     library = library_of(given)
     if library == "mygrad":
         return "pass x.data, the ndarray that it holds"
@@ -77,12 +79,12 @@ def remedy(given: Any, use: str) -> str:
 
 
 def _is_array(given: Any) -> bool:
-    """Whether an object has numbers of its own that a library can turn into an ndarray."""
+    """Return whether an object has numbers that its library can turn into an ndarray."""
     return any(hasattr(given, name) for name in ("__array__", "__dlpack__", "numpy"))
 
 
 def _as_tree(given: Any, use: str) -> str:
-    """How a container of arrays becomes a dict or list of the same arrays; nothing for others."""
+    """Return how a container of arrays becomes a dict or list of them; nothing for others."""
     if isinstance(given, (type, str, bytes, bytearray)) or _is_array(given):
         return ""
     if hasattr(given, "named_parameters"):  # a module of PyTorch, and of others that are alike

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,10 +143,21 @@ def test_a_step_that_rows_miss(backend: str) -> None:
     check(make, lambda o, g: o.catch_up())
 
 
+KINDS: dict[str, Callable[..., tuple[fo.Optimizer, Any]]] = {
+    "elements": partial(tables, fo.AdamW()),
+    "estimates": partial(tables, fo.Sophia()),
+    "look-ahead": partial(tables, fo.Nesterov(form="lookahead")),
+    "matrices": partial(matrices, fo.Muon()),
+    "sides": partial(matrices, fo.SOAP()),
+}
+KIND = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+
+
 @BACKEND
-def test_a_step_of_sums(backend: str) -> None:
+@KIND
+def test_a_step_of_sums(kind: Any, backend: str) -> None:
     def make() -> tuple[fo.Optimizer, Any]:
-        optimizer, grads = tables(fo.AdamW(), backend)
+        optimizer, grads = kind(backend)
         optimizer.accumulate(grads)
         return optimizer, grads
 
@@ -164,16 +176,18 @@ def test_a_step_in_parts(backend: str) -> None:
 
 
 @BACKEND
-def test_states_that_come_and_go(backend: str, tmp_path: Path) -> None:
+@KIND
+def test_states_that_come_and_go(kind: Any, backend: str, tmp_path: Path) -> None:
     path = tmp_path / "run.safetensors"
-    other, grads = tables(fo.AdamW(), backend)
+    other, grads = kind(backend)
     other.step(grads)
     other.save(path)
     before = path.read_bytes()
     state = other.state_dict()
 
     def make() -> tuple[fo.Optimizer, Any]:
-        return tables(fo.AdamW(), backend)
+        made: tuple[fo.Optimizer, Any] = kind(backend)
+        return made
 
     check(make, lambda o, g: o.load(path))
     check(make, lambda o, g: o.load_state_dict(state))
@@ -202,18 +216,18 @@ def test_hyperparameters_and_arrays(backend: str) -> None:
 
 
 @BACKEND
-@pytest.mark.parametrize("kind", ["averaged", "lookahead"])
-def test_parameters_come_back(kind: str, backend: str) -> None:
-    rule = fo.Nesterov(form="lookahead")
-
+@pytest.mark.parametrize(
+    ("kind", "context"), [*((kind, "averaged") for kind in KINDS), ("look-ahead", "lookahead")]
+)
+def test_parameters_come_back(kind: str, context: str, backend: str) -> None:
     def make() -> tuple[fo.Optimizer, Any]:
-        optimizer, grads = tables(rule, backend, ema=0.5)
+        optimizer, grads = KINDS[kind](backend, ema=0.5)
         optimizer.step(grads)
         return optimizer, grads
 
     def enter(optimizer: fo.Optimizer, grads: Any) -> None:
         own = contents(optimizer)
-        with getattr(optimizer, kind)():
+        with getattr(optimizer, context)():
             assert contents(optimizer) != own
 
     check(make, enter)
