@@ -313,7 +313,7 @@ def compare(case: Case, folder: Path) -> None:
 
 
 def test_some_pairs(tmp_path: Path) -> None:
-    for number, case in enumerate(islice(covering(FACTORS, 2, possible), 4)):
+    for number, case in enumerate(islice(covering(FACTORS, 2, possible), 3)):
         compare(case, tmp_path / f"{number}")
 
 
@@ -323,4 +323,4 @@ def test_all_pairs_and_triples(strength: int, tmp_path: Path) -> None:
     number = 0
     for number, case in enumerate(covering(FACTORS, strength, possible)):
         compare(case, tmp_path / f"{number}")
-    assert number > (20, 100)[strength - 2]
+    assert number > (0, 0, 40, 150)[strength]
