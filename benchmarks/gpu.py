@@ -50,13 +50,6 @@ SHARE_OF_COPY = 0.92
 HOST_SECONDS = 20e-6
 """The target for the host's time to queue a step of 1000 tensors."""
 
-RULES = {
-    name: cls
-    for name, cls in fo.RULES.items()
-    if cls().program.phases <= 2 and not cls().sides((2, 2))
-}
-"""The rules that the backend has."""
-
 Lines = Iterator[Row]
 
 
@@ -130,8 +123,8 @@ def of_rule(name: str, sizes: Sizes) -> tuple[str, int, list[str]]:
     assert place is not None
     count, wrong = 0, []
     dtypes = list(DTYPES)[:1] if sizes.rehearse else list(DTYPES)
-    for example, dtype in product(RULES[name].examples, dtypes):
-        rule = RULES[name](**{"weight_decay": 0.1, **example})
+    for example, dtype in product(fo.RULES[name].examples, dtypes):
+        rule = fo.RULES[name](**{"weight_decay": 0.1, **example})
         allowed = 0.0 if rule.program.phases == 1 else 0.05
         ways: list[dict[str, Any]] = [{"offset": 1}, {"clip_norm": 1.0}]
         if dtype == "float32":
@@ -184,9 +177,9 @@ def of_rows(place: Machine, sizes: Sizes) -> float:
 
 def bits(place: Machine, sizes: Sizes) -> Lines:
     """Compare every rule on the device with the CPU."""
-    count = min(sizes.processes, len(RULES))
+    count = min(sizes.processes, len(fo.RULES))
     with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
-        asked = [pool.submit(of_rule, name, sizes) for name in RULES]
+        asked = [pool.submit(of_rule, name, sizes) for name in fo.RULES]
         for done in as_completed(asked):
             name, cases, wrong = done.result()
             for line in wrong:
@@ -307,7 +300,7 @@ def bandwidth(place: Machine, sizes: Sizes) -> Lines:
 
         copied = place.seconds(copying, sizes.rounds)
         rate = 2 * sizes.elements * width / copied
-        for name, cls in RULES.items():
+        for name, cls in fo.RULES.items():
             rule = cls()
             if rule.program.phases > 1:
                 continue

@@ -6,6 +6,7 @@ What a device does with it, `benchmarks/gpu.py` shows where there is one.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -31,7 +32,7 @@ from fusedopt.rules import Rule
 pytest.importorskip("numba")
 pytest.importorskip("numba_cuda")
 
-from fusedopt.backends.cuda import blocks, kernels, reductions, rows, stats, toolkit
+from fusedopt.backends.cuda import blocks, kernels, reductions, rows, stages, stats, toolkit
 from fusedopt.backends.cuda.kernels import Step, Variant
 
 pytestmark = pytest.mark.gpu
@@ -104,14 +105,18 @@ def variants_of(
     formats: list[tuple[str, Format]] = [("g", PLAIN[g]), ("p", storage.parameter(held))]
     states = Extras(**more).states(rule)
     formats += [(name, storage.state(rule, name, held, 1 << 20)) for name in states]
-    formats += [(name, PLAIN[dtype.name]) for name in program.works]
+    works = [*program.works, *itertools.chain(*stages.all_kept(program))]
+    formats += [(name, PLAIN[dtype.name]) for name in works]
     if rule.takes_hessian:
         formats.append(("hessian", PLAIN[g]))
-    for phase in range(program.phases):
-        operations = kernels.operations_of(program, phase, rule.takes_hessian, sums)
-        steps = tuple(Step.of(program, op) for op in operations)
+    for phase, ahead in product(range(program.phases), (False,) if sums else (True, False)):
+        _, steps = stages.operations_at(program, phase, ahead, rule.takes_hessian)
+        if sums:
+            operations = kernels.operations_of(program, phase, rule.takes_hessian, sums)
+            steps = tuple(Step.of(program, op) for op in operations)
         mirrors = tuple(PLAIN[name] for name in copies)
-        yield Variant(steps, program.temporaries, dtype, tuple(formats), mirrors)
+        if steps:
+            yield Variant(steps, program.temporaries, dtype, tuple(formats), mirrors)
 
 
 def every_kernel() -> dict[str, Variant]:
@@ -147,6 +152,7 @@ def kernels_of_formats() -> dict[str, Variant]:
     found = {}
     rules: dict[str, Rule] = {"adamw": fo.AdamW(weight_decay=0.1), "lion": fo.Lion()}
     more: dict[str, Rule] = {"muon": fo.Muon(), "amsgrad": fo.Adam(amsgrad="raw")}
+    more |= {"adamuon": fo.AdaMuon(), "soap": fo.SOAP()}
     for state in ("float8", "dynamic8", "dynamic4"):
         for name, rule in (rules | more if state == "dynamic8" else rules).items():
             for k, variant in enumerate(variants_of(rule, "float32", "float32", Storage(state))):
