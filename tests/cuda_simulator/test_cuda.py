@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import json
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ import numpy as np
 import pytest
 
 import fusedopt as fo
-from exactness import SUPPORT, TESTS, run_python
+from exactness import ROOT, SUPPORT, TESTS, run_python
 from fusedopt.arrays.formats import PLAIN, Format, compute_dtype
 from fusedopt.arrays.storage import Storage
 from fusedopt.backends import BACKENDS
@@ -41,32 +42,59 @@ CAPABILITIES = ((8, 0), (9, 0))
 LOW = ("bfloat16", "float16")
 
 
-@pytest.mark.parametrize(
-    "file",
-    [
-        "simulated.py",
-        "simulated_arrays.py",
-        "simulated_clipping.py",
-        "simulated_formats.py",
-        "simulated_rows.py",
-        "simulated_stats.py",
-        "simulated_streams.py",
-    ],
-)
-def test_on_the_simulator(file: str) -> None:
-    options = ["-q", "--all", "-W", "ignore", "-p", "no:cacheprovider", "-p", "devices"]
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, file],
-        cwd=TESTS / "cuda_simulator",
-        env={**os.environ, **SUPPORT, "NUMBA_ENABLE_CUDASIM": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
-    assert re.search(r"\d{2,} passed", result.stdout)
-    assert "skipped" not in result.stdout
+SIMULATED = {
+    **{
+        file: ["-m", "pytest", "-q", "--all", "-W", "ignore", "-p", "no:cacheprovider",
+               "-p", "devices", file]
+        for file in ("simulated.py", "simulated_arrays.py", "simulated_clipping.py",
+                     "simulated_formats.py", "simulated_rows.py", "simulated_stats.py",
+                     "simulated_streams.py")
+    },
+    "rehearsal": [str(ROOT / "benchmarks" / "gpu.py"), "--rehearse", "--output", "rows.jsonl"],
+}  # fmt: skip
+"""What is run on the simulator, each in a process of its own: files of tests, and the benchmark."""
+
+
+@pytest.fixture(scope="module")
+def simulated(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, tuple[subprocess.Popen[str], Path]]]:
+    """The processes of the tests that were selected, all at once, and what they print."""
+    folder, running = tmp_path_factory.mktemp("simulated"), {}
+    for item in request.session.items:
+        name = getattr(item, "callspec", None) and item.callspec.params.get("simulation")
+        if name:
+            printed = folder / name
+            with printed.open("w") as file:
+                process = subprocess.Popen(
+                    [sys.executable, *SIMULATED[name]],
+                    cwd=folder if name == "rehearsal" else TESTS / "cuda_simulator",
+                    env={**os.environ, **SUPPORT, "NUMBA_ENABLE_CUDASIM": "1"},
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+            running[name] = process, printed
+    yield running
+    for process, _ in running.values():
+        process.kill()
+
+
+@pytest.mark.parametrize("simulation", SIMULATED)
+def test_on_the_simulator(simulation: str, simulated: Any) -> None:
+    process, printed = simulated[simulation]
+    code = process.wait(1200)
+    told = printed.read_text()
+    if simulation == "rehearsal":  # whose clock is no clock, so that targets of speed are missed
+        rows = [json.loads(line) for line in (printed.parent / "rows.jsonl").open()]
+        assert {row["part"] for row in rows} == {"bits", "streams", "bandwidth", "lists",
+                                                 "clipping", "cores"}, told  # fmt: skip
+        assert not any(row["value"] for row in rows if row["part"] in ("bits", "streams")), told
+        assert "Error" not in told
+        return
+    assert code == 0, told[-10000:]
+    assert re.search(r"\d{2,} passed", told)
+    assert "skipped" not in told
 
 
 def test_what_it_says_without_a_device() -> None:

@@ -288,6 +288,8 @@ class CudaPlan(ExclusiveUse):
             sums = Sums({k: grads[k] for k in active}, self._dtypes, stream)
             table = self._clipper.table(sums, stream) if self._clipper else None
         others = self._producers | {g.producer for g in inputs}
+        if not isinstance(self._first.producer, Memory):  # whose stream is the step's
+            others.discard(self._first.producer)
         took_part = np.array(active, np.int64)
         touched = [selected_size(grads[k]) for k in active]
         return Bound(took_part, touched, ahead, matrices, commit, sums, table, stream, others)
