@@ -62,7 +62,8 @@ def simulated(
     """The processes of the tests that were selected, all at once, and what they print."""
     folder, running = tmp_path_factory.mktemp("simulated"), {}
     for item in request.session.items:
-        name = getattr(item, "callspec", None) and item.callspec.params.get("simulation")
+        case: Any = getattr(item, "callspec", None)
+        name = case and case.params.get("simulation")
         if name:
             printed = folder / name
             with printed.open("w") as file:
