@@ -23,9 +23,19 @@ from .rules.hyperparameters import Schedule
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of the parameters, of the states, and of work space that all leaves share.
+    """Memory that an optimizer takes.
 
-    states: in memory; those of a `state_path` are on disk, of which a step has a window in memory.
+    Parameters
+    ----------
+    parameters : int
+        Bytes of the parameters.
+    states : int
+        Bytes of the states in memory.
+    work : int
+        Bytes of the work space that all leaves share; of a `state_path` also the window of the
+        file that a step has in memory.
+    disk : int
+        Bytes of the states in the file of a `state_path`.
     """
 
     parameters: int

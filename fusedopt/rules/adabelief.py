@@ -17,6 +17,18 @@ from .hyperparameters import Betas, LearningRate, NonNegative
 class AdaBelief(Rule):
     """Adam with the variance about the mean in place of the mean square.
 
+    Parameters
+    ----------
+    betas : pair of float
+        Decay rates b1 and b2 in [0, 1) of the averages of the gradient and of the squared
+        distance from it; default (0.9, 0.999).
+    eps : float
+        Number >= 0 added to the root in the denominator; default 1e-16.
+    eps_root : float
+        Number >= 0 added to s in each step; default 1e-16.
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
+
     Notes
     -----
     ::

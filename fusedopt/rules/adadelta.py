@@ -17,6 +17,15 @@ from .hyperparameters import Fraction, LearningRate, NonNegative
 class Adadelta(Rule):
     """Steps in the parameter's own unit: the root mean square of past steps over that of gradients.
 
+    Parameters
+    ----------
+    rho : float
+        Decay rate in [0, 1) of both averages; default 0.95.
+    eps : float
+        Number >= 0 added inside both roots; default 1e-6.
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
+
     Notes
     -----
     ::

@@ -17,6 +17,19 @@ from .hyperparameters import LearningRate, NonNegative
 class AdaGrad(Rule):
     """Steps divided by the root of the sum of all squared gradients.
 
+    Parameters
+    ----------
+    eps_root : float
+        Number >= 0 added inside the root; default 1e-16.
+    eps : float
+        Number >= 0 added to the root in the denominator; default 0.
+    lr_decay : float
+        Number >= 0: lr is divided by 1 + (t - 1) lr_decay; default 0.
+    initial_accumulator : float
+        First value >= 0 of the sum of squares; default 0.
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
+
     Notes
     -----
     ::

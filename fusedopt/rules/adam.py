@@ -38,6 +38,26 @@ _ELEMENTS: dict[str, Element] = {f.__name__: f for f in (adam, adam_nesterov, ad
 class Adam(Rule):
     """Adaptive moment estimation.
 
+    Parameters
+    ----------
+    betas : pair of float
+        Decay rates b1 and b2 in [0, 1) of the averages of the gradient and of its square;
+        default (0.9, 0.999).
+    eps : float
+        Number >= 0 added to the root in the denominator; default 1e-8.
+    eps_root : float
+        Number >= 0 added inside the root; default 0.
+    hat : bool
+        Add eps to the uncorrected root, as the paper's efficient form does; default False.
+    amsgrad : {False, "raw", "corrected"}
+        Divide by the largest v so far, as it is or bias-corrected; default False.
+    nesterov : bool
+        Look one step ahead with the first moment; default False.
+    bias_correction : bool
+        Divide m and v by their bias; default True.
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
+
     Notes
     -----
     ::
@@ -164,9 +184,16 @@ class Adam(Rule):
 class AdamW(Adam):
     """Adam with decoupled weight decay: p := p - lr (adam's step) - lr lambda p.
 
+    Parameters
+    ----------
+    betas, eps, eps_root, hat, amsgrad, nesterov, bias_correction
+        As in `Adam`.
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
+
     Notes
     -----
-    States and hyperparameters as Adam's.
+    States as Adam's.
 
     References
     ----------

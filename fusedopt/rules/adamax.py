@@ -16,6 +16,18 @@ from .hyperparameters import Betas, LearningRate, NonNegative
 class AdaMax(Rule):
     """Adam with the largest recent gradient in place of the root of the mean square.
 
+    Parameters
+    ----------
+    betas : pair of float
+        Decay rates b1 and b2 in [0, 1) of the average of the gradient and of its largest
+        magnitude; default (0.9, 0.999).
+    eps_inside : float
+        Number >= 0 added to the magnitude of the gradient; default 0.
+    eps : float
+        Number >= 0 added to the denominator; default 0.
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
+
     Notes
     -----
     ::

@@ -21,9 +21,22 @@ from .muon import Muon, through
 class AdaMuon(Muon):
     """Muon with Adam's second moment on the orthogonalised direction.
 
+    Parameters
+    ----------
+    momentum, nesterov, form, ns_steps, ns_coefficients, norm, gram, split, scale
+        As in `Muon`.
+    eps, bias_correction
+        As in `Muon`.
+    beta2 : float
+        Decay rate in [0, 1) of the squares; default 0.999.
+    eps_v : float
+        Number >= 0 added to the denominators; default 1e-8.
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
+
     Notes
     -----
-    Of the orthogonalised o of `Muon`, whose hyperparameters these are but for the last two::
+    With o, the orthogonalised direction of `Muon`::
 
         v := beta2 v + (1 - beta2) o^2         n = o / (sqrt(v / (1 - beta2^t)) + eps_v)
         p := p - lr s sqrt(min(rows, cols)) n / (||n|| + eps_v)

@@ -18,6 +18,19 @@ from .hyperparameters import LearningRate, NonNegative, ThreeBetas
 class Adan(Rule):
     """Adam with Nesterov's momentum from differences of gradients.
 
+    Parameters
+    ----------
+    betas : triple of float
+        Decay rates b1, b2 and b3 in [0, 1) of m, d and n; default (0.98, 0.92, 0.99).
+    eps : float
+        Number >= 0 added to the root in the denominator; default 1e-8.
+    eps_root : float
+        Number >= 0 added inside the root; default 0.
+    form : {"official", "optax"}
+        Weight k of the differences; default "official".
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
+
     Notes
     -----
     ::

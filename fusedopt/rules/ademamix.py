@@ -17,6 +17,19 @@ from .hyperparameters import Count, LearningRate, NonNegative, ThreeBetas
 class AdEMAMix(Rule):
     """AdamW with a second, much slower mean of the gradients.
 
+    Parameters
+    ----------
+    betas : triple of float
+        Decay rates b1, b2 and b3 in [0, 1) of m, v and slow; default (0.9, 0.999, 0.9999).
+    alpha : float
+        Weight >= 0 of the slow average; default 5.
+    eps : float
+        Number >= 0 added to the root in the denominator; default 1e-8.
+    warmup : int
+        Number of steps, at least 1, in which alpha and b3 grow; default 1.
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
+
     Notes
     -----
     ::
@@ -62,7 +75,7 @@ class AdEMAMix(Rule):
         return frozenset(("v",))
 
     def mixture(self, t: int) -> tuple[float, float]:
-        """alpha and b3 of a step."""
+        """Return alpha and b3 of a step."""
         b1, _, b3 = self.betas
         share = min(t / self.warmup, 1.0)
         if share == 1.0:

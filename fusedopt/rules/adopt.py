@@ -17,6 +17,16 @@ from .hyperparameters import Betas, LearningRate, NonNegative
 class ADOPT(Rule):
     """Adam that converges with any b2: v divides before it takes the gradient in.
 
+    Parameters
+    ----------
+    betas : pair of float
+        Decay rates b1 and b2 in [0, 1) of the averages of the gradient and of its square;
+        default (0.9, 0.9999).
+    eps : float
+        Least value >= 0 of the denominator; default 1e-6.
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
+
     Notes
     -----
     ::

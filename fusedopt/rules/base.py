@@ -44,15 +44,31 @@ class Member(NamedTuple):
 class Rule:
     """An update rule: frozen hyperparameters, and the arithmetic that they select.
 
-    lr: learning rate, a number >= 0 or a callable of the optimizer's step number (1 first). Every
-    other number, and each of a pair such as `betas`, takes such a schedule too, unless it says what
-    the states are; a value that does not fit is refused in its step.
-    weight_decay: lambda >= 0, applied as `decay` says: "l2" adds lambda p to the gradient,
-    "decoupled" subtracts lr lambda p together with the update, "decoupled_first" multiplies p by
-    1 - lr lambda before it (PyTorch's order), "independent" subtracts lambda p times lr divided
-    by its base value, so that lr itself does not scale it. maximize: ascend instead of descend.
+    Parameters
+    ----------
+    lr : float or schedule
+        Learning rate: a number >= 0, or a callable of the optimizer's step number (1 first).
+    weight_decay : float
+        Coefficient lambda >= 0 of the weight decay.
+    decay : {"l2", "decoupled", "decoupled_first", "independent"}
+        Form of the weight decay: "l2" adds lambda p to the gradient; "decoupled" subtracts
+        lr lambda p together with the update; "decoupled_first" multiplies p by 1 - lr lambda before
+        the update (PyTorch's order); "independent" subtracts lambda p lr / base, with the base
+        value of lr, so that the learning rate itself does not scale it.
+    maximize : bool
+        Ascend instead of descend; default False.
 
-    Raises TypeError for a value of the wrong kind and ValueError for one out of range.
+    Raises
+    ------
+    TypeError
+        If a value is of the wrong kind.
+    ValueError
+        If a value is out of range.
+
+    Notes
+    -----
+    Every number, and each of a pair such as `betas`, takes a schedule as `lr` does, unless it
+    determines what the states hold. A value of a schedule that does not fit is refused in its step.
     """
 
     name: ClassVar[str]
@@ -207,8 +223,10 @@ class Rule:
         return (Operation(self.kernel, operands, self.scalars, element=self.element),)
 
     def sums(self) -> tuple[Operation, ...]:
-        """Counts of elements that `stats` adds to its own: run after the rule, each named by its
-        first operand."""
+        """Return the counts of elements that `stats` adds to its own.
+
+        They run after the rule, and each is named by its first operand.
+        """
         return ()
 
     def textbook_sums(
@@ -219,8 +237,10 @@ class Rule:
 
     @property
     def ahead(self) -> Rule | None:
-        """The rule whose step, with the velocity for gradient, moves p to where the gradient is
-        wanted; None where that is p itself."""
+        """The rule whose step moves p to where the gradient is wanted; None where that is p.
+
+        The velocity is the gradient of that step.
+        """
         return None
 
     def every_operation(self) -> tuple[Operation, ...]:
@@ -232,7 +252,7 @@ class Rule:
         raise TypeError(f"{type(self).__name__} takes no Hessian")
 
     def sides(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """States of another shape than their parameter's, and that shape: for matrix rules alone.
+        """Return the shapes of the states of another shape than their parameter's.
 
         They have the compute type, whatever `state_dtype` says, begin as zero, and come after the
         other states, in `init` too; `before` and `between` update them.
@@ -240,13 +260,15 @@ class Rule:
         return {}
 
     def matrices(self, shape: tuple[int, ...]) -> Stack:
-        """As how many matrices, of how many rows and columns, a rule of several phases treats a
-        parameter."""
+        """Return the number of matrices, rows and columns as which a parameter is treated."""
         raise TypeError(f"{type(self).__name__} has one phase")
 
     def before(self, t: int, sides: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """New values of a leaf's side states, found before anything is written, for all leaves:
-        here is the place for what may raise or needs memory. They are in `sides` in `between`."""
+        """Return new values of a leaf's side states, which are in `sides` in `between`.
+
+        They are found for all leaves before anything is written: whatever may raise or needs memory
+        belongs here.
+        """
         return {}
 
     def between(
@@ -276,7 +298,23 @@ class Rule:
     # What follows from it.
 
     def lr_at(self, step: int) -> float:
-        """The learning rate of a step; ValueError where the schedule's value is no rate."""
+        """Return the learning rate of a step.
+
+        Parameters
+        ----------
+        step : int
+            Number of the optimizer's step, 1 for the first.
+
+        Returns
+        -------
+        float
+            The learning rate.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the value of the schedule is no learning rate.
+        """
         if not callable(self.lr):
             return self.lr
         where = f"{type(self).__name__}(lr) at step {step}"
@@ -298,10 +336,25 @@ class Rule:
     def reference(
         self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float
     ) -> tuple[Array, tuple[Array, ...]]:
-        """The step in plain NumPy: the new parameter and the new states.
+        """Compute one step in plain NumPy.
 
-        p, g, states: arrays of one shape, left alone; the arithmetic has their dtype. t: the
-        leaf's step, 1 first. lr: the learning rate of this step.
+        Parameters
+        ----------
+        p, g : array
+            Parameter and gradient of one shape; the arithmetic has their dtype.
+        states : tuple of array
+            States in the order of `init`.
+        t : int
+            Step of the parameter, 1 for the first.
+        lr : float
+            Learning rate of the step.
+
+        Returns
+        -------
+        p : array
+            The new parameter. The arguments are left alone.
+        states : tuple of array
+            The new states.
         """
         if self.maximize:
             g = -g
@@ -320,10 +373,25 @@ class Rule:
         return p - delta, states
 
     def init(self, p: np.ndarray, state_dtype: StateDtype = None) -> tuple[Any, ...]:
-        """New states for a parameter, with its shape and memory order.
+        """Return new states for a parameter.
 
-        state_dtype: as `Optimizer` takes it; without it float64 for a float64 parameter, else
-        float32. Arrays, or `Quantized` objects where the state is stored so.
+        Parameters
+        ----------
+        p : array
+            The parameter, whose shape and memory order the states have.
+        state_dtype : str or mapping, optional
+            Format of the states, as `Optimizer` takes it. By default float64 for a float64
+            parameter, else float32.
+
+        Returns
+        -------
+        tuple of array or Quantized
+            The states, in the order of `states`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the rule cannot update the parameter, or the format does not fit.
         """
         space, rule = device_of(p), self.at(1)
         p = space.check_parameter("p", p, rule)

@@ -17,6 +17,16 @@ from .hyperparameters import Betas, LearningRate, NonNegative
 class Grams(Rule):
     """Adam's step size for each element, in the direction of the gradient itself.
 
+    Parameters
+    ----------
+    betas : pair of float
+        Decay rates b1 and b2 in [0, 1) of the averages of the gradient and of its square;
+        default (0.9, 0.999).
+    eps : float
+        Number >= 0 added to the root in the denominator; default 1e-8.
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
+
     Notes
     -----
     ::

@@ -16,6 +16,14 @@ from .hyperparameters import Betas, LearningRate, NonNegative
 class Lion(Rule):
     """Evolved sign momentum.
 
+    Parameters
+    ----------
+    betas : pair of float
+        Decay rates b1 and b2 in [0, 1) of m: b1 where it gives the sign, b2 where it is stored;
+        default (0.9, 0.99).
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
+
     Notes
     -----
     ::

@@ -14,6 +14,17 @@ from .hyperparameters import Fraction, LearningRate
 class Momentum(Rule):
     """Gradient descent with momentum.
 
+    Parameters
+    ----------
+    momentum : float
+        Decay rate mu in [0, 1) of the velocity; default 0.9.
+    dampening : float
+        Share in [0, 1) of the gradient that the form "buffer" leaves out; default 0.
+    form : {"ema", "heavy_ball", "buffer"}
+        Form of the velocity; default "ema".
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
+
     Notes
     -----
     ::

@@ -31,6 +31,33 @@ def muon(p, g, m, o, mu, a, lr):
 class Muon(Rule):
     """Momentum, orthogonalised, for matrices.
 
+    Parameters
+    ----------
+    momentum : float
+        Decay rate mu in [0, 1) of the average of the gradient; default 0.95.
+    nesterov : bool
+        Orthogonalise the direction one step ahead; default True.
+    form : {"ema", "heavy_ball"}
+        Form of the momentum; default "ema".
+    ns_steps : int
+        Number of Newton-Schulz iterations, at least 1; default 5.
+    ns_coefficients : str, triple of float, or sequence of triples
+        Coefficients of the iterations; default (3.4445, -4.775, 2.0315).
+    norm : {"frobenius", "aol"}
+        Norm that scales u before the iterations; default "frobenius".
+    gram : {"auto", True, False}
+        Whether to iterate on the Gram matrix; default "auto".
+    split : int
+        Number of matrices that lie one below the other along the first axis; default 1.
+    scale : {"original", "match_rms_adamw", "spectral", "none"}
+        Factor s of the step by the shape of the matrix; default "original".
+    eps : float
+        Number >= 0 added to the norm of u; default 1e-30.
+    bias_correction : bool
+        Divide g and m by their bias in u; default False.
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
+
     Notes
     -----
     ::
@@ -117,17 +144,35 @@ class Muon(Rule):
         filters: Literal["muon", "adamw"] | None = None,
         **hyperparameters: Any,
     ) -> dict[str, Rule]:
-        """Patterns and rules for an `Optimizer`: Muon for matrices, AdamW for everything else.
+        """Return rules for an `Optimizer`: Muon for matrices, AdamW for everything else.
 
-        params: as for the optimizer. adamw: by default the usual one beside Muon, AdamW(lr=3e-4,
-        betas=(0.9, 0.95), eps=1e-10, weight_decay=0). names: matrices that go to AdamW, namely
-        where a part of the dotted path matches one of these patterns; by default those of
-        embeddings and output heads, `fusedopt.rules.groups.NAMES`. filters: where those of more
-        than two dimensions go; without it they are refused. hyperparameters: Muon's.
+        Parameters
+        ----------
+        params : nested arrays
+            Parameters, as for the optimizer.
+        adamw : AdamW, optional
+            Rule of what is no matrix; by default AdamW(lr=3e-4, betas=(0.9, 0.95), eps=1e-10,
+            weight_decay=0), the usual one beside Muon.
+        names : sequence of str, optional
+            Patterns of matrices that go to AdamW: a part of the dotted path matches one of them. By
+            default the names of embeddings and output heads, `fusedopt.rules.groups.NAMES`.
+        filters : {"muon", "adamw"}, optional
+            Rule of arrays of more than two dimensions, which are refused without it.
+        **hyperparameters
+            Hyperparameters of Muon.
 
-        The result is an ordinary dict, to read and to change; `Optimizer.describe` shows which
-        leaf went where. Raises ValueError for a name that matches nothing, or filters undecided.
+        Returns
+        -------
+        dict
+            Rules by pattern; `Optimizer.describe` shows the rule of each leaf.
 
+        Raises
+        ------
+        TypeError, ValueError
+            If a name matches nothing, `filters` is needed, or a hyperparameter does not fit.
+
+        Examples
+        --------
         >>> import numpy as np, fusedopt as fo
         >>> block = {"w": np.ones((4, 4)), "gain": np.ones(4)}
         >>> params = {"embed": np.ones((9, 4)), "blocks": [block]}
@@ -184,7 +229,7 @@ class Muon(Rule):
         return self.momentum, self._gain, lr
 
     def factor(self, rows: int, cols: int) -> float:
-        """s, by which the orthogonalised direction is multiplied."""
+        """Return s, by which the orthogonalised direction is multiplied."""
         if self.scale == "original":
             return math.sqrt(max(1.0, rows / cols))
         if self.scale == "match_rms_adamw":
@@ -229,7 +274,7 @@ class Muon(Rule):
         return f"{type(self).__name__} of shape {shape}{treated}: {form}"
 
     def orthogonalized(self, u: np.ndarray) -> np.ndarray:
-        """s o of a direction, in its shape, in plain NumPy; `between` is the fast form."""
+        """Return s o of a direction, in its shape, in plain NumPy; `between` is the fast form."""
         if u.size == 0:
             return u.copy()
         return self.factor(*self.matrices(u.shape)[1:]) * self.polar(u)
@@ -268,7 +313,7 @@ class Muon(Rule):
         return lr * through(u, self.orthogonalized, self.amplification), (m,)
 
     def textbook_direction(self, g: Array, m: Array, t: int) -> tuple[Array, Array]:
-        """u, and the new m."""
+        """Return u and the new m."""
         mu = self.momentum
         gained = (1 - mu) * g if self.form == "ema" else g
         m = mu * m + gained

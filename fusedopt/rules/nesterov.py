@@ -22,6 +22,15 @@ def nesterov(p, g, v, mu, a, b, c):
 class Nesterov(Rule):
     """Nesterov's accelerated gradient.
 
+    Parameters
+    ----------
+    momentum : float
+        Decay rate mu in [0, 1) of the velocity; default 0.9.
+    form : {"rearranged", "heavy_ball", "lookahead"}
+        Form of the velocity; default "rearranged".
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
+
     Notes
     -----
     ::

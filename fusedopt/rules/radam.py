@@ -21,6 +21,22 @@ AboveFour = Annotated[float, Number(low=4.0)]
 class RAdam(Rule):
     """Adam that does not divide by v while v tells too little, and less than fully after.
 
+    Parameters
+    ----------
+    betas : pair of float
+        Decay rates b1 and b2 in [0, 1) of the averages of the gradient and of its square;
+        default (0.9, 0.999).
+    eps : float
+        Number >= 0 added to the root in the denominator; default 1e-8.
+    eps_root : float
+        Number >= 0 added inside the root; default 0.
+    threshold : float
+        Length r, at least 4, from which on v divides; default 5.
+    hat : bool
+        Add eps to the uncorrected root, as PyTorch does; default False.
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
+
     Notes
     -----
     ::

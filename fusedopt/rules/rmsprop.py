@@ -47,6 +47,31 @@ _ELEMENTS: dict[str, Element] = {
 class RMSProp(Rule):
     """Steps divided by the root of a moving average of squared gradients.
 
+    Parameters
+    ----------
+    rho : float
+        Decay rate in [0, 1) of the averages; default 0.9.
+    eps_root : float
+        Number >= 0 added inside the root; default 1e-16.
+    eps : float
+        Number >= 0 added to the root in the denominator; default 0.
+    lr_decay : float
+        Number >= 0: lr is divided by 1 + (t - 1) lr_decay; default 0.
+    initial_accumulator : float
+        First value >= 0 of v; default 0.
+    centered : bool
+        Divide by the root of the variance about the mean; default False.
+    momentum : float
+        Decay rate mu in [0, 1) of a velocity over the steps; default 0, without one.
+    nesterov : bool
+        Look one step ahead with the velocity; default False.
+    lr_in_buffer : bool
+        Let the velocity gather steps that hold lr; default False.
+    bias_correction : bool
+        Divide v and a by their bias; default False.
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
+
     Notes
     -----
     ::

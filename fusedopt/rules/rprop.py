@@ -16,6 +16,15 @@ from .hyperparameters import LearningRate, Pair
 class Rprop(Rule):
     """Resilient propagation: a step size for each element, that only signs of gradients change.
 
+    Parameters
+    ----------
+    etas : pair of float
+        Factors >= 0 of a step size where signs differ and where they agree; default (0.5, 1.2).
+    step_sizes : pair of float
+        Smallest and largest step size; default (1e-6, 50).
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
+
     Notes
     -----
     ::

@@ -13,6 +13,11 @@ from .hyperparameters import LearningRate
 class SGD(Rule):
     """Stochastic gradient descent: no state.
 
+    Parameters
+    ----------
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
+
     Notes
     -----
     ::

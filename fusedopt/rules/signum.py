@@ -17,6 +17,13 @@ from .lion import Lion
 class Signum(Rule):
     """Steps of one size, with the sign of the momentum.
 
+    Parameters
+    ----------
+    momentum : float
+        Decay rate mu in [0, 1) of the average of the gradient; default 0.9.
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
+
     Notes
     -----
     ::

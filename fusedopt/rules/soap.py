@@ -22,6 +22,22 @@ from .sgd import SGD
 class SOAP(Rule):
     """Adam in the eigenbasis of Shampoo's preconditioner, for matrices.
 
+    Parameters
+    ----------
+    betas : pair of float
+        Decay rates b1 and b2 in [0, 1) of the averages of the gradient and of its square;
+        default (0.95, 0.95).
+    shampoo_beta : float
+        Decay rate b in [0, 1) of L and R; default 0.95.
+    eps : float
+        Number >= 0 added to the root in the denominator; default 1e-8.
+    precondition_frequency : int
+        Number of steps, at least 1, between refinements of the basis; default 10.
+    max_precond_dim : int
+        Longest side that has a basis of its own; default 10000.
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
+
     Notes
     -----
     With G the gradient as a matrix, which is (shape[0], the rest)::

@@ -29,6 +29,28 @@ def sophia_paper(p, g, m, h, b1, one_b1, lr, gamma, eps, clip, k):
 class Sophia(Rule):
     """Second-order clipped steps.
 
+    Parameters
+    ----------
+    betas : pair of float
+        Decay rates b1 and b2 in [0, 1) of the averages of the gradient and of the Hessian's
+        diagonal; default (0.965, 0.99).
+    rho : float
+        Number >= 0 that scales h; default 0.04.
+    bs : int
+        Number of tokens or samples in the batch; default 5120.
+    eps : float
+        Number >= 0 added to, or least value of, the denominator; default 1e-15.
+    clip : float
+        Limit >= 0 of each element's step over lr; default 1.
+    form : {"official", "paper"}
+        Form of the denominator; default "official".
+    estimator : {"gnb", "hutchinson"}
+        Kind of the Hessian estimate; default "gnb".
+    bias_correction : bool
+        Divide m by its bias; default False.
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
+
     Notes
     -----
     ::
