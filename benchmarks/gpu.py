@@ -1,6 +1,7 @@
 """The backend "cuda" on a GPU: verified and timed in one command of a few minutes.
 
-    python benchmarks/gpu.py [PART ...] [--elements 1000000000] [--rounds 21] [--output FILE]
+    python benchmarks/gpu.py [PART ...] [--elements 1000000000] [--rounds 21] [--seconds 300]
+                             [--output FILE]
 
 The parts, all of them where none is named:
 
@@ -181,13 +182,16 @@ def of_rows(place: Machine, sizes: Sizes) -> float:
 def bits(place: Machine, sizes: Sizes) -> Lines:
     """Compare every rule on the device with the CPU."""
     count = min(sizes.processes, len(fo.RULES))
-    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
-        asked = [pool.submit(of_rule, name, sizes) for name in fo.RULES]
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
+    asked = [pool.submit(of_rule, name, sizes) for name in fo.RULES]
+    try:
         for done in as_completed(asked):
             name, cases, wrong = done.result()
             for line in wrong:
                 print(line, flush=True)
             yield Row(f"{name}: of {cases} cases differ", len(wrong), 0, {}, False, "cases")
+    finally:
+        pool.shutdown(cancel_futures=True)
     for what, found in of_formats(place, sizes):
         yield Row(f"AdamW, {what}: largest difference", found, 0.0, {}, False, "")
     yield Row("a NaN changes nothing", float(what_a_nan_changes(place)), 0, {}, False, "")
@@ -412,6 +416,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--elements", type=int, default=Sizes.elements)
     parser.add_argument("--rounds", type=int, default=Sizes.rounds)
+    parser.add_argument("--seconds", type=float, default=300.0, help="no more rows after these")
     parser.add_argument("--output", type=Path, help="a file for lines of JSON")
     parser.add_argument("--rehearse", action="store_true", help="small sizes, on the simulator")
     arguments = parser.parse_args(given)
@@ -436,6 +441,9 @@ def main(given: Sequence[str] | None = None) -> int:
                 if arguments.output:
                     with arguments.output.open("a") as file:
                         file.write(json.dumps({"machine": place.name, **told}) + "\n")
+                if told["after"] > arguments.seconds:
+                    print(f"stopped after {told['after']:.0f} s, in {part}", flush=True)
+                    return 1
         except Exception as error:  # the other parts are worth having
             missed += 1
             print(f"{part}: {type(error).__name__}: {error}", flush=True)

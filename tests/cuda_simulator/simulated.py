@@ -282,6 +282,35 @@ def test_matrix_products(rule: fo.Rule, dtype: Any, wait: bool) -> None:
         np.testing.assert_allclose(results[0][k], want, accuracy, 0.1 * accuracy, err_msg=str(k))
 
 
+@pytest.mark.parametrize("rule", [fo.NorMuon(), fo.AdaMuon(), fo.SOAP()], ids=lambda r: r.name)
+def test_updates_and_checkpoints_of_side_states(rule: fo.Rule, tmp_path: Path) -> None:
+    p, *grads = (draw(k, (4, 4), np.float32) for k in range(9))
+    there, here = OnDevice(p.copy()), p.copy()
+    states, own = rule.init(there), rule.init(here)  # type: ignore[arg-type]
+    for t, g in enumerate(grads, 1):
+        fo.update(rule, t, there, OnDevice(g), *states)  # type: ignore[arg-type]
+        fo.update(rule, t, here, g, *own)
+    np.testing.assert_allclose(there.array, here, 1e-3, 1e-4)
+    optimizer = fo.Optimizer({"w": OnDevice(p)}, rule)
+    for g in grads[:4]:
+        optimizer.step({"w": OnDevice(g)})
+    optimizer.save(tmp_path / "run")
+    saved, before = optimizer.state_dict(), p.copy()
+    on_host = fo.Optimizer({"w": here}, rule)
+    here[...] = before
+    on_host.load(tmp_path / "run")
+    assert on_host.fingerprint() == optimizer.fingerprint()
+    ends = []
+    for back in (lambda: None, lambda: optimizer.load(tmp_path / "run"),
+                 lambda: optimizer.load_state_dict(saved)):  # fmt: skip
+        p[...] = before
+        back()
+        for g in grads[4:]:
+            optimizer.step({"w": OnDevice(g)})
+        ends.append(optimizer.fingerprint())
+    assert len({*ends}) == 1
+
+
 class Failing:
     """Functions of which one raises MemoryError, at its beginning or at its end."""
 

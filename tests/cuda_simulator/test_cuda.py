@@ -98,6 +98,23 @@ def test_on_the_simulator(simulation: str, simulated: Any) -> None:
     assert "skipped" not in told
 
 
+def test_a_benchmark_that_is_stopped_keeps_its_rows(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    given = ["--rehearse", "streams", "lists", "--seconds", "0", "--output", str(rows)]
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), *given],
+        env={**os.environ, **SUPPORT, "NUMBA_ENABLE_CUDASIM": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 1, result.stderr
+    assert re.search(r"stopped after \d+ s, in streams\n$", result.stdout)
+    (row,) = map(json.loads, rows.open())
+    assert row["part"] == "streams"
+
+
 def test_what_it_says_without_a_device() -> None:
     reason = BACKENDS["cuda"].unavailable()
     if reason is None:

@@ -428,11 +428,12 @@ class CudaPlan(ExclusiveUse):
             wait_for(other, stream)
         if spec.extras.stats:
             self._read_sums(bound, stream)
+        counters = spec.counters
         if bound.active.size == len(self._parameters):
-            spec.counters[...] += 1
+            counters += 1
         else:
-            spec.counters[1:][bound.active] += 1
-            spec.counters[0] = number
+            counters[1:][bound.active] += 1
+            counters[0] = number
         if self._clipper is not None:
             self._clipper.note(number, bound.active, stream)
         return number

@@ -53,5 +53,5 @@ def kept(program: Program, phase: int) -> dict[str, str]:
 
 
 def all_kept(program: Program) -> list[dict[str, str]]:
-    """What is `kept` in each phase but the last."""
+    """The copies that each phase but the last needs: see `kept`."""
     return [kept(program, phase) for phase in range(program.phases - 1)]
