@@ -105,11 +105,12 @@ def estimate(
             states += computed.nbytes(n) - n * dtype.itemsize
         elif computed.dtype != dtype:
             states += computed.nbytes(n)
-        if own.program.phases > 1:
+        stack = own.matrices(shape)
+        if stack is not None:
             works = max(works, len(own.works))
             order = memory_order(leaf.value) if isinstance(leaf.value, np.ndarray) else "C"
             compute = compute_dtype(dtype)
-            matrices.append((len(matrices), compute, own.matrices(shape), (k, shape, order)))
+            matrices.append((len(matrices), compute, stack, (k, shape, order)))
     labels, rules = [leaf.label for leaf in tree.leaves], [groups[k].rule for k in group_of]
     storage.check(labels, [np.dtype(leaf.value.dtype) for leaf in tree.leaves], rules)
     made = batches(matrices)

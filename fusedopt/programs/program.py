@@ -74,7 +74,7 @@ class Governed(Protocol):
 
     @property
     def works(self) -> tuple[str, ...]:
-        """The names of the work space of a rule of several phases."""
+        """The names of the work space between two phases."""
 
     @property
     def decay_line(self) -> tuple[float, float]:
@@ -100,7 +100,7 @@ class Program:
     ) -> None:
         self.operations, self.temporaries, self.sums = operations, temporaries, sums
         self.phases = 1 + max(op.phase for op in operations)
-        self.works = rule.works if self.phases > 1 else ()
+        self.works = rule.works
         self.arrays = (*arrays, *self.works)
         decay = {"independent": "decoupled", "decoupled_first": "first"}.get(rule.decay, rule.decay)
         self._decay = decay if rule.weight_decay else "plain"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal, NamedTuple, Self, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import numpy as np
 
 from ..arrays.devices import device_of
 from ..arrays.storage import StateDtype, Storage
-from ..linalg.newton_schulz import Stack, Workspace
+from ..linalg.newton_schulz import Stack
 from ..programs.arithmetic import Array
 from ..programs.elements import Element
 from ..programs.program import Operation, Program
@@ -28,16 +28,6 @@ from .hyperparameters import (
 )
 
 DecayForm = Literal["l2", "decoupled", "decoupled_first", "independent"]
-
-
-class Member(NamedTuple):
-    """A parameter among those of one shape whose matrices are treated in one go.
-
-    t: its step, 1 first. sides: its side states, live.
-    """
-
-    t: int
-    sides: Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +72,8 @@ class Rule:
     settled: ClassVar[tuple[str, ...]] = ()
     """Hyperparameters that say what the states hold, so that no step may change them."""
 
-    works: ClassVar[tuple[str, ...]] = ("work",)
-    """The work space of a rule of several phases, by the names of operands."""
+    works: ClassVar[tuple[str, ...]] = ()
+    """The work space between two phases, by the names of operands."""
 
     lr: LearningRate = 1e-2
     weight_decay: NonNegative = 0.0
@@ -255,37 +245,13 @@ class Rule:
         """Return the shapes of the states of another shape than their parameter's.
 
         They have the compute type, whatever `state_dtype` says, begin as zero, and come after the
-        other states, in `init` too; `before` and `between` update them.
+        other states, in `init` too; `MatrixRule.before` and `between` update them.
         """
         return {}
 
-    def matrices(self, shape: tuple[int, ...]) -> Stack:
-        """Return the number of matrices, rows and columns as which a parameter is treated."""
-        raise TypeError(f"{type(self).__name__} has one phase")
-
-    def before(self, t: int, sides: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return new values of a leaf's side states, which are in `sides` in `between`.
-
-        They are found for all leaves before anything is written: whatever may raise or needs memory
-        belongs here.
-        """
-        return {}
-
-    def between(
-        self,
-        phase: int,
-        works: Sequence[np.ndarray],
-        space: Workspace,
-        members: Sequence[Member | None],
-    ) -> None:
-        """Change the workspace between the phases of a rule, in place, after each but the last.
-
-        phase: that which has just run. works: by name as `self.works`; the first axis is that of
-        parameters of one shape; each lies at the beginning of one of the space's directions.
-        members: of each of these parameters, None where it takes no part in the step. Must neither
-        raise nor need memory: the matrices before these have been updated by then.
-        """
-        raise TypeError(f"{type(self).__name__} has one phase")
+    def matrices(self, shape: tuple[int, ...]) -> Stack | None:
+        """Return the number of matrices, rows and columns as which a `MatrixRule` treats a leaf."""
+        return None
 
     def note(self, shape: tuple[int, ...]) -> str | None:
         """How parameters of this shape are updated, where that depends on the shape."""

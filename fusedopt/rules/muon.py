@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -15,9 +15,10 @@ from ..linalg.newton_schulz import Gram, Iteration, Norm, Stack, Workspace, as_m
 from ..programs.arithmetic import Array, correction, ratio, textbook_correction
 from ..programs.program import Operation
 from .adam import AdamW
-from .base import DecayForm, Member, Rule
+from .base import DecayForm, Rule
 from .groups import by_kind
 from .hyperparameters import Count, Fraction, LearningRate, NonNegative, QuinticSet, check_field
+from .matrix import MatrixRule, Member, through
 from .momentum import Momentum
 from .nesterov import nesterov
 
@@ -28,7 +29,7 @@ def muon(p, g, m, o, mu, a, lr):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Muon(Rule):
+class Muon(MatrixRule):
     """Momentum, orthogonalised, for matrices.
 
     Parameters
@@ -192,14 +193,13 @@ class Muon(Rule):
         return ("m",)
 
     def refuses(self, p: np.ndarray) -> str | None:
-        if p.ndim < 2:
-            return refuses_vectors(self, p)
-        if p.shape[0] % self.split:
+        reason = super().refuses(p)
+        if reason is None and p.shape[0] % self.split:
             return (
                 f"{type(self).__name__}(split={self.split}) splits the first axis into equal parts,"
                 f" got shape {p.shape}; give such parameters a rule of their own by a pattern"
             )
-        return None
+        return reason
 
     def operations(self) -> tuple[Operation, ...]:
         direction = Operation(
@@ -321,19 +321,3 @@ class Muon(Rule):
         if self.bias_correction:
             c_g, c_m = textbook_correction(mu, t), textbook_correction(mu, t + 1)
         return gained / c_g + mu * m / c_m if self.nesterov else m / c_g, m
-
-
-def refuses_vectors(rule: Rule, p: np.ndarray) -> str | None:
-    """`Rule.refuses` of a rule for matrices."""
-    if p.ndim > 1:
-        return None
-    own = type(rule).__name__
-    return (
-        f"{own} updates arrays of two dimensions or more, got shape {p.shape}; send it to AdamW by"
-        f" a pattern: {{'<this path>': fo.AdamW(), '*': fo.{own}()}}"
-    )
-
-
-def through(u: Array, function: Callable[[np.ndarray], Any], gain: float) -> Any:
-    """`function` of a reference's array, which amplifies rounding up to `gain` times."""
-    return function(u) if isinstance(u, np.ndarray) else u.through(function, gain)

@@ -10,9 +10,9 @@ import numpy as np
 
 from ..linalg.newton_schulz import Workspace
 from ..programs.arithmetic import Array, capped, ratio
-from .base import Member
 from .hyperparameters import Fraction, NonNegative
-from .muon import Muon, through
+from .matrix import Member, through
+from .muon import Muon
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,15 +11,16 @@ import numpy as np
 from ..linalg.newton_schulz import Stack, Workspace, as_matrix
 from ..programs.arithmetic import Array, correction, ratio, textbook_correction
 from ..programs.program import Operation
-from .base import DecayForm, Member, Rule
+from .base import DecayForm
 from .hyperparameters import Betas, Count, Fraction, LearningRate, NonNegative
+from .matrix import MatrixRule, Member, through
 from .momentum import Momentum
-from .muon import muon, refuses_vectors, through
+from .muon import muon
 from .sgd import SGD
 
 
 @dataclass(frozen=True, kw_only=True)
-class SOAP(Rule):
+class SOAP(MatrixRule):
     """Adam in the eigenbasis of Shampoo's preconditioner, for matrices.
 
     Parameters
@@ -112,9 +113,6 @@ class SOAP(Rule):
         rows, cols = as_matrix(shape)
         sides = {"L": rows, "R": cols, "QL": rows, "QR": cols}
         return {name: (n, n) for name, n in sides.items() if n <= self.max_precond_dim}
-
-    def refuses(self, p: np.ndarray) -> str | None:
-        return refuses_vectors(self, p)
 
     def matrices(self, shape: tuple[int, ...]) -> Stack:
         return 1, *as_matrix(shape)
