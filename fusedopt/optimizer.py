@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -119,7 +120,7 @@ class Optimizer:
         wait: bool = True,
     ) -> None:
         self.params = params
-        self.rule = rule
+        self._rule = rule
         options = Options(
             clip_norm, clip_value, skip_nonfinite, zero_grads, state_dtype, rounding, master,
             copy_out, ema, stats, exact, seed, backend, threads, verify, wait,
@@ -239,6 +240,20 @@ class Optimizer:
         return self._assembly.accumulate(grads)
 
     @property
+    def rule(self) -> RuleChoice:
+        """The rule, mapping or callable that was given, with what was changed since.
+
+        A callable stays as it is; `groups` has its rules.
+        """
+        given = self._rule
+        rules = [group.rule for group in self._assembly.groups]
+        if isinstance(given, Rule):
+            return rules[0]
+        if isinstance(given, Mapping) and any(map(operator.is_not, given.values(), rules)):
+            return dict(zip(given, rules, strict=True))
+        return given
+
+    @property
     def lr(self) -> float | dict[str, float]:
         """The learning rate of the next step; with several rules a dict by label.
 
@@ -250,11 +265,8 @@ class Optimizer:
 
     @lr.setter
     def lr(self, lr: RateChoice) -> None:
-        groups = self._assembly.groups
-        if len(groups) == 1 and self._assembly.set_rates([lr]):
-            self._show_rules([group.rule for group in self._assembly.groups])
-        else:
-            self._adopt(with_rates(groups, lr), settled=False)
+        if not self._assembly.set_rate(lr):
+            self._adopt(with_rates(self._assembly.groups, lr), settled=False)
 
     @property
     def groups(self) -> dict[str, ParameterGroup]:
@@ -285,17 +297,10 @@ class Optimizer:
         self._adopt(with_hyperparameters(self._assembly.groups, label, hyperparameters))
 
     def _adopt(self, rules: Sequence[Rule], *, settled: bool = True) -> None:
-        def adopt() -> None:
-            self._assembly.adopt(rules)
-            self._show_rules(rules)
-
-        self._assembly.whole("hyperparameters", adopt, settled=settled, moved=True)
-
-    def _show_rules(self, rules: Sequence[Rule]) -> None:
-        if isinstance(self.rule, Rule):
-            self.rule = rules[0]
-        elif isinstance(self.rule, Mapping):
-            self.rule = dict(zip(self.rule, rules, strict=True))
+        assembly = self._assembly
+        if not assembly.change(rules):
+            adopt = partial(assembly.adopt, rules)
+            assembly.whole("hyperparameters", adopt, settled=settled, moved=True)
 
     @property
     def step_count(self) -> int:
