@@ -12,7 +12,8 @@ import numpy as np
 
 from ...arrays.order import shaped
 from ...linalg.newton_schulz import Iteration, as_matrix
-from ...rules import SOAP, AdaMuon, Muon, NorMuon, Rule
+from ...rules import SOAP, AdaMuon, Muon, NorMuon
+from ...rules.matrix import MatrixRule
 from .arrays import DeviceArray
 
 LIBRARIES = ("cupy", "torch")
@@ -58,7 +59,7 @@ class Library:
         return streams.ExternalStream(stream, device) if stream else streams.Stream.null
 
     def between(
-        self, rule: Rule, phase: int, works: Mapping[str, Any], sides: Mapping[str, Any]
+        self, rule: MatrixRule, phase: int, works: Mapping[str, Any], sides: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Do what `Rule.between` does after a phase, for the works of one leaf, in place.
 

@@ -16,7 +16,7 @@ from ...arrays.formats import PLAIN
 from ...arrays.stored import ArraySpec
 from ...plan.spec import PlanSpec
 from ...programs.program import Program
-from ...rules import Rule
+from ...rules.matrix import MatrixRule
 from .arrays import DeviceArray
 from .buffers import Memory
 from .clipping import DeviceClipper
@@ -91,7 +91,7 @@ class DeviceMatrices:
         return self._library.on_stream(stream, self._first.device)
 
     def bases(
-        self, k: int, rule: Rule, t: int, settled: Callable[[], None], stream: int
+        self, k: int, rule: MatrixRule, t: int, settled: Callable[[], None], stream: int
     ) -> dict[str, DeviceArray]:
         """The side states of a leaf that its rule finds before the t-th step, as new arrays."""
         sides, found = self._sides[k], {}
@@ -114,7 +114,7 @@ class DeviceMatrices:
     def between(
         self,
         phase: int,
-        leaves: Mapping[int, Rule],
+        leaves: Mapping[int, MatrixRule],
         bases: Bases,
         clipper: DeviceClipper | None,
     ) -> list[tuple[Any, Any]]:

@@ -466,13 +466,13 @@ class CudaPlan(ExclusiveUse):
     def _bases(self, k: int, stream: int) -> Mapping[str, DeviceArray]:
         """The side states of a leaf that are found on the host before a step."""
         spec, t = self._spec, int(self._spec.counters[k + 1]) + 1
-        rule = spec.groups[spec.group_of[k]].rule
+        rule: Any = spec.groups[spec.group_of[k]].rule
         return self._matrices.bases(k, rule, t, lambda: self._look(idle=True), stream)
 
     def _multiply(self, bound: Bound, bases: Bases, stream: int) -> None:
         """Do all that comes before the last phase of rules for matrices, and write side states."""
         spec, new = self._spec, []
-        rules = {k: spec.groups[spec.group_of[k]].rule for k in bound.matrices}
+        rules: dict[int, Any] = {k: spec.groups[spec.group_of[k]].rule for k in bound.matrices}
         with self._matrices.on_stream(stream):
             for phase, launches in enumerate(bound.ahead):
                 self._matrices.begin(phase, bound.matrices)

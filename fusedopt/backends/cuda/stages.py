@@ -6,8 +6,6 @@ between two products makes is made once more after all products, and stored then
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from ...programs.program import Operation, Program
 from .kernels import Step, operations_of
 
@@ -25,7 +23,7 @@ def operations_at(
     elif not ahead:
         names = {name: copy for copy, name in kept(program, phase).items()}
         operations = [
-            replace(op, operands=tuple(names.get(o, o) for o in op.operands))
+            op._replace(operands=tuple(names.get(o, o) for o in op.operands))
             for op in operations
             if writes_state(program, op)
         ]
