@@ -303,13 +303,6 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         lambda: fo.Optimizer(OnDevice(host()), fo.Muon()),
         ValueError, "two dimensions or more",
     ),
-    **{
-        cls.__name__: (
-            lambda cls=cls: fo.Optimizer(OnDevice(np.ones((4, 4), np.float32)), cls()),
-            ValueError, f"{cls.__name__}: is not supported by the backend 'cuda'; take fo.Muon",
-        )
-        for cls in (fo.NorMuon, fo.AdaMuon, fo.SOAP)
-    },
     "shape": (
         lambda: fo.Optimizer(OnDevice(host()), fo.SGD()).step(OnDevice(host(3))),
         ValueError, r"expected the shape \(4,\)",
@@ -333,10 +326,6 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "update of the host": (
         lambda: fo.update(fo.SGD(), 1, host(), OnDevice(host())),  # type: ignore[arg-type]
         TypeError, "g: is on a CUDA device, where only the backend 'cuda' takes it",
-    ),
-    "update by SOAP": (
-        lambda: fo.SOAP().init(OnDevice(np.ones((4, 4), np.float32))),  # type: ignore[arg-type]
-        ValueError, "SOAP: is not supported by the backend 'cuda'; take fo.Muon",
     ),
     "norm with the host": (
         lambda: fo.global_norm([OnDevice(host()), host()]),
