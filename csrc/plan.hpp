@@ -154,8 +154,12 @@ class Plan {
   // The leaves' scalars: once for each group, compute type and t.
   void prepare();
   const Scalars& scalars_of(std::size_t k);
+  // The leaves of a batch, or of none (-1), that take part.
+  std::vector<std::size_t> active_of(int batch) const;
   // phase: -1 for the last of each leaf's own. choice: of the members together.
   void run_phase(const std::vector<std::size_t>& members, int phase, ThreadChoice* choice);
+  // All phases of a batch of matrices. It may raise, and has written by then.
+  void run_batch(int batch, bool flat);
   void take_sums(const std::vector<std::size_t>& members);
   // The sums that rules read, and the scalars that come from them; runs Python.
   void take_measures();

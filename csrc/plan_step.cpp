@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <iterator>
 #include <memory>
 #include <stdexcept>
@@ -15,6 +16,8 @@
 
 namespace fusedopt {
 namespace {
+
+constexpr std::int64_t HALFWAY = -1;  // see fusedopt/plan/spec.py
 
 Range range_of(const Operand& input, std::size_t n) {
   return {input.data, input.data + n * input.bits / 8};
@@ -72,28 +75,35 @@ bool Plan::update(bool flat) {
     take_measures();
     if (!read(flat)) return false;
   }
-  const auto those = [&](auto condition) {
-    std::vector<std::size_t> members;
-    std::copy_if(active_.begin(), active_.end(), std::back_inserter(members), condition);
-    return members;
-  };
-  for (int batch = 0; batch < batch_count_; ++batch) {
-    const std::vector<std::size_t> members = those([&](auto k) { return batches_[k] == batch; });
-    if (members.empty()) continue;
-    const int last = program(members[0]).phases - 1;
-    for (int phase = 0; phase < last; ++phase) {
-      run_phase(members, phase, nullptr);
-      called(between_, py::make_tuple(batch, phase, members));
-      if (!read(flat))
-        throw std::runtime_error(
-            "an array was given other memory during a step, which is half done; load a checkpoint");
-    }
-    run_phase(members, last, nullptr);
+  try {
+    for (int batch = 0; batch < batch_count_; ++batch) run_batch(batch, flat);
+  } catch (...) {
+    counts_[0] = HALFWAY;
+    throw;
   }
-  run_phase(those([&](auto k) { return batches_[k] < 0; }), -1, &choice_);
+  run_phase(active_of(-1), -1, &choice_);
   for (const std::size_t k : active_) ++counts_[k + 1];
   ++counts_[0];
   return true;
+}
+
+void Plan::run_batch(int batch, bool flat) {
+  const std::vector<std::size_t> members = active_of(batch);
+  if (members.empty()) return;
+  const int last = program(members[0]).phases - 1;
+  for (int phase = 0; phase < last; ++phase) {
+    run_phase(members, phase, nullptr);
+    called(between_, py::make_tuple(batch, phase, members));
+    if (!read(flat)) throw std::runtime_error("an array was given other memory during a step");
+  }
+  run_phase(members, last, nullptr);
+}
+
+std::vector<std::size_t> Plan::active_of(int batch) const {
+  std::vector<std::size_t> members;
+  std::copy_if(active_.begin(), active_.end(), std::back_inserter(members),
+               [&](std::size_t k) { return batches_[k] == batch; });
+  return members;
 }
 
 bool Plan::unmoved() const {

@@ -16,7 +16,7 @@ from ...jit import unavailable
 from ...jit.operations import tile_function
 from ...plan.extras import Extras
 from ...plan.interface import ExclusiveUse, Plan
-from ...plan.spec import INPUTS, PlanSpec
+from ...plan.spec import HALFWAY, INPUTS, PlanSpec
 from ...programs.program import Program
 from ...rules.groups import Group
 from ..matrices import Matrices
@@ -190,20 +190,27 @@ class NumbaPlan(ExclusiveUse):
             at = self._starts[k] + place
             self._operands[at]["key"] = key.after(int(spec.counters[k + 1]))
         scalars = self._folded(active)
-        if self._matrices.sided:
-            self._matrices.before(active)
         measuring = [k for k in active if self._programs[spec.group_of[k]].measures]
         if measuring:
             self._run(measuring, 0, scalars, grads)
             scalars.update({k: self._with_measured(k, scalars[k]) for k in measuring})
         batches = self._matrices.batches
-        for batch in sorted({batches[k] for k in active if k in batches}):
-            members = [k for k in active if batches.get(k) == batch]
-            for phase in range(self._programs[spec.group_of[members[0]]].phases - 1):
-                self._run(members, phase, scalars, grads)
-                self._matrices.between(batch, phase, members)
-            self._run(members, None, scalars, grads)
-        self._run([k for k in active if k not in batches], None, scalars, grads)
+        if batches:
+            self._matrices.before(active)
+        begun = False
+        try:
+            for batch in sorted({batches[k] for k in active if k in batches}):
+                members = [k for k in active if batches.get(k) == batch]
+                for phase in range(self._programs[spec.group_of[members[0]]].phases - 1):
+                    self._run(members, phase, scalars, grads)
+                    begun = True
+                    self._matrices.between(batch, phase, members)
+                self._run(members, None, scalars, grads)
+            self._run([k for k in active if k not in batches], None, scalars, grads)
+        except BaseException:
+            if begun:
+                spec.counters[0] = HALFWAY
+            raise
         spec.counters[1:][active] += 1
         spec.counters[0] += 1
         return int(spec.counters[0])
