@@ -13,6 +13,7 @@ from ...arrays.formats import FLOAT64, PLAIN, SEGMENT, compute_dtype
 from ...arrays.rows import UniqueRows, values_of
 from ...arrays.stored import Stored
 from ...jit.tiles import LANES
+from ...programs.arithmetic import rescaling
 from ...programs.elements import keep
 from . import blocks
 from .blocks import LANES as TILE_LANES
@@ -254,12 +255,11 @@ class Sums:
         totals = self.read(stream)
         rows = np.stack([totals, np.ones(totals.size)], axis=1)
         # Once more for those whose squares left the range: see csrc/norms.hpp.
-        small, large = totals < 2.0**-900, ~(totals <= 2.0**1023)
-        for lost, scale in ((small, 2.0**600), (large & ~small, 2.0**-600)):
-            lost &= self.wide
-            if lost.any():
-                self.queue(stream, scale)
-                rows[lost, 0], rows[lost, 1] = self.read(stream)[lost], scale
+        factors = np.where(self.wide, rescaling(totals), 1.0)
+        for factor in set(factors.tolist()) - {1.0}:
+            lost = factors == factor
+            self.queue(stream, factor)
+            rows[lost, 0], rows[lost, 1] = self.read(stream)[lost], factor
         return rows
 
 
