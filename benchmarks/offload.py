@@ -12,6 +12,7 @@ is installed, and with CPUOffload, plain, with bfloat16 states, and with the nor
 from __future__ import annotations
 
 import argparse
+import importlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -22,9 +23,9 @@ import torch
 import fusedopt.torch as ft
 
 try:
-    from torchao.optim import CPUOffloadOptimizer
+    torchao: Any = importlib.import_module("torchao.optim")
 except ImportError:
-    CPUOffloadOptimizer = None
+    torchao = None
 
 STEPS = 10
 
@@ -67,16 +68,18 @@ def check(width: int, layers: int, device: str, chosen: dict[str, Any]) -> None:
     net = model(width, layers, device)
     params = list(net.parameters())
     copies = [torch.nn.Parameter(p.detach().cpu().clone()) for p in params]
-    a = ft.CPUOffload(params, ft.AdamW, lr=1e-3, **chosen)
-    b = ft.AdamW(copies, lr=1e-3, master="float32")
-    schedules = [torch.optim.lr_scheduler.LinearLR(opt, total_iters=STEPS) for opt in (a, b)]
+    opts: list[Any] = [
+        ft.CPUOffload(params, ft.AdamW, lr=1e-3, **chosen),
+        ft.AdamW(copies, lr=1e-3, master="float32"),
+    ]
+    schedules = [torch.optim.lr_scheduler.LinearLR(opt, total_iters=STEPS) for opt in opts]
     for step in range(STEPS):
-        a.zero_grad()
+        net.zero_grad()
         for part in range(2):
             backward(net, 2 * step + part)
         for p, q in zip(params, copies, strict=True):
             q.grad = p.grad.cpu().clone()
-        for opt, schedule in zip((a, b), schedules, strict=True):
+        for opt, schedule in zip(opts, schedules, strict=True):
             opt.step()
             schedule.step()
     assert all(torch.equal(p.cpu(), q) for p, q in zip(params, copies, strict=True))
@@ -119,8 +122,8 @@ def main(given: Sequence[str] | None = None) -> None:
             params, ft.AdamW, clip_norm=1.0, **chosen
         ),
     }
-    if CPUOffloadOptimizer is not None and not rehearse:
-        ways["torchao, offloaded"] = lambda params: CPUOffloadOptimizer(
+    if torchao is not None and not rehearse:
+        ways["torchao, offloaded"] = lambda params: torchao.CPUOffloadOptimizer(
             params, torch.optim.AdamW, fused=True
         )
     for label, make in ways.items():
