@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -35,7 +36,8 @@ class Optimizer:
     ----------
     params : array or nested dicts, lists and tuples of arrays
         Dense writable arrays of float32, float64, bfloat16 (of ml_dtypes) or float16, none
-        overlapping another; on a CUDA device, arrays of CuPy, PyTorch or Numba.
+        overlapping another; on a CUDA device, arrays of CuPy, PyTorch or Numba. None, such as the
+        bias of a layer without one, is no parameter; gradients have None there too.
     rule : Rule, mapping or callable
         One rule for all leaves; path patterns -> rules, of which the first that matches a leaf's
         dotted path (`block.0.w`) takes it; or a callable of path and array.
@@ -119,7 +121,7 @@ class Optimizer:
         wait: bool = True,
     ) -> None:
         self.params = params
-        self.rule = rule
+        self._rule = rule
         options = Options(
             clip_norm, clip_value, skip_nonfinite, zero_grads, state_dtype, rounding, master,
             copy_out, ema, stats, exact, seed, backend, threads, verify, wait,
@@ -239,6 +241,20 @@ class Optimizer:
         return self._assembly.accumulate(grads)
 
     @property
+    def rule(self) -> RuleChoice:
+        """The rule, mapping or callable that was given, with what was changed since.
+
+        A callable stays as it is; `groups` has its rules.
+        """
+        given = self._rule
+        rules = [group.rule for group in self._assembly.groups]
+        if isinstance(given, Rule):
+            return rules[0]
+        if isinstance(given, Mapping) and any(map(operator.is_not, given.values(), rules)):
+            return dict(zip(given, rules, strict=True))
+        return given
+
+    @property
     def lr(self) -> float | dict[str, float]:
         """The learning rate of the next step; with several rules a dict by label.
 
@@ -250,11 +266,8 @@ class Optimizer:
 
     @lr.setter
     def lr(self, lr: RateChoice) -> None:
-        groups = self._assembly.groups
-        if len(groups) == 1 and self._assembly.set_rates([lr]):
-            self._show_rules([group.rule for group in self._assembly.groups])
-        else:
-            self._adopt(with_rates(groups, lr), settled=False)
+        if not self._assembly.set_rate(lr):
+            self._adopt(with_rates(self._assembly.groups, lr), settled=False)
 
     @property
     def groups(self) -> dict[str, ParameterGroup]:
@@ -285,17 +298,10 @@ class Optimizer:
         self._adopt(with_hyperparameters(self._assembly.groups, label, hyperparameters))
 
     def _adopt(self, rules: Sequence[Rule], *, settled: bool = True) -> None:
-        def adopt() -> None:
-            self._assembly.adopt(rules)
-            self._show_rules(rules)
-
-        self._assembly.whole("hyperparameters", adopt, settled=settled, moved=True)
-
-    def _show_rules(self, rules: Sequence[Rule]) -> None:
-        if isinstance(self.rule, Rule):
-            self.rule = rules[0]
-        elif isinstance(self.rule, Mapping):
-            self.rule = dict(zip(self.rule, rules, strict=True))
+        assembly = self._assembly
+        if not assembly.change(rules):
+            adopt = partial(assembly.adopt, rules)
+            assembly.whole("hyperparameters", adopt, settled=settled, moved=True)
 
     @property
     def step_count(self) -> int:
@@ -309,6 +315,7 @@ class Optimizer:
         Beside the rule's states there are "master" of master="float32"; "low" of "split16", the
         uint16 below a bfloat16; "compensation" of rounding="kahan".
         """
+        self._assembly.check_owner()
         held = zip(self._assembly.paths, self._assembly.leaf_states, strict=True)
         return {path: leaf_state.visible for path, leaf_state in held}
 
@@ -355,6 +362,7 @@ class Optimizer:
         OSError
             If the disk failed.
         """
+        self._assembly.check_owner()
         if self._assembly.state_file:
             self._assembly.state_file.flush()
 
@@ -396,6 +404,7 @@ class Optimizer:
         """
         if self._assembly.options.ema is None:
             raise ValueError("averaged(): there are no averages; make the optimizer with ema=0.999")
+        self._assembly.check_owner()
         self._assembly.check_caught_up("averaged")
         return Averaged(self._assembly, self.params)
 
@@ -465,6 +474,7 @@ class Optimizer:
             any other.
         """
         assembly = self._assembly
+        assembly.check_owner()
         if not assembly.options.wait and not assembly.exchanged:
             self.synchronize()
         states = (leaf_state.saved for leaf_state in assembly.leaf_states)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -87,7 +87,7 @@ class AdaMuon(Muon):
         line = (self.beta2, 1.0 - self.beta2)
         square = Operation("sophia_refresh_square", ("v", "work"), lambda t, lr: line, "other", 1)
         divide = Operation("normalize", ("work", "v"), self._division, "other", 1)
-        return (direction, square, divide, replace(commit, phase=2))
+        return (direction, square, divide, commit._replace(phase=2))
 
     def _division(self, t: int, lr: float) -> tuple[float, ...]:
         return 1.0 / correction(self.beta2, t), self.eps_v

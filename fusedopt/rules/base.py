@@ -111,9 +111,12 @@ class Rule:
             return replace(self, **values)
         checked = {name: check_number(self, name, value) for name, value in values.items()}
         new = object.__new__(type(self))
-        new.__dict__.update(self.__getstate__())
-        new.__dict__.update(checked)
+        new.__dict__.update(self.__getstate__(), **checked)
         new.check_together()
+        # What a rule knows of itself, which it would find again.
+        own = self.__dict__
+        new.__dict__["scheduled"] = tuple([n for n in self.scheduled if n not in values])
+        new.__dict__["_like"] = own.get("program") or own.get("_like")  # see `program`
         return new
 
     def with_rate(self, lr: float) -> Self | None:
@@ -141,7 +144,10 @@ class Rule:
         """
         if not self.scheduled:
             return self
-        return self.with_numbers(**{name: in_step(self, name, step) for name in self.scheduled})
+        new = self.with_numbers(**{name: in_step(self, name, step) for name in self.scheduled})
+        if "_like" not in self.__dict__:
+            self.__dict__["_like"] = new.program
+        return new
 
     def __getstate__(self) -> dict[str, Any]:
         own, cls = self.__dict__, cast(Any, type(self))
@@ -379,8 +385,12 @@ class Rule:
     @functools.cached_property
     def program(self) -> Program:
         """The program of a step; where hyperparameters have schedules, of the first."""
-        rule = self.at(1)
-        return Program(rule, rule.operations(), ("p", *rule.states))
+        if self.scheduled:
+            return self.at(1).program
+        operations = self.operations()
+        like: Program | None = self.__dict__.pop("_like", None)  # of a rule with other numbers
+        program = like.renumbered(self, operations) if like else None
+        return program or Program(self, operations, ("p", *self.states))
 
 
 def _has_schedule(rule: Rule, name: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -151,7 +151,7 @@ class Sophia(Rule):
             needs="hessian",
         )
         (step,) = super().operations()
-        return replace(step, written=1), refresh
+        return step._replace(written=1), refresh
 
     def sums(self) -> tuple[Operation, ...]:
         # A share of the elements in the published code's log, as "win_rate".

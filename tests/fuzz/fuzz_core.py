@@ -113,7 +113,7 @@ def single_update(choose: Choose, twin: Twin) -> None:
     g, hessian = (any_leaf(choose, [p, *arrays]) for _ in range(2))
     t = choose([1, 2, 0, -1, 1 << 62])
     before, program = [a.tobytes() for a in arrays], native.compiled(rule.program)
-    if refused(lambda: core.update(program, rule.program.folds, t, 0.1, g, hessian, given)):
+    if refused(lambda: core.update(program, rule.program.numbers, t, 0.1, g, hessian, given)):
         assert [a.tobytes() for a in arrays] == before, "an update that was refused wrote"
 
 
