@@ -278,6 +278,12 @@ class Assembly:
         number = None if grad_scale != 1.0 else self.plan.step_alone(grads, hessian)
         return None if number is None else StepInfo(number, self.rates.used())
 
+    def take_rules(self, rules: Sequence[Rule], *, settled: bool = True) -> None:
+        """Take other rules for the groups, at a step's cost where only numbers differ."""
+        if not self.change(rules):
+            adopt = partial(self.adopt, rules)
+            self.whole("hyperparameters", adopt, settled=settled, moved=True)
+
     def adopt(self, rules: Sequence[Rule]) -> None:
         """Put rules in the place of the groups' own, all of them or none."""
         self.check_caught_up("hyperparameters")
