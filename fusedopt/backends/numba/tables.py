@@ -161,7 +161,7 @@ def elements_of(a: Any) -> int:
 
 
 def take_input(row: Any, a: np.ndarray, dtype: np.dtype, zeroed: bool = False) -> None:
-    """Makes an operand of an array that comes with a step; zeroed: it is to be set to zero."""
+    """Make an operand of an array that comes with a step; zeroed: it is to be set to zero."""
     format = PLAIN[a.dtype.name]
     row["data"], row["bits"] = address(a), format.bits
     row["decode"] = 0 if a.dtype == dtype else tiles.decoder(format, dtype).address
