@@ -1,4 +1,4 @@
-"""What an optimizer holds: shown, saved, loaded and copied."""
+"""The rule and the states that an optimizer holds: shown, saved, loaded and copied."""
 
 from __future__ import annotations
 
