@@ -216,7 +216,7 @@ class NumbaPlan(ExclusiveUse):
         return int(spec.counters[0])
 
     def _take(self, slot: int, active: Sequence[int], inputs: Any) -> None:
-        """Puts a step's inputs in their places; without one, `data` is 0."""
+        """Put a step's inputs in their places; without one, `data` is 0."""
         from .tables import take_input
 
         self._operands["data"][[start + slot for start in self._starts[:-1]]] = 0
@@ -307,7 +307,7 @@ class NumbaPlan(ExclusiveUse):
     def _steps(
         self, table: Any, k: int, phase: int | None, refreshed: bool, scalars: Folded
     ) -> tuple[tuple[int, int], int, int, int]:
-        """Adds a program's steps: the first and their count; operands used, written, summed."""
+        """Add a program's steps: the first and their count; operands used, written, summed."""
         numbers, used, written, summed = [0], 0, 0, 0
         g = self._spec.group_of[k]
         if phase is None:
