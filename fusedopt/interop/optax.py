@@ -45,7 +45,7 @@ PARTS = {
     "EmptyState": Part((), {}),
 }
 COUNTS = ("count", "count_m2", "t")
-"""What parts call their number of steps."""
+"""Names that parts of a chain give to their number of steps."""
 _NOTHING = Part((), {})
 # Those that hold others. Hyperparameters in them are the caller's.
 HOLDERS = {
@@ -55,7 +55,7 @@ HOLDERS = {
     "InjectStatefulHyperparamsState": "inner_state",
 }
 FREE = ("lr", "weight_decay", "decay", "maximize", "norm", "gram", "split")
-"""What a chain may have in any form, and how Muon gets at its matrices."""
+"""Hyperparameters that a chain may have in any form; two say how Muon finds its matrices."""
 
 
 def from_optax(opt: Optimizer, state: Any, *, step: int | None = None) -> None:
@@ -237,6 +237,8 @@ def _unmasked(tree: Any) -> Any:
 
 def _filled(like: Any, tree: Any, fresh: Iterator[Any]) -> Any:
     """The tree with other leaves, which come in the order of the parameters `like`."""
+    if like is None:
+        return tree
     if isinstance(like, dict):
         new = {key: _filled(each, tree[key], fresh) for key, each in like.items()}
         return {key: new[key] for key in tree}
