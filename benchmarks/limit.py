@@ -73,7 +73,7 @@ class Sweep:
         self._sweep = library().sweep
 
     def __call__(self, c: float = 0.0) -> None:
-        """Adds c times the sum of a place's elements to each that is written there."""
+        """Add c times the sum of a place's elements to each that is written there."""
         if self._sweep(*self._arguments, ctypes.c_double(c), self._threads):
             raise ValueError(
                 "limit.cpp: expected up to 2 arrays to read and 1 to 5 to write, got"

@@ -57,7 +57,7 @@ def _duration(seconds: float) -> str:
 
 
 def race(contenders: Iterable[Contender], rounds: int, *, asleep: bool = False) -> Times:
-    """Checks the first step of each, then times all of them in turn."""
+    """Check the first step of each, then time all of them in turn."""
     steps = {}
     for contender in contenders:
         contender.check()

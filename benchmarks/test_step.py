@@ -82,7 +82,7 @@ def run(
     benchmark: Any, group: str, made: Contender, limit: Callable[[], object], moved: int, *,
     asleep: bool = False,
 ) -> None:  # fmt: skip
-    """Checks the contender's step, times it, and then the limit in turn with it."""
+    """Check the contender's step, time it, and then the limit in turn with it."""
     made.check()
     benchmark.group = group
     if asleep:

@@ -56,7 +56,7 @@ class Whole:
         return (4 + 16 + 16) * self.elements
 
     def check(self, step: Callable[[], object], t: int) -> None:
-        """Takes a t-th step; AssertionError where the smallest leaf is not what it should be."""
+        """Take a t-th step; AssertionError where the smallest leaf is not what it should be."""
         self.refill()
         norm = np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in self.grads.values()))
         (b1, b2), wide = RULE.betas, np.float64

@@ -746,7 +746,7 @@ class EmaDebiased:
 
 
 def _share(step: float, low: float, high: float) -> float:
-    """How far a step is between two others, from 0 to 1."""
+    """Return how far a step is between two others, from 0 to 1."""
     if step >= high:
         return 1.0
     return (step - low) / (high - low) if step > low else 0.0

@@ -26,7 +26,7 @@ class Refusing(Protocol):
         """The program of a step on an element, in one phase or several."""
 
     def refuses(self, p: np.ndarray) -> str | None:
-        """Why this parameter cannot be updated, with the remedy; None where it can."""
+        """Return why this parameter cannot be updated, with the remedy, or None."""
 
 
 def _check_array(label: str, array: Any, use: str = "update") -> np.ndarray:
@@ -113,7 +113,7 @@ def check_parameter(label: str, array: Any, rule: Refusing) -> np.ndarray:
 
 
 def check_rule(label: str, dense: Any, rule: Refusing) -> None:
-    """ValueError where a rule cannot update an array, of the host or a device."""
+    """Raise ValueError where a rule cannot update an array, of the host or a device."""
     reason, order = rule.refuses(dense), memory_order(dense)
     if not reason and rule.program.phases > 1 and order not in ("C", "F"):
         axes = ", ".join(map(str, axes_of(order, dense.ndim)))
@@ -126,7 +126,7 @@ def check_rule(label: str, dense: Any, rule: Refusing) -> None:
 
 
 def check_apart(labels: Sequence[str], arrays: Sequence[np.ndarray]) -> None:
-    """ValueError where two of these dense arrays share memory."""
+    """Raise ValueError where two of these dense arrays share memory."""
     ranges = sorted((*_range(a), k) for k, a in enumerate(arrays) if a.size)
     for (_, end, first), (begin, _, second) in pairwise(ranges):
         if begin < end:
@@ -157,7 +157,7 @@ def _range(dense: np.ndarray) -> tuple[int, int]:
 
 
 class GradientChecks:
-    """Checks gradients against the arrays that a step writes, and lays them out alike.
+    """Check of gradients against the arrays that a step writes, which lays them out alike.
 
     labels, parameters: of each leaf. written: of each leaf all the arrays that the step writes, the
     caller's parameter first, then its copies, whose number `copies` gives.
@@ -179,12 +179,12 @@ class GradientChecks:
         self._written = written
 
     def check_unmoved(self) -> None:
-        """ValueError where the caller made a parameter unfit after it was handed over."""
+        """Raise ValueError where the caller made a parameter unfit after it was handed over."""
         for label, p in zip(self._labels, self._parameters, strict=True):
             check_target(label, p)
 
     def check_exclusive(self, inputs: Sequence[tuple[str, Any]], grads: int) -> None:
-        """ValueError where gradients that are to be zeroed are read-only or share memory.
+        """Raise ValueError where gradients that are to be zeroed are read-only or share memory.
 
         inputs: the gradients, of which there are `grads`, and the other inputs; None for none.
         """
@@ -238,7 +238,7 @@ class GradientChecks:
         return _plain(turned_back(np.array(turned(g, order), order="C", subok=False), order))
 
     def check_apart(self, label: str, g: np.ndarray) -> None:
-        """ValueError where an input shares memory with what the step writes."""
+        """Raise ValueError where an input shares memory with what the step writes."""
         if not g.size:
             return
         low, high = np.lib.array_utils.byte_bounds(g)

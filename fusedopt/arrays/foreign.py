@@ -36,7 +36,7 @@ def host_array(array: Any) -> Any:
 
 
 def read_only(array: Any) -> str:
-    """Why an array cannot be written, and what to do."""
+    """Return why an array cannot be written, with the remedy."""
     library = library_of(array)
     if isinstance(array, np.ndarray) or library == "numpy":
         return (
@@ -117,7 +117,7 @@ def _tensor(tensor: Any) -> Any:
 
 
 def _exchanged(array: Any) -> Any:
-    """By DLPack."""
+    """Return the memory of an array by DLPack."""
     device = getattr(array, "__dlpack_device__", None)
     if device is None or int(device()[0]) != CPU:
         return None
@@ -128,5 +128,5 @@ def _exchanged(array: Any) -> Any:
 
 
 def _interface(array: Any) -> Any:
-    """By NumPy's array interface."""
+    """Return the memory of an array by NumPy's array interface."""
     return np.asarray(array) if hasattr(array, "__array_interface__") else None

@@ -464,7 +464,7 @@ class SignedDynamic(Dynamic):
 
 
 class UnsignedDynamic8(Dynamic):
-    """From zero up; only zero becomes zero."""
+    """The dynamic map of numbers from zero up; only zero becomes zero."""
 
     codec, name, first, top = "dynamic8_unsigned", "dynamic8", 1, 7
     smallest, least = 3.25e-7, 1

@@ -167,7 +167,7 @@ def check_indices(label: str, indices: Any, shape: Sequence[int]) -> np.ndarray:
 
 
 def joined(parts: Sequence[Rows]) -> Rows:
-    """All rows, one after the other."""
+    """Return all rows, one after the other."""
     indices, values = zip(*((part.indices, part.values) for part in parts), strict=True)
     return Rows(np.concatenate(indices), np.concatenate(values))
 

@@ -41,7 +41,7 @@ SUFFIX = ".saving"
 
 
 def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], table: Any) -> None:
-    """Writes C-ordered arrays and a table of JSON's kinds: in place of the file there, or anew.
+    """Write C-ordered arrays and a table of JSON's kinds: in place of the file there, or anew.
 
     Whatever ends the process, the file there is the old one or the new one, whole and on the disk.
     The new one has the old one's permissions, access control lists included. Of several processes

@@ -73,7 +73,7 @@ class StateFile:
         return self.block
 
     def note(self, arrays: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-        """Writes beside the file whose it is and what is in it: path -> name -> array."""
+        """Write beside the file whose it is and what is in it: path -> name -> array."""
         start = self.block.__array_interface__["data"][0]
         layout = {
             path: {
@@ -99,12 +99,12 @@ class StateFile:
             )
 
     def release(self) -> None:
-        """Lets go of the memory that the states take; the system writes them when it likes."""
+        """Let go of the memory that the states take; the system writes them when it likes."""
         if hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
 
     def flush(self) -> None:
-        """Writes the states to the disk, waits for it, and lets go of their memory, caches too.
+        """Write the states to the disk, wait for it, and let go of their memory, caches too.
 
         Raises OSError where the disk failed.
         """
@@ -170,7 +170,7 @@ def _occupied(directory: Path) -> FileExistsError:
 
 
 def _lock(file: int) -> None:
-    """Shows that the owner lives, for as long as it does; some file systems have no locks."""
+    """Show that the owner lives, for as long as it does; some file systems have no locks."""
     import fcntl
 
     with suppress(OSError):

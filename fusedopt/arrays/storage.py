@@ -94,7 +94,7 @@ class Storage:
     def check(
         self, labels: Sequence[str], dtypes: Sequence[np.dtype], rules: Sequence[StateSpec]
     ) -> None:
-        """ValueError or TypeError where an argument has nothing to apply to, or does not fit."""
+        """Raise ValueError or TypeError where an argument applies to nothing, or does not fit."""
         states = [name for rule in rules for name in rule.states]
         if isinstance(self.state_dtype, Mapping):
             for name in self.state_dtype:
@@ -261,7 +261,7 @@ class Storage:
 
 
 def synchronize(leaf_state: LeafState) -> None:
-    """Takes the master anew from the parameter, where there is one."""
+    """Take the master anew from the parameter, where there is one."""
     if leaf_state.extra is None:
         return
     name, array = leaf_state.extra
@@ -281,7 +281,7 @@ def _place(
     parameters: Sequence[np.ndarray],
     pieces: Sequence[Sequence[np.ndarray]],
 ) -> None:
-    """Have the threads of a step be the first to touch what is filled before the first step.
+    """Let the threads of a step be the first to touch what is filled before the first step.
 
     The system puts a page into the memory of the thread that touches it first; everything else is
     touched first by the first step.

@@ -77,7 +77,7 @@ class Stored:
         return elements
 
     def write(self, encoded: tuple[np.ndarray, Any], rows: np.ndarray | None = None) -> None:
-        """Stores what the format made of flat elements; of these rows alone, if given."""
+        """Store what the format made of flat elements; of these rows alone, if given."""
         for mine, new in zip(self.arrays, encoded, strict=False):
             if rows is None:
                 alike = mine.shape == self.shape
@@ -87,7 +87,7 @@ class Stored:
                 mine.reshape(count, -1)[rows] = new.reshape(count, -1)[rows]
 
     def fill(self, value: float) -> None:
-        """Sets every element."""
+        """Set every element."""
         self.write(self.format.encode(np.full(self.size, value)))
 
     def copy(self) -> Stored:
@@ -206,7 +206,7 @@ def _make(w: ArraySpec, data: np.ndarray, aux: np.ndarray | None = None) -> Stor
 
 @dataclass(frozen=True, eq=False)
 class LeafState:
-    """All that a step writes of one leaf.
+    """The arrays that a step writes of one leaf.
 
     parameter: the elements that are computed with. states: by name. mirrors: arrays into which the
     new parameter is written besides; with separate masters the first is the caller's parameter.
@@ -253,7 +253,7 @@ class LeafState:
 
     @property
     def saved(self) -> dict[str, np.ndarray]:
-        """By name, the arrays that a checkpoint holds: all but those of the caller's."""
+        """Arrays that a checkpoint holds, by name: all but those of the caller's."""
         saved = dict([self.extra]) if self.extra else {}
         for name, state in self.states.items():
             if isinstance(state, Quantized):
@@ -287,6 +287,6 @@ class LeafState:
         return replace(self, parameter=replace(self.parameter, data=p))
 
     def take(self, other: LeafState) -> None:
-        """Copies another one's elements."""
+        """Copy another one's elements."""
         for a, b in zip(self.written, other.written, strict=True):
             a[...] = b

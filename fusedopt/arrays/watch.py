@@ -12,7 +12,7 @@ from .trees import Leaf
 
 
 class Watch:
-    """Notices when an array of the caller's has got other memory, another dtype or another shape.
+    """Watch over the caller's arrays, for other memory, another dtype or another shape.
 
     A tensor's old memory is kept alive by the array that was made of it, so that a step would
     update what nobody sees any more. An ndarray's (`ndarray.resize`) is freed, also under views and
@@ -36,7 +36,7 @@ class Watch:
         self.has_tensors = bool(self._tensors)
 
     def check_tensors(self) -> None:
-        """ValueError if a tensor has moved."""
+        """Raise ValueError if a tensor has moved."""
         for label, address, known in self._tensors:
             if address() != known:
                 raise ValueError(_moved(label))
@@ -48,7 +48,7 @@ class Watch:
         )
 
     def check(self) -> None:
-        """ValueError if anything is not what it was."""
+        """Raise ValueError if anything is not what it was."""
         self.check_tensors()
         for label, array, known in self._known:
             found = _layout(array)

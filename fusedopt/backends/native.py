@@ -65,7 +65,7 @@ def _foreign(program: Program, op: Operation) -> tuple[int, list[int]]:
 
 
 def check_registry() -> None:
-    """ImportError where the compiled table is not the one that the rules were written for."""
+    """Raise ImportError where the compiled table is not the one that the rules were written for."""
     table = {name: (operands, scalars) for name, operands, scalars in core.operations()}
     rules = (cls(**example) for cls in RULES.values() for example in cls.examples)
     for rule in rules:
@@ -217,7 +217,7 @@ class NativePlan:
         return number
 
     def synchronize(self) -> None:
-        """Steps are done when they return."""
+        """Do nothing, since steps are done when they return."""
 
     def adopt(self, groups: Sequence[Group], extras: Extras) -> bool:
         """Take other rules for the groups; False if a new plan is needed."""

@@ -85,7 +85,7 @@ class ReferenceBackend:
 
 
 class ReferencePlan(ExclusiveUse):
-    """Computes every leaf's new arrays, then writes them all."""
+    """Plan that computes every leaf's new arrays and then writes them all."""
 
     work_bytes = 0
 
@@ -138,7 +138,7 @@ class ReferencePlan(ExclusiveUse):
         return int(spec.counters[0])
 
     def _sum(self, k: int, g: Any, new: Sequence[np.ndarray]) -> None:
-        """Fills in the sums of a leaf's program."""
+        """Fill in the sums of a leaf's program."""
         spec, leaf_state = self._spec, self._spec.leaves[k]
         if not spec.extras.stats:
             return

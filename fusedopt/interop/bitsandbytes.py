@@ -48,7 +48,7 @@ def from_bitsandbytes(
     paths: Sequence[str] | None = None,
     strict: bool = True,
 ) -> None:
-    """Goes on from what the `state_dict()` of Adam8bit, AdamW8bit, Lion8bit, SGD8bit, RMSprop8bit
+    """Go on from what the `state_dict()` of Adam8bit, AdamW8bit, Lion8bit, SGD8bit, RMSprop8bit
     or Adagrad8bit returned, or of their 32-bit forms.
 
     Where the optimizer stores a state in "dynamic8" and theirs has the same code map and blocks of

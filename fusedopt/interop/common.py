@@ -22,7 +22,7 @@ RATE_TOLERANCE = 1e-6
 
 
 def as_array(value: Any) -> np.ndarray:
-    """Anything array-like; of a torch tensor its memory, or of bfloat16 the same in float32.
+    """Return anything array-like as an array: the memory of a torch tensor, bfloat16 in float32.
 
     Raises ValueError for a tensor without dense memory.
     """
@@ -69,13 +69,13 @@ class Encoded:
 
 
 def refuse(what: str, problems: Sequence[str]) -> None:
-    """ValueError where there are problems."""
+    """Raise ValueError where there are problems."""
     if problems:
         raise ValueError(f"{what} does not fit: " + "; ".join(dict.fromkeys(problems)))
 
 
 def take_over(opt: Optimizer, step: int, arrivals: Mapping[str, Arrival]) -> None:
-    """Stores states, each as the optimizer stores it, and counters.
+    """Store states, each as the optimizer stores it, and counters.
 
     Masters and averages begin anew, as the parameters are.
 

@@ -59,7 +59,7 @@ FREE = ("lr", "weight_decay", "decay", "maximize", "norm", "gram", "split")
 
 
 def from_optax(opt: Optimizer, state: Any, *, step: int | None = None) -> None:
-    """Goes on from an optax state: of `optax.adamw` and its like, or a chain of their parts.
+    """Go on from an optax state: of `optax.adamw` and its like, or a chain of their parts.
 
     state: what `init` or `update` returned, over parameters nested as here. Known are the states
     of scale_by_adam, _amsgrad, _lion, _rss, _rms, _stddev, _muon, of trace and schedules, Sophia,

@@ -176,7 +176,7 @@ def from_torch(
     step: int | None = None,
     strict: bool = True,
 ) -> None:
-    """Goes on from what a torch optimizer's `state_dict()` returned.
+    """Go on from what a torch optimizer's `state_dict()` returned.
 
     state_dict: with torch tensors or arrays. paths: the leaves' paths (`block.0.w`) in the order
     of torch's parameters; without it the names that torch has, where all are paths here, or else

@@ -59,7 +59,7 @@ def with_compiled_callees(function: FunctionType, compiled: Callable[..., Any]) 
 
 
 def _described(value: Any) -> Iterator[str]:
-    """Everything that decides what a value of a function's surroundings compiles to."""
+    """Return everything that decides what a value of a function's surroundings compiles to."""
     value = getattr(value, "py_func", value)
     if isinstance(value, np.ndarray):
         yield f"{value.dtype} {value.shape} {value.tobytes().hex()}"

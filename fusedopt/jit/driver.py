@@ -66,7 +66,7 @@ LEAF = np.dtype(
 
 @intrinsic
 def _call(typing: Any, address: Any, arguments: Any) -> Any:
-    """Calls the C function at an address with integers and addresses."""
+    """Call the C function at an address with integers and addresses."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         word = ir.IntType(64)
@@ -85,7 +85,7 @@ CONTROL = 0x1F80 if X86 else 0
 
 @intrinsic
 def _exchange_control(typing: Any, control: Any) -> Any:
-    """Sets this thread's floating-point environment; the one that it had."""
+    """Set this thread's floating-point environment and return the one that it had."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         word, half = ir.IntType(64), ir.IntType(32)
@@ -197,7 +197,7 @@ def _turn(lanes: Any, by: int) -> None:
 
 @jit
 def _finish(leaf: Any, operands: Any, lanes: Any, partials: Any, segment: int) -> None:
-    """Puts the sums of a segment, of which -1 is none, in their places."""
+    """Put the sums of a segment, of which -1 is none, in their places."""
     if segment < 0:
         return
     for k in range(leaf.operands):
@@ -281,7 +281,7 @@ def _run_leaf(
 
 @jit
 def _cut(leaf: Any, rows: Any, position: Any) -> Any:
-    """Cuts fall on tiles of their leaf, so that no tile is shared between two threads; or on rows,
+    """Cut a leaf at tiles, so that no tile is shared between two threads; or at rows,
     or on segments that are summed."""
     inside = min(max(position - leaf.start, 0), leaf.elements)
     if inside == leaf.elements:

@@ -233,7 +233,7 @@ def _unchanged(x: Any) -> Any:
 
 @functools.cache
 def decoder(format: Format, dtype: np.dtype) -> Any:
-    """Reads a tile of a format into one of the compute type."""
+    """Read a tile of a format into one of the compute type."""
     codec = format.codec.removesuffix("_stochastic")
     if codec in _PAIRS:
         decode = _PAIRS[codec][0]
@@ -250,7 +250,7 @@ def decoder(format: Format, dtype: np.dtype) -> Any:
 
 @functools.cache
 def encoder(format: Format, dtype: np.dtype, copy: bool = False) -> Any:
-    """Stores a tile of the compute type in a format; copy: as the copy of a parameter."""
+    """Store a tile of the compute type in a format; copy: as the copy of a parameter."""
     codec = format.codec
     if codec in _PAIRS:
         encode = _PAIRS[codec][1]
@@ -292,5 +292,5 @@ def _block_namespace(codec: str, dtype: np.dtype) -> dict[str, Any]:
 
 @functools.cache
 def zeroer(dtype: np.dtype) -> Any:
-    """Stores zeros in a gradient of this dtype."""
+    """Store zeros in a gradient of this dtype."""
     return entry(ENCODE, _ZERO, {"S": np.dtype(f"u{dtype.itemsize}").type})

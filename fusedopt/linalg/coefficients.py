@@ -36,7 +36,7 @@ class Coefficients:
 
     @property
     def slope_at_zero(self) -> float:
-        """By so much the smallest singular values grow."""
+        """Factor by which the smallest singular values grow."""
         return math.prod(a for a, _, _ in self.rows) / self.prescale
 
     @functools.cached_property

@@ -65,7 +65,7 @@ def batches(leaves: Iterable[tuple[int, np.dtype, Stack, Hashable]]) -> list[Bat
 
 @dataclass(frozen=True)
 class Iteration:
-    """From x = u / norm, x := (a + b A + c A^2) x with A = x x^T, for each (a, b, c) in turn.
+    """Newton-Schulz iterations: x = u / norm, then x := (a + b A + c A^2) x with A = x x^T.
 
     norm: "frobenius" divides u by prescale ||u|| + eps; "aol" each row i of it (column, if u is
     tall) by prescale sqrt(sum_j |u u^T|_ij) + eps, after which no singular value exceeds 1 (arXiv
@@ -166,14 +166,14 @@ class Workspace:
 
     @staticmethod
     def closed(u: np.ndarray, x: np.ndarray) -> None:
-        """Puts the stack of `opened` back into u."""
+        """Put the stack of `opened` back into u."""
         if not u.flags.c_contiguous:
             np.copyto(u, x.reshape(u.shape))
 
     def orthogonalize(
         self, u: np.ndarray, stack: Stack, iteration: Iteration, factor: float
     ) -> None:
-        """Replaces each matrix by factor times its iterate; does not raise, allocates next to
+        """Replace each matrix by factor times its iterate; does not raise, allocates next to
         nothing.
 
         u: an array of any shape and layout over the beginning of `direction`; the stack consists
@@ -255,7 +255,7 @@ def _gram(x: np.ndarray, out: np.ndarray) -> None:
 def _normalize(
     x: np.ndarray, y: np.ndarray, gram: np.ndarray, spare: np.ndarray, iteration: Iteration
 ) -> np.ndarray:
-    """Makes of x's Gram matrix that of the normalised matrix, whose rows are those of x times the
+    """Turn x's Gram matrix into that of the normalised matrix, whose rows are those of x times the
     result, one factor for each row or one for all. y, spare: overwritten.
     """
     limits = np.finfo(x.dtype)

@@ -86,7 +86,7 @@ class SharedState:
         return "C" if own is None else memory_order(own)
 
     def described(self, of_ranks: Sequence[Mapping[int, Held]]) -> dict[str, Any]:
-        """All that there is to know of the whole optimizer apart from its arrays."""
+        """Return a description of the whole optimizer apart from its arrays."""
         table = self._snapshot._described()
         for k, path in enumerate(self._snapshot.paths):
             holder = next(of[k] for of in of_ranks if k in of)

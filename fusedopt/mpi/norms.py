@@ -52,7 +52,7 @@ class Norms:
             self._rows[k] = _total(sums, scales, self._parameters[k].dtype)
 
     def _sums(self, k: int, share: Any) -> Sequence[tuple[float, float]]:
-        """For each segment the sum of the squares of its elements times scale, and that scale."""
+        """Return each segment's sum of squares, of its elements times a scale, and the scale."""
         if isinstance(share, Rows):
             part = self._cuts[k].part(self._parameters[k], self._ranks.rank)
             share = unique_rows("grads", share, part).dense(part.shape)

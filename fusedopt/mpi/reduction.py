@@ -36,7 +36,7 @@ class Span(NamedTuple):
 
 
 class Reduction:
-    """Reduces gradients in rounds, of which each brings every rank a bucket of its share.
+    """Reduction of gradients in rounds, each of which brings every rank a bucket of its share.
 
     Parameters
     ----------
@@ -165,7 +165,7 @@ class Reduction:
             under_way = begun
 
     def _plan(self, leaves: Sequence[int]) -> list[list[list[Span]]]:
-        """For each round the spans of each rank's share that it brings."""
+        """Return for each round the spans of each rank's share that it brings."""
         of_ranks = [list(self._buckets(leaves, rank)) for rank in range(self._ranks.size)]
         count = max(map(len, of_ranks))
         return [

@@ -26,7 +26,7 @@ class Decision(Protocol):
         """The largest norm of all gradients, or of those of each group; infinite for none."""
 
     def told(self, norms: Sequence[Any], scales: Sequence[Any]) -> None:
-        """Take what a device will find instead, in the order of `limits`."""
+        """Take the results that a device will find, in the order of `limits`."""
 
     def stopped(self, number: int, bad: Sequence[int]) -> FloatingPointError:
         """Return the error of a step that a device did not take, because of these leaves."""
@@ -59,7 +59,7 @@ class Policy(NamedTuple):
 
 
 class Device(Protocol):
-    """Checks and makes the arrays of a backend: `fusedopt.arrays.host`, or
+    """Checks and creation of the arrays of a backend: `fusedopt.arrays.host`, or
     `fusedopt.backends.cuda.device`, which has arrays of its own with a shape, a dtype and a size.
 
     check_options: ValueError for what there is for other arrays alone. check_target,
@@ -102,7 +102,7 @@ class Plan(Protocol):
         """Whether this token has the plan."""
 
     def synchronize(self) -> None:
-        """Waits until all steps are done; FloatingPointError where one found no finite norm."""
+        """Wait until all steps are done; FloatingPointError where one found no finite norm."""
 
     def adopt(self, groups: Sequence[Group], extras: Extras) -> bool:
         """Take other rules for the groups, and other numbers beside them, on the same arrays.
@@ -146,7 +146,7 @@ class ExclusiveUse:
         return self._holder[:1] == [token]
 
     def synchronize(self) -> None:
-        """Steps on the host are done when they return."""
+        """Do nothing, since steps on the host are done when they return."""
 
     def step(self, grads: Any, hessian: Any) -> int | None:
         """Refuse trees: the optimizer checks them, and keeps interrupts out of the step."""
@@ -171,13 +171,13 @@ class Backend(Protocol):
         """The `Device` of its arrays."""
 
     def unavailable(self) -> str | None:
-        """Why it cannot be used here; None where it can."""
+        """Return why the backend cannot be used here, or None."""
 
     def describe(self) -> str:
         """The variant in use, such as the instruction set."""
 
     def plan(self, spec: PlanSpec) -> Plan:
-        """Prepares an optimizer's steps."""
+        """Prepare an optimizer's steps."""
 
     def sums_of_squares(self, arrays: Sequence[Any]) -> Sequence[tuple[float, float]] | None:
         """Return the sum of the squares of the elements times scale, and the scale, of each array.

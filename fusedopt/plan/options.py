@@ -20,7 +20,7 @@ ClipNorm = float | Mapping[str, float | None] | None
 
 
 class Options(NamedTuple):
-    """As `Optimizer` takes them."""
+    """The options of an optimizer, as `Optimizer` takes them."""
 
     clip_norm: ClipNorm
     clip_value: float | None
@@ -40,7 +40,7 @@ class Options(NamedTuple):
     wait: bool
 
     def checked(self) -> Options:
-        """TypeError or ValueError where a value does not fit."""
+        """Raise TypeError or ValueError where a value does not fit."""
         for name in ("skip_nonfinite", "zero_grads", "stats", "exact", "verify", "wait"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")

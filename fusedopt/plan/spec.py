@@ -27,7 +27,7 @@ a step of matrices failed after it had begun to write."""
 
 @dataclass(frozen=True)
 class PlanSpec:
-    """Everything about an optimizer that a plan needs.
+    """The description of an optimizer that a plan needs.
 
     tree: the parameters' `Tree.spec`. leaves: what a step writes of each. groups: the rules;
     group_of: of each leaf its place among them. rates: float64, the groups' learning rates
@@ -64,7 +64,7 @@ class PlanSpec:
     beside: Sequence[np.ndarray] = ()
 
     def check_unmoved(self) -> None:
-        """ValueError where an array of the caller's is not what it was."""
+        """Raise ValueError where an array of the caller's is not what it was."""
         if self.watch is not None:
             self.watch.check()
 

@@ -24,6 +24,15 @@ def textbook_correction(beta: float, t: int) -> float:
     return float(1 - Decimal(beta) ** t)
 
 
+def rescaling(sums: np.ndarray) -> np.ndarray:
+    """Return the factor of each array whose squares left the range of float64, and 1 of the others.
+
+    sums: of squares. The squares are added up once more, of elements times the factor; the core has
+    the same limits in csrc/norms.cpp.
+    """
+    return np.select([sums < 2.0**-900, sums <= 2.0**1023], [2.0**600, 1.0], 2.0**-600)
+
+
 def capped(x: Array, limit: float) -> Array:
     """x, whose magnitude never exceeds `limit`, as whoever bounds its rounding is to know."""
     return x if isinstance(x, np.ndarray) else x.capped(limit)

@@ -100,7 +100,7 @@ class Rule:
             )
 
     def check_together(self) -> None:
-        """ValueError where hyperparameters that fit alone do not fit each other."""
+        """Raise ValueError where hyperparameters that fit alone do not fit each other."""
 
     def with_numbers(self, **values: Any) -> Self:
         """Return the rule with other numbers, checked, at a tenth of the cost of `replace`.
@@ -260,11 +260,11 @@ class Rule:
         return None
 
     def note(self, shape: tuple[int, ...]) -> str | None:
-        """How parameters of this shape are updated, where that depends on the shape."""
+        """Return how parameters of this shape are updated, where that depends on the shape."""
         return None
 
     def refuses(self, p: np.ndarray) -> str | None:
-        """Why this parameter cannot be updated by this rule, with the remedy; None where it can."""
+        """Return why this rule cannot update this parameter, with the remedy, or None."""
         return None
 
     # What follows from it.

@@ -23,7 +23,7 @@ from .gradients import GradientReader
 
 
 class Accumulated:
-    """Stands for the gradients that `Optimizer.accumulate` added up."""
+    """The gradients that `Optimizer.accumulate` added up."""
 
     def __repr__(self) -> str:
         return "<accumulated>"
@@ -90,7 +90,7 @@ class Accumulator:
         self.watch(parameters, leaf_states)
 
     def watch(self, parameters: Sequence[np.ndarray], leaf_states: Sequence[LeafState]) -> None:
-        """Takes note of what the optimizer writes, and where."""
+        """Note what the optimizer writes, and where."""
         written = [
             [*held.written, *stored.arrays]
             for held, stored in zip(leaf_states, self._sums, strict=True)
@@ -119,7 +119,7 @@ class Accumulator:
         return not self._counters[0]
 
     def add(self, grads: Any) -> int:
-        """Adds a micro-batch's gradients; how many there are now."""
+        """Add a micro-batch's gradients and return how many there are now."""
         if not self._rows and not self._spec.zero_grads:
             count = self._plan.step(grads, None)
             if count is not None:
@@ -167,6 +167,6 @@ class Accumulator:
         return [joined(self._rows[k]) if k in self._rows else g for k, g in enumerate(dense)]
 
     def clear(self) -> None:
-        """Makes them empty."""
+        """Forget the sums."""
         self._counters[:] = 0
         self._rows.clear()

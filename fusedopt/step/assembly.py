@@ -278,6 +278,12 @@ class Assembly:
         number = None if grad_scale != 1.0 else self.plan.step_alone(grads, hessian)
         return None if number is None else StepInfo(number, self.rates.used())
 
+    def take_rules(self, rules: Sequence[Rule], *, settled: bool = True) -> None:
+        """Take other rules for the groups, at a step's cost where only numbers differ."""
+        if not self.change(rules):
+            adopt = partial(self.adopt, rules)
+            self.whole("hyperparameters", adopt, settled=settled, moved=True)
+
     def adopt(self, rules: Sequence[Rule]) -> None:
         """Put rules in the place of the groups' own, all of them or none."""
         self.check_caught_up("hyperparameters")
@@ -577,7 +583,7 @@ class Assembly:
         return uninterrupted if self.device is host else directly
 
     def check_at_home(self, what: str) -> None:
-        """RuntimeError unless the parameters are themselves and the states this process's."""
+        """Raise RuntimeError unless the parameters are themselves and the states this process's."""
         self.check_owner()
         if self.exchanged:
             raise RuntimeError(f"{what} inside of {self.exchanged}(): leave the context first")
@@ -594,7 +600,7 @@ class Assembly:
             self.state_file.check_owner()
 
     def check_settled(self, what: str) -> None:
-        """RuntimeError unless there is nothing but parameters, states and counters."""
+        """Raise RuntimeError unless there is nothing but parameters, states and counters."""
         if self.accumulated:
             raise RuntimeError(f"{what}: accumulated gradients would be lost; call step() first")
         if self.parted:
@@ -602,7 +608,7 @@ class Assembly:
         self.check_caught_up(what)
 
     def check_caught_up(self, what: str) -> None:
-        """RuntimeError where rows have missed steps."""
+        """Raise RuntimeError where rows have missed steps."""
         behind = self.lazy_rows.behind if self.lazy_rows is not None else ()
         if behind:
             raise RuntimeError(

@@ -36,7 +36,7 @@ ENTRY: dict[str, Any] = {
 
 
 class Snapshot:
-    """Reads and writes the states and counters of an optimizer's leaves.
+    """Reader and writer of the states and counters of an optimizer's leaves.
 
     groups: the parameter groups; group_of: of each leaf its place among them. leaf_states: what a
     step writes of each leaf. counters: the step, then each leaf's own. seed: of the random bits.
@@ -71,7 +71,7 @@ class Snapshot:
     def restore(
         self, saved: Any, *, strict: bool, what: str = "state_dict", parameters: bool = False
     ) -> int:
-        """Writes what `take` returned, and returns the seed.
+        """Write what `take` returned, and return the seed.
 
         Where a file cannot be read to its end, OSError leaves the counter of steps at `HALFWAY`.
 
@@ -97,7 +97,7 @@ class Snapshot:
         return int(saved["seed"])
 
     def save(self, file: str | os.PathLike[str], parameters: bool, metadata: Any) -> None:
-        """Writes a file that `load` reads; a tensor is called name:path, the parameter p:path."""
+        """Write a file that `load` reads; a tensor is called name:path, the parameter p:path."""
         from ..arrays.safetensors_file import write  # an optimizer may run without the module
 
         arrays = {}
@@ -110,7 +110,7 @@ class Snapshot:
     def load(
         self, file: str | os.PathLike[str], *, strict: bool, parameters: bool
     ) -> tuple[int, Any]:
-        """Writes what `save` put into a file; returns the seed and the metadata. Errors as in
+        """Write what `save` put into a file; return the seed and the metadata. Errors as in
         `restore`."""
         from ..arrays.file_set import open_tensors
 

@@ -123,7 +123,7 @@ class GradientClipper:
         return [math.inf if limit is None else limit for limit in found]
 
     def told(self, norms: Sequence[Any], scales: Sequence[Any]) -> None:
-        """Takes what a device will find instead, in the order of `limits`."""
+        """Take the results that a device will find, in the order of `limits`."""
         self.grad_norm, self.clip_scale = norms[0], scales[0]
         if isinstance(self._clip_norm, Mapping):
             self.grad_norm = dict(zip(self._labels, norms, strict=True))
@@ -138,7 +138,7 @@ class GradientClipper:
         )
 
     def take_norm(self) -> list[float]:
-        """Finds `grad_norm` from the results: of all, or of each group."""
+        """Find `grad_norm` from the results: of all, or of each group."""
         rows = self._results[:, :2]
         if not isinstance(self._clip_norm, Mapping):
             self.grad_norm = combined(rows) * self.factor

@@ -20,7 +20,7 @@ from .lazy_rows import LazyRows
 
 
 class GradientReader:
-    """Runs an optimizer's plan, and finds the reason where it takes something only after a look.
+    """Reader of gradients, which runs an optimizer's plan or finds why it refuses them.
 
     gradient_checks: of the tree's leaves. unique_rows: checks `Rows`, see `arrays.rows`. lazy_rows:
     of rows that miss steps, where these are to be replayed.
@@ -140,7 +140,7 @@ class GradientReader:
         return number
 
     def check_exclusive(self, given: Sequence[Any], estimates: Sequence[Any] | None) -> None:
-        """ValueError where gradients cannot be zeroed without harm."""
+        """Raise ValueError where gradients cannot be zeroed without harm."""
         inputs = list(zip(self._labels("grads"), map(values_of, given), strict=True))
         if estimates is not None:
             inputs += zip(self._labels("hessian"), map(values_of, estimates), strict=True)
@@ -176,7 +176,7 @@ class GradientReader:
 
 
 def refuses_rows(rule: Rule, leaf_state: LeafState) -> str | None:
-    """Why a leaf takes no gradient of some rows; None where it does."""
+    """Return why a leaf takes no gradient of some rows, or None."""
     p = leaf_state.caller
     if rule.program.phases > 1:
         return f"{type(rule).__name__} updates matrices as a whole, not some of their rows"

@@ -50,7 +50,7 @@ class StepInfo(NamedTuple):
 
 
 class StepInfoBuilder:
-    """Makes the `StepInfo` of a step from what the plan and the guard found."""
+    """Builder of the `StepInfo` of a step from the results of the plan and the clipping."""
 
     def __init__(self, tree: Tree, spec: PlanSpec, clipper: GradientClipper) -> None:
         self._paths = [leaf.path for leaf in tree.leaves]

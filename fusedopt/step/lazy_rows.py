@@ -48,7 +48,7 @@ class LazyRows:
         self._adopted: Values = (spec.groups, spec.extras)
 
     def check(self, grads: Sequence[Any]) -> None:
-        """ValueError where a step would touch rows that are not caught up."""
+        """Raise ValueError where a step would touch rows that are not caught up."""
         for k, table in self._tables.items():
             if grads[k] is None:
                 continue
@@ -64,7 +64,7 @@ class LazyRows:
                 )
 
     def record(self, grads: Sequence[Any], hessian: Sequence[Any] | None) -> None:
-        """Takes note of a step that was taken."""
+        """Note a step that was taken."""
         for k, g in enumerate(grads):
             if g is None:
                 continue

@@ -72,7 +72,7 @@ class VerifiedPlan(ExclusiveUse):
         return True
 
     def accept(self) -> None:
-        """Takes the caller's arrays as they are now."""
+        """Take the caller's arrays as they are now."""
         for live, copy in zip(self._spec.leaves, self._copies.leaves, strict=True):
             copy.take(live)
         self._copies.counters[...] = self._spec.counters

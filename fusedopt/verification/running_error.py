@@ -58,7 +58,7 @@ class Bounded(NDArrayOperatorsMixin):
         return self._like(self.value[..., chosen], self.error[..., chosen])
 
     def stored(self, least: float) -> Bounded:
-        """As a state, which is zero where it would be below `least`."""
+        """Return the array as a state, which is zero where it would be below `least`."""
         return self._like(self.value, self.error + least)
 
     def divides(self, numerator: Bounded) -> Bounded:

@@ -107,7 +107,7 @@ MAKERS = {"torch": torch_step, "optax": optax_step, "keras": keras_step}
 
 
 def record(case: Case) -> dict[str, Any]:
-    """Runs a case and returns its entry of the file."""
+    """Run a case and return its entry of the file."""
     step = MAKERS[case.library](case, problem.parameters(case.rule))
     after: dict[int, dict[str, Any]] = {}
     for t in range(1, problem.STEPS + 1):
@@ -130,7 +130,7 @@ def record(case: Case) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Writes the file, one line for every value of a case."""
+    """Write the file, one line for every value of a case."""
     entries = []
     for case in CASES:
         lines = [f'"{name}": {json.dumps(value)}' for name, value in record(case).items()]

@@ -87,7 +87,7 @@ def record(function: str, arguments: dict[str, Any]) -> dict[int, dict[str, Any]
 
 
 def main() -> None:
-    """Writes the file, a line for each case."""
+    """Write the file, a line for each case."""
     version = importlib.import_module("optax").__version__
     lines = [
         json.dumps({"rule": rule, "arguments": own, "optax": version, "after": record(f, a)})

@@ -37,7 +37,7 @@ from fusedopt.lab.bench.show import duration, table
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
-    """Runs the command with the smallest samples, and no PyTorch, which takes long to import."""
+    """Run the command with the smallest samples, and no PyTorch, which takes long to import."""
     monkeypatch.setattr(measure, "PAUSE", 0.0)
     monkeypatch.setattr(measure, "SAMPLE", 0.0)
     monkeypatch.setattr(run, "SIDE", 16)

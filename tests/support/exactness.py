@@ -239,7 +239,7 @@ def stepped_on_each_isa(rule: fo.Rule, c: Case) -> dict[str, Result]:
 def run_python(
     code: str, environment: Mapping[str, str] | None = None, *, timeout: float = 120
 ) -> subprocess.CompletedProcess[str]:
-    """Runs code in a new interpreter that can import the tests; a hang raises TimeoutExpired."""
+    """Run code in a new interpreter that can import the tests; a hang raises TimeoutExpired."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("FUSEDOPT_")}
     return subprocess.run(
         [sys.executable, "-c", code],

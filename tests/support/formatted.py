@@ -30,7 +30,7 @@ SIZES = (4096, 4097, 5003, 100_003)
 
 
 def on_each_isa() -> Iterator[str]:
-    """Sets one instruction set after the other, and in the end the first again."""
+    """Set one instruction set after the other, and in the end the first again."""
     before = fo.get_isa()
     try:
         for isa in isas():

@@ -28,7 +28,7 @@ Action = Callable[[fo.Optimizer, Trees, Path], Any]
 
 
 def trees(shape: Any) -> Trees:
-    """Makes trees of a shape, of what a function makes of the leaves' names."""
+    """Make trees of a shape, of what a function makes of the leaves' names."""
 
     def filled(node: Any, fill: Callable[[str], Any]) -> Any:
         if isinstance(node, dict):

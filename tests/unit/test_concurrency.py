@@ -313,7 +313,7 @@ def interrupts() -> Iterator[None]:
 
 
 def interrupted_at(line: int, action: Callable[[], object]) -> bool:
-    """Runs the action with an interrupt at the so many'th line of Python, in whatever module;
+    """Run the action with an interrupt at the so many'th line of Python, in whatever module;
     False where it has fewer lines.
     """
     remaining = line

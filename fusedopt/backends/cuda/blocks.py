@@ -111,7 +111,7 @@ def _body(variant: Variant) -> list[str]:
 
 
 def _encoding(name: str, format: Format, j: int) -> list[str]:
-    """Stores the j-th results as blocks."""
+    """Store the j-th results as blocks."""
     values = [f"y{k}" for k in range(WIDTH)]
     lines = [f"y{k} = r{k}[{j}] if i + {k} < stop else zero" for k in range(WIDTH)]
     found = []

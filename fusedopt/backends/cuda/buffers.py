@@ -81,7 +81,7 @@ class Memory:
         return host
 
     def write(self, data: np.ndarray, stream: int, *, wait: bool = True) -> None:
-        """Puts bytes of the host there, behind all that was queued on the stream.
+        """Put bytes of the host there, behind all that was queued on the stream.
 
         wait: until that is done; otherwise `data` must not change as long as this object lives.
         """
@@ -108,7 +108,7 @@ class Echo:
         self._target = int(self._here.ctypes.data)
 
     def ask(self, stream: int) -> None:
-        """Has it copied behind all that was queued on the stream."""
+        """Queue a copy behind all that was queued on the stream."""
         if SIMULATED:
             self._here[:] = self._there._simulated().view(np.int64)
             return
@@ -126,7 +126,7 @@ class Echo:
 
 
 def simulated_view(address: int, dtype: np.dtype, size: int) -> np.ndarray:
-    """So many elements at an address of the simulator, flat."""
+    """Return a number of elements at an address of the simulator, flat."""
     kind = ctypes.c_uint8 * (size * dtype.itemsize)
     return np.ctypeslib.as_array(kind.from_address(address)).view(dtype)
 
@@ -160,13 +160,13 @@ def current_device() -> int:
 
 
 def synchronize() -> None:
-    """Waits for all that was queued on the current device, on whatever stream."""
+    """Wait for all that was queued on the current device, on whatever stream."""
     if not SIMULATED:
         cuda.synchronize()
 
 
 def wait_for(stream: int, other: int) -> None:
-    """Makes a stream wait for what was queued on another one."""
+    """Make a stream wait for what was queued on another one."""
     if SIMULATED or stream == other:
         return
     event = call("cuEventCreate", NO_TIMING)

@@ -106,7 +106,7 @@ def check_parameter(label: str, array: Any, rule: Rule) -> DeviceArray:
 
 
 def check_apart(labels: Sequence[str], arrays: Sequence[DeviceArray]) -> None:
-    """ValueError where these arrays are not all on one device, or two share memory."""
+    """Raise ValueError where these arrays are not all on one device, or two share memory."""
     for label, a in zip(labels, arrays, strict=True):
         if a.device != arrays[0].device:
             raise ValueError(
@@ -146,13 +146,13 @@ class GradientChecks:
         self._ranges = sorted(r for r in ranges if r[0] < r[1])
 
     def check_unmoved(self) -> None:
-        """ValueError where a parameter has other memory than it had when it was handed over."""
+        """Raise ValueError where a parameter has other memory than when it was handed over."""
         for label, p in zip(self._labels, self._parameters, strict=True):
             if not p.unmoved:
                 raise ValueError(f"{label}: has moved in memory; call rebind(params)")
 
     def check_exclusive(self, inputs: Sequence[tuple[str, Any]], grads: int) -> None:
-        """ValueError where gradients that are to be zeroed are read-only or share memory."""
+        """Raise ValueError where gradients that are to be zeroed are read-only or share memory."""
         given = [(label, check_target(label, g)) for label, g in inputs if g is not None]
         if given:
             check_apart([label for label, _ in given], [g for _, g in given])
@@ -203,7 +203,7 @@ class GradientChecks:
         return taken
 
     def check_apart(self, label: str, g: Any) -> None:
-        """ValueError where an input shares memory with what the step writes."""
+        """Raise ValueError where an input shares memory with what the step writes."""
         d, dtype = _read(label, g)
         self._check_range(label, d, dtype.itemsize)
 

@@ -55,7 +55,7 @@ class DeviceClipper:
         return self._control.address + FACTORS + 16 * number + (0 if dtype == FLOAT64 else 8)
 
     def queue(self, sums: Sums, table: Memory, number: int, stream: int) -> None:
-        """Finds the factors of a step from sums that are queued before."""
+        """Find the factors of a step from sums that are queued before."""
         told = Memory.reused(16 * self._norms, stream)  # which later steps leave alone
         words = (
             table.address,
@@ -81,14 +81,14 @@ class DeviceClipper:
         self._clipper.told(scalars[::2], scalars[1::2])
 
     def note(self, number: int, active: np.ndarray, stream: int) -> None:
-        """Remembers a step that was queued, of these leaves."""
+        """Remember a step that was queued, of these leaves."""
         self._unsure.append((number, active))
         if not self._asked:
             self._echo.ask(stream)
             self._asked = number
 
     def look(self, idle: bool) -> None:
-        """Raises FloatingPointError where a step was not taken; counters are those before it then.
+        """Raise FloatingPointError where a step was not taken; counters are those before it then.
 
         idle: all steps are done, and can be looked at; otherwise only what the host knows already.
         """

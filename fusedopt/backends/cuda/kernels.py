@@ -148,7 +148,7 @@ class Variant:
 
     @functools.cached_property
     def columns(self) -> list[str]:
-        """Behind the first two the words of a row of the table."""
+        """Return the words of a row of the table behind the first two."""
         return [word for name, format in self.arrays for word in columns(name, format)]
 
     @property
@@ -290,7 +290,7 @@ def _one(variant: Variant) -> str:
 
 
 def indented(lines: Iterable[str]) -> str:
-    """As a function's body."""
+    """Return lines as the body of a function."""
     return "".join(f"    {line}\n" for line in lines)
 
 

@@ -13,6 +13,7 @@ from ...arrays.formats import FLOAT64, PLAIN, SEGMENT, compute_dtype
 from ...arrays.rows import UniqueRows, values_of
 from ...arrays.stored import Stored
 from ...jit.tiles import LANES
+from ...programs.arithmetic import rescaling
 from ...programs.elements import keep
 from . import blocks
 from .blocks import LANES as TILE_LANES
@@ -126,7 +127,7 @@ class Launch:
 
 
 def convert(target: Placed, source: Stored) -> None:
-    """Writes the elements of an array of the same shape and order, rounded to the nearest."""
+    """Write the elements of an array of the same shape and order, rounded to the nearest."""
     types = [compute_dtype(target.dtype), compute_dtype(source.format.dtype)]
     wide = FLOAT64 if FLOAT64 in types else types[0]
     formats = (("g", source.format), ("p", PLAIN[target.dtype.name]))
@@ -154,7 +155,7 @@ class Squares:
         """The address of the partial sums of each array, and their number."""
 
     def queue(self, scale: float, stream: int) -> None:
-        """Puts the kernel on a stream."""
+        """Put the kernel on a stream."""
         t = self._table
         if t.count:
             words = (t.rows.address, t.parts.address, self._partials.address, t.count)
@@ -186,7 +187,7 @@ class RowSquares:
         self.rows = list(zip(starts.tolist(), counts, strict=True))
 
     def queue(self, scale: float, stream: int) -> None:
-        """Puts the kernel on a stream."""
+        """Put the kernel on a stream."""
         if self._count:
             leaf_states = self._parts, self._pairs, self._partials
             words = (*(memory.address for memory in leaf_states), self._count)
@@ -238,7 +239,7 @@ class Sums:
         self._device = next((values_of(g).device for g in grads.values()), 0)
 
     def queue(self, stream: int, scale: float = 1.0) -> None:
-        """Puts the kernels on a stream. scale: of the elements; 1 in float32 arithmetic."""
+        """Put the kernels on a stream. scale: of the elements; 1 in float32 arithmetic."""
         for part in self._parts:
             part.queue(scale if part.dtype == FLOAT64 else 1.0, stream)
         if self.leaves.size:
@@ -250,17 +251,16 @@ class Sums:
         return self.memory.read(stream).view(np.float64)
 
     def found(self, stream: int) -> np.ndarray:
-        """After `queue`, a row for each of `leaves`: the sum of squares of its elements times
-        scale, and that scale. Waits."""
+        """Wait, after `queue`, and return a row for each of `leaves`: the sum of squares of its
+        elements times scale, and that scale."""
         totals = self.read(stream)
         rows = np.stack([totals, np.ones(totals.size)], axis=1)
         # Once more for those whose squares left the range: see csrc/norms.hpp.
-        small, large = totals < 2.0**-900, ~(totals <= 2.0**1023)
-        for lost, scale in ((small, 2.0**600), (large & ~small, 2.0**-600)):
-            lost &= self.wide
-            if lost.any():
-                self.queue(stream, scale)
-                rows[lost, 0], rows[lost, 1] = self.read(stream)[lost], scale
+        factors = np.where(self.wide, rescaling(totals), 1.0)
+        for factor in set(factors.tolist()) - {1.0}:
+            lost = factors == factor
+            self.queue(stream, factor)
+            rows[lost, 0], rows[lost, 1] = self.read(stream)[lost], factor
         return rows
 
 

@@ -23,7 +23,7 @@ class Library:
     """A library with matrix products for arrays on a device."""
 
     def __init__(self, preferred: str) -> None:
-        """Raises RuntimeError where there is neither CuPy nor PyTorch."""
+        """Raise RuntimeError where there is neither CuPy nor PyTorch."""
         from .toolkit import SIMULATED
 
         self._module: Any = np if SIMULATED else None

@@ -225,7 +225,7 @@ class CudaPlan(ExclusiveUse):
             self._look(idle=True)
 
     def _look(self, idle: bool) -> None:
-        """FloatingPointError where the device has refused a step."""
+        """Raise FloatingPointError where the device has refused a step."""
         if self._clipper is None:
             return
         try:
@@ -439,7 +439,7 @@ class CudaPlan(ExclusiveUse):
         return number
 
     def _read_sums(self, bound: Bound, stream: int) -> None:
-        """Fills in the results of a step, when they are there."""
+        """Fill in the results of a step, when they are there."""
         results = self._spec.results
         if bound.sums is None:
             results[...] = 0

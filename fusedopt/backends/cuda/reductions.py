@@ -158,7 +158,7 @@ def kernel(table, sums):
 
 @functools.cache
 def totals_kernel() -> Kernel:
-    """Sums up each leaf's partial sums in index order, a block for each: (table, sums). A row of
+    """Sum up each leaf's partial sums in index order, a block for each: (table, sums). A row of
     the table: the address of a leaf's partial sums, and how many there are."""
     return Kernel(_TOTALS, 2, 0, FLOAT64, _float64_names())
 

@@ -175,7 +175,7 @@ class SumLaunch:
         self._sums = Memory.reused(8 * len(starts), stream)
 
     def run(self, scalars: Sequence[float], stream: int, *more: int) -> None:
-        """Puts the kernels on a stream: see `Launch.run`."""
+        """Put the kernels on a stream: see `Launch.run`."""
         queue = self._device, stream
         if self._count:
             leaf_states = self._parts, self._pairs, self._partials
@@ -186,6 +186,6 @@ class SumLaunch:
         totals_kernel().launch(self.leaves.size * len(self._columns), THREADS, queue, words)
 
     def read(self, results: np.ndarray, stream: int) -> None:
-        """Fills in `PlanSpec.results`, when the sums are there."""
+        """Fill in `PlanSpec.results`, when the sums are there."""
         sums = self._sums.read(stream).view(np.float64)
         results[self.leaves[:, None], self._columns] = sums.reshape(self.leaves.size, -1)

@@ -65,7 +65,7 @@ Capability = tuple[int, int]
 
 
 def unavailable() -> str | None:
-    """Why nothing can be run here."""
+    """Return why nothing can be run here."""
     if SIMULATED or cuda.is_available():
         return None
     reason = " ".join(str(cuda.cuda_error() or "no CUDA device was found").split())

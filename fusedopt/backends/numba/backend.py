@@ -210,7 +210,7 @@ class NumbaPlan(ExclusiveUse):
         return int(spec.counters[0])
 
     def _take(self, slot: int, active: Sequence[int], inputs: Any) -> None:
-        """Puts a step's inputs in their places; without one, `data` is 0."""
+        """Put a step's inputs in their places; without one, `data` is 0."""
         from .tables import take_input
 
         self._operands["data"][[start + slot for start in self._starts[:-1]]] = 0
@@ -287,7 +287,7 @@ class NumbaPlan(ExclusiveUse):
     def _steps(
         self, table: Any, kind: Kind, phase: int, refreshed: bool, scalars: Sequence[np.ndarray]
     ) -> tuple[tuple[int, int], int, int, int]:
-        """Adds a program's steps: the first and their count; operands used, written, summed."""
+        """Add a program's steps: the first and their count; operands used, written, summed."""
         numbers, used, written, summed = [0], 0, 0, 0
         for op, values in zip(self._ops[kind[:2]], scalars, strict=True):
             if op.phase == phase and (op.needs is None or refreshed):

@@ -11,6 +11,7 @@ from ...arrays.formats import FLOAT64, PLAIN, SEGMENT, compute_dtype
 from ...arrays.rows import UniqueRows, values_of
 from ...jit import tiles
 from ...jit.driver import INPUT, LEAF, MAX_OPERANDS, OPERAND, STEP, SUMS, run_part
+from ...programs.arithmetic import rescaling
 from ...programs.elements import ELEMENTS
 from ...system.threads import in_use
 from .pool import parallel_for
@@ -119,13 +120,14 @@ def sums_of_squares(
     """
     found = _squares(arrays, dtypes, [1.0] * len(arrays), threads)
     # Once more for float64 arrays whose squares left the range: see csrc/norms.hpp.
-    lost = [
-        k
-        for k, (total, _) in enumerate(found)
-        if dtypes[k] == FLOAT64 and not 2.0**-900 <= total <= 2.0**1023
-    ]
-    scales = [2.0**600 if found[k][0] < 1 else 2.0**-600 for k in lost]
-    again = _squares([arrays[k] for k in lost], [dtypes[k] for k in lost], scales, threads)
+    factors = rescaling(np.array([total for total, _ in found])).tolist()
+    lost = [k for k, factor in enumerate(factors) if factor != 1.0 and dtypes[k] == FLOAT64]
+    again = _squares(
+        [arrays[k] for k in lost],
+        [dtypes[k] for k in lost],
+        [factors[k] for k in lost],
+        threads,
+    )
     for k, result in zip(lost, again, strict=True):
         found[k] = result
     return found
@@ -159,7 +161,7 @@ def elements_of(a: Any) -> int:
 
 
 def take_input(row: Any, a: np.ndarray, dtype: np.dtype, zeroed: bool = False) -> None:
-    """Makes an operand of an array that comes with a step; zeroed: it is to be set to zero."""
+    """Make an operand of an array that comes with a step; zeroed: it is to be set to zero."""
     format = PLAIN[a.dtype.name]
     row["data"], row["bits"] = address(a), format.bits
     row["decode"] = 0 if a.dtype == dtype else tiles.decoder(format, dtype).address

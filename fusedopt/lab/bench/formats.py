@@ -104,7 +104,7 @@ class Stored:
         return moved(self.traffic) + sum(a.nbytes for a in copies)
 
     def check(self) -> None:
-        """Takes a step; VerificationError where an element of some leaves leaves its bound."""
+        """Take a step; VerificationError where an element of some leaves leaves its bound."""
         looked_at = [name for name, p in self.params.items() if p.size <= LARGEST_CHECKED]
         leaf_states = {name: self.optimizer.leaf_state(name) for name in looked_at[:CHECKED]}
         before = {

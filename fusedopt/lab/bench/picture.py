@@ -28,7 +28,7 @@ ROW = 0.4  # inches
 def write(
     large: Sequence[Row], formats: Sequence[Row], machine: dict[str, Any], file: Path
 ) -> None:
-    """Draws the rows that have a limit, at least one large, as a PNG."""
+    """Draw the rows that have a limit, at least one large, as a PNG."""
     panels = [
         (large, f"{large[0].elements:,} float32 parameters", _rule_name),
         (formats, "AdamW by storage format", _way_name),

@@ -72,7 +72,7 @@ def resnet50() -> dict[str, tuple[int, ...]]:
 
 
 def tensors(count: int, size: int) -> dict[str, tuple[int, ...]]:
-    """So many vectors of one size."""
+    """Return a number of vectors of one size."""
     return {f"t{k}": (size,) for k in range(count)}
 
 
@@ -170,7 +170,7 @@ class Problem:
         ]
 
     def check(self, step: Step, t: int = 1) -> None:
-        """Takes a contender's t-th step; VerificationError where it is not what the rule says.
+        """Take a contender's t-th step; VerificationError where it is not what the rule says.
 
         Every sampled element must agree with the rule's reference within the rounding of a few
         operations.

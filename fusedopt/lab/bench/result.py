@@ -64,7 +64,7 @@ class Row:
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Self:
-        """From what `record` gave."""
+        """Return the result of what `record` gave."""
         seconds = {name: one["seconds"] for name, one in record["contenders"].items()}
         own = {key: record[key] for key in ("group", "name", "elements", "bytes")}
         return cls(**own, seconds=seconds)
@@ -99,7 +99,7 @@ class Bench:
 
     @classmethod
     def read(cls, file: Path) -> Self:
-        """From a file of `record`. OSError, or ValueError where it is no such file."""
+        """Return the result of a file of `record`; raise OSError or ValueError if it is none."""
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
             own = {key: record[key] for key in ("status", "machine", "starved")}

@@ -82,7 +82,7 @@ class Case:
     asleep: bool = False
 
     def measure(self, rounds: int, seconds: float) -> Row:
-        """Checks every contender's step, then times all of them in turn."""
+        """Check every contender's step, then time all of them in turn."""
         problem, contenders = self.make()
         for contender in contenders:
             contender.check()
@@ -93,7 +93,7 @@ class Case:
 
 
 def cases(options: BenchOptions) -> Iterator[Case]:
-    """All that is measured, group by group."""
+    """Yield all that is measured, group by group."""
     elementwise = [name for name in options.rules if name in elementwise_rules()]
     names = (LIMIT, FUSED, *RIVALS)
     for rule in elementwise:

@@ -112,7 +112,7 @@ def stalled(paths: Paths, objective: Objective) -> Claim:
 
 
 def corrected(paths: Paths, objective: Objective) -> Claim:
-    """With bias correction Adam's first step is lr; without, what eq. (14)-(15) say."""
+    """Check that Adam's first step is lr with bias correction, else that of eq. (14)-(15)."""
     first = [in_rates(path)[0] for path in paths.values()]
     said = [_first_said(path) for path in paths.values()]
     largest = [float(in_rates(path).max()) for path in paths.values()]

@@ -24,7 +24,7 @@ class Board:
 
     @contextmanager
     def live(self) -> Iterator[None]:
-        """Keeps the table on the terminal and up to date; does nothing in a pipe."""
+        """Keep the table on the terminal and up to date; do nothing in a pipe."""
         if not self._console.is_terminal:
             yield
             return
@@ -57,7 +57,7 @@ class Board:
             row[4] = f"{lane.history.held_out[-1][1]:.3f}"
 
     def round_done(self, text: str) -> None:
-        """All rules have gone on, and `text` says how far."""
+        """Show that all rules have gone on, as far as `text` says."""
         self.title(text)
         self._say(f"{text}: {', '.join(f'{r[0]} {r[6] or r[4]}' for r in self._rows.values())}")
 

@@ -36,7 +36,7 @@ class Lane:
 
     @property
     def seconds(self) -> float:
-        """Spent on training, evaluation apart."""
+        """Seconds spent on training, without evaluation."""
         return sum(self.history.seconds.values())
 
     @property

@@ -61,7 +61,7 @@ class Outcome:
 
     @property
     def name(self) -> str:
-        """As papers write it."""
+        """Name as papers write it."""
         return fo.RULES[self.rule].__name__
 
     @property

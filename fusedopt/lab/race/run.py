@@ -74,7 +74,7 @@ def race(options: RaceOptions, console: Console) -> Race:
 
 
 def _settings(options: RaceOptions, setup: Setup) -> dict[str, Any]:
-    """All that decides which learning rate is best, but the rule."""
+    """Return all that decides which learning rate is best, but the rule."""
     corpus = setup.corpus
     text = corpus.alphabet.encode() + corpus.train.tobytes() + corpus.held_out.tobytes()
     names = ("search_steps", "batch", "context", "layers", "heads", "width", "seed")

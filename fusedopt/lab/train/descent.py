@@ -42,7 +42,7 @@ def check_finite(loss: float, step: int) -> None:
 
 @contextmanager
 def timed(seconds: dict[str, float], what: str) -> Iterator[None]:
-    """Adds the time spent inside."""
+    """Add the time spent inside."""
     start = perf_counter()
     yield
     seconds[what] += perf_counter() - start
@@ -106,7 +106,7 @@ def _curvature(
 
 
 def _mean(so_far: gpt.Params | None, estimate: gpt.Params, count: int) -> gpt.Params:
-    """Adds a micro-batch's share to the mean of `count`."""
+    """Add a micro-batch's share to the mean of `count`."""
     for leaf in Tree(estimate).leaves:
         leaf.value[...] /= count
     if so_far is None:

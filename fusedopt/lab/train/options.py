@@ -128,6 +128,6 @@ class TrainOptions:
 
     @property
     def optimizer(self) -> dict[str, Any]:
-        """All keyword arguments of the optimizer."""
+        """Return all keyword arguments of the optimizer."""
         stats = self.stats and self.takes_hessian
         return self.storage | {"clip_norm": self.clip, "ema": self.ema, "stats": stats}

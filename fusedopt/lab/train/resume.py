@@ -95,7 +95,7 @@ def surroundings(backend: str) -> dict[str, Any]:
 
 
 def _settings(setup: Setup) -> dict[str, Any]:
-    """All that decides what a run computes."""
+    """Return all that decides what a run computes."""
     options, corpus = setup.options, setup.corpus
     chosen = {name: value for name, value in asdict(options).items() if name not in FREE}
     if options.lr is None:

@@ -25,7 +25,7 @@ HELD_OUT_WINDOWS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """All that a run starts from; its generators and parameters move with the run.
+    """The beginning of a run, whose generators and parameters move with the run.
 
     params: as they are kept. held_out: the windows (x, y) for evaluation. places, labels, draws:
     generators of the places of batches, of curvature estimates and of the sample.

@@ -103,7 +103,7 @@ def batches(
 
 
 def spread(ids: Ids, count: int, context: int) -> tuple[Ids, Ids]:
-    """At most `count` windows (x, y) that do not overlap, spread evenly over the text."""
+    """Return at most `count` windows (x, y) that do not overlap, spread evenly over the text."""
     available = (len(ids) - 1) // context
     chosen = np.linspace(0, available - 1, min(count, available)).astype(np.int64)
     return windows(ids, chosen * context, context)

@@ -64,7 +64,7 @@ def train(options: TrainOptions, console: Console) -> Result:
 
 
 def _claim(options: TrainOptions) -> None:
-    """OSError or ValueError where something cannot be written in the end."""
+    """Raise OSError or ValueError where something cannot be written in the end."""
     claim_directory("--out", options.out)
     if options.json is not None:
         claim_file("--json", options.json)
