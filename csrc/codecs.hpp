@@ -511,13 +511,17 @@ void encode_blocks(const void* tile, void* data, void* aux, std::size_t n, std::
     std::uint8_t* __restrict codes = static_cast<std::uint8_t*>(data) + bytes_of<B>(at);
     float& scale = static_cast<float*>(aux)[k];
     // The largest magnitudes of either sign, as bits: infinities and NaN are above all others.
+    // Where the sign makes no difference, all count as positive.
     std::int32_t positive = 0, negative = 0;
     for (std::size_t i = 0; i < count; ++i) {
       const std::uint32_t bits = bits_of(static_cast<float>(from[i]));
-      const std::int32_t same = static_cast<std::int32_t>(bits);
-      const std::int32_t turned = static_cast<std::int32_t>(bits ^ SIGN);
+      constexpr bool either = B::OPPOSITE == B::LARGEST;
+      const std::int32_t same = static_cast<std::int32_t>(either ? bits & ~SIGN : bits);
       positive = same > positive ? same : positive;
-      negative = turned > negative ? turned : negative;
+      if constexpr (!either) {
+        const std::int32_t turned = static_cast<std::int32_t>(bits ^ SIGN);
+        negative = turned > negative ? turned : negative;
+      }
     }
     const auto largest = static_cast<std::uint32_t>(positive > negative ? positive : negative);
     // An infinity or NaN stays visible: the whole block is NaN from here on. And where the smallest
@@ -532,10 +536,9 @@ void encode_blocks(const void* tile, void* data, void* aux, std::size_t n, std::
     const float factor = 1.0f / scale;
     std::size_t first = 0;
 #if defined(FUSEDOPT_AVX512)
-    if constexpr (sizeof(T) == sizeof(float) && VECTORS_ENCODE<B, STOCHASTIC>)
-      for (; first + 16 <= count; first += 16)
-        encode_sixteen<B, STOCHASTIC>(from + first, all_of(factor), random.bits + at + first,
-                                      codes + bytes_of<B>(first));
+    if constexpr (sizeof(T) == sizeof(float))
+      first =
+          encode_vectors<B>(from, factor, STOCHASTIC ? random.bits + at : nullptr, codes, count);
 #endif
     // In 32 bits first: with eight, GCC works on too many elements at once and runs out of
     // registers, and takes 1.5 times as long.

@@ -47,18 +47,25 @@ enum : int { NANS = 0x81, ZEROS = 0x06, INFINITIES = 0x18, DENORMALS = 0x20 };
 // NaN has one code here, with its sign.
 template <>
 struct Vectors<Float16> {
-  static constexpr std::size_t decoded = 16, encoded = 16;
+  static constexpr std::size_t decoded = 32, encoded = 32;
   static void decode(const std::uint16_t* from, float* to) {
-    const void* const source = from;
-    _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(source))));
+    _mm512_storeu_ps(to, _mm512_cvtph_ps(sixteen(from)));
+    _mm512_storeu_ps(to + 16, _mm512_cvtph_ps(sixteen(from + 16)));
   }
   static bool nearest(const float* from, std::uint16_t* to) {
-    const __m512 x = _mm512_loadu_ps(from);
-    if (_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q)) return false;
+    const __m512 a = _mm512_loadu_ps(from), b = _mm512_loadu_ps(from + 16);
+    if (_mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q)) return false;
+    constexpr int rounding = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
     void* const target = to;
-    _mm256_storeu_si256(static_cast<__m256i*>(target),
-                        _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm256_storeu_si256(static_cast<__m256i*>(target), _mm512_cvtps_ph(a, rounding));
+    _mm256_storeu_si256(static_cast<__m256i*>(target) + 1, _mm512_cvtps_ph(b, rounding));
     return true;
+  }
+
+ private:
+  static __m256i sixteen(const std::uint16_t* from) {
+    const void* const source = from;
+    return _mm256_loadu_si256(static_cast<const __m256i*>(source));
   }
 };
 
