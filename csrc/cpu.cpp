@@ -151,16 +151,22 @@ bool has_amx() {
 
 }  // namespace
 
-std::vector<const MatrixUnits*> matrix_units() {
-  if (level().table != &table_x86_v4_bf16) return {};
-  static const bool amx = has_amx();
-  if (amx) return {&units_amx, &units_avx512_bf16};
-  return {&units_avx512_bf16};
+const std::vector<const MatrixUnits*>& matrix_units() {
+  static const std::vector<const MatrixUnits*> here = [] {
+    std::vector<const MatrixUnits*> units;
+    if (has_v4_bf16() && has_amx()) units.push_back(&units_amx);
+    if (has_v4_bf16()) units.push_back(&units_avx512_bf16);
+    return units;
+  }();
+  return here;
 }
 
 #else
 
-std::vector<const MatrixUnits*> matrix_units() { return {}; }
+const std::vector<const MatrixUnits*>& matrix_units() {
+  static const std::vector<const MatrixUnits*> none;
+  return none;
+}
 
 #endif
 

@@ -21,9 +21,8 @@ const std::vector<Level>& levels();
 const Level& level();
 bool force_level(const std::string& name);
 
-// The instructions for products of bfloat16 that this build and machine have, the fastest first;
-// none where the level in use is below that to which they belong. The first call asks the operating
-// system for the tiles of AMX.
-std::vector<const MatrixUnits*> matrix_units();
+// The instructions for products of bfloat16 that this build and machine have, the fastest first.
+// The first call asks the operating system for the tiles of AMX.
+const std::vector<const MatrixUnits*>& matrix_units();
 
 }  // namespace fusedopt

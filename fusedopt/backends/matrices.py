@@ -9,7 +9,7 @@ import numpy as np
 
 from ..arrays.formats import compute_dtype
 from ..arrays.stored import Stored
-from ..linalg.newton_schulz import Workspace, batches
+from ..linalg.newton_schulz import Workspace, batches, stacks
 from ..plan.spec import PlanSpec
 from ..rules import Rule
 from ..rules.base import Member
@@ -32,12 +32,11 @@ class Matrices:
             if rule.program.phases > 1:
                 works = max(works, len(rule.works))
                 compute = compute_dtype(p.format.dtype)
-                leaves.append((k, compute, rule.matrices(p.shape), (group, p.shape, p.order)))
+                rest = group, p.shape, p.order
+                leaves.append((k, compute, rule.short_products, rule.matrices(p.shape), rest))
         made = batches(leaves)
         self._workspaces = {
-            dtype: Workspace(
-                [b.stack for b in made if b.dtype == dtype], dtype, works, spec.threads
-            )
+            dtype: Workspace(*stacks(made, dtype), dtype, works, spec.threads)
             for dtype in {batch.dtype for batch in made}
         }
         self.batches: dict[int, int] = {}

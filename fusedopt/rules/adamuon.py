@@ -14,7 +14,7 @@ from ..programs.arithmetic import Array, capped, correction, ratio, textbook_cor
 from ..programs.program import Operation
 from .base import Convention, Member
 from .hyperparameters import Fraction, NonNegative
-from .muon import Muon, through
+from .muon import Muon
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ class AdaMuon(Muon):
     ) -> tuple[Array, tuple[Array, ...]]:
         m, v = states
         u, m = self.textbook_direction(g, m, t)
-        o = through(u, self.polar, self.amplification)
+        o = self.through(u, self.polar, 1.0)
         v = self.beta2 * v + (1 - self.beta2) * (o * o)
         stack = _, rows, cols = self.matrices(p.shape)
         c = textbook_correction(self.beta2, t)

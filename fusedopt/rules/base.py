@@ -302,6 +302,11 @@ class Rule:
         """
         raise TypeError(f"{type(self).__name__} has one phase")
 
+    @property
+    def short_products(self) -> bool:
+        """Whether matrices are multiplied in bfloat16."""
+        return False
+
     def note(self, shape: tuple[int, ...]) -> str | None:
         """How parameters of this shape are updated, where that depends on the shape."""
         return None

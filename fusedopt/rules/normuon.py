@@ -13,7 +13,7 @@ from ..linalg.newton_schulz import Workspace
 from ..programs.arithmetic import Array, capped, ratio
 from .base import Convention, Member
 from .hyperparameters import Fraction, NonNegative
-from .muon import Muon, through
+from .muon import Muon
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ class NorMuon(Muon):
         stack = count, rows, cols = self.matrices(p.shape)
         if 0 in stack:
             return lr * u, (m, v)
-        o = through(u, self.polar, self.amplification).reshape(*stack)
+        o = self.through(u, self.polar, 1.0).reshape(*stack)
         squares = (o * o).sum(axis=-1, keepdims=True)
         v = self.beta2 * v.reshape(count, rows, 1) + (1 - self.beta2) * (squares / cols)
         n = ratio(o, np.sqrt(v) + self.eps_v)

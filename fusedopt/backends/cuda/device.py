@@ -66,6 +66,8 @@ def check_rule(rule: Rule, p: DeviceArray) -> None:
     """ValueError for a rule that there is on the host alone."""
     if rule.program.phases > 2 or rule.sides(p.shape):
         raise ValueError(unsupported(type(rule).__name__, "take fo.Muon"))
+    if rule.short_products:
+        raise ValueError(unsupported("ns_dtype='bfloat16'", "take 'float32'"))
 
 
 def check_state(label: str, state: Any) -> Stored:
