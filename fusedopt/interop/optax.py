@@ -54,7 +54,7 @@ HOLDERS = {
     "InjectHyperparamsState": "inner_state",
     "InjectStatefulHyperparamsState": "inner_state",
 }
-FREE = ("lr", "weight_decay", "decay", "maximize", "norm", "gram", "split")
+FREE = ("lr", "weight_decay", "decay", "maximize", "norm", "gram", "ns_dtype", "split")
 """What a chain may have in any form, and how Muon gets at its matrices."""
 
 
