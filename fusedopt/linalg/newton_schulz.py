@@ -215,7 +215,7 @@ class Workspace:
         self._squares = [np.empty(square, dtype) for _ in range(3)]
         self._slots = np.empty(slots, dtype)
         self._short = np.empty(shorter, np.uint8)
-        self._unit = unit()
+        self._unit = unit() if short else None
         self._threads = threads
         self.nbytes = self.bytes_for(stacks, short, dtype, count)
 

@@ -122,7 +122,7 @@ def test_errors_are_below_those_of_arrays_in_bfloat16(
                 mapped = np.sort(coefficients(values / np.linalg.norm(x)))
                 found = np.sort(np.linalg.svd(want + ours[-1], compute_uv=False))
                 assert np.abs(found - mapped)[1:].max() < 0.05  # the smallest is much amplified
-                assert found[-1] < mapped[-1] + 0.01
+                assert found[-1] < 1.25
         # "ones" have one singular value, with which the one or the other is lucky.
         lucky = 5e-3 * size**0.5
         assert np.linalg.norm(ours) <= 1.1 * np.linalg.norm(theirs) + lucky, kind
