@@ -26,7 +26,7 @@ if fo.info()["backend"] != "native":
 
 
 def limit(problem: Problem) -> Contender:
-    """The same reads and writes with next to no arithmetic; it leaves all values as they are."""
+    """Read and write the same bytes with next to no arithmetic; all values stay as they are."""
     traffic = problem.traffic
     read, updated = map(len, traffic[0])
     sweep = Sweep(traffic, fo.get_threads())
@@ -168,6 +168,6 @@ def entrants(rule: str, tensors: int) -> Entrants:
 
 
 def enter(problem: Problem, *names: str) -> list[Contender]:
-    """Those of the named contenders that can step this problem here."""
+    """Return those of the named contenders that can step this problem here."""
     able = entrants(problem.rule.name, len(problem.leaves))
     return [able[name](problem) for name in names if name in able]

@@ -65,9 +65,12 @@ def _tile_bytes(a: Array, n: int) -> int:
 
 @dataclass(frozen=True)
 class Row:
-    """Of one way: bytes moved per parameter; seconds of a step over GPT-2 small, of a loop with the
-    same reads and writes, and of PyTorch's fused step; in cache on one core, ns per 8 elements and
-    the time over float32's."""
+    """The figures of one way to store.
+
+    Bytes moved per parameter; seconds of a step over GPT-2 small, of a loop with the same reads and
+    writes, and of PyTorch's fused step; in cache on one core, ns per 8 elements and the time over
+    float32's.
+    """
 
     way: str
     bytes: float

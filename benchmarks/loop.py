@@ -1,10 +1,11 @@
-"""What a training loop has around its steps: schedules, clipping, rows that repeat, the import.
+"""What a training loop has around its steps: guards, many tensors, changes, rows, the import.
 
 Run it as `python benchmarks/loop.py [--rounds N] [--only PART ...] [--json F] [--markdown F]`.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import statistics
@@ -152,19 +153,35 @@ def tensors(rounds: int) -> Iterator[Row]:
 
 
 def changes(rounds: int) -> Iterator[Row]:
-    """What changes between steps: a learning rate that is set, and a rule that is made."""
-    optimizer = fo.Optimizer(np.zeros(SMALL, np.float32), fo.AdamW())
-    values = iter(np.random.default_rng(0).uniform(1e-4, 1e-3, 10**7).tolist())
+    """What changes between steps: numbers that are set or scheduled, and a rule that is made."""
+    values = itertools.cycle(np.random.default_rng(0).uniform(1e-4, 1e-3, 10**5).tolist())
+    few, many = ([np.zeros(SMALL, np.float32) for _ in range(n)] for n in (1, 150))
+    grads = [p + 1 for p in few]
+    plain, numerous = (fo.Optimizer(params, fo.AdamW()) for params in (few, many))
+    decayed = fo.Optimizer([p.copy() for p in few], fo.AdamW(weight_decay=LR))
     times = interleaved(
         {
-            "opt.lr = x": lambda: setattr(optimizer, "lr", next(values)),
+            "opt.lr = x": lambda: setattr(plain, "lr", next(values)),
+            "opt.replace": lambda: plain.replace(weight_decay=next(values)),
+            "150 leaves": lambda: numerous.replace(weight_decay=next(values)),
             "fo.AdamW(lr=x)": lambda: fo.AdamW(lr=next(values)),
+            "plain": lambda: plain.step(grads),
+            "scheduled": lambda: decayed.step(grads),
         },
         rounds,
     )
-    for name, bound in (("opt.lr = x", 2.0), ("fo.AdamW(lr=x)", 10.0)):
+    targets = {
+        "opt.lr = x": ("opt.lr = x", 2.0),
+        "opt.replace": ("opt.replace(weight_decay=x)", 2.0),
+        "150 leaves": ("opt.replace(weight_decay=x), 150 leaves", 2.0),
+        "fo.AdamW(lr=x)": ("fo.AdamW(lr=x)", 10.0),
+    }
+    for name, (target, bound) in targets.items():
         seconds = times.median(name)
-        yield Row(name, seconds * 1e6, bound, {name: seconds}, at_least=False, unit="us")
+        yield Row(target, seconds * 1e6, bound, {name: seconds}, at_least=False, unit="us")
+    own = {k: times.median(k) for k in ("scheduled", "plain")}
+    added = times.difference("scheduled", "plain") * 1e6
+    yield Row("a schedule on weight decay, each step", added, 2.0, own, at_least=False, unit="us")
 
 
 def duplicates(rounds: int) -> Iterator[Row]:

@@ -56,7 +56,7 @@ def elements(shapes: Shapes) -> int:
 
 
 def backends(shapes: Shapes) -> list[str]:
-    """Those that can be used here and take less than minutes."""
+    """Return the backends that can be used here and take less than minutes."""
     usable = [name for name, reason in fo.info()["backends"].items() if reason == "available"]
     return [b for b in usable if b != "reference" or elements(shapes) < SLOW_FROM]
 

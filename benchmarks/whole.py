@@ -47,7 +47,7 @@ class Whole:
 
     @property
     def elements(self) -> int:
-        """Of all parameters together."""
+        """The number of elements of all parameters together."""
         return sum(p.size for p in self.params.values())
 
     @property

@@ -3,6 +3,7 @@
 #include <pybind11/numpy.h>
 
 #include <algorithm>
+#include <optional>
 #include <string>
 
 #include "driver.hpp"
@@ -89,6 +90,14 @@ inline void use_codec(const Codec& codec, int compute, Operand& out) {
   out.aux_bytes = static_cast<std::uint32_t>(TILE / codec.block * codec.aux);
 }
 
+// Of what comes with a step: it is only read, or zeroed in the end.
+inline void use_input(const Codec& codec, int compute, bool zero, char* data, Operand& out) {
+  put(out.decode, codec.decode[compute]);
+  put(out.encode, zero ? codec.zero : nullptr);
+  put(out.bits, static_cast<std::uint32_t>(codec.bits));
+  put(out.data, data);
+}
+
 // Of a copy of another operand: it is only written.
 inline void use_copy(const Codec& codec, int compute, int source, Operand& out) {
   out.source = source;
@@ -107,20 +116,18 @@ struct Given {
   }
 };
 
-// A gradient that fits the parameter becomes an operand, which is only read, or zeroed in the end.
+// A gradient that fits the parameter becomes an operand.
 inline bool read_input(const Given& given, const Proxy* parameter, int compute, const Table& table,
                        bool zero, Operand& out) {
   PyObject* const o = given.object.ptr();
   const Proxy* a = as_array(o);
-  Foreign foreign;
-  if (!a) a = foreign.read(o, given.exchange);
+  std::optional<Foreign> foreign;
+  if (!a) a = foreign.emplace().read(o, given.exchange);
   if (!a || !(a->flags & ALIGNED) || (zero && !(a->flags & WRITEABLE))) return false;
   const int format = format_of(a);
   if (format < 0 || !same_layout(a, SIZES[format], parameter, SIZES[format_of(parameter)]))
     return false;
-  use_codec(table.codecs[format], compute, out);
-  out.data = a->data;
-  out.encode = zero ? table.codecs[format].zero : nullptr;
+  use_input(table.codecs[format], compute, zero, a->data, out);
   return true;
 }
 

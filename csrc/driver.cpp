@@ -15,6 +15,16 @@ namespace {
 constexpr std::size_t PLENTY = 1 << 21;
 // There are several parts for each thread, so that a thread that was held up is waited for less.
 constexpr std::size_t PARTS_PER_THREAD = 16;
+// Of the next leaf's arrays this much is asked for while a leaf is worked on.
+constexpr std::size_t FETCHED = 256, LINE = 64;
+
+inline void prefetch(const char* p) {
+#if defined(__GNUC__)
+  __builtin_prefetch(p, 1);
+#else
+  (void)p;
+#endif
+}
 
 void run_step(const Step& step, void* const* data, std::size_t n) {
   void* operands[MAX_OPERANDS];
@@ -98,7 +108,10 @@ void run_span(const Leaf& leaf, const Span& span, Lanes* lanes) {
 // The sums of one segment after the other.
 class Summing {
  public:
-  explicit Summing(const Leaf& leaf) : leaf_(leaf) {}
+  explicit Summing(const Leaf& leaf) : leaf_(leaf) {
+    for (std::uint32_t rest = leaf.summed; rest; rest &= rest - 1)
+      std::fill_n(lanes_[count_++], LANES, 0.0);
+  }
   ~Summing() { finish(); }
 
   // Spans come in ascending order.
@@ -118,7 +131,7 @@ class Summing {
  private:
   void turn(std::size_t by) {
     if (by % LANES)
-      for (Lanes& lanes : lanes_) std::rotate(lanes, lanes + by, lanes + LANES);
+      for (int k = 0; k < count_; ++k) std::rotate(lanes_[k], lanes_[k] + by, lanes_[k] + LANES);
   }
 
   void finish() {
@@ -136,7 +149,8 @@ class Summing {
   static constexpr std::size_t NONE = ~std::size_t(0);
   const Leaf& leaf_;
   std::size_t segment_ = NONE;
-  alignas(64) Lanes lanes_[MAX_OPERANDS] = {};
+  int count_ = 0;
+  alignas(64) Lanes lanes_[MAX_OPERANDS];  // the first `count_`: small leaves have no time for all
 };
 
 // The row that is the k-th to be touched.
@@ -155,6 +169,18 @@ void run_leaf(const Leaf& leaf, std::size_t from, std::size_t to) {
   } else {
     Summing summing(leaf);
     for (std::size_t k = first; k < last; ++k) summing.add(row_span(*leaf.rows, k));
+  }
+}
+
+// Asks for the beginnings of a leaf's arrays while another is worked on: the processor's own
+// prefetching begins anew with each array.
+void fetch(const Leaf& leaf) {
+  if (leaf.rows) return;
+  for (int k = 0; k < leaf.operand_count; ++k) {
+    const Operand& operand = leaf.operands[k];
+    if (!(leaf.used >> k & 1) || !operand.data || operand.role == Role::SUMS) continue;
+    const std::size_t bytes = std::min(FETCHED, leaf.elements * operand.bits / 8);
+    for (std::size_t at = 0; at < bytes; at += LINE) prefetch(operand.data + at);
   }
 }
 
@@ -202,6 +228,7 @@ void visit_part(const Work& work, std::size_t part, const Visit& visit) {
   auto leaf = std::partition_point(work.leaves.begin(), work.leaves.end(),
                                    [from](const Leaf& l) { return l.start + l.elements <= from; });
   for (; leaf != work.leaves.end() && leaf->start < to; ++leaf) {
+    if (leaf + 1 != work.leaves.end()) fetch(leaf[1]);
     const std::size_t low = cut(*leaf, from), high = cut(*leaf, to);
     if (low < high) visit(*leaf, low, high);
   }
@@ -231,8 +258,10 @@ void run_part(void* context, std::size_t part) {
 void run_on(std::vector<Leaf>& leaves, std::size_t elements, int threads, const Mapped* mapped) {
   if (threads == 1 && !mapped) {
     const DefaultControl control;
-    for (const Leaf& leaf : leaves)
-      if (leaf.elements) run_leaf(leaf, 0, leaf.elements);
+    for (auto leaf = leaves.begin(); leaf != leaves.end(); ++leaf) {
+      if (leaf + 1 != leaves.end()) fetch(leaf[1]);
+      if (leaf->elements) run_leaf(*leaf, 0, leaf->elements);
+    }
     return;
   }
   Work work{leaves, elements, parts_for(elements, threads), mapped,
@@ -270,7 +299,7 @@ void touch_part(void* context, std::size_t part) {
 void run(std::vector<Leaf>& leaves, int threads, const Mapped* mapped, ThreadChoice* choice) {
   std::size_t elements = 0;
   for (Leaf& leaf : leaves) {
-    leaf.start = elements;
+    put(leaf.start, elements);
     elements += leaf.elements;
   }
   threads = threads_for(elements, threads);

@@ -40,12 +40,19 @@ struct Operand {
   std::uint64_t key = 0;        // of this step's random bits
 };
 
+// Writes what differs alone. What describes a leaf is the same in nearly every step, and a cache
+// line that is not written stays with all the threads that read it.
+template <class T>
+void put(T& place, const T& value) {
+  if (place != value) place = value;
+}
+
 // One operation of a leaf's program; `operands` are indices into the leaf's operands.
 struct Step {
-  TileFunction run;
-  const void* scalars;
-  const std::uint8_t* operands;
-  int operand_count;
+  TileFunction run = nullptr;
+  const void* scalars = nullptr;
+  const std::uint8_t* operands = nullptr;
+  int operand_count = 0;
 };
 
 // Rows of a leaf that alone are touched, in ascending order: rows[k] has row from[k] of the inputs.
@@ -55,13 +62,13 @@ struct Rows {
 };
 
 struct Leaf {
-  std::size_t elements;  // that are touched
-  const Operand* operands;
-  const Step* steps;
-  int operand_count, step_count;
-  std::uint32_t used, written, summed;  // operands, as bits
-  const Rows* rows;                     // null: all
-  std::size_t start;                    // in the concatenation of all leaves; `run` finds it
+  std::size_t elements = 0;  // that are touched
+  const Operand* operands = nullptr;
+  const Step* steps = nullptr;
+  int operand_count = 0, step_count = 0;
+  std::uint32_t used = 0, written = 0, summed = 0;  // operands, as bits
+  const Rows* rows = nullptr;                       // null: all
+  std::size_t start = 0;  // in the concatenation of all leaves; `run` finds it
 };
 
 // How many doubles a sum over a leaf takes.

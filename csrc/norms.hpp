@@ -21,7 +21,7 @@ class Partials {
   void place() {
     values_.assign(size_, 0.0);  // of segments that are not touched, too
     for (const auto& [operand, at] : wanted_)
-      operand->data = reinterpret_cast<char*>(values_.data() + at);
+      put(operand->data, reinterpret_cast<char*>(values_.data() + at));
   }
   // In index order.
   static double total(const Leaf& leaf, const Operand& operand) {
@@ -45,18 +45,31 @@ class Partials {
   std::size_t size_ = 0;
 };
 
-// One array, and what `measure` finds: the sum of the squares of its elements times scale, a power
-// of two; not finite where an element is not.
+// One array, and what `SquareSums` finds: the sum of the squares of its elements times scale, a
+// power of two; not finite where an element is not.
 struct Measured {
-  Operand input;
+  const Operand* input;
   std::size_t elements;
   int compute;
   const Rows* rows;
   double sum = 0, scale = 1;
 };
 
-// The sums of all, and a second time those of float64 arrays whose squares left the range. choice:
-// see `run`.
-void measure(std::vector<Measured>& inputs, int threads, ThreadChoice* choice = nullptr);
+// A pass over arrays that keeps its memory from one to the next.
+class SquareSums {
+ public:
+  // Finds the sums of all, and a second time those of float64 arrays whose squares left the range.
+  // choice: see `run`.
+  void find(std::vector<Measured>& inputs, int threads, ThreadChoice* choice = nullptr);
+
+ private:
+  void pass(const std::vector<Measured*>& inputs, int threads, ThreadChoice* choice);
+
+  std::vector<Measured*> all_, again_;
+  std::vector<Leaf> leaves_;
+  std::vector<Step> steps_;
+  std::vector<Operand> operands_;  // of each leaf its sum and its input
+  Partials partials_;
+};
 
 }  // namespace fusedopt

@@ -30,7 +30,6 @@ Plan::Plan(const py::object& description)
     : tree_(description.attr("tree")),
       groups_(description.attr("groups").cast<std::vector<int>>()),
       batches_(description.attr("batches").cast<std::vector<int>>()),
-      folds_(description.attr("folds").cast<std::vector<py::tuple>>()),
       rates_(description.attr("rates")),
       factors_(description.attr("factors")),
       counters_(description.attr("counters")),
@@ -48,9 +47,10 @@ Plan::Plan(const py::object& description)
   const auto keys = description.attr("keys").cast<std::vector<std::vector<RandomKey>>>();
   program_objects_ = programs;
   for (const py::handle program : programs) programs_.push_back(&program.cast<const Program&>());
+  for (const py::handle each : description.attr("numbers")) numbers_.emplace_back(each);
   const std::size_t leaves = arrays.size();
   if (groups_.size() != leaves || batches_.size() != leaves || mirrors.size() != leaves ||
-      keys.size() != leaves || folds_.size() != programs_.size())
+      keys.size() != leaves || numbers_.size() != programs_.size())
     throw py::value_error("plan: the lists differ in length");
   for (const Program* program : programs_) {
     sums_ = std::max(sums_, program->sums);
@@ -151,9 +151,11 @@ void Plan::seize(const void* token) {
 
 void Plan::release(const void* token) { holder_.compare_exchange_strong(token, nullptr); }
 
-bool Plan::reprogram(const py::list& programs, std::vector<py::tuple> folds) {
-  if (programs.size() != programs_.size() || folds.size() != folds_.size()) return false;
+bool Plan::reprogram(const py::list& programs, const py::list& numbers) {
+  if (programs.size() != programs_.size() || numbers.size() != numbers_.size()) return false;
   std::vector<const Program*> fresh;
+  std::vector<Numbers> described;
+  for (const py::handle each : numbers) described.emplace_back(each);
   for (const py::handle each : programs) {
     const auto& program = each.cast<const Program&>();
     const Program& old = *programs_[fresh.size()];
@@ -163,10 +165,26 @@ bool Plan::reprogram(const py::list& programs, std::vector<py::tuple> folds) {
     fresh.push_back(&program);
   }
   programs_ = std::move(fresh);
-  folds_ = std::move(folds);
-  program_objects_ = programs;
+  // What is dropped may end objects of the caller's, which may run anything: in the end.
+  numbers_.swap(described);
+  const py::object before = std::exchange(program_objects_, programs);
   most_ = 0;
   for (const Program* program : programs_) most_ = std::max(most_, program->ops.size());
+  return true;
+}
+
+bool Plan::change(const py::object& programs, const py::object& numbers,
+                  const std::vector<double>& rates, const py::tuple& attributes) {
+  const Use use(*this);
+  if (rates.size() != programs_.size() || attributes.size() % 3 != 0)
+    throw py::value_error("change: a learning rate for each group, and three for each attribute");
+  std::vector<py::object> before;  // see `reprogram`
+  for (std::size_t k = 0; k < attributes.size(); k += 3)
+    before.push_back(py::getattr(attributes[k], attributes[k + 1]));
+  if (!programs.is_none() && !reprogram(programs, numbers)) return false;
+  std::copy(rates.begin(), rates.end(), rate_);
+  for (std::size_t k = 0; k < attributes.size(); k += 3)
+    py::setattr(attributes[k], attributes[k + 1], attributes[k + 2]);
   return true;
 }
 
@@ -182,14 +200,14 @@ void Plan::change_level() {
 
 void bind_plan(py::module_& module) {
   numpy();
-  py::class_<Program>(module, "Program")
-      .def(py::init<const py::list&, double, double, double, int, int, int, int>());
+  py::class_<Program>(module, "Program").def(py::init<const py::list&, int, int, int, int>());
   py::class_<Plan>(module, "Plan")
       .def(py::init<const py::object&>())
       .def("take", &Plan::take)
       .def("give", &Plan::give)
       .def("held", &Plan::held)
       .def("reprogram", &Plan::reprogram)
+      .def("change", &Plan::change)
       .def("step", &Plan::step)
       .def("settle", &Plan::settle)
       .def("whole_step", &Plan::whole_step);

@@ -42,7 +42,14 @@ class Plan {
 
   // Other scalars, weight decay and operations on the same arrays, by a caller who has taken the
   // plan. False where the programs would need other arrays; nothing has changed then.
-  bool reprogram(const py::list& programs, std::vector<py::tuple> folds);
+  bool reprogram(const py::list& programs, const py::list& numbers);
+
+  // The same by a caller who has not, with the groups' learning rates, and with all that Python
+  // remembers of them: attributes (object, name, value). No code in Python runs between the first
+  // change and the last, so that no interrupt comes between them. programs: None for those that
+  // there are.
+  bool change(const py::object& programs, const py::object& numbers,
+              const std::vector<double>& rates, const py::tuple& attributes);
 
   // One step, by a caller who has taken the plan. None where something does not fit; nothing was
   // written then. `flat`: the trees are lists of leaves already.
@@ -82,6 +89,11 @@ class Plan {
     std::size_t elements, given[INPUTS];  // given: of its inputs, which may hold other rows too
     Rows rows;
     const Rows* some() const { return rows.rows ? &rows : nullptr; }
+    void all(std::size_t n) {
+      put(elements, n);
+      for (std::size_t& each : given) put(each, n);
+      put<const std::int64_t*>(rows.rows, nullptr);
+    }
   };
   // An array of the caller's, which may be given other memory, another dtype or shape under the
   // plan's feet: what it was. target: is written itself, and not the memory of one that is.
@@ -152,7 +164,7 @@ class Plan {
 
   Node tree_;
   std::vector<int> groups_, batches_;
-  std::vector<py::tuple> folds_;
+  std::vector<Numbers> numbers_;
   py::object rates_, factors_, counters_, before_, between_, results_, decide_;
   const bool zero_grads_;
   const int threads_;
@@ -183,11 +195,15 @@ class Plan {
   std::vector<Range> ranges_;
   std::vector<std::size_t> active_;
   bool measured_ = false;
+  bool estimates_ = false;       // whether there are any
+  bool read_estimates_ = false;  // or were, and have not been cleared since
   std::map<std::tuple<int, int, std::int64_t>, Scalars> scalar_cache_;
   std::vector<const Scalars*> leaf_scalars_;
   std::vector<Step> steps_;
   std::vector<Leaf> leaves_;
   Partials partials_;
+  std::vector<Measured> measured_leaves_;
+  SquareSums square_sums_;
 };
 
 void bind_plan(py::module_& module);

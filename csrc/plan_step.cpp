@@ -21,9 +21,16 @@ Range range_of(const Operand& input, std::size_t n) {
 
 // Absent: no operation that needs it runs, and nothing is decoded.
 void clear(Operand& operand) {
-  operand.data = nullptr;
-  operand.decode = nullptr;
-  operand.encode = nullptr;
+  put<char*>(operand.data, nullptr);
+  put<Decode>(operand.decode, nullptr);
+  put<Encode>(operand.encode, nullptr);
+}
+
+// In place of std::equal, which calls memcmp for one number or two.
+bool same(const py::ssize_t* a, const py::ssize_t* b, int count) {
+  for (int k = 0; k < count; ++k)
+    if (a[k] != b[k]) return false;
+  return true;
 }
 
 }  // namespace
@@ -83,9 +90,8 @@ bool Plan::unmoved() const {
   for (const Watched& w : watched_) {
     const py::ssize_t* const layout = layouts_.data() + w.layout;
     if (w.array->data != w.data || w.array->descr != w.dtype || w.array->nd != w.nd ||
-        (w.target && !is_target(w.array)) ||
-        !std::equal(w.array->dimensions, w.array->dimensions + w.nd, layout) ||
-        !std::equal(w.array->strides, w.array->strides + w.nd, layout + w.nd))
+        (w.target && !is_target(w.array)) || !same(w.array->dimensions, layout, w.nd) ||
+        !same(w.array->strides, layout + w.nd, w.nd))
       return false;
   }
   return true;
@@ -113,9 +119,13 @@ bool Plan::gradients_overlap() {
 
 bool Plan::collect_tree(Slot slot, const py::object& tree, bool flat) {
   const std::size_t first = slot == GRADIENT ? 0 : own_.size(), end = first + own_.size();
-  if (slot == HESSIAN && tree.is_none()) {
-    given_.resize(end);
-    return true;
+  if (slot == HESSIAN) {
+    estimates_ = !tree.is_none();
+    read_estimates_ = read_estimates_ || estimates_;
+    if (!estimates_) {
+      given_.resize(end);
+      return true;
+    }
   }
   const auto visit = [&](PyObject* o) {
     if (given_.size() == end) return false;
@@ -131,17 +141,20 @@ bool Plan::collect_tree(Slot slot, const py::object& tree, bool flat) {
 bool Plan::read(bool checked) {
   if (!unmoved()) return false;
   for (std::size_t k = 0; k < own_.size(); ++k)
-    if (!read_leaf(GRADIENT, k, checked) || !read_leaf(HESSIAN, k, checked)) return false;
+    if (!read_leaf(GRADIENT, k, checked) || (read_estimates_ && !read_leaf(HESSIAN, k, checked)))
+      return false;
+  read_estimates_ = estimates_;
   return !zero_grads_ || !gradients_overlap();
 }
 
 bool Plan::read_leaf(Slot slot, std::size_t k, bool checked) {
   Operand& operand = operands_[k * MAX_OPERANDS + slot];
-  clear(operand);
-  const std::size_t n = own_[k].elements;
-  if (slot == GRADIENT) touched_[k] = {n, {n, n}, {}};
+  if (slot == GRADIENT) touched_[k].all(own_[k].elements);
   const Given& given = given_[slot * own_.size() + k];
-  if (!given.object) return true;
+  if (!given.object) {
+    clear(operand);
+    return true;
+  }
   bool fits = (slot != HESSIAN || program(k).takes_hessian) &&
               (checked && PyTuple_Check(given.object.ptr())
                    ? read_rows(slot, k, given.object.ptr(), operand)
@@ -177,10 +190,7 @@ bool Plan::read_rows(Slot slot, std::size_t k, PyObject* o, Operand& operand) {
     if (values->dimensions[j] != p->dimensions[j]) return false;
   const bool zero = zero_grads_ && slot == GRADIENT;
   if (zero && !(values->flags & WRITEABLE)) return false;
-  const Codec& codec = table_->codecs[format];
-  use_codec(codec, own_[k].compute, operand);
-  operand.encode = zero ? codec.zero : nullptr;
-  operand.data = values->data;
+  use_input(table_->codecs[format], own_[k].compute, zero, values->data, operand);
   Touched& touched = touched_[k];
   touched.given[slot] = elements_of(values);
   const auto inside = [](const Proxy* indices, const Proxy* array) {
@@ -219,15 +229,15 @@ void Plan::begin_results() {
 void Plan::measure_gradients() {
   measured_ = true;
   begin_results();
-  std::vector<Measured> inputs;
+  measured_leaves_.clear();
   for (const std::size_t k : active_)
-    inputs.push_back({operands_[k * MAX_OPERANDS + GRADIENT], touched_[k].elements, own_[k].compute,
-                      touched_[k].some()});
-  measure(inputs, threads(), &norm_choice_);
+    measured_leaves_.push_back({&operands_[k * MAX_OPERANDS + GRADIENT], touched_[k].elements,
+                                own_[k].compute, touched_[k].some()});
+  square_sums_.find(measured_leaves_, threads(), &norm_choice_);
   for (std::size_t j = 0; j < active_.size(); ++j) {
     double* const row = result_ + active_[j] * columns();
-    row[0] = inputs[j].sum;
-    row[1] = inputs[j].scale;
+    row[0] = measured_leaves_[j].sum;
+    row[1] = measured_leaves_[j].scale;
   }
 }
 
@@ -253,7 +263,7 @@ const Scalars& Plan::scalars_of(std::size_t k) {
   auto found = scalar_cache_.find(key);
   if (found == scalar_cache_.end()) {
     const auto group = static_cast<std::size_t>(groups_[k]);
-    Scalars fresh(program(k), folds_[group], t, rate_[group], factor_[group], own_[k].compute);
+    Scalars fresh(program(k), numbers_[group], t, rate_[group], factor_[group], own_[k].compute);
     found = scalar_cache_.emplace(key, std::move(fresh)).first;
   }
   return found->second;
@@ -282,15 +292,16 @@ void Plan::run_phase(int batch, int phase) {
     }
     // Field by field: a struct made beside its place and copied stalls on its own stores.
     Leaf& leaf = leaves_[count++];
-    elements += leaf.elements = touched_[k].elements;
-    leaf.operands = operands;
-    leaf.steps = steps_.data() + steps.first;
-    leaf.operand_count = operand_count;
-    leaf.step_count = steps.count;
-    leaf.used = steps.used;
-    leaf.written = steps.written;
-    leaf.summed = steps.summed;
-    leaf.rows = touched_[k].some();
+    elements += touched_[k].elements;
+    put(leaf.elements, touched_[k].elements);
+    put<const Operand*>(leaf.operands, operands);
+    put<const Step*>(leaf.steps, steps_.data() + steps.first);
+    put(leaf.operand_count, operand_count);
+    put(leaf.step_count, steps.count);
+    put(leaf.used, steps.used);
+    put(leaf.written, steps.written);
+    put(leaf.summed, steps.summed);
+    put(leaf.rows, touched_[k].some());
     if (leaf.summed) partials_.add(leaf, operands);
   }
   leaves_.resize(count);

@@ -37,15 +37,8 @@ const Operation& operation_named(const Table& table, const std::string& name) {
   return *op;
 }
 
-Program::Program(const py::list& rows, double factor, double base, double slope, int arrays,
-                 int works, int scratch, int sums)
-    : arrays(arrays),
-      works(works),
-      scratch(scratch),
-      sums(sums),
-      factor(factor),
-      base(base),
-      slope(slope) {
+Program::Program(const py::list& rows, int arrays, int works, int scratch, int sums)
+    : arrays(arrays), works(works), scratch(scratch), sums(sums) {
   const int slot_count = INPUTS + arrays + scratch + sums;
   if (arrays < 1 || works < 0 || works >= arrays || scratch < 0 || sums < 0 ||
       slot_count > MAX_OPERANDS)
@@ -92,22 +85,31 @@ int Program::adopt(const std::string& name, int mode, int operands, const Outsid
   return ~static_cast<int>(foreign.size() - 1);
 }
 
-Scalars::Scalars(const Program& program, const py::tuple& folds, std::int64_t t, double lr,
+Numbers::Numbers(const py::handle& description) {
+  PyObject *own, *head;
+  if (!PyArg_ParseTuple(description.ptr(), "O!O!", &PyTuple_Type, &own, &PyTuple_Type, &head) ||
+      !PyArg_ParseTuple(head, "ddd", &factor, &base, &slope))
+    throw py::error_already_set();
+  folds = py::reinterpret_borrow<py::tuple>(own);
+}
+
+Scalars::Scalars(const Program& program, const Numbers& numbers, std::int64_t t, double lr,
                  double factor, int compute)
     : storage_(static_cast<std::size_t>(program.scalar_count)), compute_(compute) {
   const py::int_ step(t);
   const py::float_ rate(lr);
   PyObject* const arguments[] = {step.ptr(), rate.ptr()};
-  if (folds.size() != program.ops.size()) throw py::value_error("one fold for each operation");
+  if (numbers.folds.size() != program.ops.size())
+    throw py::value_error("one fold for each operation");
   for (std::size_t k = 0; k < program.ops.size(); ++k) {
     const Operation& operation = program.operation(program.ops[k].index);
     const int first = filled_;
-    if (operation.kind == FILTER) append(factor * program.factor);
+    if (operation.kind == FILTER) append(factor * numbers.factor);
     if (operation.kind == RULE) {
-      append(program.filtered ? 1.0 : factor * program.factor);
-      append(program.base + program.slope * lr);
+      append(program.filtered ? 1.0 : factor * numbers.factor);
+      append(numbers.base + numbers.slope * lr);
     }
-    PyObject* const fold = PyTuple_GET_ITEM(folds.ptr(), static_cast<Py_ssize_t>(k));
+    PyObject* const fold = PyTuple_GET_ITEM(numbers.folds.ptr(), static_cast<Py_ssize_t>(k));
     const auto own = py::reinterpret_steal<py::object>(
         in_python([&] { return PyObject_Vectorcall(fold, arguments, 2, nullptr); }));
     if (!own) throw py::error_already_set();

@@ -34,16 +34,13 @@ struct Program {
   std::deque<std::pair<std::string, Operation>> foreign;  // with their names, which do not move
   int scalar_count = 0, phases = 1, arrays, works, scratch, sums;
   bool takes_hessian = false, filtered = false;
-  // What a rule's scalars begin with: the factor on the gradient, and base + slope lr.
-  double factor, base, slope;
 
   // Rows: (name, mode, phase, input that it needs or -1, operand slots, foreign), the last of them
   // None, or for a rule that is not in the table (scalars, addresses of its tile function in that
   // mode, for each compute type); whoever passes these keeps the functions alive. arrays, scratch,
   // sums: how many slots each of these have; works: how many of the arrays, the last ones, are work
   // space.
-  Program(const py::list& rows, double factor, double base, double slope, int arrays, int works,
-          int scratch, int sums);
+  Program(const py::list& rows, int arrays, int works, int scratch, int sums);
 
   // Of the instruction set in use, where it is in the table.
   const Operation& operation(int index) const {
@@ -60,12 +57,20 @@ struct Program {
   int adopt(const std::string& name, int mode, int operands, const Outside& outside);
 };
 
+// What hyperparameters that are numbers make of a program, as Python describes it: (folds, (factor,
+// base, slope)).
+struct Numbers {
+  py::tuple folds;  // for each operation Python's function from (t, lr) to its own scalars, a tuple
+  double factor, base, slope;  // what a rule's begin with: that on the gradient, base + slope lr
+
+  explicit Numbers(const py::handle& description);
+};
+
 // The scalars of a program, folded in float64 and cast once to the compute type.
 class Scalars {
  public:
-  // folds: for each operation Python's function from (t, lr) to a tuple of its own scalars. factor:
-  // on the gradient, beside the program's own.
-  Scalars(const Program& program, const py::tuple& folds, std::int64_t t, double lr, double factor,
+  // factor: on the gradient, beside the numbers' own.
+  Scalars(const Program& program, const Numbers& numbers, std::int64_t t, double lr, double factor,
           int compute);
 
   const void* at(int index) const {

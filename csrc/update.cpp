@@ -18,7 +18,7 @@ namespace fusedopt {
 namespace {
 
 // One tensor, one step, in place; false where the arrays do not fit, and nothing was written then.
-bool update(const Program& program, const py::tuple& folds, std::int64_t t, double lr,
+bool update(const Program& program, const py::tuple& described, std::int64_t t, double lr,
             const py::object& gradient, const py::object& hessian, const py::tuple& arrays) {
   if (static_cast<int>(arrays.size()) != program.arrays || program.phases != 1 || program.scratch ||
       program.sums)
@@ -31,7 +31,7 @@ bool update(const Program& program, const py::tuple& folds, std::int64_t t, doub
   Given given[INPUTS];
   for (int i = 0; i < INPUTS; ++i)
     if (inputs[i] != Py_None) given[i] = Given(inputs[i]);
-  const Scalars scalars(program, folds, t, lr, 1.0, compute);
+  const Scalars scalars(program, Numbers(described), t, lr, 1.0, compute);
   // Python has run: nothing is looked at before, and all after.
   if (compute_of(parameter) != compute) return false;
   const Table& table = *level().table;
@@ -76,8 +76,8 @@ bool update(const Program& program, const py::tuple& folds, std::int64_t t, doub
 // One step of many tensors in place, wherever they are: for each its elements; their addresses are
 // those of all parameters, then of each state and of the gradients. They are dense, apart, and of
 // the compute type; whoever calls keeps them alive.
-void step_at(const Program& program, const py::tuple& folds, std::int64_t t, double lr, bool wide,
-             const std::vector<std::size_t>& elements,
+void step_at(const Program& program, const py::tuple& described, std::int64_t t, double lr,
+             bool wide, const std::vector<std::size_t>& elements,
              const std::vector<std::uintptr_t>& addresses) {
   const int compute = wide ? F64 : F32;
   const std::size_t count = elements.size();
@@ -86,7 +86,7 @@ void step_at(const Program& program, const py::tuple& folds, std::int64_t t, dou
       addresses.size() != count * (arrays + 1))
     throw py::value_error("not the addresses of a step's arrays");
   std::vector<Operand> operands(count * MAX_OPERANDS);
-  const Scalars scalars(program, folds, t, lr, 1.0, compute);
+  const Scalars scalars(program, Numbers(described), t, lr, 1.0, compute);
   std::vector<Step> steps;
   std::vector<Phase> phases;
   std::size_t total = 0;
@@ -111,22 +111,21 @@ void step_at(const Program& program, const py::tuple& folds, std::int64_t t, dou
   run_unlocked(leaves, total, thread_count.load());
 }
 
-// For each array (sum, scale), as `measure` finds them; None where one does not fit.
+// For each array (sum, scale), as `SquareSums` finds them; None where one does not fit.
 py::object sums_of_squares(const py::list& arrays) {
   std::vector<Measured> inputs;
+  std::vector<Operand> operands(arrays.size());
   const DefaultControl control;
   for (const py::handle array : arrays) {
     const Proxy* const a = as_array(array.ptr());
-    Measured m{};
-    m.compute = compute_of(a);
-    if (m.compute < 0 || !is_dense(a) ||
-        !read_input(Given(array.ptr()), a, m.compute, *level().table, false, m.input))
+    const int compute = compute_of(a);
+    Operand& operand = operands[inputs.size()];
+    if (compute < 0 || !is_dense(a) ||
+        !read_input(Given(array.ptr()), a, compute, *level().table, false, operand))
       return py::none();
-    m.elements = elements_of(a);
-    m.scale = 1;
-    inputs.push_back(m);
+    inputs.push_back({&operand, elements_of(a), compute, nullptr});
   }
-  measure(inputs, thread_count.load());  // the list holds every array alive
+  SquareSums().find(inputs, thread_count.load());  // the list holds every array alive
   py::list found;
   for (const Measured& m : inputs) found.append(py::make_tuple(m.sum, m.scale));
   return found;

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 import fusedopt as fo
 from fusedopt.lab.landscape.objectives import Quadratic
 from fusedopt.lab.landscape.paths import Run, walk
-from fusedopt.rules.base import REQUIRED, Rule
+from fusedopt.rules.base import Rule
+from fusedopt.rules.conventions import REQUIRED
 from fusedopt.rules.hyperparameters import Numbers, Quintics, Rate
 
 STEPS = 60
@@ -24,7 +25,7 @@ def write(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     for name, rule in fo.RULES.items():
         lines = [f"# {rule.__name__}", "", f"```{{autoclass}} fusedopt.{rule.__name__}", "```", ""]
-        lines += ["## Hyperparameters", "", *_hyperparameters(rule)]
+        lines += ["## Values that hyperparameters accept", "", *_hyperparameters(rule)]
         lines += ["## Conventions of the libraries", "", *_conventions(rule)]
         lines += ["## Path", "", *_path(rule, folder / f"{name}.svg")]
         page = "\n".join(lines)
@@ -58,7 +59,7 @@ def _accepted(hint: object) -> str:
 
 def _conventions(rule: type[Rule]) -> list[str]:
     if not rule.conventions:
-        return ["None of PyTorch, optax and Keras has this rule.", ""]
+        return ["No convention of PyTorch, optax or Keras is recorded for this rule.", ""]
     rows = [
         f"`fo.{rule.__name__}.like(library, ...)` takes the names in the second column, with the",
         "library's defaults, and sets what the third column says.",

@@ -1,5 +1,5 @@
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -7,13 +7,13 @@ parallel: str
 sizes: dict[str, int]
 compiler: str
 
+Fold: TypeAlias = Callable[[int, float], tuple[float, ...]]
+Numbers: TypeAlias = tuple[tuple[Fold, ...], tuple[float, float, float]]
+
 class Program:
     def __init__(
         self,
         rows: list[tuple[str, int, int, int, list[int], tuple[int, list[int]] | None]],
-        factor: float,
-        base: float,
-        slope: float,
         arrays: int,
         works: int,
         scratch: int,
@@ -26,10 +26,13 @@ class Plan:
     def take(self, token: object, /) -> None: ...
     def give(self, token: object, /) -> None: ...
     def held(self, token: object, /) -> bool: ...
-    def reprogram(
+    def reprogram(self, programs: list[Program], numbers: list[Numbers], /) -> bool: ...
+    def change(
         self,
-        programs: list[Program],
-        folds: list[tuple[Callable[[int, float], tuple[float, ...]], ...]],
+        programs: list[Program] | None,
+        numbers: list[Numbers] | None,
+        rates: Sequence[float],
+        attributes: tuple[Any, ...],
         /,
     ) -> bool: ...
     def step(self, gradients: Any, hessian: Any, flat: bool, /) -> int | None: ...
@@ -62,7 +65,7 @@ class Context:
 def hand_over(idle: list[Any], function: Callable[[], Any], /) -> Any: ...
 def update(
     program: Program,
-    folds: tuple[Callable[[int, float], tuple[float, ...]], ...],
+    numbers: Numbers,
     t: int,
     lr: float,
     gradient: Any,
@@ -72,7 +75,7 @@ def update(
 ) -> bool: ...
 def step_at(
     program: Program,
-    folds: tuple[Callable[[int, float], tuple[float, ...]], ...],
+    numbers: Numbers,
     t: int,
     lr: float,
     wide: bool,

@@ -23,9 +23,19 @@ from .rules.hyperparameters import Schedule
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of the parameters, of the states, and of work space that all leaves share.
+    """Memory that an optimizer takes.
 
-    states: in memory; those of a `state_path` are on disk, of which a step has a window in memory.
+    Parameters
+    ----------
+    parameters : int
+        Bytes of the parameters.
+    states : int
+        Bytes of the states in memory.
+    work : int
+        Bytes of the work space that all leaves share; of a `state_path` also the window of the
+        file that a step has in memory.
+    disk : int
+        Bytes of the states in the file of a `state_path`.
     """
 
     parameters: int
@@ -95,11 +105,12 @@ def estimate(
             states += computed.nbytes(n) - n * dtype.itemsize
         elif computed.dtype != dtype:
             states += computed.nbytes(n)
-        if own.program.phases > 1:
+        stack = own.matrices(shape)
+        if stack is not None:
             works = max(works, len(own.works))
             order = memory_order(leaf.value) if isinstance(leaf.value, np.ndarray) else "C"
             compute = compute_dtype(dtype)
-            stack, rest = own.matrices(shape), (k, shape, order)
+            rest = k, shape, order
             matrices.append((len(matrices), compute, own.short_products, stack, rest))
     labels, rules = [leaf.label for leaf in tree.leaves], [groups[k].rule for k in group_of]
     storage.check(labels, [np.dtype(leaf.value.dtype) for leaf in tree.leaves], rules)

@@ -189,4 +189,4 @@ def _run(
 ) -> None:
     """Take a step; called by the handler, in a thread of XLA's."""
     program = _rule(spec).program
-    core.step_at(compiled(program), program.folds, t, lr, wide, elements, addresses)
+    core.step_at(compiled(program), program.numbers, t, lr, wide, elements, addresses)

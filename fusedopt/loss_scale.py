@@ -61,7 +61,18 @@ class LossScaler:
         check_fields(self)
 
     def update(self, skipped: bool) -> None:
-        """Adapt the scale to a step, which was or was not skipped for a NaN or an infinity."""
+        """Adapt the scale to a step.
+
+        Parameters
+        ----------
+        skipped : bool
+            Whether the step was skipped for a NaN or an infinity: `StepInfo.skipped`.
+
+        Raises
+        ------
+        TypeError
+            If `skipped` is no bool.
+        """
         if not isinstance(skipped, bool):
             raise TypeError(f"skipped: expected True or False, got {skipped!r}")
         if skipped:
@@ -78,11 +89,28 @@ class LossScaler:
             self.scale *= factor
 
     def state_dict(self) -> dict[str, float | int]:
-        """All fields by name: plain numbers."""
+        """Return all fields.
+
+        Returns
+        -------
+        dict
+            Numbers by the names of the fields.
+        """
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a `state_dict`; ValueError, and no change, where one does not fit."""
+        """Set all fields.
+
+        Parameters
+        ----------
+        state : dict
+            Result of `state_dict`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If a name is missing or unknown, or a value does not fit. Nothing has changed then.
+        """
         names = [field.name for field in fields(self)]
         if not isinstance(state, dict) or set(state) != set(names):
             raise ValueError(f"state_dict: expected a dict with {', '.join(names)}, got {state!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -119,7 +120,7 @@ class Optimizer:
         wait: bool = True,
     ) -> None:
         self.params = params
-        self.rule = rule
+        self._rule = rule
         options = Options(
             clip_norm, clip_value, skip_nonfinite, zero_grads, state_dtype, rounding, master,
             copy_out, ema, stats, exact, seed, backend, threads, verify, wait,
@@ -148,6 +149,11 @@ class Optimizer:
             Hessian estimates for Sophia, nested like the gradients.
         lr : float or mapping, optional
             Learning rate of this step alone, for all parameter groups or for each label.
+
+        Returns
+        -------
+        StepInfo
+            Number of the step, learning rate, norm, and whether the step was skipped.
 
         Raises
         ------
@@ -179,24 +185,73 @@ class Optimizer:
     ) -> StepInfo:
         """Take a step of some leaves alone, such as those whose gradients have just been found.
 
-        All parts have the number, and so the learning rate, of one step, and each leaf its bits of
-        a whole step. A leaf without a part is left alone.
+        All parts have the number, and so the learning rate, of one step, and each leaf has the bits
+        that a whole step gives it. A leaf without a part is left alone.
 
-        Each path may come once in a step. `last` says that this part, which may be empty, ends the
-        step. Raises ValueError for another path, and with `clip_norm`, `skip_nonfinite` or `exact`,
-        which need all gradients; nothing has changed then.
+        Parameters
+        ----------
+        paths : sequence of str
+            Paths of the leaves, each at most once in a step.
+        grads : sequence of array
+            Gradients of these leaves.
+        grad_scale : float
+            Divides the gradients, as in `step`.
+        last : bool
+            Whether this part, which may be empty, ends the step.
+
+        Returns
+        -------
+        StepInfo
+            As of a step.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If an argument does not fit, a path is unknown or comes again, or the optimizer has
+            `clip_norm`, `skip_nonfinite` or `exact`, which need all gradients. Nothing has changed
+            then.
         """
         self._assembly.watch.check_tensors()
         return self._assembly.step_part(paths, grads, grad_scale, last)
 
     def accumulate(self, grads: Any) -> int:
-        """Add the gradients of a micro-batch, as `step` takes them, to those of the next `step()`.
+        """Add the gradients of a micro-batch to those of the next `step()`.
 
-        Returns the number of micro-batches so far; divide by it with `step(grad_scale=n)`. Sums are
-        float32 (float64 for float64 parameters). A leaf that is None every time takes no part in
-        the step; with `zero_grads` the gradients are set to zero.
+        Parameters
+        ----------
+        grads : nested arrays
+            Gradients as `step` takes them. A leaf that is None every time takes no part in the
+            step. With `zero_grads` they are set to zero.
+
+        Returns
+        -------
+        int
+            Number of micro-batches so far, by which `step(grad_scale=n)` divides.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If a gradient does not fit. Nothing has changed then.
+
+        Notes
+        -----
+        Sums are float32, and float64 for float64 parameters.
         """
         return self._assembly.accumulate(grads)
+
+    @property
+    def rule(self) -> RuleChoice:
+        """The rule, mapping or callable that was given, with what was changed since.
+
+        A callable stays as it is; `groups` has its rules.
+        """
+        given = self._rule
+        rules = [group.rule for group in self._assembly.groups]
+        if isinstance(given, Rule):
+            return rules[0]
+        if isinstance(given, Mapping) and any(map(operator.is_not, given.values(), rules)):
+            return dict(zip(given, rules, strict=True))
+        return given
 
     @property
     def lr(self) -> float | dict[str, float]:
@@ -210,11 +265,8 @@ class Optimizer:
 
     @lr.setter
     def lr(self, lr: RateChoice) -> None:
-        groups = self._assembly.groups
-        if len(groups) == 1 and self._assembly.set_rates([lr]):
-            self._show_rules([group.rule for group in self._assembly.groups])
-        else:
-            self._adopt(with_rates(groups, lr), settled=False)
+        if not self._assembly.set_rate(lr):
+            self._adopt(with_rates(self._assembly.groups, lr), settled=False)
 
     @property
     def groups(self) -> dict[str, ParameterGroup]:
@@ -226,26 +278,29 @@ class Optimizer:
     def replace(self, label: str | None = None, /, **hyperparameters: Any) -> None:
         """Change hyperparameters from the next step on: `opt.replace(weight_decay=0.05)`.
 
-        What a `state_dict` or a file is loaded into must have been given the same.
+        An optimizer that loads a `state_dict` or a file must have been given the same.
 
-        label: that of the only parameter group that is meant (as in `lr`); by default each value
-        goes to all rules that have the name. Raises TypeError or ValueError where none has it, or
-        where a value does not fit it, the states or the parameters; nothing has changed then.
+        Parameters
+        ----------
+        label : str, optional
+            Label of the only parameter group to change, as in `lr`. By default each value goes to
+            all rules that have the hyperparameter.
+        **hyperparameters
+            New values.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If no rule has the hyperparameter, or a value does not fit the rule, the states or the
+            parameters. Nothing has changed then.
         """
         self._adopt(with_hyperparameters(self._assembly.groups, label, hyperparameters))
 
     def _adopt(self, rules: Sequence[Rule], *, settled: bool = True) -> None:
-        def adopt() -> None:
-            self._assembly.adopt(rules)
-            self._show_rules(rules)
-
-        self._assembly.whole("hyperparameters", adopt, settled=settled, moved=True)
-
-    def _show_rules(self, rules: Sequence[Rule]) -> None:
-        if isinstance(self.rule, Rule):
-            self.rule = rules[0]
-        elif isinstance(self.rule, Mapping):
-            self.rule = dict(zip(self.rule, rules, strict=True))
+        assembly = self._assembly
+        if not assembly.change(rules):
+            adopt = partial(assembly.adopt, rules)
+            assembly.whole("hyperparameters", adopt, settled=settled, moved=True)
 
     @property
     def step_count(self) -> int:
@@ -263,7 +318,20 @@ class Optimizer:
         return {path: leaf_state.visible for path, leaf_state in held}
 
     def leaf_state(self, path: str) -> tuple[LeafState, list[RandomKey]]:
-        """Return all that a step writes of a leaf, and the keys of its random bits."""
+        """Return all that a step writes of a leaf.
+
+        Parameters
+        ----------
+        path : str
+            Path of the leaf.
+
+        Returns
+        -------
+        LeafState
+            The live states.
+        list
+            Keys of the random bits of stochastic rounding.
+        """
         k = self._assembly.paths.index(path)
         return self._assembly.leaf_states[k], self._assembly.keys()[k]
 
@@ -277,14 +345,20 @@ class Optimizer:
     def synchronize(self) -> None:
         """Wait until a CUDA device has done all steps; on the host they are done already.
 
-        Raises FloatingPointError where one of them found a norm that is NaN or infinite.
+        Raises
+        ------
+        FloatingPointError
+            If one of them found a norm that is NaN or infinite.
         """
         self._assembly.whole("synchronize", lambda: None)
 
     def flush(self) -> None:
-        """Write the states in `state_path` to the disk, wait, and free all memory they take.
+        """Write the states in `state_path` to the disk now, wait, and free the memory they take.
 
-        The system does so in its own time. Raises OSError where the disk failed.
+        Raises
+        ------
+        OSError
+            If the disk failed.
         """
         if self._assembly.state_file:
             self._assembly.state_file.flush()
@@ -292,17 +366,38 @@ class Optimizer:
     def lookahead(self) -> Exchange:
         """Move the parameters to p - mu v, where Nesterov's look-ahead form wants its gradient.
 
-        On leaving their exact bits are restored. Leaves of other rules stay where they are. Raises
-        ValueError where no leaf has that form, RuntimeError when nested.
+        Leaves of other rules stay where they are.
+
+        Returns
+        -------
+        context manager
+            On leaving it, by an exception too, the exact bits of the parameters are restored.
+
+        Raises
+        ------
+        ValueError
+            If no leaf has that form.
+        RuntimeError
+            On entering it inside of another such context.
         """
         return exchange.lookahead(self._assembly)
 
     def averaged(self) -> Averaged:
-        """Return the averages of `ema`: `averaged().params` is nested like the parameters.
+        """Return the averages of `ema`.
 
-        `with opt.averaged():` puts them in the place of the parameters, rounded to their dtypes; on
-        leaving, by an exception too, the parameters' exact bits are restored. Raises ValueError
-        where there are no averages, RuntimeError on entering inside of another such context.
+        Returns
+        -------
+        Averaged
+            `averaged().params` has the averages, nested like the parameters. As a context,
+            `with opt.averaged():`, it puts them in the place of the parameters, rounded to their
+            dtypes; on leaving, by an exception too, the exact bits of the parameters are restored.
+
+        Raises
+        ------
+        ValueError
+            If there are no averages.
+        RuntimeError
+            On entering the context inside of another one.
         """
         if self._assembly.options.ema is None:
             raise ValueError("averaged(): there are no averages; make the optimizer with ema=0.999")
@@ -312,10 +407,22 @@ class Optimizer:
     def catch_up(self, rows: Mapping[str, np.ndarray] | None = None) -> None:
         """Replay the steps that rows missed because no gradient touched them.
 
-        For `exact=True`: before the forward pass, with the rows (path of a leaf -> indices) that it
-        will read and that the next gradient will have; without an argument all rows of all leaves,
-        before evaluation, saving or a change of hyperparameters. After it they have the bits that
-        steps with a gradient of zero would have given them. The cost is that of these steps.
+        For `exact=True`. The rows have the bits then that steps with a gradient of zero would have
+        given them, and cost what these steps cost.
+
+        Parameters
+        ----------
+        rows : mapping of str to array of int, optional
+            Indices of rows by path of the leaf: those that the forward pass will read and that the
+            next gradient will have. By default all rows of all leaves, as before evaluation, saving
+            or a change of hyperparameters.
+
+        Raises
+        ------
+        RuntimeError
+            If the optimizer was made without `exact=True`.
+        TypeError, ValueError
+            If a path or an index does not fit.
         """
         assembly = self._assembly
         if assembly.lazy_rows is None:
@@ -325,8 +432,16 @@ class Optimizer:
     def rebind(self, params: Any) -> None:
         """Take new arrays in place of the old ones, for trainers that write `W = W - ...`.
 
-        They have the nesting, shapes, dtypes and memory orders of the old ones, or TypeError or
-        ValueError says so. Masters are taken anew where values differ.
+        Parameters
+        ----------
+        params : nested arrays
+            Arrays with the nesting, shapes, dtypes and memory orders of the old ones. Masters are
+            taken anew where values differ.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If an array does not fit. Nothing has changed then.
         """
 
         def rebind() -> None:
@@ -336,13 +451,23 @@ class Optimizer:
         self._assembly.whole("rebind", rebind, moved=True)
 
     def describe(self) -> str:
-        """Return a table of what updates which leaf, and of the memory that it takes."""
+        """Describe what updates which leaf, and the memory that it takes.
+
+        Returns
+        -------
+        str
+            A table for people to read.
+        """
         return summary.describe(self._assembly)
 
     def fingerprint(self) -> str:
-        """Return a digest of parameters, states and counters: equal where all bits are.
+        """Return a digest of parameters, states and counters.
 
-        Any NaN counts as any other. The same on every machine, in hexadecimal digits.
+        Returns
+        -------
+        str
+            Hexadecimal digits, equal where all bits are equal, on every machine. Any NaN counts as
+            any other.
         """
         assembly = self._assembly
         if not assembly.options.wait and not assembly.exchanged:
@@ -351,15 +476,24 @@ class Optimizer:
         return summary.digest(assembly.paths, assembly.parameters, states, assembly.counters)
 
     def snapshot(self) -> Snapshot:
-        """Return the live state that travels, for `fusedopt.interop`."""
+        """Return the live state that checkpoints and `fusedopt.interop` hold.
+
+        Returns
+        -------
+        Snapshot
+            Parameters, states and counters of the optimizer, not copied.
+        """
         return self._assembly.snapshot
 
     def state_dict(self) -> dict[str, Any]:
         """Return counters and copies of the states; the parameters are the caller's to keep.
 
-        {"format": 1, "step": ..., "seed": ..., "leaves": {path: {"rule", "hyperparameters", "t",
-        "shape", "dtype", "order", "formats", "state"}}}. A quantised state m is there as "m.codes"
-        and "m.scales". The hyperparameters are there to be compared, not to be taken over.
+        Returns
+        -------
+        dict
+            {"format": 1, "step": ..., "seed": ..., "leaves": {path: {"rule", "hyperparameters",
+            "t", "shape", "dtype", "order", "formats", "state"}}}. A quantised state m has "m.codes"
+            and "m.scales". Hyperparameters serve for comparison and are not taken over.
         """
 
         def take() -> dict[str, Any]:
@@ -372,9 +506,20 @@ class Optimizer:
         """Go on from a `state_dict`, copying its arrays; with equal parameters, bit for bit.
 
         Put the parameters back first: masters come from the `state_dict`, not from them.
-        Accumulated gradients are forgotten. ValueError lists every difference; nothing has changed
-        then. strict: whether hyperparameters must be equal too (of schedules what they print). With
-        False only those must be that say what the states hold, such as `amsgrad` or `form`.
+        Accumulated gradients are forgotten.
+
+        Parameters
+        ----------
+        state : dict
+            Result of `state_dict`.
+        strict : bool
+            Whether hyperparameters must be equal too, of schedules their printed form. With False
+            only those must be equal that determine what the states hold, such as `amsgrad`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If anything differs; the message lists every difference. Nothing has changed then.
         """
 
         def restore() -> None:
@@ -391,8 +536,22 @@ class Optimizer:
         killed at any moment leaves the old file or the new one. The parameter of the leaf `b.0` is
         called `p:b.0` there, its state m `m:b.0`; arrays have their axes as in memory.
 
-        parameters: whether to write the parameters and the arrays of `copy_out` too. metadata: what
-        else of the run must be of the same moment, in the types of JSON, for `load` to return.
+        Parameters
+        ----------
+        path : path
+            The file to write.
+        parameters : bool
+            Whether to write the parameters and the arrays of `copy_out` too.
+        metadata : object, optional
+            Anything else that belongs to this moment of the run, in the types of JSON, which `load`
+            returns.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be written, or `path` is no regular file.
+        TypeError, ValueError
+            If the metadata is not of the types of JSON.
         """
 
         def save() -> None:
@@ -406,14 +565,31 @@ class Optimizer:
     ) -> Any:
         """Go on from a file of `save`, bit for bit: parameters and states are written in place.
 
-        Returns the metadata that `save` was given, tuples as lists. Accumulated gradients are
-        forgotten. Raises OSError where the file cannot be read; ValueError, and nothing has
-        changed, where it is not whole or of another version, or lists every difference. Where the
-        disk fails, or somebody shortens the file, while its arrays are read, the optimizer has part
-        of them and refuses everything until it has loaded a whole file.
+        Accumulated gradients are forgotten.
 
-        parameters: with False the file's parameters are left there; the caller's must be in place.
-        strict: as in `load_state_dict`.
+        Parameters
+        ----------
+        path : path
+            The file to read.
+        parameters : bool
+            Whether to read the parameters. With False the caller's must be in place.
+        strict : bool
+            Whether hyperparameters must be equal, as in `load_state_dict`.
+
+        Returns
+        -------
+        object
+            The metadata that `save` was given, tuples as lists.
+
+        Raises
+        ------
+        ValueError
+            If the file is not whole, of another version or of another optimizer; the message lists
+            every difference. Nothing has changed then.
+        OSError
+            If the file cannot be read. Where the disk fails, or the file is shortened, while the
+            arrays are read, the optimizer has part of them and refuses everything until it has
+            loaded a whole file.
         """
 
         def load() -> Any:

@@ -53,7 +53,14 @@ def warmup(*rules: Rule, dtype: str = "float32", backend: str = "auto", **option
 
 
 def info() -> dict[str, Any]:
-    """Return what was chosen, and why the rest was not, as values for JSON."""
+    """Return what was chosen on this machine, and why the rest was not.
+
+    Returns
+    -------
+    dict
+        Values for JSON: version, backends, instruction sets, threads and their processors, the
+        compiler, and the versions of Python and NumPy.
+    """
     reasons = {name: backend.unavailable() for name, backend in BACKENDS.items()}
     usable = [name for name, reason in reasons.items() if reason is None]
     limits = available()

@@ -19,7 +19,7 @@ from .rules import RULES, Rule
 __all__ = ["SGD", "Adam", "AdamW", "Optimizer", "RAdam"]
 
 MAX_DECAY = 0.9999
-"""Of averages."""
+"""The largest decay of the averages."""
 
 
 class Optimizer(ThincOptimizer):  # type: ignore[misc]

@@ -48,7 +48,7 @@ DIGESTS: dict[str, str] = {
     "laprop": "4a49956232fa0efb",
     "adan": "ad16bc2eb31de7f1",
 }
-"""Of each rule, over all ways; Muon's matrix products alone may differ between machines."""
+"""The digest of each rule, over all ways; only matrix products may differ between machines."""
 
 
 def draw(seed: int, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
@@ -94,8 +94,8 @@ def test_recorded_bits_on_every_instruction_set(name: str) -> None:
     try:
         for isa in fo.info()["isas"]:
             fo.set_isa(isa)
-            assert digest(rule_of(name)) == DIGESTS[name], isa
-        assert digest(rule_of(name), threads=1) == DIGESTS[name], "one thread"
+            assert digest(rule_of(name)) == DIGESTS.get(name), isa
+        assert digest(rule_of(name), threads=1) == DIGESTS.get(name), "one thread"
     finally:
         fo.set_isa(before)
 

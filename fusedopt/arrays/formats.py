@@ -16,7 +16,7 @@ import numpy as np
 FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 BFLOAT16, FLOAT16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
 DTYPES = (FLOAT32, FLOAT64, BFLOAT16, FLOAT16)
-"""Of parameters and gradients."""
+"""The dtypes of parameters and gradients."""
 
 TILE = 256
 SEGMENT = 1 << 14
@@ -504,7 +504,7 @@ def _block_formats(random: bool) -> dict[str, tuple[Blocks, Blocks]]:
 
 
 QUANTIZED, QUANTIZED_STOCHASTIC = _block_formats(False), _block_formats(True)
-"""Of each name the formats of a state that has a sign, and of one that is never negative."""
+"""By name, the formats of a state that has a sign, and of one that is never negative."""
 
 FORMATS: tuple[Format, ...] = (
     *PLAIN.values(),

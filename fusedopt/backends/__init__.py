@@ -23,7 +23,7 @@ BACKENDS: dict[str, Backend] = {
 """Every backend, the preferred first."""
 
 ON_HOST = ("native", "numba", "reference")
-"""Those of NumPy's arrays; the last can always be used."""
+"""The backends of NumPy's arrays; the last can always be used."""
 
 if core:
     check_registry()

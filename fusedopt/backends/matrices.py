@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 
@@ -11,13 +12,12 @@ from ..arrays.formats import compute_dtype
 from ..arrays.stored import Stored
 from ..linalg.newton_schulz import Workspace, batches, stacks
 from ..plan.spec import PlanSpec
-from ..rules import Rule
-from ..rules.base import Member
 from ..rules.groups import Group, only_numbers_differ
+from ..rules.matrix import MatrixRule, Member
 
 
 class Matrices:
-    """The leaves whose rule has several phases, and the matrix products between these.
+    """The leaves whose rule has matrix products between its phases.
 
     work: of each such leaf its part of the work space that all of one dtype share. batches: of
     each the number of its batch. sided: whether any has side states.
@@ -29,11 +29,12 @@ class Matrices:
         self.sided = any(leaf_state.sides for leaf_state in spec.leaves)
         for k, group in enumerate(spec.group_of):
             rule, p = spec.groups[group].rule, spec.leaves[k].parameter
-            if rule.program.phases > 1:
+            stack = rule.matrices(p.shape)
+            if stack is not None:
                 works = max(works, len(rule.works))
                 compute = compute_dtype(p.format.dtype)
                 rest = group, p.shape, p.order
-                leaves.append((k, compute, rule.short_products, rule.matrices(p.shape), rest))
+                leaves.append((k, compute, rule.short_products, stack, rest))
         made = batches(leaves)
         self._workspaces = {
             dtype: Workspace(*stacks(made, dtype), dtype, works, spec.threads)
@@ -60,8 +61,8 @@ class Matrices:
         self._spec = replace(self._spec, groups=groups)
         return True
 
-    def _rule(self, k: int) -> Rule:
-        return self._spec.groups[self._spec.group_of[k]].rule
+    def _rule(self, k: int) -> MatrixRule:
+        return cast(MatrixRule, self._spec.groups[self._spec.group_of[k]].rule)
 
     def _member(self, k: int) -> Member:
         sides = {name: side.data for name, side in self._spec.leaves[k].sides.items()}
@@ -72,7 +73,7 @@ class Matrices:
         return sum(workspace.nbytes for workspace in self._workspaces.values())
 
     def before(self, leaves: Sequence[int]) -> None:
-        """All that may yet fail, for the leaves that take part in a step, before it begins."""
+        """Do all that may yet fail, for the leaves that take part in a step, before it begins."""
         with np.errstate(all="ignore"):
             self._fresh = {
                 k: self._rule(k).before(*self._member(k)) for k in leaves if k in self.batches
@@ -95,7 +96,7 @@ class Matrices:
 
 
 def _alike(p: Stored, count: int, flat: np.ndarray) -> np.ndarray:
-    """So many arrays of a parameter's shape and memory order, along a first axis, in `flat`."""
+    """Return arrays of a parameter's shape and memory order, along a first axis, in `flat`."""
     flat = flat[: count * p.size]
     if p.order == "C":
         return flat.reshape(count, *p.shape)

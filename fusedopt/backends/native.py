@@ -19,31 +19,41 @@ from ..rules.groups import Group
 from ..system.extension import core, reason
 from .matrices import Matrices
 
+_compiled: dict[Any, Any] = {}
+"""The core's program of each form that has come by, of kernels that the core has."""
+
 
 def compiled(program: Program) -> Any:
-    """The program in the core's terms, made once for each rule object."""
+    """The program in the core's terms, made once for each form."""
     if program.native is None:
-        names = (*INPUTS, *program.arrays, *program.temporaries, *program.sums)
-        slots = {name: k for k, name in enumerate(names)}
-        program.native = core.Program(
-            [
-                (
-                    op.kernel or type(op.element).__name__,
-                    MODES.index(program.mode(op)),
-                    op.phase,
-                    INPUTS.index(op.needs) if op.needs else -1,
-                    [slots[name] for name in op.operands],
-                    None if op.kernel else _foreign(program, op),
-                )
-                for op in program.operations
-            ],
-            *program.head,
-            len(program.arrays),
-            len(program.works),
-            len(program.temporaries),
-            len(program.sums),
-        )
+        program.native = _compiled.get(program.form)
+    if program.native is None:
+        program.native = _compile(program)
+        if all(op.kernel for op in program.operations):
+            _compiled[program.form] = program.native
     return program.native
+
+
+def _compile(program: Program) -> Any:
+    names = (*INPUTS, *program.arrays, *program.temporaries, *program.sums)
+    slots = {name: k for k, name in enumerate(names)}
+    return core.Program(
+        [
+            (
+                op.kernel or type(op.element).__name__,
+                MODES.index(program.mode(op)),
+                op.phase,
+                INPUTS.index(op.needs) if op.needs else -1,
+                [slots[name] for name in op.operands],
+                None if op.kernel else _foreign(program, op),
+            )
+            for op in program.operations
+        ],
+        len(program.arrays),
+        len(program.works),
+        len(program.temporaries),
+        len(program.sums),
+    )
 
 
 def _foreign(program: Program, op: Operation) -> tuple[int, list[int]]:
@@ -104,7 +114,7 @@ class NativeBackend:
         if program.phases > 1:  # what it refuses, only Python knows
             return False
         native = program.native or compiled(program)
-        return core.update(native, program.folds, t, lr, g, hessian, arrays)
+        return core.update(native, program.numbers, t, lr, g, hessian, arrays)
 
     def sums_of_squares(self, arrays: Sequence[Any]) -> Sequence[tuple[float, float]] | None:
         found: list[tuple[float, float]] | None = core.sums_of_squares(list(arrays))
@@ -118,11 +128,11 @@ class PlanDescription(NamedTuple):
     codec, data, what is stored beside it or None). mirrors: of each leaf the arrays into which its
     parameter is written besides. keys: of each leaf the keys of its arrays' random bits. groups: of
     each leaf the place of its group. batches: of each leaf -1, or the number of the batch of
-    matrices whose products come between its phases. programs, folds: of each group its program, and
-    the functions from (t, lr) to its operations' scalars. beside: dense, what else no
-    gradient may overlap. watched: the caller's own arrays, and those whose memory they use.
-    before(leaves), or None: called before anything is written. between(batch, phase, leaves):
-    called after each phase but the last. threads: the most that a step may use; 0: all.
+    matrices whose products come between its phases. programs, numbers: of each group its program,
+    and `Program.numbers`. beside: dense, what else no gradient may overlap. watched: the caller's
+    own arrays, and those whose memory they use. before(leaves), or None: called before anything is
+    written. between(batch, phase, leaves): called after each phase but the last. threads: the most
+    that a step may use; 0: all.
     The rest is as in `PlanSpec`.
     """
 
@@ -133,7 +143,7 @@ class PlanDescription(NamedTuple):
     groups: list[int]
     batches: list[int]
     programs: list[Any]
-    folds: list[tuple[Any, ...]]
+    numbers: list[tuple[Any, ...]]
     rates: np.ndarray
     factors: np.ndarray
     counters: np.ndarray
@@ -162,7 +172,7 @@ def _described(spec: PlanSpec, programs: Sequence[Program], matrices: Matrices) 
         groups=list(spec.group_of),
         batches=[matrices.batches.get(k, -1) for k in range(len(leaves))],
         programs=[compiled(program) for program in programs],
-        folds=[program.folds for program in programs],
+        numbers=[program.numbers for program in programs],
         rates=spec.rates,
         factors=spec.factors,
         counters=spec.counters,
@@ -192,7 +202,7 @@ class NativePlan:
         # The core's objects are unknown to the garbage collector: what it calls must not lead back
         # to this plan.
         plan = core.Plan(_described(spec, programs, matrices))
-        self._reprogram = plan.reprogram
+        self._reprogram, self._change = plan.reprogram, plan.change
         self.take, self.give, self.held = plan.take, plan.give, plan.held
         self.whole_step, self.settle, self._step = plan.whole_step, plan.settle, plan.step
 
@@ -212,7 +222,28 @@ class NativePlan:
     def adopt(self, groups: Sequence[Group], extras: Extras) -> bool:
         """Take other rules for the groups; False if a new plan is needed."""
         programs = [extras.program(group.rule) for group in groups]
-        folds = [program.folds for program in programs]
         if not self._matrices.adopt(groups):
             return False
-        return bool(self._reprogram([compiled(program) for program in programs], folds))
+        return bool(self._reprogram(*_in_the_core(programs)))
+
+    def change(
+        self,
+        groups: Sequence[Group] | None,
+        extras: Extras,
+        rates: Sequence[float],
+        attributes: tuple[Any, ...],
+    ) -> bool:
+        """Do what `adopt` does, for rules of one phase, in a single call that nothing interrupts.
+
+        The caller has not taken the plan. groups: None for those that there are. rates: learning
+        rates. attributes: (object, name, value), one after another, which are set in the same call.
+        """
+        if groups is None:
+            return bool(self._change(None, None, rates, attributes))
+        programs = [extras.program(group.rule) for group in groups]
+        return bool(self._change(*_in_the_core(programs), rates, attributes))
+
+
+def _in_the_core(programs: Sequence[Program]) -> tuple[list[Any], list[Any]]:
+    """Return what the core knows of programs, and their numbers."""
+    return [compiled(program) for program in programs], [program.numbers for program in programs]

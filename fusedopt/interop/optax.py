@@ -45,7 +45,7 @@ PARTS = {
     "EmptyState": Part((), {}),
 }
 COUNTS = ("count", "count_m2", "t")
-"""What parts call their number of steps."""
+"""Names that parts of a chain give to their number of steps."""
 _NOTHING = Part((), {})
 # Those that hold others. Hyperparameters in them are the caller's.
 HOLDERS = {
@@ -55,7 +55,7 @@ HOLDERS = {
     "InjectStatefulHyperparamsState": "inner_state",
 }
 FREE = ("lr", "weight_decay", "decay", "maximize", "norm", "gram", "ns_dtype", "split")
-"""What a chain may have in any form, and how Muon gets at its matrices."""
+"""Hyperparameters that a chain may have in any form, those of Muon's products among them."""
 
 
 def from_optax(opt: Optimizer, state: Any, *, step: int | None = None) -> None:

@@ -59,7 +59,7 @@ def other_tile(element: Any, operands: int, scalars: int, state: bool, dtype: np
 
 
 LANES = 16
-"""Of sums: see csrc/table.h."""
+"""Lanes of a sum: see csrc/table.h."""
 
 _SUM = """
 def entry(operands, scalars, n):

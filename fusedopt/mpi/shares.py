@@ -17,7 +17,7 @@ LONGEST_ROW = 8192
 """Elements; longer rows may be cut across ranks, so that their leaf takes no gradient of `Rows`."""
 
 BYTES_PER_FLOP = 0.2
-"""What a product's operation costs next to moving a byte: 50 GFLOP/s and 10 GB/s of one core."""
+"""Cost of a product's operation in bytes moved: 50 GFLOP/s and 10 GB/s of one core."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _ends(loads: Sequence[float], rest: float) -> list[float]:
 
 def _unit(p: np.ndarray, rule: Rule) -> tuple[int, int]:
     """The number of elements at whose multiples a leaf may be cut; that of a row, if it is kept."""
-    if rule.program.phases > 1 or p.ndim == 0 or p.size == 0:
+    if p.ndim == 0 or p.size == 0 or rule.matrices(p.shape) is not None:
         return max(p.size, 1), 0
     row = p.size // p.shape[0]
     if memory_order(p) != "C" or row > LONGEST_ROW:
@@ -115,8 +115,9 @@ def _unit(p: np.ndarray, rule: Rule) -> tuple[int, int]:
 def _cost(p: np.ndarray, rule: Rule) -> float:
     """Bytes that a step moves, operations of matrix products converted to them."""
     cost = float(p.size * 4 * (3 + 2 * len(rule.states)))
-    if rule.program.phases > 1 and p.size:
-        count, *sides = rule.matrices(p.shape)
+    stack = rule.matrices(p.shape)
+    if stack is not None and p.size:
+        count, *sides = stack
         short, long = sorted(sides)
         steps = getattr(rule, "ns_steps", 5)
         cost += count * steps * (4.0 * short**2 * long + 2.0 * short**3) * BYTES_PER_FLOP

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numbers
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,7 +58,7 @@ class Extras(NamedTuple):
                     Operation("clip_value", ("clipped", "g"), lambda t, lr: limit, "filter", phase)
                 )
             own = tuple(
-                replace(op, operands=tuple("clipped" if o == "g" else o for o in op.operands))
+                op._replace(operands=tuple("clipped" if o == "g" else o for o in op.operands))
                 for op in own
             )
         if self.stats:

@@ -29,7 +29,7 @@ _ARRAYS: dict[Any, Any] = {
     elements.clamp: lambda x, limit: np.minimum(np.maximum(x, -limit), limit),
     math: np,
 }
-"""What stands for a scalar function where an element function works on whole arrays."""
+"""NumPy functions that replace scalar functions where an element function works on whole arrays."""
 
 
 def used_globals(function: FunctionType) -> Iterator[tuple[str, Any]]:

@@ -47,6 +47,13 @@ def clamp(x: float, limit: float) -> float:
     return limit if x > limit else (-limit if x < -limit else x)
 
 
+def moments(
+    g: float, m: float, v: float, b1: float, one_b1: float, b2: float, one_b2: float
+) -> tuple[float, float]:
+    """Moving averages of the gradient and of its square."""
+    return b1 * m + one_b1 * g, b2 * v + one_b2 * (g * g)
+
+
 # Operations that are no rule, as csrc/rules.hpp has them.
 
 
@@ -116,4 +123,4 @@ ELEMENTS: dict[str, Element] = {
 """By the kernel's name."""
 
 OF_STATES = frozenset(("sophia_refresh_square", "average", "lerp"))
-"""Those whose first operand is stored as states are, without denormals."""
+"""Operations whose first operand is stored as states are, without denormals."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
 
 from .elements import Element
 
@@ -12,7 +11,7 @@ HEAD = {"rule": 2, "peek": 2, "filter": 1, "sum": 0, "other": 0}
 """How many scalars an operation has before its own, by its loop."""
 
 MODES = ("plain", "l2", "decoupled", "first", "peek", "peek_l2")
-"""What the loop around a rule does about weight decay and the delta, as in csrc/table.h."""
+"""Treatments of weight decay and the delta by the loop around a rule, as in csrc/table.h."""
 
 
 def loop_lines(mode: str, target: str, decay: str = "decay") -> tuple[str, str, str]:
@@ -33,8 +32,7 @@ def loop_lines(mode: str, target: str, decay: str = "decay") -> tuple[str, str, 
     return lines[mode]
 
 
-@dataclass(frozen=True)
-class Operation:
+class Operation(NamedTuple):
     """One operation of a rule's program, run on each tile (csrc/rules.hpp holds the kernels).
 
     operands: names; "g" and "hessian" come anew with each step, "p" is the parameter, those of
@@ -74,7 +72,7 @@ class Governed(Protocol):
 
     @property
     def works(self) -> tuple[str, ...]:
-        """The names of the work space of a rule of several phases."""
+        """The names of the work space between two phases."""
 
     @property
     def decay_line(self) -> tuple[float, float]:
@@ -87,7 +85,8 @@ class Program:
     arrays: names; work space is added where there are several phases. temporaries: names of tiles
     that live as long as a tile is worked on; sums: of sums over a leaf. folds: of each operation
     its function from (t, lr). head: (factor, a, b); the scalars of a rule stand behind the factor
-    on the gradient and the coefficient a + b lr of weight decay.
+    on the gradient and the coefficient a + b lr of weight decay. numbers: both, all that depends on
+    hyperparameters that are numbers. form: what does not, hashable where operations have kernels.
     """
 
     def __init__(
@@ -98,17 +97,31 @@ class Program:
         temporaries: tuple[str, ...] = (),
         sums: tuple[str, ...] = (),
     ) -> None:
-        self.operations, self.temporaries, self.sums = operations, temporaries, sums
-        self.phases = 1 + max(op.phase for op in operations)
-        self.works = rule.works if self.phases > 1 else ()
+        self.temporaries, self.sums = temporaries, sums
+        self.phases = 1 + max([op.phase for op in operations])
+        self.works = rule.works
         self.arrays = (*arrays, *self.works)
-        decay = {"independent": "decoupled", "decoupled_first": "first"}.get(rule.decay, rule.decay)
-        self._decay = decay if rule.weight_decay else "plain"
-        self.folds = tuple(op.scalars for op in operations)
+        self._decay = _decay(rule)
+        self._forms = _forms(operations)
+        self.form = (self._forms, self.arrays, temporaries, sums, self._decay)
+        self.native: Any = None  # what the native backend compiled it to
+        self._renumber(rule, operations)
+
+    def _renumber(self, rule: Governed, operations: tuple[Operation, ...]) -> None:
+        self.operations = operations
+        self.folds = tuple([op.scalars for op in operations])
         line = rule.decay_line if rule.weight_decay else (0.0, 0.0)
         self.head = (-1.0 if rule.maximize else 1.0, *line)
-        self._filtered = any(op.loop == "filter" for op in operations)
-        self.native: Any = None  # what the native backend compiled it to
+        self.numbers = self.folds, self.head
+
+    def renumbered(self, rule: Governed, operations: tuple[Operation, ...]) -> Program | None:
+        """Return this program with the numbers of another rule; None where forms differ."""
+        if _decay(rule) != self._decay or _forms(operations) != self._forms:
+            return None
+        new = object.__new__(Program)
+        new.__dict__.update(self.__dict__)
+        new._renumber(rule, operations)
+        return new
 
     def scalars(self, op: Operation, t: int, lr: float, factor: float) -> tuple[float, ...]:
         """Return all scalars of an operation: those that the loop around it takes, then its own.
@@ -117,7 +130,8 @@ class Program:
         """
         sign, base, slope = self.head
         signed = sign * factor
-        rule = (1.0 if self._filtered else signed, base + slope * lr)
+        filtered = any(each.loop == "filter" for each in self.operations)
+        rule = (1.0 if filtered else signed, base + slope * lr)
         return (*{0: (), 1: (signed,), 2: rule}[HEAD[op.loop]], *op.scalars(t, lr))
 
     def fits(self, other: Program) -> bool:
@@ -134,3 +148,15 @@ class Program:
         if op.loop == "peek":
             return "peek_l2" if self._decay == "l2" else "peek"
         return self._decay if op.loop == "rule" else "plain"
+
+
+DECAYS = {"independent": "decoupled", "decoupled_first": "first"}
+
+
+def _decay(rule: Governed) -> str:
+    return DECAYS.get(rule.decay, rule.decay) if rule.weight_decay else "plain"
+
+
+def _forms(operations: Sequence[Operation]) -> tuple[Any, ...]:
+    """Return what is the same of operations whatever numbers a rule has."""
+    return tuple([(op[:2], op[3:7]) for op in operations])

@@ -9,13 +9,25 @@ import numpy as np
 
 from ..programs.arithmetic import Array, correction, ratio, textbook_correction
 from ..programs.elements import quotient
-from .base import REQUIRED, Convention, Rule
+from .base import Rule
 from .hyperparameters import Betas, LearningRate, NonNegative
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaBelief(Rule):
     """Adam with the variance about the mean in place of the mean square.
+
+    Parameters
+    ----------
+    betas : pair of float
+        Decay rates b1 and b2 in [0, 1) of the averages of the gradient and of the squared
+        distance from it; default (0.9, 0.999).
+    eps : float
+        Number >= 0 added to the root in the denominator; default 1e-16.
+    eps_root : float
+        Number >= 0 added to s in each step; default 1e-16.
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
 
     Notes
     -----
@@ -44,11 +56,6 @@ class AdaBelief(Rule):
     """
 
     name = "adabelief"
-    conventions = {
-        "optax": Convention(
-            {"lr": REQUIRED, "betas": (0.9, 0.999), "eps": 1e-16, "eps_root": 1e-16}
-        )
-    }
 
     lr: LearningRate = 1e-3
     betas: Betas = (0.9, 0.999)
@@ -70,19 +77,7 @@ class AdaBelief(Rule):
         return b1, 1.0 - b1, b2, 1.0 - b2, step, self.eps_root, self.eps * root
 
     @staticmethod
-    def element(
-        p: float,
-        g: float,
-        m: float,
-        s: float,
-        b1: float,
-        one_b1: float,
-        b2: float,
-        one_b2: float,
-        step: float,
-        eps_root: float,
-        eps: float,
-    ) -> tuple[float, float, float]:
+    def element(p, g, m, s, b1, one_b1, b2, one_b2, step, eps_root, eps):
         m = b1 * m + one_b1 * g
         off = g - m
         s = b2 * s + one_b2 * (off * off) + eps_root

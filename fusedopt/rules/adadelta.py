@@ -9,13 +9,22 @@ import numpy as np
 
 from ..programs.arithmetic import Array, ratio
 from ..programs.elements import quotient
-from .base import REQUIRED, Convention, Rule
+from .base import Rule
 from .hyperparameters import Fraction, LearningRate, NonNegative
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adadelta(Rule):
     """Steps in the parameter's own unit: the root mean square of past steps over that of gradients.
+
+    Parameters
+    ----------
+    rho : float
+        Decay rate in [0, 1) of both averages; default 0.95.
+    eps : float
+        Number >= 0 added inside both roots; default 1e-6.
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
 
     Notes
     -----
@@ -42,15 +51,6 @@ class Adadelta(Rule):
     """
 
     name = "adadelta"
-    conventions = {
-        "torch": Convention(
-            {"lr": 1.0, "rho": 0.9, "eps": 1e-6, "weight_decay": 0.0, "maximize": False}
-        ),
-        "optax": Convention({"lr": REQUIRED, "rho": 0.9, "eps": 1e-6, "weight_decay": 0.0}),
-        "keras": Convention(
-            {"lr": 1e-3, "rho": 0.95, "eps": 1e-7, "weight_decay": 0.0}, {"decay": "decoupled"}
-        ),
-    }
 
     lr: LearningRate = 1.0
     rho: Fraction = 0.95
@@ -68,9 +68,7 @@ class Adadelta(Rule):
         return self.rho, 1.0 - self.rho, lr, self.eps
 
     @staticmethod
-    def element(
-        p: float, g: float, v: float, d: float, rho: float, one_rho: float, lr: float, eps: float
-    ) -> tuple[float, float, float]:
+    def element(p, g, v, d, rho, one_rho, lr, eps):
         v = rho * v + one_rho * (g * g)
         moved = quotient(sqrt(d + eps) * g, sqrt(v + eps))
         return lr * moved, v, rho * d + one_rho * (moved * moved)

@@ -9,13 +9,26 @@ import numpy as np
 
 from ..programs.arithmetic import Array, ratio
 from ..programs.elements import quotient
-from .base import REQUIRED, Convention, Rule
+from .base import Rule
 from .hyperparameters import LearningRate, NonNegative
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaGrad(Rule):
     """Steps divided by the root of the sum of all squared gradients.
+
+    Parameters
+    ----------
+    eps_root : float
+        Number >= 0 added inside the root; default 1e-16.
+    eps : float
+        Number >= 0 added to the root in the denominator; default 0.
+    lr_decay : float
+        Number >= 0: lr is divided by 1 + (t - 1) lr_decay; default 0.
+    initial_accumulator : float
+        First value >= 0 of the sum of squares; default 0.
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
 
     Notes
     -----
@@ -43,24 +56,6 @@ class AdaGrad(Rule):
     """
 
     name = "adagrad"
-    conventions = {
-        "torch": Convention(
-            {
-                "lr": 1e-2,
-                "lr_decay": 0.0,
-                "weight_decay": 0.0,
-                "initial_accumulator": 0.0,
-                "eps": 1e-10,
-                "maximize": False,
-            },
-            {"eps_root": 0.0},
-        ),
-        "optax": Convention({"lr": REQUIRED, "initial_accumulator": 0.1, "eps_root": 1e-7}),
-        "keras": Convention(
-            {"lr": 1e-3, "initial_accumulator": 0.1, "eps_root": 1e-7, "weight_decay": 0.0},
-            {"decay": "decoupled"},
-        ),
-    }
     settled = ("initial_accumulator",)
     examples = ({}, {"eps_root": 0.0, "eps": 1e-10, "lr_decay": 0.1, "initial_accumulator": 0.1})
 
@@ -85,9 +80,7 @@ class AdaGrad(Rule):
         return lr / (1.0 + (t - 1) * self.lr_decay), self.eps_root, self.eps
 
     @staticmethod
-    def element(
-        p: float, g: float, G: float, lr: float, eps_root: float, eps: float
-    ) -> tuple[float, float]:
+    def element(p, g, G, lr, eps_root, eps):
         G = G + g * g
         return quotient(lr * g, sqrt(G + eps_root) + eps), G
 

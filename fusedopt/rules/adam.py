@@ -10,92 +10,53 @@ from typing import Literal
 import numpy as np
 
 from ..programs.arithmetic import Array, correction, ratio, textbook_correction
-from ..programs.elements import Element, maximum, quotient
-from .base import REQUIRED, Convention, DecayForm, Rule
+from ..programs.elements import Element, maximum, moments, quotient
+from .base import DecayForm, Rule
 from .hyperparameters import Betas, LearningRate, NonNegative
 
 
-def adam(
-    p: float,
-    g: float,
-    m: float,
-    v: float,
-    b1: float,
-    one_b1: float,
-    b2: float,
-    one_b2: float,
-    step: float,
-    eps_root: float,
-    eps: float,
-) -> tuple[float, float, float]:
-    m = b1 * m + one_b1 * g
-    v = b2 * v + one_b2 * (g * g)
+def adam(p, g, m, v, b1, one_b1, b2, one_b2, step, eps_root, eps):
+    m, v = moments(g, m, v, b1, one_b1, b2, one_b2)
     return quotient(step * m, sqrt(v + eps_root) + eps), m, v
 
 
-def adam_nesterov(
-    p: float,
-    g: float,
-    m: float,
-    v: float,
-    b1: float,
-    one_b1: float,
-    b2: float,
-    one_b2: float,
-    step: float,
-    eps_root: float,
-    eps: float,
-    step_g: float,
-) -> tuple[float, float, float]:
-    m = b1 * m + one_b1 * g
-    v = b2 * v + one_b2 * (g * g)
+def adam_nesterov(p, g, m, v, b1, one_b1, b2, one_b2, step, eps_root, eps, step_g):
+    m, v = moments(g, m, v, b1, one_b1, b2, one_b2)
     return quotient(step * m + step_g * g, sqrt(v + eps_root) + eps), m, v
 
 
-def adam_amsgrad(
-    p: float,
-    g: float,
-    m: float,
-    v: float,
-    x: float,
-    b1: float,
-    one_b1: float,
-    b2: float,
-    one_b2: float,
-    step: float,
-    eps_root: float,
-    eps: float,
-    k: float,
-) -> tuple[float, float, float, float]:
-    m = b1 * m + one_b1 * g
-    v = b2 * v + one_b2 * (g * g)
+def adam_amsgrad(p, g, m, v, x, b1, one_b1, b2, one_b2, step, eps_root, eps, k):
+    m, v = moments(g, m, v, b1, one_b1, b2, one_b2)
     x = maximum(x, k * v)
     return quotient(step * m, sqrt(x + eps_root) + eps), m, v, x
 
 
 _ELEMENTS: dict[str, Element] = {f.__name__: f for f in (adam, adam_nesterov, adam_amsgrad)}
 
-_TORCH = {
-    "lr": 1e-3,
-    "betas": (0.9, 0.999),
-    "eps": 1e-8,
-    "amsgrad": False,
-    "maximize": False,
-}
-_OPTAX = {
-    "lr": REQUIRED,
-    "betas": (0.9, 0.999),
-    "eps": 1e-8,
-    "eps_root": 0.0,
-    "nesterov": False,
-}
-_KERAS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-7, "amsgrad": False}
-_RAW = {"amsgrad": {False: False, True: "raw", "raw": "raw"}}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Adam(Rule):
     """Adaptive moment estimation.
+
+    Parameters
+    ----------
+    betas : pair of float
+        Decay rates b1 and b2 in [0, 1) of the averages of the gradient and of its square;
+        default (0.9, 0.999).
+    eps : float
+        Number >= 0 added to the root in the denominator; default 1e-8.
+    eps_root : float
+        Number >= 0 added inside the root; default 0.
+    hat : bool
+        Add eps to the uncorrected root, as the paper's efficient form does; default False.
+    amsgrad : {False, "raw", "corrected"}
+        Divide by the largest v so far, as it is or bias-corrected; default False.
+    nesterov : bool
+        Look one step ahead with the first moment; default False.
+    bias_correction : bool
+        Divide m and v by their bias; default True.
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
 
     Notes
     -----
@@ -127,16 +88,6 @@ class Adam(Rule):
     """
 
     name = "adam"
-    conventions = {
-        "torch": Convention({**_TORCH, "weight_decay": 0.0}, spelled=_RAW),
-        "optax": Convention(
-            {**_OPTAX, "amsgrad": False},
-            spelled={"amsgrad": {False: False, True: "corrected", "corrected": "corrected"}},
-        ),
-        "keras": Convention(
-            {**_KERAS, "weight_decay": 0.0}, {"hat": True, "decay": "decoupled"}, _RAW
-        ),
-    }
     settled = ("amsgrad",)
     examples = (
         {},
@@ -233,9 +184,16 @@ class Adam(Rule):
 class AdamW(Adam):
     """Adam with decoupled weight decay: p := p - lr (adam's step) - lr lambda p.
 
+    Parameters
+    ----------
+    betas, eps, eps_root, hat, amsgrad, nesterov, bias_correction
+        As in `Adam`.
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
+
     Notes
     -----
-    States and hyperparameters as Adam's.
+    States as Adam's.
 
     References
     ----------
@@ -252,13 +210,6 @@ class AdamW(Adam):
     """
 
     name = "adamw"
-    conventions = {
-        "torch": Convention({**_TORCH, "weight_decay": 1e-2}, {"decay": "decoupled_first"}, _RAW),
-        "optax": Convention({**_OPTAX, "weight_decay": 1e-4}, {"decay": "decoupled"}),
-        "keras": Convention(
-            {**_KERAS, "weight_decay": 4e-3}, {"hat": True, "decay": "decoupled"}, _RAW
-        ),
-    }
 
     weight_decay: NonNegative = 1e-2
     decay: DecayForm = "decoupled"

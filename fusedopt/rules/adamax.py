@@ -8,15 +8,25 @@ import numpy as np
 
 from ..programs.arithmetic import Array, correction, ratio, textbook_correction
 from ..programs.elements import magnitude, maximum, quotient
-from .base import REQUIRED, Convention, Rule
+from .base import Rule
 from .hyperparameters import Betas, LearningRate, NonNegative
-
-_DEFAULTS = {"betas": (0.9, 0.999), "weight_decay": 0.0}
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaMax(Rule):
     """Adam with the largest recent gradient in place of the root of the mean square.
+
+    Parameters
+    ----------
+    betas : pair of float
+        Decay rates b1 and b2 in [0, 1) of the average of the gradient and of its largest
+        magnitude; default (0.9, 0.999).
+    eps_inside : float
+        Number >= 0 added to the magnitude of the gradient; default 0.
+    eps : float
+        Number >= 0 added to the denominator; default 0.
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
 
     Notes
     -----
@@ -43,11 +53,6 @@ class AdaMax(Rule):
     """
 
     name = "adamax"
-    conventions = {
-        "torch": Convention({**_DEFAULTS, "lr": 2e-3, "eps_inside": 1e-8, "maximize": False}),
-        "optax": Convention({"lr": REQUIRED, "betas": (0.9, 0.999), "eps_inside": 1e-8}),
-        "keras": Convention({**_DEFAULTS, "lr": 1e-3, "eps": 1e-7}, {"decay": "decoupled"}),
-    }
     examples = ({}, {"eps_inside": 1e-3, "eps": 1e-2})
 
     lr: LearningRate = 2e-3
@@ -68,18 +73,7 @@ class AdaMax(Rule):
         return b1, 1.0 - b1, b2, lr / correction(b1, t), self.eps_inside, self.eps
 
     @staticmethod
-    def element(
-        p: float,
-        g: float,
-        m: float,
-        u: float,
-        b1: float,
-        one_b1: float,
-        b2: float,
-        step: float,
-        eps_inside: float,
-        eps: float,
-    ) -> tuple[float, float, float]:
+    def element(p, g, m, u, b1, one_b1, b2, step, eps_inside, eps):
         m = b1 * m + one_b1 * g
         u = maximum(b2 * u, magnitude(g) + eps_inside)
         return quotient(step * m, u + eps), m, u

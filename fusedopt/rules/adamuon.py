@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from ..linalg.newton_schulz import Workspace
 from ..programs.arithmetic import Array, capped, correction, ratio, textbook_correction
 from ..programs.program import Operation
-from .base import Convention, Member
 from .hyperparameters import Fraction, NonNegative
+from .matrix import Member
 from .muon import Muon
 
 
@@ -21,9 +21,22 @@ from .muon import Muon
 class AdaMuon(Muon):
     """Muon with Adam's second moment on the orthogonalised direction.
 
+    Parameters
+    ----------
+    momentum, nesterov, form, ns_steps, ns_coefficients, norm, gram, split, scale
+        As in `Muon`.
+    eps, bias_correction
+        As in `Muon`.
+    beta2 : float
+        Decay rate in [0, 1) of the squares; default 0.999.
+    eps_v : float
+        Number >= 0 added to the denominators; default 1e-8.
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
+
     Notes
     -----
-    Of the orthogonalised o of `Muon`, whose hyperparameters these are but for the last two::
+    With o, the orthogonalised direction of `Muon`::
 
         v := beta2 v + (1 - beta2) o^2         n = o / (sqrt(v / (1 - beta2^t)) + eps_v)
         p := p - lr s sqrt(min(rows, cols)) n / (||n|| + eps_v)
@@ -51,7 +64,6 @@ class AdaMuon(Muon):
     """
 
     name = "adamuon"
-    conventions: ClassVar[dict[str, Convention]] = {}
     examples = (
         {},
         {"nesterov": False, "scale": "original", "beta2": 0.9},
@@ -75,7 +87,7 @@ class AdaMuon(Muon):
         line = (self.beta2, 1.0 - self.beta2)
         square = Operation("sophia_refresh_square", ("v", "work"), lambda t, lr: line, "other", 1)
         divide = Operation("normalize", ("work", "v"), self._division, "other", 1)
-        return (direction, square, divide, replace(commit, phase=2))
+        return (direction, square, divide, commit._replace(phase=2))
 
     def _division(self, t: int, lr: float) -> tuple[float, ...]:
         return 1.0 / correction(self.beta2, t), self.eps_v

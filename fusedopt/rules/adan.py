@@ -10,13 +10,26 @@ import numpy as np
 
 from ..programs.arithmetic import Array, correction, ratio, textbook_correction
 from ..programs.elements import quotient
-from .base import REQUIRED, Convention, DecayForm, Rule
+from .base import DecayForm, Rule
 from .hyperparameters import LearningRate, NonNegative, ThreeBetas
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adan(Rule):
     """Adam with Nesterov's momentum from differences of gradients.
+
+    Parameters
+    ----------
+    betas : triple of float
+        Decay rates b1, b2 and b3 in [0, 1) of m, d and n; default (0.98, 0.92, 0.99).
+    eps : float
+        Number >= 0 added to the root in the denominator; default 1e-8.
+    eps_root : float
+        Number >= 0 added inside the root; default 0.
+    form : {"official", "optax"}
+        Weight k of the differences; default "official".
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
 
     Notes
     -----
@@ -47,18 +60,6 @@ class Adan(Rule):
     """
 
     name = "adan"
-    conventions = {
-        "optax": Convention(
-            {
-                "lr": REQUIRED,
-                "betas": (0.98, 0.92, 0.99),
-                "eps": 1e-8,
-                "eps_root": 1e-8,
-                "weight_decay": 0.0,
-            },
-            {"form": "optax"},
-        )
-    }
     examples = ({}, {"form": "optax", "eps_root": 1e-6})
 
     lr: LearningRate = 1e-3
@@ -86,31 +87,14 @@ class Adan(Rule):
 
     @staticmethod
     def element(
-        p: float,
-        g: float,
-        m: float,
-        d: float,
-        n: float,
-        prev: float,
-        b1: float,
-        one_b1: float,
-        b2: float,
-        one_b2: float,
-        b3: float,
-        one_b3: float,
-        later: float,
-        k: float,
-        step: float,
-        step_d: float,
-        eps_root: float,
-        eps: float,
-    ) -> tuple[float, float, float, float, float]:
-        e = later * (g - prev)
-        ahead = g + k * e
+        p, g, m, d, n, prev, b1, one_b1, b2, one_b2, b3, one_b3, past, k, step, ahead, eps_root, eps
+    ):
+        e = past * (g - prev)
+        mixed = g + k * e
         m = b1 * m + one_b1 * g
         d = b2 * d + one_b2 * e
-        n = b3 * n + one_b3 * (ahead * ahead)
-        return quotient(step * m + step_d * d, sqrt(n + eps_root) + eps), m, d, n, g
+        n = b3 * n + one_b3 * (mixed * mixed)
+        return quotient(step * m + ahead * d, sqrt(n + eps_root) + eps), m, d, n, g
 
     def textbook(
         self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float

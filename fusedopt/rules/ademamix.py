@@ -9,13 +9,26 @@ import numpy as np
 
 from ..programs.arithmetic import Array, correction, ratio, textbook_correction
 from ..programs.elements import quotient
-from .base import REQUIRED, Convention, DecayForm, Rule
+from .base import DecayForm, Rule
 from .hyperparameters import Count, LearningRate, NonNegative, ThreeBetas
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdEMAMix(Rule):
     """AdamW with a second, much slower mean of the gradients.
+
+    Parameters
+    ----------
+    betas : triple of float
+        Decay rates b1, b2 and b3 in [0, 1) of m, v and slow; default (0.9, 0.999, 0.9999).
+    alpha : float
+        Weight >= 0 of the slow average; default 5.
+    eps : float
+        Number >= 0 added to the root in the denominator; default 1e-8.
+    warmup : int
+        Number of steps, at least 1, in which alpha and b3 grow; default 1.
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
 
     Notes
     -----
@@ -44,17 +57,6 @@ class AdEMAMix(Rule):
     """
 
     name = "ademamix"
-    conventions = {
-        "optax": Convention(
-            {
-                "lr": REQUIRED,
-                "betas": (0.9, 0.999, 0.9999),
-                "alpha": 5.0,
-                "eps": 1e-8,
-                "weight_decay": 0.0,
-            }
-        )
-    }
     examples = ({"betas": (0.9, 0.999, 0.99), "warmup": 2},)
 
     lr: LearningRate = 1e-3
@@ -73,7 +75,7 @@ class AdEMAMix(Rule):
         return frozenset(("v",))
 
     def mixture(self, t: int) -> tuple[float, float]:
-        """alpha and b3 of a step."""
+        """Return alpha and b3 of a step."""
         b1, _, b3 = self.betas
         share = min(t / self.warmup, 1.0)
         if share == 1.0:
@@ -90,22 +92,7 @@ class AdEMAMix(Rule):
         return b1, 1.0 - b1, b3, 1.0 - b3, b2, 1.0 - b2, step, slow_step, self.eps * root
 
     @staticmethod
-    def element(
-        p: float,
-        g: float,
-        m: float,
-        slow: float,
-        v: float,
-        b1: float,
-        one_b1: float,
-        b3: float,
-        one_b3: float,
-        b2: float,
-        one_b2: float,
-        step: float,
-        slow_step: float,
-        eps: float,
-    ) -> tuple[float, float, float, float]:
+    def element(p, g, m, slow, v, b1, one_b1, b3, one_b3, b2, one_b2, step, slow_step, eps):
         m = b1 * m + one_b1 * g
         slow = b3 * slow + one_b3 * g
         v = b2 * v + one_b2 * (g * g)

@@ -9,13 +9,23 @@ import numpy as np
 
 from ..programs.arithmetic import Array, ratio
 from ..programs.elements import clamp, maximum, quotient
-from .base import REQUIRED, Convention, Rule
+from .base import Rule
 from .hyperparameters import Betas, LearningRate, NonNegative
 
 
 @dataclass(frozen=True, kw_only=True)
 class ADOPT(Rule):
     """Adam that converges with any b2: v divides before it takes the gradient in.
+
+    Parameters
+    ----------
+    betas : pair of float
+        Decay rates b1 and b2 in [0, 1) of the averages of the gradient and of its square;
+        default (0.9, 0.9999).
+    eps : float
+        Least value >= 0 of the denominator; default 1e-6.
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
 
     Notes
     -----
@@ -44,7 +54,6 @@ class ADOPT(Rule):
     """
 
     name = "adopt"
-    conventions = {"optax": Convention({"lr": REQUIRED, "betas": (0.9, 0.9999), "eps": 1e-6})}
     examples = ({}, {"eps": 0.5})
 
     lr: LearningRate = 1e-3
@@ -66,19 +75,7 @@ class ADOPT(Rule):
         return b1, 1.0 - b1, b2, 1.0 - b2, lr, self.eps, sqrt(sqrt(t - 1))
 
     @staticmethod
-    def element(
-        p: float,
-        g: float,
-        m: float,
-        v: float,
-        b1: float,
-        one_b1: float,
-        b2: float,
-        one_b2: float,
-        lr: float,
-        eps: float,
-        limit: float,
-    ) -> tuple[float, float, float]:
+    def element(p, g, m, v, b1, one_b1, b2, one_b2, lr, eps, limit):
         n = clamp(quotient(g, maximum(sqrt(v), eps)), limit)
         m = b1 * m + one_b1 * n
         return lr * m, m, b2 * v + one_b2 * (g * g)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal, NamedTuple, Self, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import numpy as np
 
 from ..arrays.devices import device_of
 from ..arrays.storage import StateDtype, Storage
-from ..linalg.newton_schulz import Stack, Workspace
+from ..linalg.newton_schulz import Stack
 from ..programs.arithmetic import Array
 from ..programs.elements import Element
 from ..programs.program import Operation, Program
+from .conventions import CONVENTIONS, Convention, hyperparameters_of
 from .hyperparameters import (
     LearningRate,
     NonNegative,
@@ -29,49 +30,40 @@ from .hyperparameters import (
 DecayForm = Literal["l2", "decoupled", "decoupled_first", "independent"]
 
 
-class Convention(NamedTuple):
-    """A library's form of a rule.
-
-    free: the hyperparameters that the library has, with its defaults (`REQUIRED`: it has none).
-    fixed: the settings that make a rule the library's.
-    spelled: what a value is called there, by hyperparameter (`amsgrad=True`).
-    """
-
-    free: Mapping[str, Any]
-    fixed: Mapping[str, Any] = {}
-    spelled: Mapping[str, Mapping[Any, Any]] = {}
-
-
-REQUIRED = object()
-
-
-class Member(NamedTuple):
-    """A parameter among those of one shape whose matrices are treated in one go.
-
-    t: its step, 1 first. sides: its side states, live.
-    """
-
-    t: int
-    sides: Mapping[str, np.ndarray]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Rule:
     """An update rule: frozen hyperparameters, and the arithmetic that they select.
 
-    lr: learning rate, a number >= 0 or a callable of the optimizer's step number (1 first). Every
-    other number, and each of a pair such as `betas`, takes such a schedule too, unless it says what
-    the states are; a value that does not fit is refused in its step.
-    weight_decay: lambda >= 0, applied as `decay` says: "l2" adds lambda p to the gradient,
-    "decoupled" subtracts lr lambda p together with the update, "decoupled_first" multiplies p by
-    1 - lr lambda before it (PyTorch's order), "independent" subtracts lambda p times lr divided
-    by its base value, so that lr itself does not scale it. maximize: ascend instead of descend.
+    Parameters
+    ----------
+    lr : float or schedule
+        Learning rate: a number >= 0, or a callable of the optimizer's step number (1 first).
+    weight_decay : float
+        Coefficient lambda >= 0 of the weight decay.
+    decay : {"l2", "decoupled", "decoupled_first", "independent"}
+        Form of the weight decay: "l2" adds lambda p to the gradient; "decoupled" subtracts
+        lr lambda p together with the update; "decoupled_first" multiplies p by 1 - lr lambda before
+        the update (PyTorch's order); "independent" subtracts lambda p lr / base, with the base
+        value of lr, so that the learning rate itself does not scale it.
+    maximize : bool
+        Ascend instead of descend; default False.
 
-    Raises TypeError for a value of the wrong kind and ValueError for one out of range.
+    Raises
+    ------
+    TypeError
+        If a value is of the wrong kind.
+    ValueError
+        If a value is out of range.
+
+    Notes
+    -----
+    Every number, and each of a pair such as `betas`, takes a schedule as `lr` does, unless it
+    determines what the states hold. A value of a schedule that does not fit is refused in its step.
     """
 
     name: ClassVar[str]
     conventions: ClassVar[Mapping[str, Convention]] = {}
+    """Forms of the rule in other libraries, from `CONVENTIONS`."""
     takes_hessian: ClassVar[bool] = False
     examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
     """Hyperparameters that between them select every kernel and every branch of `scalars`."""
@@ -80,13 +72,17 @@ class Rule:
     settled: ClassVar[tuple[str, ...]] = ()
     """Hyperparameters that say what the states hold, so that no step may change them."""
 
-    works: ClassVar[tuple[str, ...]] = ("work",)
-    """The work space of a rule of several phases, by the names of operands."""
+    works: ClassVar[tuple[str, ...]] = ()
+    """The work space between two phases, by the names of operands."""
 
     lr: LearningRate = 1e-2
     weight_decay: NonNegative = 0.0
     decay: DecayForm = "l2"
     maximize: bool = False
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.conventions = CONVENTIONS.get(getattr(cls, "name", ""), {})
 
     def __post_init__(self) -> None:
         check_fields(self, self.scheduled)
@@ -115,9 +111,12 @@ class Rule:
             return replace(self, **values)
         checked = {name: check_number(self, name, value) for name, value in values.items()}
         new = object.__new__(type(self))
-        new.__dict__.update(self.__getstate__())
-        new.__dict__.update(checked)
+        new.__dict__.update(self.__getstate__(), **checked)
         new.check_together()
+        # What a rule knows of itself, which it would find again.
+        own = self.__dict__
+        new.__dict__["scheduled"] = tuple([n for n in self.scheduled if n not in values])
+        new.__dict__["_like"] = own.get("program") or own.get("_like")  # see `program`
         return new
 
     def with_rate(self, lr: float) -> Self | None:
@@ -145,7 +144,10 @@ class Rule:
         """
         if not self.scheduled:
             return self
-        return self.with_numbers(**{name: in_step(self, name, step) for name in self.scheduled})
+        new = self.with_numbers(**{name: in_step(self, name, step) for name in self.scheduled})
+        if "_like" not in self.__dict__:
+            self.__dict__["_like"] = new.program
+        return new
 
     def __getstate__(self) -> dict[str, Any]:
         own, cls = self.__dict__, cast(Any, type(self))
@@ -173,34 +175,7 @@ class Rule:
             If the library lacks the rule, the rule lacks the name there, or the library has no
             default for a name that is not given.
         """
-        if library not in cls.conventions:
-            known = ", ".join(map(repr, cls.conventions)) or "none"
-            raise ValueError(
-                f"{cls.__name__}.like: {library!r} has no such rule; libraries that have: {known}"
-            )
-        convention = cls.conventions[library]
-        for name in hyperparameters:
-            if name not in convention.free:
-                raise ValueError(
-                    f"{cls.__name__}.like({library!r}): {name!r} does not apply there; names that"
-                    f" do: {', '.join(convention.free)}"
-                )
-        values = {**convention.free, **hyperparameters}
-        for name, value in values.items():
-            if value is REQUIRED:
-                raise ValueError(
-                    f"{cls.__name__}.like({library!r}): {library} has no default for {name!r}; give"
-                    " one"
-                )
-            spelling = convention.spelled.get(name)
-            if spelling is not None:
-                if value not in spelling:
-                    raise ValueError(
-                        f"{cls.__name__}.like({library!r}): {name}={value!r} is not available"
-                        f" there; values that are: {', '.join(map(repr, spelling))}"
-                    )
-                values[name] = spelling[value]
-        return cls(**{**convention.fixed, **values})
+        return cls(**hyperparameters_of(cls.__name__, cls.conventions, library, hyperparameters))
 
     # What a rule defines.
 
@@ -244,8 +219,10 @@ class Rule:
         return (Operation(self.kernel, operands, self.scalars, element=self.element),)
 
     def sums(self) -> tuple[Operation, ...]:
-        """Counts of elements that `stats` adds to its own: run after the rule, each named by its
-        first operand."""
+        """Return the counts of elements that `stats` adds to its own.
+
+        They run after the rule, and each is named by its first operand.
+        """
         return ()
 
     def textbook_sums(
@@ -256,8 +233,10 @@ class Rule:
 
     @property
     def ahead(self) -> Rule | None:
-        """The rule whose step, with the velocity for gradient, moves p to where the gradient is
-        wanted; None where that is p itself."""
+        """The rule whose step moves p to where the gradient is wanted; None where that is p.
+
+        The velocity is the gradient of that step.
+        """
         return None
 
     def every_operation(self) -> tuple[Operation, ...]:
@@ -269,38 +248,16 @@ class Rule:
         raise TypeError(f"{type(self).__name__} takes no Hessian")
 
     def sides(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """States of another shape than their parameter's, and that shape: for matrix rules alone.
+        """Return the shapes of the states of another shape than their parameter's.
 
         They have the compute type, whatever `state_dtype` says, begin as zero, and come after the
-        other states, in `init` too; `before` and `between` update them.
+        other states, in `init` too; `MatrixRule.before` and `between` update them.
         """
         return {}
 
-    def matrices(self, shape: tuple[int, ...]) -> Stack:
-        """As how many matrices, of how many rows and columns, a rule of several phases treats a
-        parameter."""
-        raise TypeError(f"{type(self).__name__} has one phase")
-
-    def before(self, t: int, sides: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """New values of a leaf's side states, found before anything is written, for all leaves:
-        here is the place for what may raise or needs memory. They are in `sides` in `between`."""
-        return {}
-
-    def between(
-        self,
-        phase: int,
-        works: Sequence[np.ndarray],
-        space: Workspace,
-        members: Sequence[Member | None],
-    ) -> None:
-        """Change the workspace between the phases of a rule, in place, after each but the last.
-
-        phase: that which has just run. works: by name as `self.works`; the first axis is that of
-        parameters of one shape; each lies at the beginning of one of the space's directions.
-        members: of each of these parameters, None where it takes no part in the step. Must neither
-        raise nor need memory: the matrices before these have been updated by then.
-        """
-        raise TypeError(f"{type(self).__name__} has one phase")
+    def matrices(self, shape: tuple[int, ...]) -> Stack | None:
+        """Return the number of matrices, rows and columns as which a `MatrixRule` treats a leaf."""
+        return None
 
     @property
     def short_products(self) -> bool:
@@ -318,7 +275,23 @@ class Rule:
     # What follows from it.
 
     def lr_at(self, step: int) -> float:
-        """The learning rate of a step; ValueError where the schedule's value is no rate."""
+        """Return the learning rate of a step.
+
+        Parameters
+        ----------
+        step : int
+            Number of the optimizer's step, 1 for the first.
+
+        Returns
+        -------
+        float
+            The learning rate.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the value of the schedule is no learning rate.
+        """
         if not callable(self.lr):
             return self.lr
         where = f"{type(self).__name__}(lr) at step {step}"
@@ -340,10 +313,25 @@ class Rule:
     def reference(
         self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float
     ) -> tuple[Array, tuple[Array, ...]]:
-        """The step in plain NumPy: the new parameter and the new states.
+        """Compute one step in plain NumPy.
 
-        p, g, states: arrays of one shape, left alone; the arithmetic has their dtype. t: the
-        leaf's step, 1 first. lr: the learning rate of this step.
+        Parameters
+        ----------
+        p, g : array
+            Parameter and gradient of one shape; the arithmetic has their dtype.
+        states : tuple of array
+            States in the order of `init`.
+        t : int
+            Step of the parameter, 1 for the first.
+        lr : float
+            Learning rate of the step.
+
+        Returns
+        -------
+        p : array
+            The new parameter. The arguments are left alone.
+        states : tuple of array
+            The new states.
         """
         if self.maximize:
             g = -g
@@ -362,10 +350,25 @@ class Rule:
         return p - delta, states
 
     def init(self, p: np.ndarray, state_dtype: StateDtype = None) -> tuple[Any, ...]:
-        """New states for a parameter, with its shape and memory order.
+        """Return new states for a parameter.
 
-        state_dtype: as `Optimizer` takes it; without it float64 for a float64 parameter, else
-        float32. Arrays, or `Quantized` objects where the state is stored so.
+        Parameters
+        ----------
+        p : array
+            The parameter, whose shape and memory order the states have.
+        state_dtype : str or mapping, optional
+            Format of the states, as `Optimizer` takes it. By default float64 for a float64
+            parameter, else float32.
+
+        Returns
+        -------
+        tuple of array or Quantized
+            The states, in the order of `states`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the rule cannot update the parameter, or the format does not fit.
         """
         space, rule = device_of(p), self.at(1)
         p = space.check_parameter("p", p, rule)
@@ -387,8 +390,12 @@ class Rule:
     @functools.cached_property
     def program(self) -> Program:
         """The program of a step; where hyperparameters have schedules, of the first."""
-        rule = self.at(1)
-        return Program(rule, rule.operations(), ("p", *rule.states))
+        if self.scheduled:
+            return self.at(1).program
+        operations = self.operations()
+        like: Program | None = self.__dict__.pop("_like", None)  # of a rule with other numbers
+        program = like.renumbered(self, operations) if like else None
+        return program or Program(self, operations, ("p", *self.states))
 
 
 def _has_schedule(rule: Rule, name: str) -> bool:

@@ -24,6 +24,11 @@ _RESERVED = {
 class CustomRule(Rule):
     """A rule of your own: fields, `scalars` and `element` are all that it takes.
 
+    Parameters
+    ----------
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
+
     Notes
     -----
     A subclass is made a frozen dataclass with keyword-only fields (of those annotated float or int

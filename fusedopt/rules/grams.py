@@ -8,7 +8,7 @@ from math import sqrt
 import numpy as np
 
 from ..programs.arithmetic import Array, correction, ratio, textbook_correction
-from ..programs.elements import magnitude, quotient, signed_like
+from ..programs.elements import magnitude, moments, quotient, signed_like
 from .base import DecayForm, Rule
 from .hyperparameters import Betas, LearningRate, NonNegative
 
@@ -16,6 +16,16 @@ from .hyperparameters import Betas, LearningRate, NonNegative
 @dataclass(frozen=True, kw_only=True)
 class Grams(Rule):
     """Adam's step size for each element, in the direction of the gradient itself.
+
+    Parameters
+    ----------
+    betas : pair of float
+        Decay rates b1 and b2 in [0, 1) of the averages of the gradient and of its square;
+        default (0.9, 0.999).
+    eps : float
+        Number >= 0 added to the root in the denominator; default 1e-8.
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
 
     Notes
     -----
@@ -65,20 +75,8 @@ class Grams(Rule):
         return b1, 1.0 - b1, b2, 1.0 - b2, step, self.eps * root
 
     @staticmethod
-    def element(
-        p: float,
-        g: float,
-        m: float,
-        v: float,
-        b1: float,
-        one_b1: float,
-        b2: float,
-        one_b2: float,
-        step: float,
-        eps: float,
-    ) -> tuple[float, float, float]:
-        m = b1 * m + one_b1 * g
-        v = b2 * v + one_b2 * (g * g)
+    def element(p, g, m, v, b1, one_b1, b2, one_b2, step, eps):
+        m, v = moments(g, m, v, b1, one_b1, b2, one_b2)
         return signed_like(magnitude(quotient(step * m, sqrt(v) + eps)), g), m, v
 
     def textbook(

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 
 from ..arrays.trees import Leaf, Tree
 from .base import Rule
-from .hyperparameters import Schedule, number_names
+from .hyperparameters import Schedule, field_names, number_names
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(NamedTuple):
     """The leaves of one rule. label: the pattern that chose them, or the rule's name."""
 
     label: str
@@ -58,7 +57,7 @@ def at_step(groups: Sequence[Group], step: int) -> list[Group]:
     """Return the groups with the values that schedules give a step, but for learning rates."""
     found = [Group(group.label, group.rule.at(step)) for group in groups]
     for group, now in zip(groups, found, strict=True):
-        if now.rule.states != group.rule.states:
+        if now.rule is not group.rule and now.rule.states != group.rule.states:
             raise ValueError(
                 f"{type(now.rule).__name__}: the states of {group.label!r} are"
                 f" {group.rule.states}, and {now.rule.states} with the values of step {step}; a"
@@ -98,9 +97,11 @@ def with_hyperparameters(
         raise ValueError(f"replace: expected one of {labels}, got {label!r}")
     rules, unknown = [], set(values)
     for group in groups:
-        known = {f.name for f in fields(group.rule)} if label in (None, group.label) else set()
-        unknown -= known
-        rules.append(_replaced(group.rule, {n: v for n, v in values.items() if n in known}))
+        cls: Any = type(group.rule)
+        known = field_names(cls) if label in (None, group.label) else ()
+        own = {name: value for name, value in values.items() if name in known}
+        unknown -= own.keys()
+        rules.append(_replaced(group.rule, own) if own else group.rule)
     if unknown:
         where = "none of the rules has" if label is None else f"the rule of {label!r} has no"
         raise TypeError(f"replace: {where} {', '.join(sorted(unknown))}")
@@ -108,10 +109,12 @@ def with_hyperparameters(
 
 
 def _replaced(rule: Rule, values: Mapping[str, Any]) -> Rule:
-    numbers = all(type(value) is float for value in values.values())
-    if numbers and values.keys() <= {"lr", *number_names(type(rule))}:
-        return rule.with_numbers(**values)
-    return replace(rule, **values)
+    names = number_names(type(rule))
+    for name, value in values.items():
+        for number in value if type(value) is tuple else (value,):
+            if type(number) is not float or (name not in names and name != "lr"):
+                return replace(rule, **values)
+    return rule.with_numbers(**values)
 
 
 def check_successor(group: Group, rule: Rule) -> bool:
@@ -134,6 +137,19 @@ def check_successor(group: Group, rule: Rule) -> bool:
     rest = [field.name for field in fields(rule) if field.name != "lr"]
     same = all(getattr(rule, name) == getattr(old, name) for name in rest)
     return same and rule.decay != "independent"
+
+
+def is_renumbered(group: Group, rule: Rule) -> bool:
+    """Whether a rule of the same class has the states of the group's, and schedules where that has
+    them."""
+    old = group.rule
+    if rule is old:
+        return True
+    for name in old.settled:
+        if getattr(rule, name) != getattr(old, name):
+            return False
+    rates = rule.lr is old.lr or not (callable(rule.lr) or callable(old.lr))
+    return rates and rule.scheduled == old.scheduled and rule.states == old.states
 
 
 def _by_pattern(leaves: Sequence[Leaf], rules: Mapping[str, Rule]) -> tuple[list[Group], list[int]]:
@@ -176,7 +192,7 @@ def _some(paths: Sequence[str]) -> str:
 # ---------------------------------------------------------------- Muon or AdamW
 
 NAMES = ("*embed*", "emb", "*_emb", "wte", "wpe", "head", "*_head", "classifier")
-"""What embeddings and output heads are called; matrices both, but of another kind."""
+"""Common names of embeddings and output heads, which are matrices of another kind."""
 
 Filters = Literal["muon", "adamw"] | None
 

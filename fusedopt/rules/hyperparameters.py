@@ -30,6 +30,8 @@ class Number:
         return f"{kind} {bound}"
 
     def accept(self, where: str, value: Any) -> float | int:
+        if type(value) is float and not self.integer and self.low <= value < self.high:
+            return value  # nearly always, and without asking abstract classes
         kind: Any = numbers.Integral if self.integer else numbers.Real
         if isinstance(value, bool) or not isinstance(value, kind):
             raise TypeError(f"{where}: expected {self}, got {value!r}")
@@ -180,10 +182,29 @@ def _is_number(annotation: Any) -> bool:
     return isinstance(each, Number) and not each.integer
 
 
-def check_number(rule: Any, name: str, value: Any) -> Any:
-    """Return a value of one of a rule's hyperparameters; TypeError or ValueError otherwise."""
-    cls: Any = type(rule)
-    return check_field(f"{cls.__name__}({name})", _kinds(cls)[name], value)
+def check_number(rule: Any, name: str, value: Any, when: str = "") -> Any:
+    """Return a value of a hyperparameter that is a number, or a tuple of them, as it is stored.
+
+    TypeError or ValueError where it does not fit. when: what a message says behind the name.
+    """
+    where, kind = _number_kinds(type(rule))[name]  # type: ignore[arg-type]
+    return kind.accept(where + when, value)
+
+
+@functools.cache
+def _number_kinds(cls: Any) -> dict[str, tuple[str, Any]]:
+    """Return how messages call each hyperparameter that takes a number, and its kind."""
+    kinds = _kinds(cls)
+    return {
+        name: (f"{cls.__name__}({name})", _kind(kinds[name]))
+        for name in ("lr", *_number_names(cls))
+    }
+
+
+def _kind(annotation: Any) -> Any:
+    if typing.get_origin(annotation) is Annotated:
+        return typing.get_args(annotation)[1]
+    return Number(low=-math.inf, integer=annotation is int)  # of a user's own rule
 
 
 def in_step(rule: Any, name: str, step: int) -> Any:
@@ -194,20 +215,17 @@ def in_step(rule: Any, name: str, step: int) -> Any:
         value = tuple(each(step) if callable(each) else each for each in value)
     elif callable(value):
         value = value(step)
-    where = f"{type(rule).__name__}({name}) at step {step}"
-    return check_field(where, _kinds(type(rule))[name], value)  # type: ignore[arg-type]
+    return check_number(rule, name, value, f" at step {step}")
 
 
 def check_field(where: str, annotation: Any, value: Any) -> Any:
     """`value` as the field's kind stores it; TypeError or ValueError where it does not fit."""
-    if typing.get_origin(annotation) is Annotated:
-        return typing.get_args(annotation)[1].accept(where, value)
+    if typing.get_origin(annotation) is Annotated or annotation in (float, int):
+        return _kind(annotation).accept(where, value)
     if typing.get_origin(annotation) is Literal:
         accepted = typing.get_args(annotation)
         if not any(value is a or (isinstance(a, str) and value == a) for a in accepted):
             raise ValueError(f"{where}: expected one of {accepted}, got {value!r}")
-    elif annotation in (float, int):  # of a user's own rule
-        return Number(low=-math.inf, integer=annotation is int).accept(where, value)
     elif annotation is bool and not isinstance(value, bool):
         raise TypeError(f"{where}: expected True or False, got {value!r}")
     return value

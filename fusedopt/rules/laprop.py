@@ -17,6 +17,16 @@ from .hyperparameters import Betas, LearningRate, NonNegative
 class LaProp(Rule):
     """Adam with momentum of the divided gradients, which decouples b1 from b2.
 
+    Parameters
+    ----------
+    betas : pair of float
+        Decay rates b1 and b2 in [0, 1) of the averages of the gradient and of its square;
+        default (0.9, 0.999).
+    eps : float
+        Number >= 0 added to the root in the denominator; default 1e-15.
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
+
     Notes
     -----
     ::
@@ -63,18 +73,7 @@ class LaProp(Rule):
         return b1, gain, b2, 1.0 - b2, step, self.eps * root
 
     @staticmethod
-    def element(
-        p: float,
-        g: float,
-        m: float,
-        v: float,
-        b1: float,
-        gain: float,
-        b2: float,
-        one_b2: float,
-        step: float,
-        eps: float,
-    ) -> tuple[float, float, float]:
+    def element(p, g, m, v, b1, gain, b2, one_b2, step, eps):
         v = b2 * v + one_b2 * (g * g)
         m = b1 * m + quotient(gain * g, sqrt(v) + eps)
         return step * m, m, v

@@ -8,13 +8,21 @@ import numpy as np
 
 from ..programs.arithmetic import Array
 from ..programs.elements import signed_like
-from .base import REQUIRED, Convention, DecayForm, Rule
+from .base import DecayForm, Rule
 from .hyperparameters import Betas, LearningRate, NonNegative
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lion(Rule):
     """Evolved sign momentum.
+
+    Parameters
+    ----------
+    betas : pair of float
+        Decay rates b1 and b2 in [0, 1) of m: b1 where it gives the sign, b2 where it is stored;
+        default (0.9, 0.99).
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
 
     Notes
     -----
@@ -42,10 +50,6 @@ class Lion(Rule):
     """
 
     name = "lion"
-    conventions = {
-        "optax": Convention({"lr": REQUIRED, "betas": (0.9, 0.99), "weight_decay": 1e-3}),
-        "keras": Convention({"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.0}),
-    }
 
     lr: LearningRate = 1e-4
     betas: Betas = (0.9, 0.99)
@@ -61,9 +65,7 @@ class Lion(Rule):
         return b1, 1.0 - b1, b2, 1.0 - b2, lr
 
     @staticmethod
-    def element(
-        p: float, g: float, m: float, b1: float, one_b1: float, b2: float, one_b2: float, lr: float
-    ) -> tuple[float, float]:
+    def element(p, g, m, b1, one_b1, b2, one_b2, lr):
         c = b1 * m + one_b1 * g
         m = b2 * m + one_b2 * g
         return signed_like(lr, c), m

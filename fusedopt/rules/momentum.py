@@ -6,13 +6,24 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..programs.arithmetic import Array
-from .base import REQUIRED, Convention, Rule
+from .base import Rule
 from .hyperparameters import Fraction, LearningRate
 
 
 @dataclass(frozen=True, kw_only=True)
 class Momentum(Rule):
     """Gradient descent with momentum.
+
+    Parameters
+    ----------
+    momentum : float
+        Decay rate mu in [0, 1) of the velocity; default 0.9.
+    dampening : float
+        Share in [0, 1) of the gradient that the form "buffer" leaves out; default 0.
+    form : {"ema", "heavy_ball", "buffer"}
+        Form of the velocity; default "ema".
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
 
     Notes
     -----
@@ -44,23 +55,6 @@ class Momentum(Rule):
     """
 
     name = "momentum"
-    conventions = {
-        "torch": Convention(
-            {
-                "lr": 1e-3,
-                "momentum": 0.0,
-                "dampening": 0.0,
-                "weight_decay": 0.0,
-                "maximize": False,
-            },
-            {"form": "buffer"},
-        ),
-        "optax": Convention({"lr": REQUIRED, "momentum": 0.0}, {"form": "buffer"}),
-        "keras": Convention(
-            {"lr": 1e-2, "momentum": 0.0, "weight_decay": 0.0},
-            {"form": "heavy_ball", "decay": "decoupled"},
-        ),
-    }
     settled = ("form",)
     examples = ({}, {"form": "heavy_ball"}, {"form": "buffer", "dampening": 0.3})
 
@@ -86,7 +80,7 @@ class Momentum(Rule):
         return mu, 1.0 if t == 1 else 1.0 - self.dampening, lr
 
     @staticmethod
-    def element(p: float, g: float, v: float, mu: float, a: float, b: float) -> tuple[float, float]:
+    def element(p, g, v, mu, a, b):
         v = mu * v + a * g
         return b * v, v
 

@@ -24,9 +24,10 @@ from ..linalg.newton_schulz import (
 from ..programs.arithmetic import Array, correction, ratio, textbook_correction
 from ..programs.program import Operation
 from .adam import AdamW
-from .base import REQUIRED, Convention, DecayForm, Member, Rule
+from .base import DecayForm, Rule
 from .groups import by_kind
 from .hyperparameters import Count, Fraction, LearningRate, NonNegative, QuinticSet, check_field
+from .matrix import MatrixRule, Member, through
 from .momentum import Momentum
 from .nesterov import nesterov
 
@@ -37,19 +38,44 @@ other singular values depend on nothing but rounding, of which the iteration mak
 Measured over all sets of coefficients: up to 2 for rank one and low rank in five iterations, 6 in
 eight, 14 in ten; 0.3 for singular values that fall as 1/k, 0.15 for Gaussian matrices."""
 
-_SCALES = {"scale": {"original": "original", "match_rms_adamw": "match_rms_adamw"}}
 
-
-def muon(
-    p: float, g: float, m: float, o: float, mu: float, a: float, lr: float
-) -> tuple[float, float]:
+def muon(p, g, m, o, mu, a, lr):
     m = mu * m + a * g
     return lr * o, m
 
 
 @dataclass(frozen=True, kw_only=True)
-class Muon(Rule):
+class Muon(MatrixRule):
     """Momentum, orthogonalised, for matrices.
+
+    Parameters
+    ----------
+    momentum : float
+        Decay rate mu in [0, 1) of the average of the gradient; default 0.95.
+    nesterov : bool
+        Orthogonalise the direction one step ahead; default True.
+    form : {"ema", "heavy_ball"}
+        Form of the momentum; default "ema".
+    ns_steps : int
+        Number of Newton-Schulz iterations, at least 1; default 5.
+    ns_coefficients : str, triple of float, or sequence of triples
+        Coefficients of the iterations; default (3.4445, -4.775, 2.0315).
+    norm : {"frobenius", "aol"}
+        Norm that scales u before the iterations; default "frobenius".
+    gram : {"auto", True, False}
+        Whether to iterate on the Gram matrix; default "auto".
+    ns_dtype : {"float32", "bfloat16"}
+        Dtype of the factors of matrix products; default "float32".
+    split : int
+        Number of matrices that lie one below the other along the first axis; default 1.
+    scale : {"original", "match_rms_adamw", "spectral", "none"}
+        Factor s of the step by the shape of the matrix; default "original".
+    eps : float
+        Number >= 0 added to the norm of u; default 1e-30.
+    bias_correction : bool
+        Divide g and m by their bias in u; default False.
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
 
     Notes
     -----
@@ -94,49 +120,6 @@ class Muon(Rule):
     """
 
     name = "muon"
-    conventions = {
-        "torch": Convention(
-            {
-                "lr": 1e-3,
-                "weight_decay": 0.1,
-                "momentum": 0.95,
-                "nesterov": True,
-                "ns_coefficients": (3.4445, -4.7750, 2.0315),
-                "eps": 1e-7,
-                "ns_steps": 5,
-                "scale": "original",
-            },
-            {"decay": "decoupled_first"},
-            _SCALES,
-        ),
-        "optax": Convention(
-            {
-                "lr": REQUIRED,
-                "momentum": 0.95,
-                "nesterov": True,
-                "ns_coefficients": (3.4445, -4.7750, 2.0315),
-                "ns_steps": 5,
-                "eps": 1e-8,
-                "weight_decay": 0.0,
-                "scale": "original",
-            },
-            {"bias_correction": True},
-            _SCALES,
-        ),
-        "keras": Convention(
-            {
-                "lr": 1e-3,
-                "momentum": 0.95,
-                "nesterov": True,
-                "ns_coefficients": (3.4445, -4.7750, 2.0315),
-                "ns_steps": 5,
-                "weight_decay": 4e-3,
-                "scale": "match_rms_adamw",
-            },
-            {"form": "heavy_ball", "eps": 1e-7},
-            {"scale": {"match_rms_adamw": "match_rms_adamw", "none": "none"}},
-        ),
-    }
     settled = ("form",)
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
         {},
@@ -183,17 +166,35 @@ class Muon(Rule):
         filters: Literal["muon", "adamw"] | None = None,
         **hyperparameters: Any,
     ) -> dict[str, Rule]:
-        """Patterns and rules for an `Optimizer`: Muon for matrices, AdamW for everything else.
+        """Return rules for an `Optimizer`: Muon for matrices, AdamW for everything else.
 
-        params: as for the optimizer. adamw: by default the usual one beside Muon, AdamW(lr=3e-4,
-        betas=(0.9, 0.95), eps=1e-10, weight_decay=0). names: matrices that go to AdamW, namely
-        where a part of the dotted path matches one of these patterns; by default those of
-        embeddings and output heads, `fusedopt.rules.groups.NAMES`. filters: where those of more
-        than two dimensions go; without it they are refused. hyperparameters: Muon's.
+        Parameters
+        ----------
+        params : nested arrays
+            Parameters, as for the optimizer.
+        adamw : AdamW, optional
+            Rule of what is no matrix; by default AdamW(lr=3e-4, betas=(0.9, 0.95), eps=1e-10,
+            weight_decay=0), the usual one beside Muon.
+        names : sequence of str, optional
+            Patterns of matrices that go to AdamW: a part of the dotted path matches one of them. By
+            default the names of embeddings and output heads, `fusedopt.rules.groups.NAMES`.
+        filters : {"muon", "adamw"}, optional
+            Rule of arrays of more than two dimensions, which are refused without it.
+        **hyperparameters
+            Hyperparameters of Muon.
 
-        The result is an ordinary dict, to read and to change; `Optimizer.describe` shows which
-        leaf went where. Raises ValueError for a name that matches nothing, or filters undecided.
+        Returns
+        -------
+        dict
+            Rules by pattern; `Optimizer.describe` shows the rule of each leaf.
 
+        Raises
+        ------
+        TypeError, ValueError
+            If a name matches nothing, `filters` is needed, or a hyperparameter does not fit.
+
+        Examples
+        --------
         >>> import numpy as np, fusedopt as fo
         >>> block = {"w": np.ones((4, 4)), "gain": np.ones(4)}
         >>> params = {"embed": np.ones((9, 4)), "blocks": [block]}
@@ -213,16 +214,15 @@ class Muon(Rule):
         return ("m",)
 
     def refuses(self, p: np.ndarray) -> str | None:
-        if p.ndim < 2:
-            return refuses_vectors(self, p)
-        if self.ns_dtype == "bfloat16" and (reason := no_unit()):
-            return f"{type(self).__name__}(ns_dtype): {reason}"
-        if p.shape[0] % self.split:
+        reason = super().refuses(p)
+        if reason is None and self.ns_dtype == "bfloat16" and (lacking := no_unit()):
+            return f"{type(self).__name__}(ns_dtype): {lacking}"
+        if reason is None and p.shape[0] % self.split:
             return (
                 f"{type(self).__name__}(split={self.split}) splits the first axis into equal parts,"
                 f" got shape {p.shape}; give such parameters a rule of their own by a pattern"
             )
-        return None
+        return reason
 
     def operations(self) -> tuple[Operation, ...]:
         direction = Operation(
@@ -252,7 +252,7 @@ class Muon(Rule):
         return self.momentum, self._gain, lr
 
     def factor(self, rows: int, cols: int) -> float:
-        """s, by which the orthogonalised direction is multiplied."""
+        """Return s, by which the orthogonalised direction is multiplied."""
         if self.scale == "original":
             return math.sqrt(max(1.0, rows / cols))
         if self.scale == "match_rms_adamw":
@@ -303,7 +303,7 @@ class Muon(Rule):
         return f"{type(self).__name__} of shape {shape}{treated}: {form}"
 
     def orthogonalized(self, u: np.ndarray) -> np.ndarray:
-        """s o of a direction, in its shape, in plain NumPy; `between` is the fast form."""
+        """Return s o of a direction, in its shape, in plain NumPy; `between` is the fast form."""
         if u.size == 0:
             return u.copy()
         return self.factor(*self.matrices(u.shape)[1:]) * self.polar(u)
@@ -347,7 +347,7 @@ class Muon(Rule):
         return lr * self.through(u, self.orthogonalized, size), (m,)
 
     def textbook_direction(self, g: Array, m: Array, t: int) -> tuple[Array, Array]:
-        """u, and the new m."""
+        """Return u and the new m."""
         mu = self.momentum
         gained = (1 - mu) * g if self.form == "ema" else g
         m = mu * m + gained
@@ -355,19 +355,3 @@ class Muon(Rule):
         if self.bias_correction:
             c_g, c_m = textbook_correction(mu, t), textbook_correction(mu, t + 1)
         return gained / c_g + mu * m / c_m if self.nesterov else m / c_g, m
-
-
-def refuses_vectors(rule: Rule, p: np.ndarray) -> str | None:
-    """`Rule.refuses` of a rule for matrices."""
-    if p.ndim > 1:
-        return None
-    own = type(rule).__name__
-    return (
-        f"{own} updates arrays of two dimensions or more, got shape {p.shape}; send it to AdamW by"
-        f" a pattern: {{'<this path>': fo.AdamW(), '*': fo.{own}()}}"
-    )
-
-
-def through(u: Array, function: Callable[[np.ndarray], Any], gain: float) -> Any:
-    """`function` of a reference's array, which amplifies rounding up to `gain` times."""
-    return function(u) if isinstance(u, np.ndarray) else u.through(function, gain)

@@ -10,7 +10,7 @@ import numpy as np
 from ..programs.arithmetic import Array, correction, ratio, textbook_correction
 from ..programs.elements import Element
 from .adam import adam_nesterov
-from .base import Convention, DecayForm, Rule
+from .base import DecayForm, Rule
 from .hyperparameters import Betas, LearningRate, NonNegative
 
 VANISHED = 1e-20
@@ -20,6 +20,18 @@ VANISHED = 1e-20
 @dataclass(frozen=True, kw_only=True)
 class NAdam(Rule):
     """Adam with Nesterov's momentum, which warms up.
+
+    Parameters
+    ----------
+    betas : pair of float
+        Decay rates b1 and b2 in [0, 1) of the averages of the gradient and of its square;
+        default (0.9, 0.999).
+    eps : float
+        Number >= 0 added to the root in the denominator; default 1e-8.
+    momentum_decay : float
+        Speed >= 0 at which the momentum warms up; default 0.004.
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
 
     Notes
     -----
@@ -50,24 +62,6 @@ class NAdam(Rule):
     """
 
     name = "nadam"
-    conventions = {
-        "torch": Convention(
-            {
-                "lr": 2e-3,
-                "betas": (0.9, 0.999),
-                "eps": 1e-8,
-                "weight_decay": 0.0,
-                "momentum_decay": 4e-3,
-                "decay": "l2",
-                "maximize": False,
-            },
-            spelled={"decay": {"l2": "l2", "decoupled": "decoupled_first"}},
-        ),
-        "keras": Convention(
-            {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-7, "weight_decay": 0.0},
-            {"momentum_decay": 1.0, "decay": "decoupled"},
-        ),
-    }
 
     lr: LearningRate = 2e-3
     betas: Betas = (0.9, 0.999)
@@ -88,11 +82,11 @@ class NAdam(Rule):
         return "adam_nesterov"
 
     def momentum(self, t: int) -> float:
-        """mu_t."""
+        """Return mu_t."""
         return float(self.betas[0] * (1.0 - 0.5 * 0.96 ** (t * self.momentum_decay)))
 
     def product(self, t: int) -> float:
-        """P_t, of which all are kept that differ from zero: some hundreds where b1 is 0.9."""
+        """Return P_t; all that differ from zero are kept, some hundreds where b1 is 0.9."""
         known: list[float] = self.__dict__.setdefault("_products", [1.0])
         if t >= len(known) and known[-1] > VANISHED:
             grown = list(known)  # another thread may read, or do the same

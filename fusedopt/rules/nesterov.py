@@ -8,14 +8,12 @@ from typing import Literal
 from ..programs.arithmetic import Array
 from ..programs.elements import Element
 from ..programs.program import Operation
-from .base import REQUIRED, Convention, Rule
+from .base import Rule
 from .hyperparameters import Fraction, LearningRate
 from .momentum import Momentum
 
 
-def nesterov(
-    p: float, g: float, v: float, mu: float, a: float, b: float, c: float
-) -> tuple[float, float]:
+def nesterov(p, g, v, mu, a, b, c):
     v = mu * v + a * g
     return b * g + c * v, v
 
@@ -23,6 +21,15 @@ def nesterov(
 @dataclass(frozen=True, kw_only=True)
 class Nesterov(Rule):
     """Nesterov's accelerated gradient.
+
+    Parameters
+    ----------
+    momentum : float
+        Decay rate mu in [0, 1) of the velocity; default 0.9.
+    form : {"rearranged", "heavy_ball", "lookahead"}
+        Form of the velocity; default "rearranged".
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
 
     Notes
     -----
@@ -54,14 +61,6 @@ class Nesterov(Rule):
     """
 
     name = "nesterov"
-    conventions = {
-        "torch": Convention({"lr": 1e-3, "momentum": 0.9, "weight_decay": 0.0, "maximize": False}),
-        "optax": Convention({"lr": REQUIRED, "momentum": 0.9}),
-        "keras": Convention(
-            {"lr": 1e-2, "momentum": 0.9, "weight_decay": 0.0},
-            {"form": "heavy_ball", "decay": "decoupled"},
-        ),
-    }
     settled = ("form",)
     examples = ({}, {"form": "heavy_ball"}, {"form": "lookahead"})
 

@@ -5,24 +5,36 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
 from ..linalg.newton_schulz import Workspace
 from ..programs.arithmetic import Array, capped, ratio
-from .base import Convention, Member
 from .hyperparameters import Fraction, NonNegative
+from .matrix import Member
 from .muon import Muon
 
 
 @dataclass(frozen=True, kw_only=True)
 class NorMuon(Muon):
-    """Muon whose rows are of like size.
+    """Muon with rows of equal size.
+
+    Parameters
+    ----------
+    momentum, nesterov, form, ns_steps, ns_coefficients, norm, gram, split, scale
+        As in `Muon`.
+    eps, bias_correction
+        As in `Muon`.
+    beta2 : float
+        Decay rate in [0, 1) of the rows' mean squares; default 0.95.
+    eps_v : float
+        Number >= 0 added to the denominators; default 1e-10.
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
 
     Notes
     -----
-    Of the orthogonalised o of `Muon`, whose hyperparameters these are but for the last two::
+    With o, the orthogonalised direction of `Muon`::
 
         v_i := beta2 v_i + (1 - beta2) mean_j(o_ij^2)       n_ij = o_ij / (sqrt(v_i) + eps_v)
         p := p - lr s (||o|| / (||n|| + eps_v)) n
@@ -50,7 +62,6 @@ class NorMuon(Muon):
     """
 
     name = "normuon"
-    conventions: ClassVar[dict[str, Convention]] = {}
     examples = (
         {},
         {"nesterov": False, "scale": "match_rms_adamw", "beta2": 0.8},

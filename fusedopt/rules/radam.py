@@ -10,8 +10,8 @@ from typing import Annotated
 import numpy as np
 
 from ..programs.arithmetic import Array, correction, ratio, textbook_correction
-from ..programs.elements import quotient
-from .base import REQUIRED, Convention, DecayForm, Rule
+from ..programs.elements import moments, quotient
+from .base import DecayForm, Rule
 from .hyperparameters import Betas, LearningRate, NonNegative, Number
 
 AboveFour = Annotated[float, Number(low=4.0)]
@@ -20,6 +20,22 @@ AboveFour = Annotated[float, Number(low=4.0)]
 @dataclass(frozen=True, kw_only=True)
 class RAdam(Rule):
     """Adam that does not divide by v while v tells too little, and less than fully after.
+
+    Parameters
+    ----------
+    betas : pair of float
+        Decay rates b1 and b2 in [0, 1) of the averages of the gradient and of its square;
+        default (0.9, 0.999).
+    eps : float
+        Number >= 0 added to the root in the denominator; default 1e-8.
+    eps_root : float
+        Number >= 0 added inside the root; default 0.
+    threshold : float
+        Length r, at least 4, from which on v divides; default 5.
+    hat : bool
+        Add eps to the uncorrected root, as PyTorch does; default False.
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
 
     Notes
     -----
@@ -50,29 +66,6 @@ class RAdam(Rule):
     """
 
     name = "radam"
-    conventions = {
-        "torch": Convention(
-            {
-                "lr": 1e-3,
-                "betas": (0.9, 0.999),
-                "eps": 1e-8,
-                "weight_decay": 0.0,
-                "decay": "l2",
-                "maximize": False,
-            },
-            {"hat": True},
-            {"decay": {"l2": "l2", "decoupled": "decoupled_first"}},
-        ),
-        "optax": Convention(
-            {
-                "lr": REQUIRED,
-                "betas": (0.9, 0.999),
-                "eps": 1e-8,
-                "eps_root": 0.0,
-                "threshold": 5.0,
-            }
-        ),
-    }
     examples = ({}, {"threshold": 5.7, "eps_root": 1e-6, "hat": True})
     branches = 6
 
@@ -106,22 +99,8 @@ class RAdam(Rule):
         return b1, 1.0 - b1, b2, 1.0 - b2, step, eps_root, eps, plain
 
     @staticmethod
-    def element(
-        p: float,
-        g: float,
-        m: float,
-        v: float,
-        b1: float,
-        one_b1: float,
-        b2: float,
-        one_b2: float,
-        step: float,
-        eps_root: float,
-        eps: float,
-        plain: float,
-    ) -> tuple[float, float, float]:
-        m = b1 * m + one_b1 * g
-        v = b2 * v + one_b2 * (g * g)
+    def element(p, g, m, v, b1, one_b1, b2, one_b2, step, eps_root, eps, plain):
+        m, v = moments(g, m, v, b1, one_b1, b2, one_b2)
         adaptive = sqrt(v + eps_root) + eps
         return quotient(step * m, adaptive if plain == 0 else plain), m, v
 

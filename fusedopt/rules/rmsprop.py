@@ -9,36 +9,16 @@ import numpy as np
 
 from ..programs.arithmetic import Array, correction, ratio, textbook_correction
 from ..programs.elements import Element, quotient
-from .base import REQUIRED, Convention, Rule
+from .base import Rule
 from .hyperparameters import Fraction, LearningRate, NonNegative
 
 
-def rmsprop(
-    p: float,
-    g: float,
-    v: float,
-    rho: float,
-    one_rho: float,
-    lr: float,
-    eps_root: float,
-    eps: float,
-) -> tuple[float, float]:
+def rmsprop(p, g, v, rho, one_rho, lr, eps_root, eps):
     v = rho * v + one_rho * (g * g)
     return quotient(lr * g, sqrt(v + eps_root) + eps), v
 
 
-def rmsprop_centered(
-    p: float,
-    g: float,
-    v: float,
-    a: float,
-    rho: float,
-    one_rho: float,
-    lr: float,
-    eps_root: float,
-    eps: float,
-    k: float,
-) -> tuple[float, float, float]:
+def rmsprop_centered(p, g, v, a, rho, one_rho, lr, eps_root, eps, k):
     v = rho * v + one_rho * (g * g)
     a = rho * a + one_rho * g
     w = v - k * (a * a)
@@ -46,41 +26,13 @@ def rmsprop_centered(
     return quotient(lr * g, sqrt(w + eps_root) + eps), v, a
 
 
-def rmsprop_momentum(
-    p: float,
-    g: float,
-    b: float,
-    v: float,
-    rho: float,
-    one_rho: float,
-    lr: float,
-    eps_root: float,
-    eps: float,
-    mu: float,
-    x: float,
-    y: float,
-) -> tuple[float, float, float]:
+def rmsprop_momentum(p, g, b, v, rho, one_rho, lr, eps_root, eps, mu, x, y):
     u, v = rmsprop(p, g, v, rho, one_rho, lr, eps_root, eps)
     b = mu * b + u
     return x * u + y * b, b, v
 
 
-def rmsprop_centered_momentum(
-    p: float,
-    g: float,
-    b: float,
-    v: float,
-    a: float,
-    rho: float,
-    one_rho: float,
-    lr: float,
-    eps_root: float,
-    eps: float,
-    k: float,
-    mu: float,
-    x: float,
-    y: float,
-) -> tuple[float, float, float, float]:
+def rmsprop_centered_momentum(p, g, b, v, a, rho, one_rho, lr, eps_root, eps, k, mu, x, y):
     u, v, a = rmsprop_centered(p, g, v, a, rho, one_rho, lr, eps_root, eps, k)
     b = mu * b + u
     return x * u + y * b, b, v, a
@@ -94,6 +46,31 @@ _ELEMENTS: dict[str, Element] = {
 @dataclass(frozen=True, kw_only=True)
 class RMSProp(Rule):
     """Steps divided by the root of a moving average of squared gradients.
+
+    Parameters
+    ----------
+    rho : float
+        Decay rate in [0, 1) of the averages; default 0.9.
+    eps_root : float
+        Number >= 0 added inside the root; default 1e-16.
+    eps : float
+        Number >= 0 added to the root in the denominator; default 0.
+    lr_decay : float
+        Number >= 0: lr is divided by 1 + (t - 1) lr_decay; default 0.
+    initial_accumulator : float
+        First value >= 0 of v; default 0.
+    centered : bool
+        Divide by the root of the variance about the mean; default False.
+    momentum : float
+        Decay rate mu in [0, 1) of a velocity over the steps; default 0, without one.
+    nesterov : bool
+        Look one step ahead with the velocity; default False.
+    lr_in_buffer : bool
+        Let the velocity gather steps that hold lr; default False.
+    bias_correction : bool
+        Divide v and a by their bias; default False.
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
 
     Notes
     -----
@@ -124,45 +101,6 @@ class RMSProp(Rule):
     """
 
     name = "rmsprop"
-    conventions = {
-        "torch": Convention(
-            {
-                "lr": 1e-2,
-                "rho": 0.99,
-                "eps": 1e-8,
-                "weight_decay": 0.0,
-                "momentum": 0.0,
-                "centered": False,
-                "maximize": False,
-            },
-            {"eps_root": 0.0},
-        ),
-        "optax": Convention(
-            {
-                "lr": REQUIRED,
-                "rho": 0.9,
-                "eps_root": 1e-8,
-                "eps": 0.0,
-                "initial_accumulator": 0.0,
-                "centered": False,
-                "momentum": 0.0,
-                "nesterov": False,
-                "bias_correction": False,
-            },
-            {"lr_in_buffer": True},
-        ),
-        "keras": Convention(
-            {
-                "lr": 1e-3,
-                "rho": 0.9,
-                "momentum": 0.0,
-                "eps_root": 1e-7,
-                "centered": False,
-                "weight_decay": 0.0,
-            },
-            {"lr_in_buffer": True, "decay": "decoupled"},
-        ),
-    }
     settled = ("initial_accumulator", "lr_in_buffer")
     examples = (
         {},

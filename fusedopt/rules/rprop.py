@@ -8,13 +8,22 @@ import numpy as np
 
 from ..programs.arithmetic import Array, by_sign
 from ..programs.elements import signed_like
-from .base import Convention, Rule
+from .base import Rule
 from .hyperparameters import LearningRate, Pair
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rprop(Rule):
     """Resilient propagation: a step size for each element, that only signs of gradients change.
+
+    Parameters
+    ----------
+    etas : pair of float
+        Factors >= 0 of a step size where signs differ and where they agree; default (0.5, 1.2).
+    step_sizes : pair of float
+        Smallest and largest step size; default (1e-6, 50).
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
 
     Notes
     -----
@@ -46,11 +55,6 @@ class Rprop(Rule):
     """
 
     name = "rprop"
-    conventions = {
-        "torch": Convention(
-            {"lr": 1e-2, "etas": (0.5, 1.2), "step_sizes": (1e-6, 50.0), "maximize": False}
-        )
-    }
     settled = ("lr",)
     examples = ({}, {"lr": 0.025, "etas": (0.4, 3.0), "step_sizes": (0.02, 0.06)})
 
@@ -84,9 +88,7 @@ class Rprop(Rule):
         return *self.etas, *self.step_sizes
 
     @staticmethod
-    def element(
-        p: float, g: float, prev: float, s: float, down: float, up: float, low: float, high: float
-    ) -> tuple[float, float, float]:
+    def element(p, g, prev, s, down, up, low, high):
         agreement = signed_like(prev, g)
         s = up * s if agreement > 0 else (down * s if agreement < 0 else s)
         s = low if s < low else (high if s > high else s)

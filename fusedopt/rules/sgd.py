@@ -5,13 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..programs.arithmetic import Array
-from .base import REQUIRED, Convention, Rule
+from .base import Rule
 from .hyperparameters import LearningRate
 
 
 @dataclass(frozen=True, kw_only=True)
 class SGD(Rule):
     """Stochastic gradient descent: no state.
+
+    Parameters
+    ----------
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
 
     Notes
     -----
@@ -33,11 +38,6 @@ class SGD(Rule):
     """
 
     name = "sgd"
-    conventions = {
-        "torch": Convention({"lr": 1e-3, "weight_decay": 0.0, "maximize": False}),
-        "optax": Convention({"lr": REQUIRED}),
-        "keras": Convention({"lr": 1e-2, "weight_decay": 0.0}, {"decay": "decoupled"}),
-    }
 
     lr: LearningRate = 1e-2
 
@@ -45,7 +45,7 @@ class SGD(Rule):
         return (lr,)
 
     @staticmethod
-    def element(p: float, g: float, lr: float) -> float:
+    def element(p, g, lr):
         return lr * g
 
     def textbook(

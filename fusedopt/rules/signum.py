@@ -8,7 +8,7 @@ import numpy as np
 
 from ..programs.arithmetic import Array
 from ..programs.elements import Element
-from .base import REQUIRED, Convention, DecayForm, Rule
+from .base import DecayForm, Rule
 from .hyperparameters import Fraction, LearningRate
 from .lion import Lion
 
@@ -16,6 +16,13 @@ from .lion import Lion
 @dataclass(frozen=True, kw_only=True)
 class Signum(Rule):
     """Steps of one size, with the sign of the momentum.
+
+    Parameters
+    ----------
+    momentum : float
+        Decay rate mu in [0, 1) of the average of the gradient; default 0.9.
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
 
     Notes
     -----
@@ -42,7 +49,6 @@ class Signum(Rule):
     """
 
     name = "signum"
-    conventions = {"optax": Convention({"lr": REQUIRED, "momentum": 0.9})}
 
     lr: LearningRate = 1e-4
     momentum: Fraction = 0.9

@@ -11,16 +11,33 @@ import numpy as np
 from ..linalg.newton_schulz import Stack, Workspace, as_matrix
 from ..programs.arithmetic import Array, correction, ratio, textbook_correction
 from ..programs.program import Operation
-from .base import DecayForm, Member, Rule
+from .base import DecayForm
 from .hyperparameters import Betas, Count, Fraction, LearningRate, NonNegative
+from .matrix import MatrixRule, Member, through
 from .momentum import Momentum
-from .muon import muon, refuses_vectors, through
+from .muon import muon
 from .sgd import SGD
 
 
 @dataclass(frozen=True, kw_only=True)
-class SOAP(Rule):
+class SOAP(MatrixRule):
     """Adam in the eigenbasis of Shampoo's preconditioner, for matrices.
+
+    Parameters
+    ----------
+    betas : pair of float
+        Decay rates b1 and b2 in [0, 1) of the averages of the gradient and of its square;
+        default (0.95, 0.95).
+    shampoo_beta : float
+        Decay rate b in [0, 1) of L and R; default 0.95.
+    eps : float
+        Number >= 0 added to the root in the denominator; default 1e-8.
+    precondition_frequency : int
+        Number of steps, at least 1, between refinements of the basis; default 10.
+    max_precond_dim : int
+        Longest side that has a basis of its own; default 10000.
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
 
     Notes
     -----
@@ -96,9 +113,6 @@ class SOAP(Rule):
         rows, cols = as_matrix(shape)
         sides = {"L": rows, "R": cols, "QL": rows, "QR": cols}
         return {name: (n, n) for name, n in sides.items() if n <= self.max_precond_dim}
-
-    def refuses(self, p: np.ndarray) -> str | None:
-        return refuses_vectors(self, p)
 
     def matrices(self, shape: tuple[int, ...]) -> Stack:
         return 1, *as_matrix(shape)

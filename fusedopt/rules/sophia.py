@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -11,40 +11,16 @@ import numpy as np
 from ..programs.arithmetic import Array, correction, textbook_correction
 from ..programs.elements import Element, clamp, maximum
 from ..programs.program import Operation
-from .base import REQUIRED, Convention, DecayForm, Rule
+from .base import DecayForm, Rule
 from .hyperparameters import Betas, Count, LearningRate, NonNegative
 
 
-def sophia(
-    p: float,
-    g: float,
-    m: float,
-    h: float,
-    b1: float,
-    one_b1: float,
-    lr: float,
-    gamma: float,
-    eps: float,
-    clip: float,
-    k: float,
-) -> tuple[float, float]:
+def sophia(p, g, m, h, b1, one_b1, lr, gamma, eps, clip, k):
     m = b1 * m + one_b1 * g
     return lr * clamp(k * m / (gamma * h + eps), clip), m
 
 
-def sophia_paper(
-    p: float,
-    g: float,
-    m: float,
-    h: float,
-    b1: float,
-    one_b1: float,
-    lr: float,
-    gamma: float,
-    eps: float,
-    clip: float,
-    k: float,
-) -> tuple[float, float]:
+def sophia_paper(p, g, m, h, b1, one_b1, lr, gamma, eps, clip, k):
     m = b1 * m + one_b1 * g
     return lr * clamp(k * m / maximum(eps, gamma * h), clip), m
 
@@ -52,6 +28,28 @@ def sophia_paper(
 @dataclass(frozen=True, kw_only=True)
 class Sophia(Rule):
     """Second-order clipped steps.
+
+    Parameters
+    ----------
+    betas : pair of float
+        Decay rates b1 and b2 in [0, 1) of the averages of the gradient and of the Hessian's
+        diagonal; default (0.965, 0.99).
+    rho : float
+        Number >= 0 that scales h; default 0.04.
+    bs : int
+        Number of tokens or samples in the batch; default 5120.
+    eps : float
+        Number >= 0 added to, or least value of, the denominator; default 1e-15.
+    clip : float
+        Limit >= 0 of each element's step over lr; default 1.
+    form : {"official", "paper"}
+        Form of the denominator; default "official".
+    estimator : {"gnb", "hutchinson"}
+        Kind of the Hessian estimate; default "gnb".
+    bias_correction : bool
+        Divide m by its bias; default False.
+    lr, weight_decay, decay, maximize
+        As in `Rule`.
 
     Notes
     -----
@@ -90,19 +88,6 @@ class Sophia(Rule):
 
     name = "sophia"
     takes_hessian = True
-    conventions = {
-        "optax": Convention(
-            {
-                "lr": REQUIRED,
-                "betas": (0.965, 0.99),
-                "eps": 1e-8,
-                "weight_decay": 1e-4,
-                "rho": 0.01,
-                "clip": 1.0,
-            },
-            {"form": "paper", "estimator": "hutchinson", "bias_correction": True},
-        ),
-    }
     settled = ("form", "estimator")
     examples = (
         {"bs": 100},
@@ -166,7 +151,7 @@ class Sophia(Rule):
             needs="hessian",
         )
         (step,) = super().operations()
-        return replace(step, written=1), refresh
+        return step._replace(written=1), refresh
 
     def sums(self) -> tuple[Operation, ...]:
         # A share of the elements in the published code's log, as "win_rate".

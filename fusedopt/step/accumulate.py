@@ -30,7 +30,7 @@ class Accumulated:
 
 
 ACCUMULATED: Any = Accumulated()
-"""What `Optimizer.step` takes without an argument."""
+"""The accumulated gradients that `Optimizer.step` takes when it is called without any."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from ..plan.interface import Policy
 from ..plan.options import Options, check_grad_scale, check_seed
 from ..plan.spec import PlanSpec, results_for
 from ..rules import Rule
-from ..rules.groups import Group, RuleChoice, assign, at_step, check_successor
+from ..rules.groups import Group, RuleChoice, assign, at_step, check_successor, is_renumbered
 from ..schedules import formula_of
 from ..system.interrupts import directly, uninterrupted
 from ..verification.plan import VerifiedPlan
@@ -198,6 +198,8 @@ class Assembly:
         )
         self.info_builder = StepInfoBuilder(self.tree, spec, self.clipper)
         self._one_phase = all(group.rule.program.phases == 1 for group in self.current)
+        more = self.options.exact or self.state_file or not self._one_phase
+        self._renumbers = hasattr(plan, "change") and not more
         self._formulas: list[Any] | None = None  # of which the plan has been told
         self.settle_rates()
 
@@ -260,7 +262,9 @@ class Assembly:
         """Take a whole step after the plan was given the values of its schedules."""
         current, extras = self._values
         if (current, extras) != (self.current, self.extras):
-            self.whole("step", partial(self._use, current, extras), settled=False)
+            rates = self.rates.values.tolist()
+            if not self._at_once(self.groups, current, extras, rates):
+                self.whole("step", partial(self._use, current, extras), settled=False)
         info: StepInfo | None = self.plan.whole_step(grads, hessian, scale, ask)
         return info
 
@@ -279,7 +283,7 @@ class Assembly:
         self.check_caught_up("hyperparameters")
         old, before = self.groups, self.current
         kept = [check_successor(group, rule) for group, rule in zip(old, rules, strict=True)]
-        self.groups = [replace(g, rule=rule) for g, rule in zip(old, rules, strict=True)]
+        self.groups = [g._replace(rule=rule) for g, rule in zip(old, rules, strict=True)]
         try:
             current = at_step(self.groups, self._upcoming)
             if all(kept):  # plans take learning rates from elsewhere
@@ -306,31 +310,52 @@ class Assembly:
         self.clipper.begin(1.0)
         self.lazy_rows.catch_up(rows)
 
-    def set_rates(self, rates: Sequence[Any]) -> bool:
-        """Take numbers as the groups' learning rates; False, and nothing is done, where that is for
-        `adopt`."""
-        if self.exchanged or self.options.exact or self.state_file or self._scheduled:
+    def set_rate(self, lr: Any) -> bool:
+        """Take a number as the learning rate of the only group; False, and nothing is done, where
+        that is for `change` or `adopt`."""
+        number = type(lr) is float and 0.0 <= lr < math.inf
+        if not number or self._scheduled or len(self.groups) > 1:
             return False
-        old, rates_before = self.groups, self.rates.values.tolist()
-        groups = []
-        for group, lr in zip(old, rates, strict=True):
-            number = type(lr) is float and 0.0 <= lr < math.inf
-            rule = group.rule.with_rate(lr) if number else None
-            if rule is None or self.counters[0] == HALFWAY:
+        label, old = self.groups[0]
+        rule = old.with_rate(lr)
+        return rule is not None and self._at_once([Group(label, rule)], None, self.extras, [lr])
+
+    def change(self, rules: Sequence[Rule]) -> bool:
+        """Put rules that differ from the groups' own in numbers alone in their place.
+
+        False, and nothing has changed, where there is more to it: see `adopt`.
+        """
+        groups = [Group(label, rule) for (label, _), rule in zip(self.groups, rules, strict=True)]
+        for old, rule in zip(self.groups, rules, strict=True):
+            if not is_renumbered(old, rule):
                 return False
-            groups.append(Group(group.label, rule))
-        token = object()
-        self.plan.take(token)
-        try:
-            self.rates.change(groups, rates)
-            self.groups = self.current = groups
-        except BaseException:  # an interrupt: before or after it, not within
-            self.groups = self.current = old
-            self.rates.change(old, rates_before)
-            raise
-        finally:
-            self.plan.give(token)
-        return True
+        current = at_step(groups, self._upcoming) if self._scheduled else groups
+        rates = self.rates.values.tolist()
+        for k, rule in enumerate(rules):
+            if not callable(rule.lr):
+                rates[k] = rule.lr
+        return self._at_once(groups, current, self.extras, rates)
+
+    def _at_once(
+        self,
+        groups: list[Group],
+        current: list[Group] | None,
+        extras: Extras,
+        rates: Sequence[float],
+    ) -> bool:
+        """Let the plan have other numbers in a single call, in which no interrupt arrives.
+
+        current: None where they differ from `groups` in nothing that programs are made of. False,
+        and nothing has changed, where the plan has no such call, or where more must be done.
+        """
+        if not self._renumbers or self.exchanged or self.counters[0] == HALFWAY:
+            return False
+        known = (
+            self, "groups", groups, self, "current", current or groups, self, "extras", extras,
+            self.rates, "groups", groups,
+        )  # fmt: skip
+        changed: bool = self.plan.change(current, extras, rates, known)
+        return changed
 
     @property
     def _upcoming(self) -> int:

@@ -14,16 +14,30 @@ from .clipping import GradientClipper
 class StepInfo(NamedTuple):
     """The result of one step.
 
-    step: its number, 1 for the first; of a skipped one that of the step before. lr: the learning
-    rate that it used; with several rules a dict of them, by pattern (or by rule name where a
-    callable chose). grad_norm: of the unscaled gradients, before any clipping; None where nothing
-    asked for it (`clip_norm`, `skip_nonfinite`, `stats`). clip_scale: by what `clip_norm`
-    multiplied them; where groups clip each on its own, these two are dicts; with `wait=False` their
-    numbers are arrays of the device, see `Optimizer`. skipped: whether nothing was done, for a NaN
-    or infinity in the gradients of `bad_leaves`, a tuple of paths. stats: with `stats=True`, by
-    path of the leaves that took part, a dict of "grad_norm", "update_ratio" (the norm of the
-    parameter's change over its own), and what the rule adds ("win_rate" of Sophia: the share of
-    elements that were not clipped), of `Rows` those that were touched; else None.
+    Parameters
+    ----------
+    step : int
+        Number of the step, 1 for the first; of a skipped step the number of the step before.
+    lr : float or dict
+        Learning rate of the step; with several rules a dict by the label of the parameter group.
+    grad_norm : float, dict or None
+        Norm of the unscaled gradients before any clipping; None where nothing asked for it
+        (`clip_norm`, `skip_nonfinite`, `stats`), a dict by label where groups are clipped apart.
+    clip_scale : float or dict
+        Factor by which `clip_norm` multiplied the gradients.
+    skipped : bool
+        Whether nothing was done, since a gradient held a NaN or an infinity.
+    bad_leaves : tuple of str
+        Paths of the leaves with such gradients.
+    stats : dict or None
+        With `stats=True`, by path of each leaf that took part, a dict of "grad_norm",
+        "update_ratio" (the norm of the parameter's change over the parameter's own) and what the
+        rule adds, such as Sophia's "win_rate", the share of elements that were not clipped. Of
+        `Rows` only the rows that were touched count.
+
+    Notes
+    -----
+    With `wait=False`, `grad_norm` and `clip_scale` are arrays of the device: see `Optimizer`.
     """
 
     step: int

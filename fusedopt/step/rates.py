@@ -17,18 +17,18 @@ class Rates:
     """The learning rate of each parameter group in the step at hand.
 
     values, factors: float64, the groups' learning rates and the factors on their gradients, which a
-    plan reads. scheduled: whether a learning rate changes from step to step. only: the learning
-    rate, where there is one group without a schedule; 0, which is as good as none, otherwise.
+    plan reads. scheduled: whether a learning rate changes from step to step. groups: those whose
+    schedules give the values.
     """
 
     def __init__(self, groups: Sequence[Group]) -> None:
         self.values, self.factors = np.ones(len(groups)), np.ones(len(groups))
-        self._kept: tuple[np.ndarray, float] | None = None
+        self._kept: np.ndarray | None = None
         self.settle(groups)
 
     def settle(self, groups: Sequence[Group]) -> None:
         """Take the learning rates of other rules from the next step on."""
-        self._groups = groups
+        self.groups = groups
         self.scheduled = any(callable(group.rule.lr) for group in groups)
         self.use(
             [
@@ -37,34 +37,28 @@ class Rates:
             ]
         )
 
-    def change(self, groups: Sequence[Group], rates: Sequence[float]) -> None:
-        """Take other numbers from groups that differ in nothing else."""
-        self._groups = groups
-        self.use(rates)
-
     def use(self, rates: Sequence[float]) -> None:
         """Set the learning rates from the next step on, and leave the rules alone."""
         self.values[:] = rates
-        self.only = float(rates[0]) if len(rates) == 1 and not self.scheduled else 0.0
 
     def begin(self, step: int, lr: StepRate | None = None) -> None:
         """Find what the schedules give a step; lr: what the caller gives it instead."""
         if lr is not None:
             given = self._accepted(lr)
-            self._kept = self.values.copy(), self.only
-            self.values[:], self.only = given, 0.0
+            self._kept = self.values.copy()
+            self.values[:] = given
         elif self.scheduled:
-            self.values[:] = [group.rule.lr_at(step) for group in self._groups]
+            self.values[:] = [group.rule.lr_at(step) for group in self.groups]
 
     def end(self) -> None:
         """Forget what was one step's alone; a step that guards itself leaves the factors alone."""
         self.factors[:] = 1.0
         if self._kept is not None:
-            self.values[:], self.only = self._kept
+            self.values[:] = self._kept
             self._kept = None
 
     def _accepted(self, lr: StepRate) -> list[float]:
-        labels = [group.label for group in self._groups]
+        labels = [group.label for group in self.groups]
         if not isinstance(lr, Mapping):
             return [Number().accept("step(lr)", lr)] * len(labels)
         if set(lr) != set(labels):
@@ -76,15 +70,15 @@ class Rates:
 
     def used(self) -> float | dict[str, float]:
         """Return the learning rates of the last step: one number, or one for each label."""
-        return self.only or self._by_label(self.values.tolist())
+        return self._by_label(self.values.tolist())
 
     def upcoming(self, step: int) -> float | dict[str, float]:
         """Return the learning rates that a step will have."""
         if not self.scheduled:
             return self.used()
-        return self._by_label([group.rule.lr_at(step) for group in self._groups])
+        return self._by_label([group.rule.lr_at(step) for group in self.groups])
 
     def _by_label(self, rates: Sequence[float]) -> float | dict[str, float]:
         if len(rates) == 1:
             return rates[0]
-        return {group.label: lr for group, lr in zip(self._groups, rates, strict=True)}
+        return {group.label: lr for group, lr in zip(self.groups, rates, strict=True)}

@@ -8,12 +8,18 @@ from .threads import available, check_threads, in_use, use
 
 
 def get_isa() -> str:
-    """The instruction set of the compiled core in use; "none" where there is no core."""
+    """Return the instruction set that the compiled core uses.
+
+    Returns
+    -------
+    str
+        Name of the instruction set; "none" where there is no compiled core.
+    """
     return core.get_level() if core else "none"
 
 
 def isas() -> list[str]:
-    """The instruction sets that this build and this machine both have, lowest first."""
+    """Return the instruction sets that this build and this machine both have, lowest first."""
     return list(core.levels()) if core else []
 
 
@@ -36,7 +42,13 @@ def set_isa(name: str) -> None:
 
 
 def get_threads() -> int:
-    """Return the number of threads that a step may use."""
+    """Return the number of threads that a step may use.
+
+    Returns
+    -------
+    int
+        Number of threads.
+    """
     return in_use()
 
 

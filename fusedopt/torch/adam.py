@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Unpack
 
-from .optimizer import Number, Options, Params
+from .optimizer import Number, Options, Params, arguments
 from .rules import TorchRule
 
 
@@ -45,20 +45,7 @@ class Adam(TorchRule, layout="Adam"):
         decoupled_weight_decay: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "foreach": foreach,
-            "maximize": maximize,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-            "decoupled_weight_decay": decoupled_weight_decay,
-        }
-        super().__init__(params, defaults, options)
+        super().__init__(params, arguments(locals()), options)
 
 
 class AdamW(Adam, layout="Adam"):
@@ -144,17 +131,7 @@ class Adamax(TorchRule, layout="Adamax"):
         capturable: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "foreach": foreach,
-            "maximize": maximize,
-            "differentiable": differentiable,
-            "capturable": capturable,
-        }
-        super().__init__(params, defaults, options)
+        super().__init__(params, arguments(locals()), options)
 
 
 class NAdam(TorchRule, layout="NAdam"):
@@ -197,19 +174,7 @@ class NAdam(TorchRule, layout="NAdam"):
         differentiable: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "momentum_decay": momentum_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "foreach": foreach,
-            "maximize": maximize,
-            "capturable": capturable,
-            "differentiable": differentiable,
-        }
-        super().__init__(params, defaults, options)
+        super().__init__(params, arguments(locals()), options)
 
 
 class RAdam(TorchRule, layout="RAdam"):
@@ -245,15 +210,4 @@ class RAdam(TorchRule, layout="RAdam"):
         differentiable: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "foreach": foreach,
-            "maximize": maximize,
-            "capturable": capturable,
-            "differentiable": differentiable,
-        }
-        super().__init__(params, defaults, options)
+        super().__init__(params, arguments(locals()), options)

@@ -62,7 +62,7 @@ class Base(torch.optim.Optimizer):
     _state_names: ClassVar[Mapping[str, str]] = {}
     """torch's names of states, by fusedopt's."""
     _follows: ClassVar[Mapping[str, Callable[[Any, int], float]]] = {}
-    """What torch keeps beside the states, though a rule and its step count say it."""
+    """Entries of torch's states that follow from the rule and its step count."""
     _step_supports_amp_scaling = True  # torch.amp.GradScaler gives `grad_scale` and `found_inf`
 
     def __init__(
@@ -252,6 +252,12 @@ class Optimizer(Base):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_rules": self._rules}
+
+
+def arguments(names: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the hyperparameters among the local names of an `__init__`, in its order."""
+    others = ("self", "params", "options", "__class__")
+    return {name: value for name, value in names.items() if name not in others}
 
 
 def _hyperparameters(rule: Rule) -> dict[str, Any]:

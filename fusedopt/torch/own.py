@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Unpack
 from ..interop.common import number
 from ..linalg.newton_schulz import Products
 from ..rules import RULES, Rule
-from .optimizer import REFUSED, Base, Number, Options, Params
+from .optimizer import REFUSED, Base, Number, Options, Params, arguments
 
 _MOMENTS = {"m": "exp_avg", "v": "exp_avg_sq"}
 
@@ -61,13 +61,7 @@ class Lion(OwnRule, rule="lion", states={"m": "exp_avg"}):
         maximize: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-        }
-        super().__init__(params, defaults, options)
+        super().__init__(params, arguments(locals()), options)
 
 
 class Sophia(OwnRule, rule="sophia", states={"m": "exp_avg", "h": "hessian"}):
@@ -101,20 +95,7 @@ class Sophia(OwnRule, rule="sophia", states={"m": "exp_avg", "h": "hessian"}):
         maximize: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "rho": rho,
-            "weight_decay": weight_decay,
-            "bs": bs,
-            "eps": eps,
-            "clip": clip,
-            "form": form,
-            "estimator": estimator,
-            "bias_correction": bias_correction,
-            "maximize": maximize,
-        }
-        super().__init__(params, defaults, options)
+        super().__init__(params, arguments(locals()), options)
 
 
 class NorMuon(OwnRule, rule="normuon", states={"m": "momentum_buffer"}):
@@ -150,21 +131,7 @@ class NorMuon(OwnRule, rule="normuon", states={"m": "momentum_buffer"}):
         maximize: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "ns_steps": ns_steps,
-            "ns_coefficients": ns_coefficients,
-            "scale": scale,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "beta2": beta2,
-            "eps_v": eps_v,
-            "ns_dtype": ns_dtype,
-            "maximize": maximize,
-        }
-        super().__init__(params, defaults, options)
+        super().__init__(params, arguments(locals()), options)
 
 
 class AdaMuon(OwnRule, rule="adamuon", states={"m": "momentum_buffer"}):
@@ -200,21 +167,7 @@ class AdaMuon(OwnRule, rule="adamuon", states={"m": "momentum_buffer"}):
         maximize: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "ns_steps": ns_steps,
-            "ns_coefficients": ns_coefficients,
-            "scale": scale,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "beta2": beta2,
-            "eps_v": eps_v,
-            "ns_dtype": ns_dtype,
-            "maximize": maximize,
-        }
-        super().__init__(params, defaults, options)
+        super().__init__(params, arguments(locals()), options)
 
 
 class SOAP(OwnRule, rule="soap", states=_MOMENTS):
@@ -245,14 +198,4 @@ class SOAP(OwnRule, rule="soap", states=_MOMENTS):
         maximize: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "shampoo_beta": shampoo_beta,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "precondition_frequency": precondition_frequency,
-            "max_precond_dim": max_precond_dim,
-            "maximize": maximize,
-        }
-        super().__init__(params, defaults, options)
+        super().__init__(params, arguments(locals()), options)

@@ -11,7 +11,7 @@ from ..linalg.newton_schulz import Products
 from ..optimizer import Optimizer as Fused
 from ..rules import Muon as MuonRule
 from ..rules import Rule
-from .optimizer import Base, Number, Options, Params
+from .optimizer import Base, Number, Options, Params, arguments
 
 _LAYOUTS = {layout.cls: layout for layout in LAYOUTS}
 
@@ -78,18 +78,7 @@ class SGD(TorchRule, layout="SGD"):
         fused: bool | None = None,
         **options: Unpack[Options],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "maximize": maximize,
-            "foreach": foreach,
-            "differentiable": differentiable,
-            "fused": fused,
-        }
-        super().__init__(params, defaults, options)
+        super().__init__(params, arguments(locals()), options)
 
     def _rule(self, group: Mapping[str, Any]) -> Rule:
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
@@ -130,18 +119,7 @@ class Adagrad(TorchRule, layout="Adagrad"):
         fused: bool | None = None,
         **options: Unpack[Options],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "lr_decay": lr_decay,
-            "weight_decay": weight_decay,
-            "initial_accumulator_value": initial_accumulator_value,
-            "eps": eps,
-            "foreach": foreach,
-            "maximize": maximize,
-            "differentiable": differentiable,
-            "fused": fused,
-        }
-        super().__init__(params, defaults, options)
+        super().__init__(params, arguments(locals()), options)
 
 
 class RMSprop(TorchRule, layout="RMSprop"):
@@ -177,19 +155,7 @@ class RMSprop(TorchRule, layout="RMSprop"):
         differentiable: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "alpha": alpha,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "centered": centered,
-            "capturable": capturable,
-            "foreach": foreach,
-            "maximize": maximize,
-            "differentiable": differentiable,
-        }
-        super().__init__(params, defaults, options)
+        super().__init__(params, arguments(locals()), options)
 
 
 class Adadelta(TorchRule, layout="Adadelta"):
@@ -224,17 +190,7 @@ class Adadelta(TorchRule, layout="Adadelta"):
         differentiable: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "rho": rho,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "foreach": foreach,
-            "capturable": capturable,
-            "maximize": maximize,
-            "differentiable": differentiable,
-        }
-        super().__init__(params, defaults, options)
+        super().__init__(params, arguments(locals()), options)
 
 
 class Rprop(TorchRule, layout="Rprop"):
@@ -272,16 +228,7 @@ class Rprop(TorchRule, layout="Rprop"):
         differentiable: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "etas": etas,
-            "step_sizes": step_sizes,
-            "capturable": capturable,
-            "foreach": foreach,
-            "maximize": maximize,
-            "differentiable": differentiable,
-        }
-        super().__init__(params, defaults, options)
+        super().__init__(params, arguments(locals()), options)
 
 
 class Muon(TorchRule, layout="Muon"):
@@ -316,18 +263,9 @@ class Muon(TorchRule, layout="Muon"):
         ns_dtype: Products = "float32",
         **options: Unpack[Options],
     ) -> None:
+        defaults = arguments(locals())
         # How, not what is computed: torch's groups have no place for it.
-        self._ns_dtype = ns_dtype
-        defaults = {
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "ns_coefficients": ns_coefficients,
-            "eps": eps,
-            "ns_steps": ns_steps,
-            "adjust_lr_fn": adjust_lr_fn,
-        }
+        self._ns_dtype = defaults.pop("ns_dtype")
         super().__init__(params, defaults, options)
 
     def _rule(self, group: Mapping[str, Any]) -> Rule:

@@ -18,8 +18,8 @@ from ..rules.groups import Group
 from .judge import judge
 
 NORM_BOUND = 1e-11
-"""Of the relative difference between a norm and the reference's. A lane adds 1024 squares, and a
-billion elements have 61035 segments: at most 62000 roundings, each of 1.1e-16."""
+"""Bound on the relative difference between a norm and the reference's. A lane adds 1024 squares,
+and a billion elements have 61035 segments: at most 62000 roundings, each of 1.1e-16."""
 
 
 class VerificationError(ArithmeticError):

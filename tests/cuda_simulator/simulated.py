@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def halved(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def supported(rules: dict[str, fo.Rule]) -> dict[str, fo.Rule]:
-    """Those that there are on a device, as far as these tests step them: see `elementwise`."""
+    """Return the rules that a device has, as far as these tests step them: see `elementwise`."""
     return {name: rule for name, rule in rules.items() if rule.program.phases <= 2}
 
 
@@ -171,6 +172,22 @@ def test_norms_of_several_segments(size: float, monkeypatch: pytest.MonkeyPatch)
         optimizer = fo.Optimizer(wrap(p.copy()), fo.SGD(), clip_norm=1.0)
         infos.append(optimizer.step(wrap(g)))
     assert infos[0] == infos[1]
+
+
+def test_threads_that_ask_for_a_shared_array_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the simulator's threads take turns, those of a block have one array."""
+    fresh = np.empty
+
+    def slow(*given: Any, **more: Any) -> Array:
+        made = fresh(*given, **more)
+        time.sleep(0.002)  # the other threads look for the array meanwhile
+        return made
+
+    g = draw(0, 3 * 16384, np.float32)
+    expected = fo.global_norm(g)
+    there = OnDevice(g)
+    monkeypatch.setattr(np, "empty", slow)
+    assert fo.global_norm(there) == expected
 
 
 def test_a_step_that_finds_no_number_is_refused_or_skipped() -> None:

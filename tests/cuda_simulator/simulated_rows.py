@@ -110,7 +110,7 @@ def test_norms(dtype: np.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_segments() -> None:
-    """Those that rows touch, and which rows these are."""
+    """The segments that rows touch, and which rows these are."""
     for rows, length, unit in (([0, 3, 9], 3, 4), ([1], 40, 4), ([2, 3, 7], 1, 4), ([], 5, 4)):
         found = segments(rows, length, unit)
         wanted: dict[int, list[int]] = {}

@@ -172,7 +172,7 @@ KERNELS = every_kernel()
 
 @pytest.fixture(scope="module")
 def assembly() -> dict[tuple[str, tuple[int, int]], str]:
-    """Of each kernel for each compute capability."""
+    """The assembly of each kernel for each compute capability."""
     return {
         (name, capability): blocks.kernel_of(variant).ptx(capability)
         for name, variant in KERNELS.items()

@@ -1,4 +1,4 @@
-"""The same bits everywhere: instruction sets, threads, batching, alignment, layout, entry point."""
+"""Bits are the same for every instruction set, thread count, batching, alignment, layout, entry."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def chooser(data: bytes) -> Choose:
 
 
 def any_array(choose: Choose) -> Any:
-    """Of any kind and layout."""
+    """Draw an array of any kind and layout."""
     shape = tuple(choose([0, 1, 2, 3, 17]) for _ in range(choose(range(4))))
     a = numbers(0, shape, choose(list(DTYPES)))
     others = [a, a.T, a[..., ::-1] if shape else a, np.broadcast_to(a, (2, *shape)), a[..., None]]
@@ -60,7 +60,7 @@ def any_tree(choose: Choose, fitting: list[Any], depth: int = 0) -> Any:
 
 
 def spoilt(choose: Choose, value: Any) -> Any:
-    """The same with something in it changed, left out or doubled."""
+    """Return a tree with something in it changed, left out or doubled."""
     if isinstance(value, (list, tuple)) and value and choose(range(4)):
         k = choose(range(len(value)))
         changed = choose([[spoilt(choose, value[k])], [], [value[k], value[k]]])
@@ -113,7 +113,7 @@ def single_update(choose: Choose, twin: Twin) -> None:
     g, hessian = (any_leaf(choose, [p, *arrays]) for _ in range(2))
     t = choose([1, 2, 0, -1, 1 << 62])
     before, program = [a.tobytes() for a in arrays], native.compiled(rule.program)
-    if refused(lambda: core.update(program, rule.program.folds, t, 0.1, g, hessian, given)):
+    if refused(lambda: core.update(program, rule.program.numbers, t, 0.1, g, hessian, given)):
         assert [a.tobytes() for a in arrays] == before, "an update that was refused wrote"
 
 

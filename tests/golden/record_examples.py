@@ -19,7 +19,7 @@ B1, B3, ALPHA, WARMUP = 0.8, 0.99, 4.0, 12
 
 
 def share(count: Any) -> Any:
-    """Of the warmup, in the step after `count` others."""
+    """Return the share of the warmup in the step after `count` others."""
     numpy = importlib.import_module("jax").numpy
     return numpy.minimum(numpy.float64(count + 1) / WARMUP, 1.0)
 

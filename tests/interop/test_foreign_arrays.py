@@ -53,7 +53,7 @@ def arrays(seed: int) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("foreign", GIVEN)
 def test_gradients(foreign: Callable[[np.ndarray], Any]) -> None:
-    """Of a step, of an accumulation, of an update and of a norm."""
+    """Foreign gradients of a step, of an accumulation, of an update and of a norm."""
     ours, theirs = arrays(0), arrays(0)
     a, b = (fo.Optimizer(p, fo.AdamW(lr=0.1), clip_norm=1.0) for p in (ours, theirs))
     for step in range(3):
@@ -75,7 +75,7 @@ def test_gradients(foreign: Callable[[np.ndarray], Any]) -> None:
 
 @pytest.mark.parametrize("foreign", WRITABLE)
 def test_parameters(foreign: Callable[[np.ndarray], Any]) -> None:
-    """Of an optimizer, of an update, and of the states of a rule, over the caller's own memory."""
+    """Foreign parameters of an optimizer and of an update, and states, in the caller's memory."""
     ours, theirs = arrays(0), arrays(0)
     a = fo.Optimizer([foreign(p) for p in ours], fo.AdamW(lr=0.1))
     b = fo.Optimizer(theirs, fo.AdamW(lr=0.1))

@@ -50,7 +50,7 @@ def run(
 
 
 def exact(name: str, arguments: dict[str, Any], rates: list[float]) -> Any:
-    """The same run of thinc's formulas in float64: the parameters, and the averages."""
+    """Run thinc's formulas in float64: the parameters, and the averages."""
     decays = arguments.get("L2_is_weight_decay", True)
     values = {"L2": 0.0, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "grad_clip": 1.0, **arguments}
     params, source = parameters(np.float64), np.random.default_rng(6)

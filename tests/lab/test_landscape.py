@@ -207,6 +207,7 @@ def test_nesterov_brakes_in_the_very_second_step() -> None:
     np.testing.assert_allclose(nesterov.points[2, 1], (0.8 - 0.9 * 1.2) * (1 - 0.6))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "rates"), [("rosenbrock", ROSENBROCK_RATES), ("beale", BEALE_RATES)]
 )
@@ -302,6 +303,7 @@ def test_landscape_command(tmp_path: Path) -> None:
     assert record["machine"] == fo.info()
 
 
+@pytest.mark.slow
 def test_landscape_command_where_a_claim_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -313,6 +315,7 @@ def test_landscape_command_where_a_claim_fails(
     assert "NOT BORNE OUT" in result.output
 
 
+@pytest.mark.slow
 def test_landscape_command_keeps_what_was_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

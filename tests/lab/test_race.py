@@ -247,6 +247,7 @@ def test_plain_lines_into_a_pipe(whole: tuple[Any, Path, str]) -> None:
     assert re.search(rf"{count} rules, 40 steps each, in batches of 4: \d+ (s|min) to \d+", printed)
 
 
+@pytest.mark.slow
 def test_a_table_on_a_terminal(small: RaceOptions) -> None:
     screen, out = console(force_terminal=True)
     race(small, screen)
@@ -284,6 +285,7 @@ def test_known_rates_are_taken_and_missing_ones_found(
     assert {call.args[1] for call in add.call_args_list} == {"sgd", "adamw"}
 
 
+@pytest.mark.slow
 def test_a_rule_that_diverges_is_said_to(
     small: RaceOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -335,6 +337,7 @@ def test_an_interrupted_search_keeps_its_rates(
     assert len(kept["sgd"]) == 2
 
 
+@pytest.mark.slow
 def test_an_interrupted_race_keeps_its_steps(
     small: RaceOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -207,6 +207,7 @@ def test_each_rule_learns(
     assert result.step_times.naive_s > 0
 
 
+@pytest.mark.slow
 def test_a_longer_run_beats_the_bigram_model(small: dict[str, Any]) -> None:
     small.update(steps=500, width=32)
     result = train(TrainOptions(**small), console()[0])

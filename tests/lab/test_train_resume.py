@@ -105,6 +105,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
     assert_same_run(resumed, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("call", "step"), [(1, 0), (6, 4)])
 def test_an_interrupt_during_an_evaluation(
     call: int, step: int, small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -292,6 +293,7 @@ def test_accumulated_batches_are_one_large_batch(small: dict[str, Any]) -> None:
         assert not np.allclose(losses[2], losses[1], rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_clipping(small: dict[str, Any]) -> None:
     free, _ = run(clip=1e9, **small)
     limit = float(np.median(free.grad_norms))
@@ -305,6 +307,7 @@ def test_clipping(small: dict[str, Any]) -> None:
     assert (found["options"]["clip"], found["grad_norms"]) == (None, [])
 
 
+@pytest.mark.slow
 def test_averages_are_evaluated(small: dict[str, Any]) -> None:
     plain, _ = run(**small)
     result, printed = run(ema=0.8, **small)

@@ -1,4 +1,4 @@
-"""That the other tests see a wrong kernel: each mutant must turn a check red."""
+"""The other tests see a wrong kernel: each mutant must turn a check red."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def compile_with(*arguments: str | Path) -> None:
 
 
 def compile_source(source: Path, target: Path) -> Path:
-    """Of the baseline alone, with a serial loop: enough to run every kernel."""
+    """Compile the baseline alone, with a serial loop: enough to run every kernel."""
     folders = (source.parent, pybind11.get_include(), sysconfig.get_path("include"))
     includes = [f"-I{folder}" for folder in folders]
     compile_with(*FLAGS, *includes, "-c", source, "-o", target)

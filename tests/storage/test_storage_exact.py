@@ -58,6 +58,7 @@ def check_thread_counts() -> None:
                 assert_same(results[threads], results[1], f"{threads} threads, {way}, {rule}")
 
 
+@pytest.mark.slow
 def test_threads() -> None:
     done = run_python(
         "from storage import test_storage_exact as t; t.check_thread_counts()",

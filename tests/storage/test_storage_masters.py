@@ -297,7 +297,7 @@ def test_gradients_that_overlap_what_is_written() -> None:
 
 
 def layouts(values: Array) -> dict[str, Array]:
-    """The same values in memory that fits the parameter's, and in others."""
+    """Gradients of equal values in memory that fits the parameter's, and in others."""
     wide = np.full((*values.shape, 2), 5, values.dtype)
     wide[..., 0] = values
     return {

@@ -15,7 +15,7 @@ from fusedopt.arrays.formats import STOCHASTIC, random_bits
 N = 100_003
 HALVES = pytest.mark.parametrize("dtype", [BF16, F16], ids=["bfloat16", "float16"])
 COPY = fo.Momentum(momentum=0.0)
-"""Its state is the gradient, which is stored."""
+"""A rule whose state is the gradient, which is stored."""
 
 
 def optimizer(p: Any, dtype: Any, rule: fo.Rule = COPY, **options: Any) -> fo.Optimizer:

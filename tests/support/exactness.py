@@ -81,7 +81,7 @@ class Case:
     hessians: tuple[Array | None, ...]
 
     def map(self, change: Callable[[Array], Array]) -> Case:
-        """The same with every array changed."""
+        """Return the case with every array changed."""
         return Case(
             change(self.p),
             tuple(map(change, self.states)),
@@ -165,7 +165,7 @@ def stepped(
 
 
 def updated(rule: fo.Rule, c: Case) -> Result:
-    """The same for one case, with `fo.update`, on the case's own arrays."""
+    """Step one case with `fo.update`, on the case's own arrays."""
     for k in range(STEPS):
         fo.update(rule, k + 1, c.p, c.grads[k], *c.states, hessian=c.hessians[k])
     return (c.p, *c.states)

@@ -106,7 +106,7 @@ class Way:
     copies: Any = None
 
     def arguments(self, rule: fo.Rule) -> dict[str, Any]:
-        """Of `Optimizer`, but for the copies."""
+        """Return the arguments of `Optimizer`, but for the copies."""
         turns = dict(zip(rule.states, cycle(self.mixed), strict=False))
         return {**self.options, "state_dtype": turns} if turns else dict(self.options)
 

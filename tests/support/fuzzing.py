@@ -39,7 +39,7 @@ class LeafRecipe:
 
 
 def numbers(seed: int, shape: tuple[int, ...], dtype: str, odd: float = 0.0) -> Array:
-    """Of several orders of magnitude, with zeros; `odd` of them extreme, infinite or NaN."""
+    """Draw numbers of many magnitudes, and zeros; `odd` of them extreme, infinite or NaN."""
     rng = np.random.default_rng(seed)
     x = np.ldexp(rng.standard_normal(shape), rng.integers(-12, 4, shape))
     x = np.where(rng.random(shape) < 0.05, 0.0, x)
@@ -128,7 +128,7 @@ class Twin:
         )
 
     def place(self, a: Array) -> Array:
-        """The same array, of the same memory order, between guards."""
+        """Return the array, in its memory order, between guards."""
         if a.ndim > 1 and a.flags.f_contiguous and not a.flags.c_contiguous:
             return self.guards.place(a.T).T
         return self.guards.place(a)

@@ -187,6 +187,7 @@ print(last, strays, *(p.name for p in path.parent.iterdir()))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="kills by a signal")
 def test_a_kill_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
     done = subprocess.run(

@@ -203,7 +203,7 @@ def test_hyperparameters_of_files(saved: Path) -> None:
 
 
 def test_codes_of_another_memory_order_are_refused() -> None:
-    """They lie in the parameter's order, so that they would be paired with other elements."""
+    """States lie in the parameter's order: in another they would be paired with other elements."""
     p = draw(0, (64, 80), np.float32)
     for state_dtype in ("dynamic8", None):
         opt = fo.Optimizer(p, fo.AdamW(), state_dtype=state_dtype)

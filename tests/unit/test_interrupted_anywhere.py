@@ -236,6 +236,28 @@ def test_hyperparameters_and_arrays(backend: str) -> None:
 
 
 @BACKEND
+@pytest.mark.parametrize(
+    "change",
+    [lambda o: setattr(o, "lr", 0.5), lambda o: o.replace(lr=0.5, weight_decay=0.25)],
+    ids=["lr", "replace"],
+)
+def test_hyperparameters_and_what_is_told_of_them(
+    change: Callable[[fo.Optimizer], object], backend: str
+) -> None:
+    """The step after an interrupted change is that of the rule which the optimizer shows."""
+    for place in itertools.count(1):
+        optimizer, grads = tables(fo.AdamW(), backend)
+        done = not interrupted_at(place, lambda o=optimizer: change(o))  # type: ignore[misc]
+        twin, _ = tables(optimizer.rule, backend)  # type: ignore[arg-type]
+        assert optimizer.lr == twin.lr
+        assert optimizer.step(grads) == twin.step(grads), f"bytecode {place}"
+        assert contents(optimizer) == contents(twin), f"bytecode {place}"
+        if done:
+            break
+    assert optimizer.lr == 0.5
+
+
+@BACKEND
 @pytest.mark.parametrize("kind", ["averaged", "lookahead"])
 def test_parameters_come_back(kind: str, backend: str) -> None:
     rule = fo.Nesterov(form="lookahead")

@@ -44,7 +44,7 @@ STORED: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def lying(x: Array, axes: tuple[int, ...]) -> Array:
-    """The same array, with its axes in this order in memory."""
+    """Return the array with its axes in this order in memory."""
     return np.array(x.transpose(axes), order="C").transpose(np.argsort(axes))
 
 

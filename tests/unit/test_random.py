@@ -21,7 +21,7 @@ DTYPES = st.sampled_from([np.float32, np.float64])
 
 
 def laid_out(draw: Any, values: np.ndarray) -> np.ndarray:
-    """The same values in a drawn memory layout."""
+    """Return the values in a drawn memory layout."""
     axes = draw(st.permutations(range(values.ndim)))
     steps = [draw(st.sampled_from([1, 2, -1])) for _ in range(values.ndim)]
     stretched = [n * abs(s) for n, s in zip(values.shape, steps, strict=True)]

@@ -18,6 +18,7 @@ from fusedopt.schedules import Constant, Linear
 from hyperparameters import others
 
 BACKENDS = ["native", "reference"]
+ELEMENTWISE = {"*.w": fo.Lion(), "*": fo.AdamW(lr=0.01)}
 MIXED = {"*.w": fo.Muon(lr=0.02), "last": fo.Lion(lr=1e-3), "*": fo.AdamW(lr=0.01)}
 
 
@@ -182,6 +183,30 @@ def test_other_numbers_need_no_new_plan(
     opt.replace(**change)
     assert plan.call_count == 0
     assert_goes_on_as(opt, fo.AdamW(**change))
+
+
+@pytest.mark.parametrize("rule", [fo.AdamW(), fo.RMSProp(momentum=0.5), ELEMENTWISE], ids=str)
+@pytest.mark.parametrize("options", [{}, {"clip_value": 0.5, "ema": 0.9, "stats": True}], ids=str)
+def test_other_numbers_are_one_call_of_the_core(
+    rule: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opt = fo.Optimizer(tree(), rule, **options)
+    opt.step(tree(1))
+    monkeypatch.setattr(opt._assembly, "whole", Mock(side_effect=AssertionError))
+    opt.replace(weight_decay=0.25)
+    opt.lr = 0.5 if isinstance(rule, fo.Rule) else dict.fromkeys(rule, 0.5)
+    monkeypatch.undo()
+    changed: dict[str, Any] = {"lr": 0.5, "weight_decay": 0.25}
+    if isinstance(rule, fo.Rule):
+        expected: Any = dataclasses.replace(rule, **changed)
+    else:
+        expected = {key: dataclasses.replace(each, **changed) for key, each in rule.items()}
+    assert opt.rule == expected
+    twin = fo.Optimizer(copy.deepcopy(opt.params), expected, **options)
+    twin.load_state_dict(opt.state_dict())
+    for seed in (5, 6):
+        assert opt.step(tree(seed)) == twin.step(tree(seed))
+    assert opt.fingerprint() == twin.fingerprint()
 
 
 # All or nothing

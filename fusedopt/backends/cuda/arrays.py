@@ -31,7 +31,7 @@ class Library(NamedTuple):
 
 
 Producer = Library | Memory
-"""What tells the stream for which a reader of an array must wait."""
+"""An object that tells the stream for which a reader of an array must wait."""
 
 
 class DeviceArray:

@@ -33,7 +33,7 @@ WIDTH = 8
 
 LANES = TILE // WIDTH
 WARPS = 4
-"""Of a thread block."""
+"""Warps of a thread block."""
 
 CHUNK = 1 << 12
 """Elements of a thread block."""

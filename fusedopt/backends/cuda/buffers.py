@@ -35,7 +35,7 @@ class Memory:
         if not SIMULATED:
             array = cuda.device_array(max(size, 1), np.uint8)
             return cls(array.__cuda_array_interface__["data"][0], size, array)
-        block = np.empty(size + 256, np.uint8)
+        block = np.full(size + 256, 255, np.uint8)  # NaN, so that reading it is noticed
         start = block.__array_interface__["data"][0]
         return cls(start + -start % 256, size, block)
 
@@ -52,6 +52,8 @@ class Memory:
         except IndexError:
             whole = cls.new(rounded)
         taken = cls(whole.address, size, whole)
+        if SIMULATED:
+            taken.fill(255, stream)
         weakref.finalize(taken, free.append, whole).atexit = False
         return taken
 

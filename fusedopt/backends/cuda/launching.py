@@ -150,7 +150,7 @@ class Squares:
         counts = np.array([-(-a.size // SEGMENT) for a in arrays])
         addresses = self._partials.address + 8 * (np.cumsum(counts) - counts)
         self.rows = list(zip(addresses.tolist(), counts.tolist(), strict=True))
-        """Of each array where its partial sums are, and how many."""
+        """The address of the partial sums of each array, and their number."""
 
     def queue(self, scale: float, stream: int) -> None:
         """Puts the kernel on a stream."""
@@ -230,7 +230,7 @@ class Sums:
         ]
         self.leaves = np.array([k for members in alike.values() for k in members], np.int64)
         self.wide = np.array([dtypes[k] == FLOAT64 for k in self.leaves], bool)
-        """Which of them are summed in float64 arithmetic, whose squares may leave the range."""
+        """Leaves that are summed in float64 arithmetic, since their squares may leave the range."""
         rows = [row for part in self._parts for row in part.rows]
         self._rows = uploaded(np.array(rows, np.int64), stream)
         self.memory = Memory.reused(8 * self.leaves.size, stream)

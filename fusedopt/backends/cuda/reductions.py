@@ -176,7 +176,7 @@ def _float64_names() -> dict[str, Any]:
 # ---------------------------------------------------------------- the norm, and what it decides
 
 BINS = 68
-"""Of 32 bits, together as long as a float64's range, with room for carries."""
+"""Words of 32 bits, together as long as the range of a float64, with room for carries."""
 
 _GUARD = """
 def kernel(table, sums, count, limits, norms, control, kept, told, number, unscaled):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from types import FunctionType, SimpleNamespace
@@ -26,16 +27,39 @@ from ...jit.compiler import with_compiled_callees
 SIMULATED = bool(ENABLE_CUDASIM)
 
 OPTIONS = {"opt": 3, "fma": False}
-"""Of the compiler. Multiply and add stay two operations, so that the bits are the CPU's; quotients
-and roots are IEEE's, and denormals are kept, by default."""
+"""Options of the compiler. Multiply and add stay two operations, so that the bits are the CPU's;
+quotients and roots are IEEE's, and denormals are kept, by default."""
 
 MAX_REGISTERS = {"float32": 64, "float64": 128}
-"""Of a thread, by the type of a kernel's arithmetic: with more, too few threads fit for the memory
-to be kept busy. A float64 takes two."""
+"""Registers of a thread, by the dtype of a kernel's arithmetic; a float64 takes two. With more, too
+few threads fit for the memory to be kept busy."""
 
 MORE_REGISTERS = {"float32": 112, "float64": 168}
-"""The same where all elements of a thread wait for the scales of their blocks, or are rounded at
-random, or belong to many arrays: the numbers are then those without spilling to memory."""
+"""Registers of a thread where all its elements wait for the scales of their blocks, or are rounded
+at random, or belong to many arrays: the numbers are then those without spilling to memory."""
+
+if SIMULATED:
+    from numba.cuda.simulator import kernelapi
+
+    class _SharedArrays(kernelapi.FakeCUDAShared):  # type: ignore[misc]
+        """Shared arrays on the simulator, one for all threads of a block.
+
+        The simulator's own looks for an array and then makes one: threads that look at once get an
+        array each, and what they write is lost.
+        """
+
+        def array(self, shape: Any, dtype: Any, *more: Any) -> Any:
+            """Return the array of this line of the calling thread's block, at first all ones in
+            every bit, which is NaN for floats."""
+            if shape == 0:
+                return super().array(shape, dtype, *more)
+            caller, thread = sys._getframe(1), threading.current_thread()
+            made = np.empty(shape, dtype)
+            made.view(np.uint8)[...] = 255
+            key = thread._manager, caller.f_code, caller.f_lineno  # type: ignore[attr-defined]
+            return self._allocations.setdefault(key, made)
+
+    kernelapi.FakeCUDAShared = _SharedArrays
 
 Capability = tuple[int, int]
 

@@ -16,7 +16,7 @@ from llvmlite import ir
 from .toolkit import SIMULATED
 
 VECTOR_BYTES = 16
-"""What one vector load or store moves."""
+"""Bytes that one vector load or store moves."""
 
 _FLOATS = {32: np.float32, 64: np.float64}
 

@@ -95,7 +95,7 @@ def _compiled(program: Program, dtype: np.dtype) -> list[Op]:
 
 
 Kind = tuple[int, np.dtype, int]
-"""What leaves with the same scalars have in common: rule, compute type and step."""
+"""Key of leaves that have the same scalars: rule, compute type and step."""
 
 
 class NumbaPlan(ExclusiveUse):

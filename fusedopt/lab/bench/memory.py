@@ -20,7 +20,7 @@ LARGEST = 1 << 23
 """Bytes of a part: long enough to cost nothing."""
 
 Traffic = Sequence[tuple[Sequence[Any], Sequence[Any]]]
-"""Of each tensor the arrays that a step only reads, and those that it reads and writes."""
+"""For each tensor, the arrays that a step only reads, and those that it reads and writes."""
 
 
 class Sweep:

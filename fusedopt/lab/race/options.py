@@ -72,4 +72,4 @@ class RaceOptions:
 
 
 QUICK: dict[str, Any] = {"steps": 1200, "search_steps": 300, "context": 32, "width": 64}
-"""What differs in a race of about ten seconds a rule on two cores."""
+"""Options of a race of about ten seconds a rule on two cores."""

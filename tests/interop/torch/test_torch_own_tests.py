@@ -150,7 +150,7 @@ def attempt(cls: Any, given: Any, step: bool) -> None:
 
 @pytest.mark.parametrize("name", INFOS)
 def test_wrong_arguments_raise(name: str) -> None:
-    """Of torch's own kinds; the messages are fusedopt's."""
+    """Errors are of torch's own kinds; the messages are fusedopt's."""
     errors = INFOS[name].optim_error_inputs_func(device=CPU, dtype=torch.float32)
     assert errors
     for error in errors:

@@ -1,0 +1,71 @@
+"""The base of rules for matrices, whose steps have matrix products between two phases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from ..linalg.newton_schulz import Stack, Workspace
+from ..programs.arithmetic import Array
+from .base import Rule
+
+
+class Member(NamedTuple):
+    """A parameter among those of one shape whose matrices are treated in one go.
+
+    t: its step, 1 first. sides: its side states, live.
+    """
+
+    t: int
+    sides: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixRule(Rule):
+    """A rule whose operations have several phases, with matrix products between them."""
+
+    works: ClassVar[tuple[str, ...]] = ("work",)
+
+    def matrices(self, shape: tuple[int, ...]) -> Stack:
+        raise NotImplementedError
+
+    def before(self, t: int, sides: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return new values of a leaf's side states, which are in `sides` in `between`.
+
+        They are found for all leaves before anything is written: whatever may raise or needs memory
+        belongs here.
+        """
+        return {}
+
+    def between(
+        self,
+        phase: int,
+        works: Sequence[np.ndarray],
+        space: Workspace,
+        members: Sequence[Member | None],
+    ) -> None:
+        """Change the workspace between the phases of a rule, in place, after each but the last.
+
+        phase: that which has just run. works: by name as `self.works`; the first axis is that of
+        parameters of one shape; each lies at the beginning of one of the space's directions.
+        members: of each of these parameters, None where it takes no part in the step. Must neither
+        raise nor need memory: the matrices before these have been updated by then.
+        """
+        raise NotImplementedError
+
+    def refuses(self, p: np.ndarray) -> str | None:
+        if p.ndim > 1:
+            return None
+        own = type(self).__name__
+        return (
+            f"{own} updates arrays of two dimensions or more, got shape {p.shape}; send it to AdamW"
+            f" by a pattern: {{'<this path>': fo.AdamW(), '*': fo.{own}()}}"
+        )
+
+
+def through(u: Array, function: Callable[[np.ndarray], Any], gain: float) -> Any:
+    """`function` of a reference's array, which amplifies rounding up to `gain` times."""
+    return function(u) if isinstance(u, np.ndarray) else u.through(function, gain)
