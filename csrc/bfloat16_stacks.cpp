@@ -27,9 +27,9 @@ constexpr std::size_t SERIAL_SQUARES = 4096;
 // Patches have half the squares in each direction where there would be fewer of them.
 constexpr std::size_t FEW_PATCHES = 32;
 
-struct Extent {
+struct MatrixSize {
   std::size_t rows, columns, high, wide;
-  Extent(std::size_t r, std::size_t c)
+  MatrixSize(std::size_t r, std::size_t c)
       : rows(std::min(r, c)),
         columns(std::max(r, c)),
         high(ceiling(rows, SQUARE)),
@@ -74,7 +74,7 @@ void in_parts(std::size_t count, char* patches, int threads, const Body& body) {
     parallel_for(teams, static_cast<int>(teams), work, &loop);
 }
 
-void iterate(const Iteration& how, const Extent& size, Iterate& x, char* patches, int threads) {
+void iterate(const Iteration& how, const MatrixSize& size, Iterate& x, char* patches, int threads) {
   const auto phase = [&](std::size_t count, const auto& body) {
     in_parts(count, patches, threads, body);
   };
@@ -128,7 +128,7 @@ void iterate(const Iteration& how, const Extent& size, Iterate& x, char* patches
 
 void one(const Iteration& how, float* matrix, std::size_t rows, std::size_t columns, char* space,
          char* patches, int threads) {
-  const Extent size(rows, columns);
+  const MatrixSize size(rows, columns);
   const bool tall = rows > columns;
   Iterate x{};
   x.matrix = matrix;
@@ -156,18 +156,18 @@ void one(const Iteration& how, float* matrix, std::size_t rows, std::size_t colu
 // How many matrices have buffers at a time, and how many threads a patch.
 struct Room {
   std::size_t slots, threads;
-  Room(const Extent& size, std::size_t count, std::size_t most) {
+  Room(const MatrixSize& size, std::size_t count, std::size_t most) {
     threads = std::max<std::size_t>(1, most);
     slots = size.serial() ? std::min(count, threads) : 1;
     if (size.serial()) threads = slots;
   }
-  std::size_t bytes(const Extent& size) const {
+  std::size_t bytes(const MatrixSize& size) const {
     return 64 + slots * ceiling(size.bytes(), 64) * 64 + threads * PATCH_SIZE * sizeof(float);
   }
 };
 
 std::size_t space_for(std::size_t count, std::size_t rows, std::size_t columns, int threads) {
-  const Extent size(rows, columns);
+  const MatrixSize size(rows, columns);
   return Room(size, count, static_cast<std::size_t>(std::max(1, threads))).bytes(size);
 }
 
@@ -192,7 +192,7 @@ void orthogonalize_bfloat16(py::array stack, py::array space,
   const std::size_t count = extent(0), rows = extent(1), columns = extent(2);
   const Iteration how{unit_called(unit), coefficients, prescale, eps, factor, by_row};
   if (!stack.size()) return;
-  const Extent size(rows, columns);
+  const MatrixSize size(rows, columns);
   const Room room(size, count, static_cast<std::size_t>(std::max(1, threads)));
   if (static_cast<std::size_t>(space.nbytes()) < room.bytes(size))
     throw py::value_error("orthogonalize_bfloat16: too little space");

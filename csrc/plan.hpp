@@ -154,6 +154,8 @@ class Plan {
   void prepare();
   const Scalars& scalars_of(std::size_t k);
   void run_phase(int batch, int phase);
+  // All phases of a batch of matrices. It may raise, and has written by then.
+  void run_batch(int batch, bool flat);
   void take_sums(int batch);
   int threads() const;
   std::size_t columns() const { return Policy::FIRST_SUM + static_cast<std::size_t>(sums_); }

@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <memory>
 #include <stdexcept>
 #include <utility>
@@ -14,6 +15,8 @@
 
 namespace fusedopt {
 namespace {
+
+constexpr std::int64_t HALFWAY = -1;  // see fusedopt/plan/spec.py
 
 Range range_of(const Operand& input, std::size_t n) {
   return {input.data, input.data + n * input.bits / 8};
@@ -65,25 +68,30 @@ bool Plan::update(bool flat) {
   }
   if (!read(flat)) return false;
   if (!measured_) begin_results();
-  for (int batch = 0; batch < batch_count_; ++batch) {
-    py::list members;
-    for (const std::size_t k : active_)
-      if (batches_[k] == batch) members.append(k);
-    if (members.empty()) continue;
-    const int last = program(py::cast<std::size_t>(members[0])).phases - 1;
-    for (int phase = 0; phase < last; ++phase) {
-      run_phase(batch, phase);
-      called(between_, py::make_tuple(batch, phase, members));
-      if (!read(flat))
-        throw std::runtime_error(
-            "an array was given other memory during a step, which is half done; load a checkpoint");
-    }
-    run_phase(batch, last);
+  try {
+    for (int batch = 0; batch < batch_count_; ++batch) run_batch(batch, flat);
+  } catch (...) {
+    counts_[0] = HALFWAY;
+    throw;
   }
   run_phase(-1, 0);
   for (const std::size_t k : active_) ++counts_[k + 1];
   ++counts_[0];
   return true;
+}
+
+void Plan::run_batch(int batch, bool flat) {
+  py::list members;
+  for (const std::size_t k : active_)
+    if (batches_[k] == batch) members.append(k);
+  if (members.empty()) return;
+  const int last = program(py::cast<std::size_t>(members[0])).phases - 1;
+  for (int phase = 0; phase < last; ++phase) {
+    run_phase(batch, phase);
+    called(between_, py::make_tuple(batch, phase, members));
+    if (!read(flat)) throw std::runtime_error("an array was given other memory during a step");
+  }
+  run_phase(batch, last);
 }
 
 bool Plan::unmoved() const {

@@ -14,14 +14,16 @@ namespace py = pybind11;
 struct Node {
   std::vector<Node> children;
   std::vector<py::object> keys;  // of a dict
-  bool leaf = false, mapping = false;
+  bool leaf = false, mapping = false, absent = false;
 
-  // An int is a leaf, (keys, children) a dict, a list a list or tuple.
+  // An int is a leaf, (keys, children) a dict, a list a list or tuple, None the place of no array.
   explicit Node(const py::handle spec) {
     if (py::isinstance<py::int_>(spec)) {
       leaf = true;
       return;
     }
+    absent = spec.is_none();
+    if (absent) return;
     mapping = py::isinstance<py::tuple>(spec);
     if (mapping)
       for (const py::handle key : spec[py::int_(0)])
@@ -76,6 +78,7 @@ inline Item item_of(PyObject* sequence, Py_ssize_t k) {
 template <class Visit>
 bool walk(const Node& node, PyObject* o, const Visit& visit) {
   if (node.leaf) return visit(o);
+  if (node.absent) return o == Py_None;
   const auto held = py::reinterpret_borrow<py::object>(o);
   const auto count = static_cast<Py_ssize_t>(node.children.size());
   if (node.mapping) {

@@ -171,14 +171,12 @@ def global_norm(grads: Any) -> float:
     >>> fo.global_norm({"w": np.float32([3.0, 0.0]), "b": [None, np.array(4.0)]})
     5.0
     """
-    arrays = [value for value in values_of(grads) if value is not None]
+    arrays = list(values_of(grads))
     found = default_backend().sums_of_squares(arrays)
     if found is None:
         there = any(map(on_device, arrays))
         backend = get_backend("auto", arrays) if there else default_backend()
         given = [(leaf.label, leaf.value) for leaf in leaves_of(grads, "grads")]
-        arrays = [
-            backend.device.check_summed(label, value) for label, value in given if value is not None
-        ]
+        arrays = [backend.device.check_summed(label, value) for label, value in given]
         found = backend.sums_of_squares(arrays)
     return combined(np.array(found, np.float64).reshape(-1, 2))

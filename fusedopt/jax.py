@@ -60,9 +60,10 @@ class Transformation(optax.GradientTransformationExtraArgs):  # type: ignore[mis
 
     Notes
     -----
-    `update` returns differences, so that the parameters are in use until `optax.apply_updates` has
-    added them, and XLA has to copy them for a step in place: with the tensors of GPT-2 small that
-    took 310 ms, optax's own 112, and `step` 68 (two cores of an EPYC, Zen 4).
+    `update` returns what is to be added to the parameters, which XLA fuses with the addition where
+    it computes it itself. From one pass of fusedopt it is written and read again: with the tensors
+    of GPT-2 small such a step took 272 ms, optax's own 130, and `step` 82 (two cores of an Intel
+    Xeon, family 6, model 167).
     """
 
     step: Callable[[Any, Any, Any], tuple[Any, Any]]

@@ -36,7 +36,8 @@ class Optimizer:
     ----------
     params : array or nested dicts, lists and tuples of arrays
         Dense writable arrays of float32, float64, bfloat16 (of ml_dtypes) or float16, none
-        overlapping another; on a CUDA device, arrays of CuPy, PyTorch or Numba.
+        overlapping another; on a CUDA device, arrays of CuPy, PyTorch or Numba. None, such as the
+        bias of a layer without one, is no parameter; gradients have None there too.
     rule : Rule, mapping or callable
         One rule for all leaves; path patterns -> rules, of which the first that matches a leaf's
         dotted path (`block.0.w`) takes it; or a callable of path and array.
@@ -314,6 +315,7 @@ class Optimizer:
         Beside the rule's states there are "master" of master="float32"; "low" of "split16", the
         uint16 below a bfloat16; "compensation" of rounding="kahan".
         """
+        self._assembly.check_owner()
         held = zip(self._assembly.paths, self._assembly.leaf_states, strict=True)
         return {path: leaf_state.visible for path, leaf_state in held}
 
@@ -360,6 +362,7 @@ class Optimizer:
         OSError
             If the disk failed.
         """
+        self._assembly.check_owner()
         if self._assembly.state_file:
             self._assembly.state_file.flush()
 
@@ -401,6 +404,7 @@ class Optimizer:
         """
         if self._assembly.options.ema is None:
             raise ValueError("averaged(): there are no averages; make the optimizer with ema=0.999")
+        self._assembly.check_owner()
         self._assembly.check_caught_up("averaged")
         return Averaged(self._assembly, self.params)
 
@@ -470,6 +474,7 @@ class Optimizer:
             any other.
         """
         assembly = self._assembly
+        assembly.check_owner()
         if not assembly.options.wait and not assembly.exchanged:
             self.synchronize()
         states = (leaf_state.saved for leaf_state in assembly.leaf_states)

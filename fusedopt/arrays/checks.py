@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import is_dataclass
 from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
 
-from .device_interface import library_of, on_device
-from .foreign import host_array, read_only
+from .device_interface import on_device
+from .foreign import host_array, read_only, remedy
 from .formats import DTYPES
 from .order import axes_of, memory_order, turned, turned_back
 from .trees import Fixed
@@ -39,7 +38,7 @@ def _check_array(label: str, array: Any, use: str = "update") -> np.ndarray:
                 " array of the host beside it, or copy it there"
             )
         raise TypeError(
-            f"{label}: expected an ndarray, got a {type(given).__name__}; {_remedy(given, use)}"
+            f"{label}: expected an ndarray, got a {type(given).__name__}; {remedy(given, use)}"
         )
     a: np.ndarray = array
     if isinstance(a, np.ma.MaskedArray):
@@ -50,9 +49,9 @@ def _check_array(label: str, array: Any, use: str = "update") -> np.ndarray:
                 f"{label}: expected native byte order, got {a.dtype.str}; convert it with"
                 " a.astype(a.dtype.newbyteorder('='))"
             )
-        raise TypeError(
-            f"{label}: expected {EXPECTED}, got {a.dtype}; pass an array of one of these dtypes"
-        )
+        inside = a.dtype == object and any(isinstance(each, np.ndarray) for each in a.flat)
+        other = "a.tolist(), a list of its arrays" if inside else "an array of one of these dtypes"
+        raise TypeError(f"{label}: expected {EXPECTED}, got {a.dtype}; pass {other}")
     return a
 
 
@@ -63,22 +62,6 @@ def _check_read(label: str, array: Any) -> np.ndarray:
     """
     return _check_array(
         label, np.asarray(array) if isinstance(array, np.generic) else array, "read"
-    )
-
-
-def _remedy(given: Any, use: str) -> str:
-    """Return what to pass in the place of an object that is no array."""
-    library = library_of(given)
-    if library == "mygrad":
-        return "pass x.data, the ndarray that it holds"
-    if is_dataclass(given):
-        return "pass its arrays in a dict, such as vars(x)"
-    if use == "read":
-        return "pass it as an ndarray, with np.asarray(x) or what its library has for that"
-    others = f", and make what {library} needs of them" if hasattr(given, "__array__") else ""
-    return (
-        "keep the parameters as ndarrays, which are updated in place"
-        f"{others if library != 'numpy' else ''} (np.asarray(x) would be a copy)"
     )
 
 

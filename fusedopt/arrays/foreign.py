@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+from array import array as buffer_array
+from collections.abc import Iterable
+from dataclasses import is_dataclass
 from typing import Any
 
 import ml_dtypes
@@ -36,11 +39,64 @@ def read_only(array: Any) -> str:
     """Why an array cannot be written, and what to do."""
     library = library_of(array)
     if isinstance(array, np.ndarray) or library == "numpy":
-        return "is read-only, and is to be updated in place; pass a copy"
+        return (
+            "is read-only, and is to be updated in place; make it writable with"
+            " a.flags.writeable = True, or pass a copy and use that in its place"
+        )
     return (
         f"is an array of {library}, which lets nobody write it; keep the parameters as ndarrays"
         f" (np.array(x)), and give {library} copies of them after each step"
     )
+
+
+def remedy(given: Any, use: str) -> str:
+    """Return what to pass in the place of an object that is no array.
+
+    use: what the array is for, "update" or "read".
+    """
+    library = library_of(given)
+    if library == "mygrad":
+        return "pass x.data, the ndarray that it holds"
+    if isinstance(given, (memoryview, buffer_array)):
+        return "pass np.asarray(x), which has the same memory"
+    tree = _as_tree(given, use)
+    if tree:
+        return f"pass {tree}, since only dicts, lists and tuples are looked into"
+    if use == "read":
+        if library == "torch":
+            return "pass it dense and on the host, with x.to_dense() or x.cpu()"
+        return f"pass {'x.numpy()' if hasattr(given, 'numpy') else 'np.asarray(x)'}"
+    if library == "tinygrad":
+        return (
+            "pass the memory of its buffer, np.frombuffer(x.uop.buffer.as_memoryview("
+            "allow_zero_copy=True), np.float32).reshape(x.shape), after x.realize()"
+        )
+    others = f", and make what {library} needs of them" if _is_array(given) else ""
+    return (
+        "keep the parameters as ndarrays, which are updated in place"
+        f"{others if library != 'numpy' else ''} (np.asarray(x) would be a copy)"
+    )
+
+
+def _is_array(given: Any) -> bool:
+    """Return whether an object has numbers that its library can turn into an ndarray."""
+    return any(hasattr(given, name) for name in ("__array__", "__dlpack__", "numpy"))
+
+
+def _as_tree(given: Any, use: str) -> str:
+    """Return how a container of arrays becomes a dict or list of them; nothing for others."""
+    if isinstance(given, (type, str, bytes, bytearray)) or _is_array(given):
+        return ""
+    if hasattr(given, "named_parameters"):  # a module of PyTorch, and of others that are alike
+        of_each = "{name: p.grad for name, p in x.named_parameters()}"
+        return of_each if use == "read" else "dict(x.named_parameters())"
+    if hasattr(given, "keys") and hasattr(given, "__getitem__"):
+        return "dict(x)"
+    if is_dataclass(given):
+        return "{f.name: getattr(x, f.name) for f in dataclasses.fields(x)}"
+    if isinstance(given, Iterable):
+        return "list(x)"
+    return "vars(x)" if getattr(given, "__dict__", None) else ""
 
 
 def address_of(array: Any) -> Any:

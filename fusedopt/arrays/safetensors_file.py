@@ -77,7 +77,7 @@ def replace_file(
     removed.
     """
     target = Path(os.path.realpath(path))  # what a link leads to, so that it stays one
-    _check_target(target)
+    check_target(target)
     begin = _beginning(target)
     _remove_strays(target.parent, begin)
     # A directory, because the library writes under a name of its own first and renames.
@@ -100,19 +100,30 @@ def replace_file(
 
 def part_name(target: str, token: str, number: int) -> str:
     """Return the name of one file of a set."""
-    return f"{target}.{token}.{number}"
+    folder, name = os.path.split(target)
+    return os.path.join(folder, f"{_stem(name)}.{token}.{number}")
+
+
+LONGEST = 200
+"""Bytes of a file's name that begins the names of others: a name may have 255."""
+
+
+def _stem(name: str) -> str:
+    """Return how the names of the files of a set begin."""
+    encoded = os.fsencode(name)
+    return name if len(encoded) <= LONGEST else blake2b(encoded, digest_size=16).hexdigest()
 
 
 def _remove_parts(target: Path, kept: str | None) -> None:
-    part = re.compile(re.escape(target.name) + r"\.([0-9a-f]{16})\.\d+")
+    part = re.compile(re.escape(_stem(target.name)) + r"\.([0-9a-f]{16})\.\d+")
     for entry in target.parent.iterdir():
         match = part.fullmatch(entry.name)
         if match and match[1] != kept:
             entry.unlink(missing_ok=True)
 
 
-def _check_target(target: Path) -> None:
-    """OSError where something else than a file stands there, which a file would replace."""
+def check_target(target: Path) -> None:
+    """Raise OSError where something else than a file stands there, which a file would replace."""
     if target.is_dir():
         number, found = errno.EISDIR, "is a directory"
     elif target.exists() and not target.is_file():

@@ -17,12 +17,12 @@ class Leaf(NamedTuple):
 
 
 def leaves_of(tree: Any, root: str) -> Iterator[Leaf]:
-    """The leaves of any nesting, in order, under a name of their own."""
+    """The leaves of any nesting, in order, under a name of their own; None is no leaf."""
     return _walk(tree, "", root)
 
 
 def values_of(tree: Any) -> Iterator[Any]:
-    """Return the values at the leaves of any nesting, in order."""
+    """Return the values at the leaves of any nesting, in order; None is no leaf."""
     children = _children(tree)
     if children is None:
         yield tree
@@ -62,17 +62,20 @@ def opened(tree: Any) -> Any:
 class Tree:
     """The shape of a nesting of dicts, lists and tuples, taken from the parameters.
 
+    None in the place of a parameter, such as the bias of a layer without one, is no leaf.
+
     spec: the shape as the compiled core reads it: an int for a leaf, (keys, children) for a dict,
-    a list for a list or tuple. Raises ValueError where two leaves get the same path, or where
-    there is no leaf.
+    a list for a list or tuple, None for None. Raises ValueError where two leaves get the same path,
+    or where there is no leaf.
     """
 
     def __init__(self, params: Any) -> None:
         self.leaves = list(leaves_of(params, ROOT))
         if not self.leaves:
             raise ValueError(f"{ROOT}: found no arrays; give an ndarray or a nesting of them")
-        self.spec = _spec(params, iter(range(len(self.leaves))))
-        self._params = params
+        # Containers of its own: the caller may change those that were given.
+        self._like = _rebuild(params, iter(range(len(self.leaves))))
+        self.spec = _spec(self._like)
         seen: dict[str, str] = {}
         for leaf in self.leaves:
             if leaf.path in seen:
@@ -87,23 +90,34 @@ class Tree:
 
         Raises TypeError or ValueError where its shape differs.
         """
-        return list(_zip(self._params, tree, what))
+        return list(_zip(self._like, tree, what))
 
     def build(self, leaves: Sequence[Any]) -> Any:
         """A tree of this shape with other leaves."""
-        return _rebuild(self._params, iter(leaves))
+        return _rebuild(self._like, iter(leaves))
+
+    def successor(self, params: Any) -> Tree:
+        """The tree of other parameters; TypeError or ValueError where its shape differs."""
+        for leaf, value in zip(self.leaves, self.flatten(params, ROOT), strict=True):
+            if value is None:
+                raise TypeError(f"{leaf.label}: expected an array, got None")
+        return Tree(params)
 
 
 def _rebuild(like: Any, leaves: Iterator[Any]) -> Any:
     children = _children(like)
     if children is None:
         return next(leaves)
+    if like is None:
+        return None
     built = [_rebuild(child, leaves) for _, child in children]
     return dict(zip(like, built, strict=True)) if isinstance(like, dict) else built
 
 
 def _children(node: Any) -> list[tuple[Any, Any]] | None:
-    """(key, child) pairs of a container; None for a leaf."""
+    """(key, child) pairs of a container, of which None has none; None for a leaf."""
+    if node is None:
+        return []
     if isinstance(node, dict):
         return list(node.items())
     if isinstance(node, (list, tuple)):
@@ -120,20 +134,25 @@ def _walk(node: Any, path: str, label: str) -> Iterator[Leaf]:
         yield from _walk(child, f"{path}.{key}" if path else str(key), f"{label}[{key!r}]")
 
 
-def _spec(node: Any, numbers: Iterator[int]) -> Any:
-    children = _children(node)
-    if children is None:
-        return next(numbers)
-    specs = [_spec(child, numbers) for _, child in children]
-    return (list(node), specs) if isinstance(node, dict) else specs
+def _spec(node: Any) -> Any:
+    if isinstance(node, dict):
+        return list(node), [_spec(child) for child in node.values()]
+    return [_spec(child) for child in node] if isinstance(node, list) else node
 
 
 def _zip(like: Any, tree: Any, label: str) -> Iterator[Any]:
     children = _children(like)
     if children is None:
-        if _children(tree) is not None:
+        if tree is not None and _children(tree) is not None:
             raise TypeError(f"{label}: expected one array, got a {type(tree).__name__}")
         yield tree
+        return
+    if like is None:
+        if tree is not None:
+            raise TypeError(
+                f"{label}: expected None, as the parameters have in this place, got"
+                f" {_describe(tree)}"
+            )
         return
     if isinstance(like, dict):
         if not isinstance(tree, dict):

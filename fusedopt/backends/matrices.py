@@ -15,6 +15,10 @@ from ..plan.spec import PlanSpec
 from ..rules.groups import Group, only_numbers_differ
 from ..rules.matrix import MatrixRule, Member
 
+RESERVE = 1 << 20
+"""Bytes that must be free before a step begins. What comes between its phases takes less, and could
+not be undone if it failed: the parameters and states of the matrices before would be written."""
+
 
 class Matrices:
     """The leaves whose rule has matrix products between its phases.
@@ -74,6 +78,7 @@ class Matrices:
 
     def before(self, leaves: Sequence[int]) -> None:
         """Do all that may yet fail, for the leaves that take part in a step, before it begins."""
+        np.empty(RESERVE, np.uint8)
         with np.errstate(all="ignore"):
             self._fresh = {
                 k: self._rule(k).before(*self._member(k)) for k in leaves if k in self.batches

@@ -182,7 +182,7 @@ def _described(spec: PlanSpec, programs: Sequence[Program], matrices: Matrices) 
             *spec.beside,
         ],
         watched=spec.watch.arrays if spec.watch is not None else [],
-        before=matrices.before if matrices.sided else None,
+        before=matrices.before if matrices.batches else None,
         between=matrices.between,
         decide=spec.decide,
         zero_grads=spec.zero_grads,

@@ -22,18 +22,34 @@ RATE_TOLERANCE = 1e-6
 
 
 def as_array(value: Any) -> np.ndarray:
-    """Anything array-like; of a torch tensor its memory, or of bfloat16 the same in float32."""
+    """Anything array-like; of a torch tensor its memory, or of bfloat16 the same in float32.
+
+    Raises ValueError for a tensor without dense memory.
+    """
     if hasattr(value, "detach"):
-        value = value.detach().cpu()
-        value = (value.float() if "bfloat16" in str(value.dtype) else value).numpy()
+        try:
+            value = value.detach().cpu()
+            value = (value.float() if "bfloat16" in str(value.dtype) else value).numpy()
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"expected dense tensors, got one on {value.device} with the layout {value.layout}"
+            ) from error
     return np.asarray(value)
 
 
 def number(value: Any) -> Any:
-    """A hyperparameter as a rule takes it: numbers out of tensors, tuples of them."""
+    """A hyperparameter as a rule takes it: numbers out of tensors, tuples of them.
+
+    Raises ValueError for an array of several.
+    """
     if isinstance(value, (tuple, list)):
         return tuple(map(number, value))
-    return as_array(value).item() if hasattr(value, "dtype") else value
+    if not hasattr(value, "dtype"):
+        return value
+    array = as_array(value)
+    if array.size != 1:
+        raise ValueError(f"expected a number, got {value!r}")
+    return array.item()
 
 
 @dataclass

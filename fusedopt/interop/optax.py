@@ -237,6 +237,8 @@ def _unmasked(tree: Any) -> Any:
 
 def _filled(like: Any, tree: Any, fresh: Iterator[Any]) -> Any:
     """The tree with other leaves, which come in the order of the parameters `like`."""
+    if like is None:
+        return tree
     if isinstance(like, dict):
         new = {key: _filled(each, tree[key], fresh) for key, each in like.items()}
         return {key: new[key] for key in tree}

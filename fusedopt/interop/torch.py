@@ -268,10 +268,14 @@ def parameter_groups(state_dict: Any) -> list[Mapping[str, Any]]:
         )
     groups, state = state_dict["param_groups"], state_dict["state"]
     if not isinstance(groups, (list, tuple)) or not all(
-        isinstance(group, Mapping) and isinstance(group.get("params"), (list, tuple))
+        isinstance(group, Mapping)
+        and isinstance(group.get("params"), (list, tuple))
+        and all(isinstance(key, (int, str)) for key in group["params"])
         for group in groups
     ):
-        raise ValueError("state_dict['param_groups']: expected a list of dicts with 'params'")
+        raise ValueError(
+            "state_dict['param_groups']: expected a list of dicts with 'params', which are numbers"
+        )
     if not isinstance(state, Mapping) or not all(isinstance(s, Mapping) for s in state.values()):
         raise ValueError("state_dict['state']: expected a dict of dicts, one for each parameter")
     return list(groups)
@@ -310,11 +314,11 @@ def rule_of(group: Mapping[str, Any], layout: Layout, decoupled: bool | None = N
     values = {ours: number(group[name]) for name, ours in layout.named.items() if name in group}
     flags = {name: number(group.get(name, default)) for name, default in layout.flags.items()}
     if layout.cls == "SGD":
-        if not values["momentum"]:
-            del values["momentum"], values["dampening"]
+        if not values.get("momentum"):
+            values = {n: v for n, v in values.items() if n not in ("momentum", "dampening")}
             name = "sgd"
         elif flags["nesterov"]:
-            del values["dampening"]  # torch refuses any
+            values.pop("dampening", None)  # torch refuses any
             name = "nesterov"
         else:
             name = "momentum"

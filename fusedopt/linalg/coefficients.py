@@ -60,6 +60,10 @@ class Coefficients:
         return float(np.abs(slope).max())
 
 
+MOST = 1000
+"""Iterations; ten are many."""
+
+
 def coefficient_set(
     choice: str | Row | Sequence[Row], steps: int, where: str = "coefficients"
 ) -> Coefficients:
@@ -74,13 +78,15 @@ def coefficient_set(
 
     Of a table the last rows are taken: fewer steps are for matrices whose singular values are
     large from the start, as the norm "aol" makes them. Raises ValueError, which begins with
-    `where`, for an unknown name, for more steps than a table has, and for a number of triples
-    other than `steps`.
+    `where`, for an unknown name, for more steps than a table has or than `MOST`, and for a number
+    of triples other than `steps`.
 
     Sources: Keller Jordan, https://kellerjordan.github.io/posts/muon/; You Jiacheng, in
     https://github.com/KellerJordan/modded-nanogpt; CANS, arXiv 2506.10935; Polar Express, arXiv
     2505.16932, algorithm 1.
     """
+    if steps > MOST:
+        raise ValueError(f"{where}: expected at most {MOST} steps, got {steps}")
     # Pairs, and a single iteration after each, kept within twice the error of single iterations
     # in all of the inputs that the tests list; pair upon pair did not.
     pairs = tuple(range(0, steps - 1, 3))

@@ -13,7 +13,7 @@ import numpy as np
 from ..arrays.file_array import FileArray
 from ..arrays.file_set import Tensors, write_index
 from ..arrays.order import axes_of, memory_order, turned_back, turned_shape
-from ..arrays.safetensors_file import part_name, write
+from ..arrays.safetensors_file import check_target, part_name, write
 from ..arrays.stored import LeafState
 from ..step.assembly import Assembly
 from ..step.checkpoint import CALLERS, Snapshot
@@ -121,11 +121,12 @@ class SharedState:
     def save(self, path: str | os.PathLike[str], parameters: bool, metadata: Any) -> None:
         """Write one set of files, each rank its own, and then the index, which makes it whole."""
         ranks = self._ranks
+        target = os.path.realpath(path)
         with ranks.together() as reports:
+            check_target(Path(target))  # before anything is written
             reports.mine = (secrets.token_hex(8), self.held(parameters))
         token = reports.all[0][0]
         of_ranks = [held for _, held in reports.all]
-        target = os.path.realpath(path)
         own = part_name(target, token, ranks.rank)
         try:
             with ranks.together():

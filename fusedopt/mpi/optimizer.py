@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial, wraps
 from itertools import zip_longest
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, get_args
 
 import numpy as np
 
@@ -26,12 +25,13 @@ from ..rules import Rule
 from ..rules.groups import RateChoice, RuleChoice, assign
 from ..step.accumulate import ACCUMULATED
 from ..step.assembly import Assembly, checked_arrays
+from ..step.exchange import Exchange
 from ..step.gradients import refuses_rows
 from ..step.info import StepInfo
 from ..step.rates import StepRate
 from ..step.summary import digest
 from ..system import threads as limits
-from ..system.interrupts import deferred
+from ..system.interrupts import Uninterrupted
 from .checkpoint import SharedState
 from .norms import Norms
 from .ranks import Ranks
@@ -41,10 +41,24 @@ from .shares import cut, flat
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 Shard = Literal["states", "states+masters"] | None
 SHARDS = ("states", "states+masters", None)
 Reduce = Literal["mean", "sum"]
 Order = Literal["exact", "fast"]
+
+
+def _whole(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
+    """Make a method of an optimizer one that is called as a whole or not at all."""
+
+    @wraps(method)
+    def called(self: Any, /, *args: P.args, **keywords: P.kwargs) -> T:
+        ranks: Ranks = self._ranks
+        return ranks.run(partial(method, self, *args, **keywords))
+
+    return called
 
 
 class Share(Optimizer):
@@ -210,6 +224,7 @@ class ShardedOptimizer:
 
     # ---------------------------------------------------------------- steps
 
+    @_whole
     def step(
         self,
         grads: Any = ACCUMULATED,
@@ -224,54 +239,53 @@ class ShardedOptimizer:
         which are averaged too). What is returned is the same on all ranks. Norms are those of the
         average.
         """
-        with deferred():
-            with self._ranks.together() as reports:
-                check_grad_scale(grad_scale, self._local.assembly.narrowest)
-                values = None if grads is ACCUMULATED else self._fitted(grads, "grads")
-                estimates = None if hessian is None else self._fitted(hessian, "hessian")
-                if values is not None and self._zero_grads:
-                    self._check_exclusive(grads, hessian)
-                common = (self.step_count, grad_scale, self.lr if lr is None else lr)
-                kinds = [v if v is None else self._reduction.kinds(v) for v in (values, estimates)]
-                reports.mine = (*common, *kinds)
-            gradients, hessians = self._agreed(reports.all)
-            share: Any = ACCUMULATED
-            if gradients:
-                reduced, share = self._reduced(values, gradients, "grads")
-                self._measure(reduced, _active(gradients))
-            elif self._local.assembly.sums is not None:
-                self._measure(self._local.assembly.sums.sums, self._accumulated)
-            estimate = self._reduced(estimates, hessians, "hessian")[1] if hessians else None
-            with self._ranks.together(changing=True):
-                info = self._local.step(share, grad_scale=grad_scale, hessian=estimate, lr=lr)
-            self._accumulated = []
-            if info.skipped:
-                return info
-            self._gather_parameters()
-            if self._zero_grads and values is not None:
-                self._zero(grads)
-            return info if info.stats is None else self._with_stats(info)
+        with self._ranks.together() as reports:
+            check_grad_scale(grad_scale, self._local.assembly.narrowest)
+            values = None if grads is ACCUMULATED else self._fitted(grads, "grads")
+            estimates = None if hessian is None else self._fitted(hessian, "hessian")
+            if values is not None and self._zero_grads:
+                self._check_exclusive(grads, hessian)
+            common = (self.step_count, grad_scale, self.lr if lr is None else lr)
+            kinds = [v if v is None else self._reduction.kinds(v) for v in (values, estimates)]
+            reports.mine = (*common, *kinds)
+        gradients, hessians = self._agreed(reports.all)
+        share: Any = ACCUMULATED
+        if gradients:
+            reduced, share = self._reduced(values, gradients, "grads")
+            self._measure(reduced, _active(gradients))
+        elif self._local.assembly.sums is not None:
+            self._measure(self._local.assembly.sums.sums, self._accumulated)
+        estimate = self._reduced(estimates, hessians, "hessian")[1] if hessians else None
+        with self._ranks.together(changing=True):
+            info = self._local.step(share, grad_scale=grad_scale, hessian=estimate, lr=lr)
+        self._accumulated = []
+        if info.skipped:
+            return info
+        self._gather_parameters()
+        if self._zero_grads and values is not None:
+            self._zero(grads)
+        return info if info.stats is None else self._with_stats(info)
 
+    @_whole
     def accumulate(self, grads: Any) -> int:
         """Add the average of all ranks' gradients of a micro-batch to this rank's sums.
 
         As `Optimizer.accumulate`, called on every rank. The sums take no more memory than the
         share.
         """
-        with deferred():
-            with self._ranks.together() as reports:
-                values = self._fitted(grads, "grads")
-                if self._zero_grads:
-                    self._check_exclusive(grads, None)
-                reports.mine = (self.step_count, 1.0, self.lr, self._reduction.kinds(values), None)
-            gradients, _ = self._agreed(reports.all)
-            share = self._reduced(values, gradients, "grads")[1]
-            with self._ranks.together(changing=True):
-                count = self._local.accumulate(share)
-            self._accumulated = sorted({*self._accumulated, *_active(gradients)})
+        with self._ranks.together() as reports:
+            values = self._fitted(grads, "grads")
             if self._zero_grads:
-                self._zero(grads)
-            return count
+                self._check_exclusive(grads, None)
+            reports.mine = (self.step_count, 1.0, self.lr, self._reduction.kinds(values), None)
+        gradients, _ = self._agreed(reports.all)
+        share = self._reduced(values, gradients, "grads")[1]
+        with self._ranks.together(changing=True):
+            count = self._local.accumulate(share)
+        self._accumulated = sorted({*self._accumulated, *_active(gradients)})
+        if self._zero_grads:
+            self._zero(grads)
+        return count
 
     def _fitted(self, grads: Any, what: str) -> list[Any]:
         """The leaves of a tree of whole gradients, checked."""
@@ -398,9 +412,11 @@ class ShardedOptimizer:
         return self._local.lr
 
     @lr.setter
+    @_whole
     def lr(self, lr: RateChoice) -> None:
         self._local.lr = lr
 
+    @_whole
     def replace(self, label: str | None = None, /, **hyperparameters: Any) -> None:
         """Change hyperparameters from the next step on, alike on all ranks."""
         self._local.replace(label, **hyperparameters)
@@ -413,19 +429,21 @@ class ShardedOptimizer:
         rank = self._ranks.rank
         return {path: states[path] for path, c in held if self._shard is None or c.holds(rank)}
 
+    @_whole
     def sync(self) -> None:
         """Take the masters anew from the parameters, which were written alike on all ranks."""
         self._local.sync()
 
+    @_whole
     def flush(self) -> None:
         """Write this rank's states in `state_path` to the disk, as `Optimizer.flush`."""
         self._local.flush()
 
+    @_whole
     def rebind(self, params: Any) -> None:
         """Take new arrays in place of the old ones, as `Optimizer.rebind`."""
         with self._ranks.together(changing=True):
-            self._tree.flatten(params, "params")
-            tree = Tree(params)
+            tree = self._tree.successor(params)
             old, copies = self._whole, self._copies
             whole, _ = self._checked(params, self._local.assembly.rules)
             for leaf, p, q in zip(tree.leaves, whole, old, strict=True):
@@ -439,6 +457,7 @@ class ShardedOptimizer:
             self._reduction.rebind(whole)
             self._watch()
 
+    @_whole
     def catch_up(self, rows: Mapping[str, np.ndarray] | None = None) -> None:
         """Replay the steps that rows missed, as `Optimizer.catch_up`; each rank gives its own."""
         with self._ranks.together() as reports:
@@ -466,18 +485,12 @@ class ShardedOptimizer:
             own[path] = indices
         return own
 
-    @contextmanager
-    def lookahead(self) -> Iterator[None]:
+    def lookahead(self) -> Exchanged:
         """Move the parameters of all ranks to p - mu v, as `Optimizer.lookahead`."""
-        backup = [p.copy(order="K") for p in self._whole]
-        with self._local.lookahead():
-            self._gather_parameters()
-            try:
-                yield
-            finally:
-                for p, original in zip(self._whole, backup, strict=True):
-                    p[...] = original
+        context = self._local.lookahead()
+        return Exchanged(self._ranks, context, self._whole, self._gather_parameters)
 
+    @_whole
     def averaged(self) -> GatheredAverages:
         """The averages of `ema` on every rank, as `Optimizer.averaged`; here they are copies."""
         self._local.averaged()  # which refuses it where there are none
@@ -493,21 +506,16 @@ class ShardedOptimizer:
                 c.part(whole, self._ranks.rank)[...] = mine
                 requests += self._ranks.begin_share(flat(whole), c.bounds[:-1], c.sizes)
         self._ranks.wait(requests)
-        exchange = self._in_place_of_parameters(averages)
-        return GatheredAverages(self._tree.build(averages), exchange)
 
-    @contextmanager
-    def _in_place_of_parameters(self, averages: Sequence[np.ndarray]) -> Iterator[Any]:
-        backup = [p.copy(order="K") for p in self._whole]
-        with self._local.averaged():
-            try:
-                for p, average in zip(self._whole, averages, strict=True):
-                    with np.errstate(all="ignore"):
-                        p[...] = average
-                yield self.params
-            finally:
-                for p, original in zip(self._whole, backup, strict=True):
-                    p[...] = original
+        def move() -> None:
+            for p, average in zip(self._whole, averages, strict=True):
+                with np.errstate(all="ignore"):
+                    p[...] = average
+
+        context = self._local.averaged()
+        return GatheredAverages(
+            self._ranks, context, self._whole, move, self.params, self._tree.build(averages)
+        )
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -515,6 +523,7 @@ class ShardedOptimizer:
     def _state(self) -> SharedState:
         return SharedState(self._ranks, self._local.assembly, self._whole, self._shares)
 
+    @_whole
     def save(
         self, path: str | os.PathLike[str], *, parameters: bool = True, metadata: Any = None
     ) -> None:
@@ -532,6 +541,7 @@ class ShardedOptimizer:
         if self._shard is not None:
             self._state.save(path, parameters, metadata)
 
+    @_whole
     def load(
         self, path: str | os.PathLike[str], *, parameters: bool = True, strict: bool = True
     ) -> Any:
@@ -558,6 +568,7 @@ class ShardedOptimizer:
             self._gather_parameters()
         return saved.get("metadata")
 
+    @_whole
     def state_dict(self) -> dict[str, Any]:
         """Counters and copies of the states of all ranks, on every rank: see `Optimizer`."""
         if self._shard is None:
@@ -570,6 +581,7 @@ class ShardedOptimizer:
             saved["leaves"][leaf.path]["state"] = self._state.whole_arrays(k, reports.all)
         return saved
 
+    @_whole
     def load_state_dict(self, state: dict[str, Any], *, strict: bool = True) -> None:
         """Go on from a `state_dict` of this or of an `Optimizer`, which all ranks have."""
         if self._shard is None:
@@ -585,6 +597,7 @@ class ShardedOptimizer:
         self._state.restore(saved, strict=strict, what="state_dict", parameters=False)
         self._accumulated = []
 
+    @_whole
     def fingerprint(self) -> str:
         """The digest that an `Optimizer` with the same parameters, states and counters has."""
         if self._shard is None:
@@ -629,25 +642,59 @@ class ShardedOptimizer:
         )
 
 
-class GatheredAverages:
-    """Averages of weights of all ranks: `params`, copies, nested like the parameters.
+class Exchanged(Uninterrupted):
+    """A context in which the parameters of all ranks are something else.
 
-    As a context manager, once, puts them in the parameters' place, and gives the parameters.
+    context: that of this rank's optimizer. parameters: those that `move` writes; after the context
+    they have their own bits again. value: what the context gives.
     """
 
-    def __init__(self, params: Any, exchange: AbstractContextManager[Any]) -> None:
-        self.params, self._exchange = params, exchange
-
-    def __enter__(self) -> Any:
-        return self._exchange.__enter__()
-
-    def __exit__(
+    def __init__(
         self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> bool | None:
-        return self._exchange.__exit__(kind, error, trace)
+        ranks: Ranks,
+        context: Exchange,
+        parameters: Sequence[np.ndarray],
+        move: Callable[[], None],
+        value: Any = None,
+    ) -> None:
+        super().__init__(self._enter, self._leave, helped=ranks.helped)
+        self._context, self._parameters, self._move = context, parameters, move
+        self._value = value
+
+    def _enter(self) -> Any:
+        backup = [p.copy(order="K") for p in self._parameters]
+        self._context.__enter__()
+        self._backup = backup
+        try:
+            self._move()
+        except BaseException:
+            self._leave()
+            raise
+        return self._value
+
+    def _leave(self) -> None:
+        for p, original in zip(self._parameters, self._backup, strict=True):
+            p[...] = original
+        self._context.__exit__(None, None, None)
+
+
+class GatheredAverages(Exchanged):
+    """Averages of weights of all ranks: `params`, copies, nested like the parameters.
+
+    As a context manager, puts them in the parameters' place, and gives the parameters.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        context: Exchange,
+        parameters: Sequence[np.ndarray],
+        move: Callable[[], None],
+        value: Any,
+        averages: Any,
+    ) -> None:
+        super().__init__(ranks, context, parameters, move, value)
+        self.params = averages
 
 
 def _active(kinds: Sequence[Sequence[Kind | None]]) -> list[int]:

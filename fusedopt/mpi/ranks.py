@@ -7,14 +7,18 @@ import builtins
 import os
 import pickle
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from ..system.interrupts import directly, uninterrupted
+
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+T = TypeVar("T")
 
 
 class Reports:
@@ -43,6 +47,15 @@ class Ranks:
         self.rank, self.size = self.comm.Get_rank(), self.comm.Get_size()
         self.timeout = timeout
         self.lost = ""
+
+    @property
+    def helped(self) -> bool:
+        """Whether another thread than the one that initialized MPI may call it."""
+        return bool(self.mpi.Query_thread() >= self.mpi.THREAD_SERIALIZED)
+
+    def run(self, action: Callable[[], T]) -> T:
+        """Call an action as a whole or not at all, whatever is raised from outside."""
+        return (uninterrupted if self.helped else directly)(action)
 
     def check(self) -> None:
         """Raise RuntimeError if an earlier exchange was cut off."""

@@ -20,6 +20,10 @@ from .extras import NOTHING, Extras
 INPUTS = ("g", "hessian")
 """The operands that come with each step; they have the first slots."""
 
+HALFWAY = -1
+"""The step of an optimizer whose arrays are of no one step: a file could not be read to its end, or
+a step of matrices failed after it had begun to write."""
+
 
 @dataclass(frozen=True)
 class PlanSpec:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
 
@@ -50,7 +50,7 @@ def hyperparameters_of(
             )
         spelling = convention.spelled.get(name)
         if spelling is not None:
-            if value not in spelling:
+            if not isinstance(value, Hashable) or value not in spelling:
                 raise ValueError(
                     f"{rule}.like({library!r}): {name}={value!r} is not available there; values"
                     f" that are: {', '.join(map(repr, spelling))}"

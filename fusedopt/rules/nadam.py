@@ -90,7 +90,7 @@ class NAdam(Rule):
         known: list[float] = self.__dict__.setdefault("_products", [1.0])
         if t >= len(known) and known[-1] > VANISHED:
             grown = list(known)  # another thread may read, or do the same
-            while len(grown) <= t and grown[-1] > VANISHED:
+            while len(grown) <= 2 * t and grown[-1] > VANISHED:
                 grown.append(grown[-1] * self.momentum(len(grown)))
             self.__dict__["_products"] = known = grown
         return known[t] if t < len(known) else 0.0

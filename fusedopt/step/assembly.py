@@ -22,14 +22,14 @@ from ..backends import get_backend
 from ..plan.extras import Extras
 from ..plan.interface import Policy
 from ..plan.options import Options, check_grad_scale, check_seed
-from ..plan.spec import PlanSpec, results_for
+from ..plan.spec import HALFWAY, PlanSpec, results_for
 from ..rules import Rule
 from ..rules.groups import Group, RuleChoice, assign, at_step, check_successor, is_renumbered
 from ..schedules import formula_of
 from ..system.interrupts import directly, uninterrupted
 from ..verification.plan import VerifiedPlan
 from .accumulate import ACCUMULATED, Accumulator
-from .checkpoint import HALFWAY, Snapshot
+from .checkpoint import Snapshot
 from .clipping import GradientClipper
 from .gradients import GradientReader
 from .info import StepInfo, StepInfoBuilder
@@ -383,8 +383,7 @@ class Assembly:
 
     def rebind(self, params: Any) -> None:
         """Take new arrays in place of the old ones: see `Optimizer.rebind`."""
-        tree = Tree(params)
-        self.tree.flatten(params, "params")
+        tree = self.tree.successor(params)
         for leaf, expected, rule in zip(tree.leaves, self._layouts, self.rules, strict=True):
             p = self.device.check_parameter(leaf.label, leaf.value, rule)
             got = p.shape, p.dtype.name, memory_order(p)
@@ -574,21 +573,25 @@ class Assembly:
 
     @property
     def run(self) -> Callable[[Callable[[], T]], T]:
-        """The function that runs an action as a whole; CUDA and MPI keep to one thread."""
-        on_host = self.device is host and self.clipper.agree is None
-        return uninterrupted if on_host else directly
+        """The function that runs an action as a whole; CUDA keeps to one thread."""
+        return uninterrupted if self.device is host else directly
 
     def check_at_home(self, what: str) -> None:
         """RuntimeError unless the parameters are themselves and the states this process's."""
-        if self.state_file:
-            self.state_file.check_owner()
+        self.check_owner()
         if self.exchanged:
             raise RuntimeError(f"{what} inside of {self.exchanged}(): leave the context first")
         if self.counters[0] == HALFWAY and not what.startswith("load"):
             raise RuntimeError(
-                f"{what}: a file could not be read to its end, and the parameters and states are"
-                " only in part those that were in it; load a whole file first"
+                f"{what}: a file could not be read to its end, or a step of matrices failed"
+                " half-way, and the parameters and states are of no one step; load a whole file"
+                " first"
             )
+
+    def check_owner(self) -> None:
+        """RuntimeError in a forked child, of which states in a file are not."""
+        if self.state_file:
+            self.state_file.check_owner()
 
     def check_settled(self, what: str) -> None:
         """RuntimeError unless there is nothing but parameters, states and counters."""

@@ -14,6 +14,7 @@ from ..arrays.file_array import FileArray
 from ..arrays.order import memory_order, turned
 from ..arrays.stored import LeafState
 from ..arrays.trees import Tree
+from ..plan.spec import HALFWAY
 from ..rules import Rule
 from ..rules.groups import Group
 from .rates import Rates
@@ -21,9 +22,6 @@ from .rates import Rates
 FORMAT = 1
 MOST = 1 << 62
 """Steps; the counters have 64 bits."""
-
-HALFWAY = -1
-"""The step of an optimizer whose arrays are partly those of a file that could not be read."""
 
 ENTRY: dict[str, Any] = {
     "rule": str,

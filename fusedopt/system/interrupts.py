@@ -133,9 +133,13 @@ class _Context:
 class Uninterrupted(core.Context if core else _Context):  # type: ignore[misc]
     """A context whose beginning and end are calls as by `uninterrupted`.
 
-    What `enter` returns is the context's value. Once it has been entered, `leave` is called
+    helped: whether both may run in a thread of their own. What `enter` returns is the context's
+    value. Once it has been entered, `leave` is called
     whatever is raised wherever: both methods are the core's, and nothing can come between.
     """
 
-    def __init__(self, enter: Callable[[], Any], leave: Callable[[], Any]) -> None:
-        super().__init__(enter, leave, _idle, _helper_is_idle, directly)
+    def __init__(
+        self, enter: Callable[[], Any], leave: Callable[[], Any], *, helped: bool = True
+    ) -> None:
+        idle = _helper_is_idle if helped else lambda: False
+        super().__init__(enter, leave, _idle, idle, directly)

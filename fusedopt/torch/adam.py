@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import Any, Unpack
 
 from .optimizer import Number, Options, Params, arguments
 from .rules import TorchRule
@@ -97,6 +97,11 @@ class AdamW(Adam, layout="Adam"):
             decoupled_weight_decay=True,
             **options,
         )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group["decoupled_weight_decay"] = True  # whatever a checkpoint of Adam says
 
 
 class Adamax(TorchRule, layout="Adamax"):

@@ -313,9 +313,10 @@ class Engine:
         np.copyto(self._count, self._counters[1:], casting="unsafe")
         for name, of in self._optimizer._follows.items():
             for rule, span in zip(self._rules, self._spans.values(), strict=True):
-                counts = self._counters[1:][span]
-                for t in set(counts.tolist()):
-                    self._followed[name][span][counts == t] = of(rule, t)
+                counts, values = self._counters[1:][span], self._followed[name][span]
+                values.fill(of(rule, int(counts[0])))
+                for t in set(counts[counts != counts[0]].tolist()):
+                    values[counts == t] = of(rule, t)
 
     def _key(self, name: str) -> str:
         """Return the name of a state in torch."""

@@ -40,9 +40,14 @@ class Leaf:
         self.sharded = is_sharded(param)
         local = _local(param).detach()
         if local.device.type != "cpu":
+            remedy = (
+                "make them with module.to_empty(device='cpu'), then the optimizer"
+                if local.device.type == "meta"
+                else "use fusedopt.torch.CPUOffload, or give the tensors to fusedopt.Optimizer"
+            )
             raise ValueError(
-                f"fusedopt.torch: expected parameters on the CPU, got one on {local.device}; use"
-                " fusedopt.torch.CPUOffload, or give the tensors to fusedopt.Optimizer"
+                f"fusedopt.torch: expected parameters on the CPU, got one on {local.device};"
+                f" {remedy}"
             )
         if local.layout != torch.strided:
             raise TypeError(f"fusedopt.torch: expected a dense parameter, got {local.layout}")

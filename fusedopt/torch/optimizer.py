@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import wraps
 from typing import Any, ClassVar, TypedDict, Unpack
 
 import torch
+from torch.autograd import profiler
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ..interop.common import number
 from ..optimizer import Optimizer as Fused
@@ -96,6 +99,31 @@ class Base(torch.optim.Optimizer):
         return True
 
     # torch's interface.
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap `step` as torch does, whose own wrapper is called where it has something to do.
+
+        That one opens a record for the profiler in every step, which takes longer than a step of
+        small tensors.
+        """
+        wrapped = torch.optim.Optimizer.profile_hook_step(func)
+
+        @wraps(func)
+        def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if profiler._is_profiler_enabled or self._has_hooks():
+                return wrapped(self, *args, **kwargs)
+            return func(self, *args, **kwargs)
+
+        return step
+
+    def _has_hooks(self) -> bool:
+        return bool(
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, whose hyperparameters are the defaults where it has none.

@@ -54,6 +54,21 @@ def test_what_is_fixed_is_not_looked_into_again(monkeypatch: pytest.MonkeyPatch)
         optimizer.step(fo.Fixed([]))
 
 
+def test_places_without_a_parameter() -> None:
+    p, g = np.ones(4, np.float32), np.ones(4, np.float32)
+    optimizer = fo.Optimizer({"a": None, "b": [OnDevice(p), None]}, fo.SGD(lr=0.25))
+    grads = {"a": None, "b": [OnDevice(g), None]}
+    for _ in range(2):
+        optimizer.step(grads)
+    for _ in range(3):
+        optimizer.step(fo.Fixed(grads))
+    assert (p == -0.25).all()
+    for wrong in ({**grads, "a": OnDevice(g)}, fo.Fixed({**grads, "a": [None]})):
+        with pytest.raises(TypeError, match=r"grads\['a'\]: expected None"):
+            optimizer.step(wrong)
+    assert optimizer.step_count == 5
+
+
 def test_what_is_fixed_is_kept_alive_by_itself_alone() -> None:
     optimizer = fo.Optimizer(OnDevice(host()), fo.SGD())
     grads = fo.Fixed(OnDevice(host()))
@@ -288,13 +303,6 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         lambda: fo.Optimizer(OnDevice(host()), fo.Muon()),
         ValueError, "two dimensions or more",
     ),
-    **{
-        cls.__name__: (
-            lambda cls=cls: fo.Optimizer(OnDevice(np.ones((4, 4), np.float32)), cls()),
-            ValueError, f"{cls.__name__}: is not supported by the backend 'cuda'; take fo.Muon",
-        )
-        for cls in (fo.NorMuon, fo.AdaMuon, fo.SOAP)
-    },
     "shape": (
         lambda: fo.Optimizer(OnDevice(host()), fo.SGD()).step(OnDevice(host(3))),
         ValueError, r"expected the shape \(4,\)",
@@ -318,10 +326,6 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "update of the host": (
         lambda: fo.update(fo.SGD(), 1, host(), OnDevice(host())),  # type: ignore[arg-type]
         TypeError, "g: is on a CUDA device, where only the backend 'cuda' takes it",
-    ),
-    "update by SOAP": (
-        lambda: fo.SOAP().init(OnDevice(np.ones((4, 4), np.float32))),  # type: ignore[arg-type]
-        ValueError, "SOAP: is not supported by the backend 'cuda'; take fo.Muon",
     ),
     "norm with the host": (
         lambda: fo.global_norm([OnDevice(host()), host()]),

@@ -10,17 +10,16 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from simulated import DEFAULTS, on_device
+from simulated import on_device
 
 import fusedopt as fo
 from devices import OnDevice, Tensor
-from exactness import Array, case, stepped
+from exactness import DEFAULTS, Array, case, stepped
 from formatted import assert_same, draw
 from fusedopt.backends.cuda import kernels
 from fusedopt.backends.cuda import reductions as sums_
 from fusedopt.backends.cuda.arrays import DeviceArray
 from fusedopt.backends.cuda.buffers import Echo, Memory
-from fusedopt.backends.cuda.matmul import Library
 
 INF, NAN = math.inf, math.nan
 
@@ -125,21 +124,13 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("rule", DEFAULTS.values(), ids=DEFAULTS)
-def test_every_rule_has_the_bits_of_the_core(
-    rule: fo.Rule, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Library, "orthogonalize", halve)
+def test_every_rule_has_the_bits_of_the_core(rule: fo.Rule, halved: None) -> None:
     cases = [case(rule, n, np.float32, seed=n) for n in (35, 3)]
     got = on_device(rule, cases, clip_norm=2.0, wait=False)
     want = stepped(rule, cases, clip_norm=2.0)
     for mine, theirs in zip(got, want, strict=True):
         for a, b in zip(mine, theirs, strict=True):
             np.testing.assert_array_equal(a, b)
-
-
-def halve(self: Any, u: Array, *rest: Any) -> None:
-    """In the place of matrix products, as `exactness.elementwise` has it."""
-    u *= 0.5
 
 
 SHAPES: dict[str, Any] = {"a": 75, "b": (), "c": (5, 7), "d": 0, "e": (3, 2)}
@@ -204,8 +195,9 @@ class Run:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("clip", CLIPS, ids=["all", "groups"])
-def test_all_that_a_step_does_besides(way: str, clip: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Library, "orthogonalize", halve)
+def test_all_that_a_step_does_besides(
+    way: str, clip: Any, halved: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mine = Run(OnDevice, way, clip, no_waiting(monkeypatch), wait=False)
     waiting = Run(OnDevice, way, clip, nullcontext())
     assert mine.told == waiting.told

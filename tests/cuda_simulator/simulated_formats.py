@@ -15,26 +15,15 @@ from formatted import BLOCKED, RULES, WAYS, Way, arrays_of, assert_same, draw, s
 from fusedopt.arrays import storage
 from fusedopt.arrays.stored import Quantized
 from fusedopt.backends.cuda.arrays import DeviceArray, DeviceQuantized
-from fusedopt.backends.cuda.matmul import Library
 
 SIZES = {"a": 700, "b": 517, "c": 40}
 """Elements: of several blocks and chunks with a rest, odd, and too few to be quantised."""
 
 
 @pytest.fixture(autouse=True)
-def quantized_early(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves of 500 elements are quantised."""
+def quantized_early(monkeypatch: pytest.MonkeyPatch, halved: None) -> None:
+    """Leaves of 500 elements are quantised, and matrix products are elementwise."""
     monkeypatch.setattr(storage, "QUANTIZED_FROM", 500)
-
-
-@pytest.fixture(autouse=True)
-def halved(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `exactness.elementwise` puts in the place of matrix products."""
-
-    def orthogonalize(self: Any, u: Array, *rest: Any) -> None:
-        u *= 0.5
-
-    monkeypatch.setattr(Library, "orthogonalize", orthogonalize)
 
 
 def off(a: Array) -> Array:

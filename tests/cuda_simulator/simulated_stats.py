@@ -10,25 +10,18 @@ import pytest
 
 import fusedopt as fo
 from devices import OnDevice
-from exactness import DEFAULTS, Array
+from exactness import DEFAULTS
 from formatted import BLOCKED, RULES, draw, shaped
 from fusedopt.arrays import storage
 from fusedopt.arrays.formats import SEGMENT
-from fusedopt.backends.cuda.matmul import Library
 
-SUPPORTED = {name: rule for name, rule in DEFAULTS.items() if rule.program.phases <= 2}
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
 @pytest.fixture(autouse=True)
-def prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+def prepared(monkeypatch: pytest.MonkeyPatch, halved: None) -> None:
     """Leaves of 500 elements are quantised, and matrix products are elementwise."""
-
-    def orthogonalize(self: Any, u: Array, *rest: Any) -> None:
-        u *= 0.5
-
     monkeypatch.setattr(storage, "QUANTIZED_FROM", 500)
-    monkeypatch.setattr(Library, "orthogonalize", orthogonalize)
 
 
 def run(rule: fo.Rule, backend: str, p: Any, g: Any, sizes: tuple[int, ...], **options: Any) -> Any:
@@ -59,7 +52,7 @@ def compared(
     assert all(info.stats for info in found[0])
 
 
-@pytest.mark.parametrize("rule", SUPPORTED.values(), ids=SUPPORTED)
+@pytest.mark.parametrize("rule", DEFAULTS.values(), ids=DEFAULTS)
 def test_every_rule(rule: fo.Rule) -> None:
     compared(rule, np.float32, np.float32)
 

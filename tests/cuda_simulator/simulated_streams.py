@@ -20,6 +20,7 @@ from devices import OnDevice, Tensor
 from exactness import Array
 from fusedopt.backends.cuda import launching, plan, toolkit
 from fusedopt.backends.cuda.buffers import Memory
+from fusedopt.backends.cuda.matmul import Library
 
 TORCH, CUPY, NAMED = 7, 8, 5
 
@@ -100,6 +101,39 @@ def test_every_array_of_a_step_is_fenced(streams: Streams, producers: tuple[str,
     for hessian, more in ((None, set()), ([ones("torch"), None], {TORCH}), (None, set())):
         optimizer.step(grads, hessian=hessian)
         streams.check(stream, ({*others} | more) - {stream})
+
+
+@pytest.mark.parametrize(
+    "rule", [fo.Muon(), fo.NorMuon(), fo.AdaMuon(), fo.SOAP()], ids=lambda rule: rule.name
+)
+def test_products_are_on_the_stream_of_their_step(
+    rule: fo.Rule, streams: Streams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used, read = [], []
+    on_stream, whole = Library.on_stream, Memory.read
+
+    def watched(library: Any, stream: int, device: int) -> Any:
+        used.append(stream)
+        return on_stream(library, stream, device)
+
+    def reading(memory: Any, stream: int) -> Any:
+        read.append(stream)
+        return whole(memory, stream)
+
+    monkeypatch.setattr(Library, "on_stream", watched)
+    monkeypatch.setattr(Memory, "read", reading)
+    p, g, copy = (
+        PRODUCERS[name][0](np.ones((4, 5), np.float32)) for name in ("torch", "named", "cupy")
+    )
+    optimizer = fo.Optimizer([p], rule, copy_out=[copy])
+    streams.events.clear()
+    for stream, before in ((TORCH, set()), (TORCH, set()), (17, {TORCH})):
+        streams.torch = stream
+        optimizer.step([g])
+        streams.check(stream, {NAMED, CUPY} | before)
+    assert used == [TORCH, TORCH, 17]
+    assert set(read) <= {TORCH}  # SOAP's second step finds its bases
+    assert bool(read) == (rule.name == "soap")
 
 
 @pytest.mark.parametrize("wait", [True, False])

@@ -6,6 +6,8 @@ What a device does with it, `benchmarks/gpu.py` shows where there is one.
 from __future__ import annotations
 
 import importlib.util
+import itertools
+import json
 import os
 import re
 import shutil
@@ -21,7 +23,7 @@ import numpy as np
 import pytest
 
 import fusedopt as fo
-from exactness import SUPPORT, TESTS, run_python
+from exactness import ROOT, SUPPORT, TESTS, run_python
 from fusedopt.arrays.formats import PLAIN, Format, compute_dtype
 from fusedopt.arrays.storage import Storage
 from fusedopt.backends import BACKENDS
@@ -31,7 +33,7 @@ from fusedopt.rules import Rule
 pytest.importorskip("numba")
 pytest.importorskip("numba_cuda")
 
-from fusedopt.backends.cuda import blocks, kernels, reductions, rows, stats, toolkit
+from fusedopt.backends.cuda import blocks, kernels, reductions, rows, stages, stats, toolkit
 from fusedopt.backends.cuda.kernels import Step, Variant
 
 pytestmark = pytest.mark.gpu
@@ -40,32 +42,77 @@ CAPABILITIES = ((8, 0), (9, 0))
 LOW = ("bfloat16", "float16")
 
 
-@pytest.mark.parametrize(
-    "file",
-    [
-        "simulated.py",
-        "simulated_arrays.py",
-        "simulated_clipping.py",
-        "simulated_formats.py",
-        "simulated_rows.py",
-        "simulated_stats.py",
-        "simulated_streams.py",
-    ],
-)
-def test_on_the_simulator(file: str) -> None:
-    options = ["-q", "--all", "-W", "ignore", "-p", "no:cacheprovider", "-p", "devices"]
+SIMULATED = {
+    **{
+        file: ["-m", "pytest", "-q", "--all", "-W", "ignore", "-p", "no:cacheprovider",
+               "-p", "devices", file]
+        for file in ("simulated.py", "simulated_arrays.py", "simulated_clipping.py",
+                     "simulated_formats.py", "simulated_rows.py", "simulated_stats.py",
+                     "simulated_streams.py")
+    },
+    "rehearsal": [str(ROOT / "benchmarks" / "gpu.py"), "--rehearse", "--output", "rows.jsonl"],
+}  # fmt: skip
+"""What is run on the simulator, each in a process of its own: files of tests, and the benchmark."""
+
+
+@pytest.fixture(scope="module")
+def simulated(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, tuple[subprocess.Popen[str], Path]]]:
+    """The processes of the tests that were selected, all at once, and what they print."""
+    folder, running = tmp_path_factory.mktemp("simulated"), {}
+    for item in request.session.items:
+        case: Any = getattr(item, "callspec", None)
+        name = case and case.params.get("simulation")
+        if name:
+            printed = folder / name
+            with printed.open("w") as file:
+                process = subprocess.Popen(
+                    [sys.executable, *SIMULATED[name]],
+                    cwd=folder if name == "rehearsal" else TESTS / "cuda_simulator",
+                    env={**os.environ, **SUPPORT, "NUMBA_ENABLE_CUDASIM": "1"},
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+            running[name] = process, printed
+    yield running
+    for process, _ in running.values():
+        process.kill()
+
+
+@pytest.mark.parametrize("simulation", SIMULATED)
+def test_on_the_simulator(simulation: str, simulated: Any) -> None:
+    process, printed = simulated[simulation]
+    code = process.wait(1200)
+    told = printed.read_text()
+    if simulation == "rehearsal":  # whose clock is no clock, so that targets of speed are missed
+        rows = [json.loads(line) for line in (printed.parent / "rows.jsonl").open()]
+        assert {row["part"] for row in rows} == {"bits", "streams", "bandwidth", "lists",
+                                                 "clipping", "cores"}, told  # fmt: skip
+        assert not any(row["value"] for row in rows if row["part"] in ("bits", "streams")), told
+        assert "Error" not in told
+        return
+    assert code == 0, told[-10000:]
+    assert re.search(r"\d{2,} passed", told)
+    assert "skipped" not in told
+
+
+def test_a_benchmark_that_is_stopped_keeps_its_rows(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    given = ["--rehearse", "streams", "lists", "--seconds", "0", "--output", str(rows)]
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, file],
-        cwd=TESTS / "cuda_simulator",
+        [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), *given],
         env={**os.environ, **SUPPORT, "NUMBA_ENABLE_CUDASIM": "1"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=300,
         check=False,
     )
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
-    assert re.search(r"\d{2,} passed", result.stdout)
-    assert "skipped" not in result.stdout
+    assert result.returncode == 1, result.stderr
+    assert re.search(r"stopped after \d+ s, in streams\n$", result.stdout)
+    (row,) = map(json.loads, rows.open())
+    assert row["part"] == "streams"
 
 
 def test_what_it_says_without_a_device() -> None:
@@ -104,14 +151,18 @@ def variants_of(
     formats: list[tuple[str, Format]] = [("g", PLAIN[g]), ("p", storage.parameter(held))]
     states = Extras(**more).states(rule)
     formats += [(name, storage.state(rule, name, held, 1 << 20)) for name in states]
-    formats += [(name, PLAIN[dtype.name]) for name in program.works]
+    works = [*program.works, *itertools.chain(*stages.all_kept(program))]
+    formats += [(name, PLAIN[dtype.name]) for name in works]
     if rule.takes_hessian:
         formats.append(("hessian", PLAIN[g]))
-    for phase in range(program.phases):
-        operations = kernels.operations_of(program, phase, rule.takes_hessian, sums)
-        steps = tuple(Step.of(program, op) for op in operations)
+    for phase, ahead in product(range(program.phases), (False,) if sums else (True, False)):
+        _, steps = stages.operations_at(program, phase, ahead, rule.takes_hessian)
+        if sums:
+            operations = kernels.operations_of(program, phase, rule.takes_hessian, sums)
+            steps = tuple(Step.of(program, op) for op in operations)
         mirrors = tuple(PLAIN[name] for name in copies)
-        yield Variant(steps, program.temporaries, dtype, tuple(formats), mirrors)
+        if steps:
+            yield Variant(steps, program.temporaries, dtype, tuple(formats), mirrors)
 
 
 def every_kernel() -> dict[str, Variant]:
@@ -147,6 +198,7 @@ def kernels_of_formats() -> dict[str, Variant]:
     found = {}
     rules: dict[str, Rule] = {"adamw": fo.AdamW(weight_decay=0.1), "lion": fo.Lion()}
     more: dict[str, Rule] = {"muon": fo.Muon(), "amsgrad": fo.Adam(amsgrad="raw")}
+    more |= {"adamuon": fo.AdaMuon(), "soap": fo.SOAP()}
     for state in ("float8", "dynamic8", "dynamic4"):
         for name, rule in (rules | more if state == "dynamic8" else rules).items():
             for k, variant in enumerate(variants_of(rule, "float32", "float32", Storage(state))):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib
+import re
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -224,6 +226,65 @@ def test_odd_states_of_torch_are_refused_and_nothing_changes(name: str) -> None:
     with pytest.raises(ValueError, match=message):
         fo.interop.from_torch(opt, state)
     assert opt.fingerprint() == before
+
+
+OWN_WORDS = "expected|taken|does not fit|not available|no equal|no default|make the rule"
+GONE = object()
+ANYTHING: tuple[Any, ...] = (
+    None, -1, 0.5, 10**400, np.nan, np.inf, 1 + 2j, True, "text", b"text", [], {}, set(), [1],
+    {"a": 1}, object(), np.ones(2), np.array("text"), np.array(None), GONE,
+)  # fmt: skip
+
+
+def tensors() -> tuple[Any, ...]:
+    torch = pytest.importorskip("torch")
+    return (
+        torch.ones(4).to_sparse(), torch.ones(4, device="meta"), torch.ones(4, dtype=torch.int64),
+        torch.tensor(0.5), torch.ones(4, dtype=torch.complex64),
+        torch.full((2, 2), 1e300, dtype=torch.float64),
+    )  # fmt: skip
+
+
+def places(node: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The ways to all that is in a state_dict."""
+    keys: Any = node if isinstance(node, dict) else ()
+    for key in range(len(node)) if isinstance(node, list) else keys:
+        yield (*way, key)
+        yield from places(node[key], (*way, key))
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "Rprop", "Adagrad", "Muon"])
+def test_anything_anywhere_in_a_state_of_torch(name: str) -> None:
+    """It is taken, or refused in words of the package's own."""
+    torch = pytest.importorskip("torch")
+    w = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = getattr(torch.optim, name)([w], **({"momentum": 0.9} if name == "SGD" else {}))
+    w.grad = torch.ones(2, 2)
+    optimizer.step()
+    fine = optimizer.state_dict()
+    (rule,) = interop.rules_from_torch(fine)
+    strays = []
+    for way in places(fine):
+        for odd in (*ANYTHING, *tensors()):
+            state = copy.deepcopy(fine)
+            inner = state
+            for key in way[:-1]:
+                inner = inner[key]
+            if odd is GONE:
+                del inner[way[-1]]
+            else:
+                inner[way[-1]] = odd
+            opt = fo.Optimizer(np.ones((2, 2), np.float32), rule)
+            told = "taken"
+            try:
+                interop.from_torch(opt, state, step=3)
+            except (ValueError, TypeError) as error:
+                told = str(error)
+            if not re.search(
+                "expected|taken|does not fit|not avail|no equal|no default|make the", told
+            ):
+                strays.append((way, odd, told))
+    assert not strays, [stray[2] for stray in strays]
 
 
 @pytest.mark.parametrize("step", [-1, 1.5, True, "3"])

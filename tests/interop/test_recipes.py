@@ -46,6 +46,12 @@ def test_it_runs(code: str) -> None:
     assert run(code)
 
 
+@pytest.mark.parametrize("code", list(recipes()))
+def test_it_is_short(code: str) -> None:
+    lines = [line for line in code.splitlines() if line and not re.match("import|from", line)]
+    assert 2 <= len(lines) <= 12
+
+
 def recipe(heading: str) -> str:
     (code,) = [r.values[0] for r in recipes() if r.id.endswith(f": {heading}")]
     return str(code)

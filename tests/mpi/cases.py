@@ -5,10 +5,15 @@ Prints one line of JSON: the traceback of each case on each rank, or null.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import json
+import os
 import re
+import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +26,7 @@ from mpi4py import MPI
 
 import fusedopt as fo
 from fusedopt.mpi import ShardedOptimizer, checkpoint
+from interrupting import FromOutside, interrupted_at
 
 Case = Callable[[MPI.Comm], None]
 CASES: dict[str, Case] = {}
@@ -34,7 +40,7 @@ def case(function: Case) -> Case:
 
 
 def parameters(dtype: Any = np.float32, seed: int = 0) -> dict[str, Any]:
-    """Leaves that are cut, that are not, empty ones, and one in Fortran order."""
+    """Leaves that are cut, that are not, empty ones, one in Fortran order; places of none."""
     rng = np.random.default_rng(seed)
 
     def of(*shape: int) -> np.ndarray:
@@ -42,7 +48,11 @@ def parameters(dtype: Any = np.float32, seed: int = 0) -> dict[str, Any]:
 
     return {
         "embed": of(3000, 64),
-        "block": [{"w": of(200, 300), "b": of(300)}, {"w": np.asfortranarray(of(320, 256))}],
+        "block": [
+            {"w": of(200, 300), "b": of(300)},
+            {"w": np.asfortranarray(of(320, 256)), "b": None},
+        ],
+        "absent": None,
         "empty": of(0, 5),
         "scale": np.asarray(of()),
         "head": of(64, 128),
@@ -54,7 +64,7 @@ def leaves(tree: Any) -> list[Any]:
         return [x for value in tree.values() for x in leaves(value)]
     if isinstance(tree, list):
         return [x for value in tree for x in leaves(value)]
-    return [tree]
+    return [] if tree is None else [tree]
 
 
 def mapped(function: Callable[..., Any], *trees: Any) -> Any:
@@ -63,7 +73,7 @@ def mapped(function: Callable[..., Any], *trees: Any) -> Any:
         return {k: mapped(function, *(tree[k] for tree in trees)) for k in first}
     if isinstance(first, list):
         return [mapped(function, *each) for each in zip(*trees, strict=True)]
-    return function(*trees)
+    return None if first is None else function(*trees)
 
 
 def gradients(like: Any, rank: int, step: int, dtype: Any = np.float32) -> Any:
@@ -559,6 +569,128 @@ def checkpoints_are_replaced_as_a_whole(comm: MPI.Comm) -> None:
 
 def full(*_: Any) -> None:
     raise OSError("disk is full")
+
+
+@case
+def names_as_long_as_names_can_be(comm: MPI.Comm) -> None:
+    opt, _ = check(comm, fo.AdamW(), steps=1)
+    folder = Path("names")
+    if comm.rank == 0:
+        folder.mkdir()
+    comm.Barrier()
+    lengths = (3, 200, 201, 238, 239, 255)
+    for length in lengths:
+        name = folder / f"{length}".ljust(length, "n")
+        for _ in range(2):  # the second replaces the files of the first
+            opt.step(gradients(opt.params, comm.rank, 5))
+            opt.save(name)
+        again = ShardedOptimizer(parameters(), fo.AdamW(), comm)
+        again.load(name)
+        assert again.fingerprint() == opt.fingerprint()
+        comm.Barrier()
+    assert len(list(folder.iterdir())) == len(lengths) * (1 + comm.size)
+
+
+@case
+def nothing_is_written_where_no_file_can_be(comm: MPI.Comm) -> None:
+    opt, _ = check(comm, fo.AdamW(), steps=1)
+    if comm.rank == 0:
+        Path("folder").mkdir()
+    comm.Barrier()
+    before = sorted(p.name for p in Path().iterdir())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "write", None)
+        raises(OSError, "is a directory", lambda: opt.save("folder"))
+    assert sorted(p.name for p in Path().iterdir()) == before
+
+
+ACTIONS: dict[str, Callable[[ShardedOptimizer, Any], object]] = {
+    "step": lambda o, g: o.step(g),
+    "accumulate": lambda o, g: o.accumulate(g),
+    "step of sums": lambda o, g: (o.accumulate(g), o.step()),
+    "save": lambda o, g: o.save("here"),
+    "load": lambda o, g: o.load("there"),
+    "state_dict": lambda o, g: o.state_dict(),
+    "averaged": lambda o, g: inside(o.averaged()),
+    "lookahead": lambda o, g: inside(o.lookahead()),
+    "sync": lambda o, g: o.sync(),
+    "rebind": lambda o, g: o.rebind(mapped(lambda p: p.copy(order="K"), o.params)),
+}
+
+
+def inside(context: Any) -> None:
+    with context:
+        pass
+
+
+@case
+def interruptions_come_before_an_action_or_after_it(comm: MPI.Comm) -> None:
+    """At each bytecode; of each rank on its own, since others would wait for it."""
+    rules = {"m": fo.Muon(), "s": fo.SOAP(), "v": fo.Nesterov(form="lookahead")}
+    rng = np.random.default_rng(0)
+    shapes = {"m": (4, 6), "s": (3, 4), "v": (5,)}
+    params, grads = ({k: rng.standard_normal(s) for k, s in shapes.items()} for _ in range(2))
+    opt = ShardedOptimizer(params, rules, MPI.COMM_SELF, ema=0.5, clip_norm=1.0)
+
+    def contents() -> tuple[Any, ...]:
+        sums = opt._local.assembly.sums
+        return (
+            opt.fingerprint(),
+            [p.tobytes() for p in leaves(opt.params)],
+            sums and [None if s is None else repr(s) for s in sums.sums],
+        )
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        opt.step(grads)
+        opt.accumulate(grads)
+        opt.step()
+        opt.save("there")
+        for name, action in ACTIONS.items():
+            opt.load("there")
+            whole = [contents()]
+            action(opt, grads)
+            whole.append(contents())
+            if name == "step of sums":
+                opt.load("there")
+                opt.accumulate(grads)
+                whole.append(contents())
+            for place in itertools.count(1):
+                opt.load("there")
+                if not interrupted_at(place, functools.partial(action, opt, grads)):
+                    break
+                assert contents() in whole, f"{name}: half of it, at bytecode {place}"
+                if not opt._local.assembly.accumulated:
+                    opt.step(grads)
+            assert place > 1
+
+
+@case
+def handlers_of_signals_run_after_a_step(comm: MPI.Comm) -> None:
+    """A handler that raises, at a moment of a step of all ranks that each rank knows alike."""
+    opt, whole = check(comm, {"block.*.w": fo.Muon(), "*": fo.AdamW()}, steps=1)
+
+    def handler(*_: Any) -> None:
+        raise FromOutside
+
+    previous = signal.signal(signal.SIGTERM, handler)
+    reduce = opt._reduction.reduce
+    try:
+        for step in range(2):
+            trees = [gradients(opt.params, rank, step) for rank in range(comm.size)]
+
+            def reduced(*arguments: Any) -> Any:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return reduce(*arguments)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(opt._reduction, "reduce", reduced)
+                with pytest.raises(FromOutside):
+                    opt.step(trees[comm.rank])
+            whole.step(average(trees, whole.params))
+            equal(opt.params, whole.params)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert opt.fingerprint() == whole.fingerprint()
 
 
 def main() -> None:

@@ -117,6 +117,7 @@ def test_triples() -> None:
     [
         ("kellar", 5, "here: expected one of 'keller', 'polar_express', 'you', 'cans', or triples"),
         ("you", 6, "here: 'you' has 5 steps, and 6 were asked for; 'polar_express' has any number"),
+        ("keller", 10**400, "here: expected at most 1000 steps, got 1000"),
         ((KELLER,), 2, "here: 1 triples for 2 steps; give one for each"),
     ],
 )

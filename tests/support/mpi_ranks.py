@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
+from exactness import SUPPORT
+
 
 def run_ranks(
     count: int,
@@ -25,7 +27,7 @@ def run_ranks(
     where = {"MPI4PY_LIBMPI": str(library)} if library else {}
     return subprocess.run(
         [str(mpiexec), *launcher, "-n", str(count), sys.executable, *arguments],
-        env={**os.environ, **threads, **where},
+        env={**os.environ, **SUPPORT, **threads, **where},
         cwd=cwd,
         timeout=seconds,
         text=True,

@@ -8,6 +8,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,46 +19,12 @@ import pytest
 
 import fusedopt as fo
 import fusedopt.functional
-from exactness import Array
+from exactness import Array, run_python
 from fusedopt.backends import BACKENDS
+from fusedopt.rules.matrix import MatrixRule
+from interrupting import FromOutside, interrupted_at
 
-PACKAGE = str(Path(fo.__file__).parent)
 WAIT = 60.0
-
-
-class FromOutside(BaseException):
-    """What a handler of a signal may raise, or another thread."""
-
-
-class At:
-    """A tracer that raises at a bytecode, counted over the package's own frames in this thread."""
-
-    def __init__(self, place: int) -> None:
-        self.left = place
-
-    def __call__(self, frame: Any, event: str, argument: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(PACKAGE):
-            return None
-        frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        if event == "opcode":
-            self.left -= 1
-            if self.left == 0:
-                raise FromOutside
-        return self
-
-
-def interrupted_at(place: int, action: Callable[[], object]) -> bool:
-    """Whether an action was interrupted at a bytecode; it has fewer otherwise."""
-    tracer, previous = At(place), sys.gettrace()
-    sys.settrace(tracer)
-    try:
-        action()
-    except FromOutside:
-        return True
-    finally:
-        sys.settrace(previous)
-    assert tracer.left > 0, "the exception was lost"
-    return False
 
 
 def matrices(rule: fo.Rule, backend: str, **options: Any) -> tuple[fo.Optimizer, Any]:
@@ -176,10 +144,21 @@ def test_a_step_that_rows_miss(backend: str) -> None:
     check(make, lambda o, g: o.catch_up())
 
 
+KINDS: dict[str, Callable[..., tuple[fo.Optimizer, Any]]] = {
+    "elements": partial(tables, fo.AdamW()),
+    "estimates": partial(tables, fo.Sophia()),
+    "look-ahead": partial(tables, fo.Nesterov(form="lookahead")),
+    "matrices": partial(matrices, fo.Muon()),
+    "sides": partial(matrices, fo.SOAP()),
+}
+KIND = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+
+
 @BACKEND
-def test_a_step_of_sums(backend: str) -> None:
+@KIND
+def test_a_step_of_sums(kind: Any, backend: str) -> None:
     def make() -> tuple[fo.Optimizer, Any]:
-        optimizer, grads = tables(fo.AdamW(), backend)
+        optimizer, grads = kind(backend)
         optimizer.accumulate(grads)
         return optimizer, grads
 
@@ -198,16 +177,18 @@ def test_a_step_in_parts(backend: str) -> None:
 
 
 @BACKEND
-def test_states_that_come_and_go(backend: str, tmp_path: Path) -> None:
+@KIND
+def test_states_that_come_and_go(kind: Any, backend: str, tmp_path: Path) -> None:
     path = tmp_path / "run.safetensors"
-    other, grads = tables(fo.AdamW(), backend)
+    other, grads = kind(backend)
     other.step(grads)
     other.save(path)
     before = path.read_bytes()
     state = other.state_dict()
 
     def make() -> tuple[fo.Optimizer, Any]:
-        return tables(fo.AdamW(), backend)
+        made: tuple[fo.Optimizer, Any] = kind(backend)
+        return made
 
     check(make, lambda o, g: o.load(path))
     check(make, lambda o, g: o.load_state_dict(state))
@@ -258,18 +239,18 @@ def test_hyperparameters_and_what_is_told_of_them(
 
 
 @BACKEND
-@pytest.mark.parametrize("kind", ["averaged", "lookahead"])
-def test_parameters_come_back(kind: str, backend: str) -> None:
-    rule = fo.Nesterov(form="lookahead")
-
+@pytest.mark.parametrize(
+    ("kind", "context"), [*((kind, "averaged") for kind in KINDS), ("look-ahead", "lookahead")]
+)
+def test_parameters_come_back(kind: str, context: str, backend: str) -> None:
     def make() -> tuple[fo.Optimizer, Any]:
-        optimizer, grads = tables(rule, backend, ema=0.5)
+        optimizer, grads = KINDS[kind](backend, ema=0.5)
         optimizer.step(grads)
         return optimizer, grads
 
     def enter(optimizer: fo.Optimizer, grads: Any) -> None:
         own = contents(optimizer)
-        with getattr(optimizer, kind)():
+        with getattr(optimizer, context)():
             assert contents(optimizer) != own
 
     check(make, enter)
@@ -362,3 +343,90 @@ def test_exceptions_of_other_threads(backend: str) -> None:
         while shadow.step_count < optimizer.step_count:
             shadow.step(grads)
         assert optimizer.fingerprint() == shadow.fingerprint()
+
+
+# ---------------------------------------------------------------- errors between matrices
+
+
+SHORT = """
+import resource
+import numpy as np, fusedopt as fo
+
+def used():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()
+
+rng = np.random.default_rng(0)
+params = {k: rng.standard_normal((40, 30)).astype(np.float32) for k in "abc"}
+grads = {k: rng.standard_normal((40, 30)).astype(np.float32) for k in "abc"}
+optimizer = fo.Optimizer(params, fo.RULE(), backend="BACKEND")
+optimizer.step(grads)
+before = optimizer.fingerprint()
+resource.setrlimit(resource.RLIMIT_AS, (used() + (1 << 19), resource.RLIM_INFINITY))
+try:
+    optimizer.step(grads)
+except MemoryError:
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+    assert optimizer.fingerprint() == before
+    print("refused")
+optimizer.step(grads)
+assert optimizer.step_count == 2
+"""
+MATRIX_RULES = [cls for cls in fo.RULES.values() if issubclass(cls, MatrixRule)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the memory as Linux does")
+@pytest.mark.parametrize("backend", ["native", "numba"])
+@pytest.mark.parametrize("rule", MATRIX_RULES)
+def test_a_step_begins_only_with_the_memory_that_it_needs(rule: type, backend: str) -> None:
+    one = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    done = run_python(SHORT.replace("RULE", rule.__name__).replace("BACKEND", backend), one)
+    assert done.stdout == "refused\n", done.stderr
+
+
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize("failing", range(1, 4))
+@pytest.mark.parametrize("backend", ["native", "numba"])
+@pytest.mark.parametrize("rule", MATRIX_RULES)
+def test_half_a_step_is_neither_saved_nor_gone_on_with(
+    rule: Any, backend: str, failing: int, verify: bool, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Where the products between the phases fail, as no memory that was free before explains."""
+    optimizer, grads = matrices(rule(), backend, verify=verify)
+    optimizer.step(grads)
+    optimizer.save(tmp_path / "whole")
+    before, calls, between = optimizer.fingerprint(), [0], rule.between
+
+    def limited(*arguments: Any) -> None:
+        calls[0] += 1
+        if calls[0] == failing:
+            raise MemoryError
+        between(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rule, "between", limited)
+        with pytest.raises(MemoryError) if failing <= calls_of(rule) else nullcontext():
+            optimizer.step(grads)
+    if verify or failing > calls_of(rule):  # on copies, or without a failure
+        assert (optimizer.fingerprint() == before) == (failing <= calls_of(rule))
+        optimizer.step(grads)
+        return
+    for action in (
+        lambda: optimizer.step(grads),
+        lambda: optimizer.accumulate(grads),
+        lambda: optimizer.save(tmp_path / "half"),
+        optimizer.state_dict,
+        lambda: optimizer.lookahead().__enter__(),
+    ):
+        with pytest.raises((RuntimeError, ValueError), match=r"load a whole file|no leaf is upd"):
+            action()
+    optimizer.load(tmp_path / "whole")
+    assert optimizer.fingerprint() == before
+    assert optimizer.step(grads).step == 2
+
+
+def calls_of(rule: Any) -> int:
+    """How often a step of `matrices` calls `between`."""
+    phases: int = rule().program.phases
+    return 2 * (phases - 1)

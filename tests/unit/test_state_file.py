@@ -392,13 +392,25 @@ def test_copies_are_refused(copied: Callable[[Any], Any], tmp_path: Path) -> Non
         copied(optimizer)
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_child_is_refused(tmp_path: Path) -> None:
-    optimizer, g = make(tmp_path)
-    saved = optimizer.state_dict()
+    optimizer, g = make(tmp_path, ema=0.5)
+    saved, averages = optimizer.state_dict(), optimizer.averaged()
     calls: list[Callable[[], Any]] = [
         lambda: optimizer.step(g),
+        lambda: optimizer.accumulate(g),
+        lambda: optimizer.step_part(["params"], [g]),
         lambda: optimizer.load_state_dict(saved),
+        lambda: optimizer.save(tmp_path / "never"),
         lambda: optimizer.rebind(optimizer.params.copy()),
+        lambda: optimizer.replace(weight_decay=0.5),
+        lambda: optimizer.state,
+        averages.__enter__,
+        optimizer.averaged,
+        optimizer.fingerprint,
+        optimizer.flush,
+        optimizer.state_dict,
+        optimizer.synchronize,
         optimizer.sync,
     ]
     child = os.fork()
@@ -409,7 +421,7 @@ def test_a_forked_child_is_refused(tmp_path: Path) -> None:
                 call()
             except RuntimeError as error:
                 refusals += "fork" in str(error)
-        del optimizer, calls, call
+        del optimizer, averages, calls, call
         os._exit(refusals)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == len(calls)

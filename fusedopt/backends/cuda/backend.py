@@ -44,7 +44,6 @@ class CudaBackend:
 
         programs = [spec.extras.program(group.rule) for group in spec.groups]
         for k, group in enumerate(spec.group_of):
-            self.device.check_rule(spec.groups[group].rule, spec.leaves[k].caller)
             dtype = compute_dtype(spec.leaves[k].parameter.format.dtype)
             for op in programs[group].operations:
                 if op.kernel is None and op.element is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,6 @@ __all__ = [
     "check_apart",
     "check_options",
     "check_parameter",
-    "check_rule",
     "check_state",
     "check_summed",
     "check_target",
@@ -62,14 +62,6 @@ def check_options(options: Options, state_path: Any) -> None:
         )
 
 
-def check_rule(rule: Rule, p: DeviceArray) -> None:
-    """ValueError for a rule that there is on the host alone."""
-    if rule.program.phases > 2 or rule.sides(p.shape):
-        raise ValueError(unsupported(type(rule).__name__, "take fo.Muon"))
-    if rule.short_products:
-        raise ValueError(unsupported("ns_dtype='bfloat16'", "take 'float32'"))
-
-
 def check_state(label: str, state: Any) -> Stored:
     """An array that will be updated in place, or a quantised state of the device; errors as
     `check_target`."""
@@ -87,7 +79,6 @@ def allocate(
     wanted: list[ArraySpec] = []
     likes: Any = parameters
     for rule, p in zip(rules, likes, strict=True):
-        check_rule(rule, p)
         if storage.keeps_more(p):
             format = storage.parameter(p.dtype)
             wanted.append(ArraySpec(format, p, beside=format.aux_dtype is not None))
@@ -95,12 +86,16 @@ def allocate(
             wanted.append(
                 ArraySpec(storage.state(rule, name, p.dtype, p.size), p, rule.initial(name))
             )
+        plain = PLAIN[compute_dtype(p.dtype).name]
+        wanted += [ArraySpec(plain, p, shape=shape) for shape in rule.sides(p.shape).values()]
     fresh = iter(new_arrays(wanted))
     made = []
     for rule, p, copied in zip(rules, likes, copies, strict=True):
         own = next(fresh) if storage.keeps_more(p) else None
         states = {name: next(fresh) for name in states_of(rule)}
+        sides = {name: next(fresh) for name in rule.sides(p.shape)}
         leaf_state = storage.leaf_state(stored(p), own, states, copied)  # type: ignore[arg-type]
+        leaf_state = replace(leaf_state, sides=sides)
         take_parameter(leaf_state)
         if AVERAGE in states:
             states[AVERAGE].data[...] = leaf_state.parameter.data  # there is nothing beside it yet
@@ -128,6 +123,8 @@ def _made(w: ArraySpec, block: Bytes, addresses: Sequence[int]) -> Stored:
     """An array at the addresses of its data and of what stands beside it."""
     like: Any = w.like
     format, size = w.format, like.size
+    if w.shape is not None:
+        return stored(like.like(addresses[0], format.dtype, block, w.shape))
     aux = None
     if format.aux_dtype is not None:
         shape = (format.aux_size(size),)

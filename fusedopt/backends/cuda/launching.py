@@ -113,6 +113,7 @@ class Launch:
         self._table = Table.of(rows, blocks.CHUNK if blocked else variant.chunk, stream)
         self._threads = TILE_LANES * blocks.WARPS if blocked else THREADS
         self._kernel = kernel_of(variant)
+        self._kernel.prepare(device)
         self.dtype, self.random, self._device = variant.dtype, variant.random, device
 
     def run(self, scalars: Sequence[float], stream: int, *more: int) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import chain
 from math import prod
 from operator import is_
 from typing import Any, NamedTuple
@@ -15,7 +16,6 @@ import numpy as np
 from ...arrays import device_interface
 from ...arrays.formats import PLAIN, compute_dtype
 from ...arrays.rows import UniqueRows, values_of
-from ...arrays.stored import ArraySpec
 from ...arrays.trees import Fixed, opened
 from ...plan.extras import Extras
 from ...plan.interface import ExclusiveUse
@@ -26,11 +26,11 @@ from ...system.interrupts import deferred
 from .arrays import DeviceArray, Producer
 from .buffers import Memory, on_device, synchronize, wait_for
 from .clipping import DeviceClipper
-from .device import new_arrays
 from .kernels import Step, Variant, operations_of
 from .launching import Launch, Place, Sums, table_row
-from .matmul import Library
+from .matrices import Bases, DeviceMatrices
 from .rows import table_rows
+from .stages import operations_at
 from .stats import SumLaunch
 
 
@@ -38,8 +38,9 @@ from .stats import SumLaunch
 class Bound:
     """The launches of a step for the same inputs.
 
-    active: the leaves that take part; touched: elements of each. before, after: launches, in whose
-    midst are the products of `matrices`. sums: of squares, where a norm is wanted; table: what the
+    active: the leaves that take part; touched: elements of each. ahead: of each phase that products
+    of `matrices` follow its launches, which write nothing but work space; commit: the launches
+    that write parameters and states. sums: of squares, where a norm is wanted; table: what the
     `DeviceClipper` wants to know of them. stream: which alone may use their memory. others: the
     producers of all arrays that the step reads or writes, whose streams wait for the step, and the
     step for them; the arrays themselves are not kept alive.
@@ -47,9 +48,9 @@ class Bound:
 
     active: np.ndarray
     touched: list[int]
-    before: list[Queued]
+    ahead: list[list[Queued]]
     matrices: list[int]
-    after: list[Queued]
+    commit: list[Queued]
     sums: Sums | None
     table: Memory | None
     stream: int
@@ -78,8 +79,8 @@ def _leaves(spec: Any, tree: Any) -> list[Any]:
     elif isinstance(spec, list):
         children = spec
         nodes = tree if isinstance(tree, (list, tuple)) and len(tree) == len(spec) else []
-    else:
-        return [tree]
+    else:  # a leaf, or None, which is no leaf
+        return [] if spec is None and tree is None else [tree]
     found: list[Any] = []
     for child, node in zip(children, nodes, strict=False):
         if isinstance(child, int):
@@ -165,7 +166,9 @@ class CudaPlan(ExclusiveUse):
         self._key: Any = None
         self._fixed: weakref.ref[Fixed] | None = None
         self._seen: Seen | None = None
-        self._make_work_space()
+        with on_device(self._first.device):
+            self._matrices = DeviceMatrices(spec, programs, self._dtypes)
+        self.work_bytes = self._matrices.nbytes
         self._places = [self._places_of(k) for k in range(len(spec.leaves))]
         self._clipper: DeviceClipper | None = None
         if spec.decide is not None and not spec.wait:
@@ -179,7 +182,9 @@ class CudaPlan(ExclusiveUse):
         """Take other rules for the groups; False if a new plan is needed."""
         programs = [extras.program(group.rule) for group in groups]
         pairs = zip(programs, self._programs, strict=True)
-        if self._work and not only_numbers_differ(self._spec.groups, [g.rule for g in groups]):
+        if self._matrices.works and not only_numbers_differ(
+            self._spec.groups, [g.rule for g in groups]
+        ):
             return False
         if not all(new.fits(old) for new, old in pairs):
             return False
@@ -187,18 +192,6 @@ class CudaPlan(ExclusiveUse):
         self._programs = programs
         self._bound = self._key = self._seen = self._fixed = None
         return True
-
-    def _make_work_space(self) -> None:
-        """Directions of the leaves whose rule has two phases."""
-        phased = [k for k, g in enumerate(self._spec.group_of) if self._programs[g].phases > 1]
-        library = Library(self._first.library) if phased else None
-        wanted = [ArraySpec(PLAIN[self._dtypes[k].name], self._parameters[k]) for k in phased]
-        with on_device(self._first.device):
-            arrays: list[Any] = [stored.data for stored in new_arrays(wanted)]
-            self._work = dict(zip(phased, arrays, strict=True))
-            self._views = {k: library.view(a) for k, a in self._work.items() if library}
-        self._library = library
-        self.work_bytes = sum(a.nbytes for a in arrays)
 
     def step_alone(self, grads: Any, hessian: Any) -> int | None:
         """Take a whole step, which needs nothing around it, of the arrays of the step before."""
@@ -285,27 +278,40 @@ class CudaPlan(ExclusiveUse):
         self, grads: Sequence[Any], estimates: Sequence[Any], inputs: Any, stream: int
     ) -> Bound:
         active = [k for k, g in enumerate(grads) if g is not None]
-        first, second = (self._launches(p, active, grads, estimates, stream) for p in (0, 1))
-        # Nothing is written to a parameter before the library's products, which may fail.
-        before = [queued for queued in first if queued.leaf in self._work]
-        after = [*second, *(queued for queued in first if queued.leaf not in self._work)]
-        matrices = [k for k in active if k in self._work]
+        matrices = [k for k in active if k in self._matrices.works]
+        phases = max((self._programs[self._spec.group_of[k]].phases for k in matrices), default=1)
+        inputs_of = active, grads, estimates, stream
+        ahead = [self._launches(phase, True, *inputs_of) for phase in range(phases - 1)]
+        commit = [q for phase in range(phases) for q in self._launches(phase, False, *inputs_of)]
         sums = table = None
         if self._spec.decide is not None:
             sums = Sums({k: grads[k] for k in active}, self._dtypes, stream)
             table = self._clipper.table(sums, stream) if self._clipper else None
         others = self._producers | {g.producer for g in inputs}
+        if not isinstance(self._first.producer, Memory):  # whose stream is the step's
+            others.discard(self._first.producer)
         took_part = np.array(active, np.int64)
         touched = [selected_size(grads[k]) for k in active]
-        return Bound(took_part, touched, before, matrices, after, sums, table, stream, others)
+        return Bound(took_part, touched, ahead, matrices, commit, sums, table, stream, others)
 
     def _launches(
-        self, phase: int, active: Sequence[int], grads: Any, estimates: Any, stream: int
+        self,
+        phase: int,
+        ahead: bool,
+        active: Sequence[int],
+        grads: Any,
+        estimates: Any,
+        stream: int,
     ) -> list[Queued]:
+        """The launches of a phase. ahead: those that write work space, otherwise the others.
+
+        Nothing is written to a parameter or a state before the last of the library's products,
+        which may fail.
+        """
         spec = self._spec
         alike: dict[Any, list[int]] = {}
         for k in active:
-            variant = self._variant(k, phase, grads[k], estimates[k])
+            variant = self._variant(k, phase, ahead, grads[k], estimates[k])
             if variant.steps:
                 key = variant, spec.group_of[k], int(spec.counters[k + 1])
                 alike.setdefault(key, []).append(k)
@@ -313,7 +319,7 @@ class CudaPlan(ExclusiveUse):
         for (variant, group, _), members in alike.items():
             refreshed = estimates[members[0]] is not None
             made += self._sums(variant, phase, members, grads, estimates, stream)
-            operations = operations_of(self._programs[group], phase, refreshed)
+            operations, _ = operations_at(self._programs[group], phase, ahead, refreshed)
             rows: list[list[int]] = []
             for k in members:
                 rows += self._rows(k, variant, grads[k], estimates[k])
@@ -347,17 +353,17 @@ class CudaPlan(ExclusiveUse):
         launch = SumLaunch(variant, leaves, columns, self._first.device, stream)
         return [Queued(launch, operations, group, members[0])]
 
-    def _variant(self, k: int, phase: int, g: Any, estimate: Any) -> Variant:
+    def _variant(self, k: int, phase: int, ahead: bool, g: Any, estimate: Any) -> Variant:
         program, memory = self._programs[self._spec.group_of[k]], self._spec.leaves[k]
         formats = [("g", PLAIN[values_of(g).dtype.name]), ("p", memory.parameter.format)]
         if estimate is not None:
             formats.append(("hessian", PLAIN[values_of(estimate).dtype.name]))
         formats += [(name, state.format) for name, state in memory.states.items()]
-        if program.phases > 1:
-            formats.append(("work", PLAIN[self._dtypes[k].name]))
-        operations = operations_of(program, phase, estimate is not None)
+        works = self._matrices.works.get(k, ())
+        formats += [(name, PLAIN[self._dtypes[k].name]) for name in works]
+        _, steps = operations_at(program, phase, ahead, estimate is not None)
         return Variant(
-            tuple(Step.of(program, op) for op in operations),
+            steps,
             program.temporaries,
             self._dtypes[k],
             tuple(formats),
@@ -371,8 +377,7 @@ class CudaPlan(ExclusiveUse):
         memory, keys = self._spec.leaves[k], self._spec.keys[k]
         own = {"p": memory.parameter, **memory.states}
         found = {n: Place.of(a, key.key) for (n, a), key in zip(own.items(), keys, strict=True)}
-        if k in self._work:
-            found["work"] = Place.of(self._work[k])
+        found |= {name: Place.of(a) for name, a in self._matrices.works.get(k, {}).items()}
         return found | {f"copy{j}": Place.of(a) for j, a in enumerate(memory.mirrors)}
 
     def _places_with(self, k: int, g: Any, estimate: Any) -> dict[str, Place]:
@@ -405,6 +410,7 @@ class CudaPlan(ExclusiveUse):
         for block in self._blocks:
             block.written_on = stream
         number = int(spec.counters[0]) + 1
+        bases = {k: self._bases(k, stream) for k in bound.matrices}
         if bound.sums is not None:
             spec.results[...] = 0
             bound.sums.queue(stream)
@@ -412,19 +418,22 @@ class CudaPlan(ExclusiveUse):
                 self._clipper.queue(bound.sums, bound.table, number, stream)
             elif not self._decided(bound.sums, stream):
                 return number - 1
-        self._launch(bound.before, stream)
+        # All that may fail comes before the first that writes a parameter or a state.
+        commit = self._prepared(bound.commit)
         if bound.matrices:
-            self._orthogonalize(bound.matrices, stream)
-        self._launch(bound.after, stream)
+            self._multiply(bound, bases, stream)
+        for launch, values, more in commit:
+            launch.run(values, stream, *more)
         for other in others:
             wait_for(other, stream)
         if spec.extras.stats:
             self._read_sums(bound, stream)
+        counters = spec.counters
         if bound.active.size == len(self._parameters):
-            spec.counters[...] += 1
+            counters += 1
         else:
-            spec.counters[1:][bound.active] += 1
-            spec.counters[0] = number
+            counters[1:][bound.active] += 1
+            counters[0] = number
         if self._clipper is not None:
             self._clipper.note(number, bound.active, stream)
         return number
@@ -436,12 +445,14 @@ class CudaPlan(ExclusiveUse):
             results[...] = 0
             results[bound.active, 1] = 1
         results[bound.active, 2] = bound.touched
-        for launch, *_ in (*bound.before, *bound.after):
+        for launch, *_ in chain(*bound.ahead, bound.commit):
             if isinstance(launch, SumLaunch):
                 launch.read(results, stream)
 
-    def _launch(self, launches: Sequence[Queued], stream: int) -> None:
+    def _prepared(self, launches: Sequence[Queued]) -> list[tuple[Any, list[float], list[int]]]:
+        """Launches with the scalars and the further words of a step."""
         spec, clipper = self._spec, self._clipper
+        prepared = []
         for launch, operations, group, leaf in launches:
             lr, program = float(spec.rates[group]), self._programs[group]
             # A clipper's kernel applies the factor, which it alone knows.
@@ -449,17 +460,27 @@ class CudaPlan(ExclusiveUse):
             t = int(spec.counters[leaf + 1]) + 1
             values = [x for op in operations for x in program.scalars(op, t, lr, factor)]
             more = [clipper.factor(group, launch.dtype)] if clipper else []
-            launch.run(values, stream, *more, *[t - 1] * launch.random)
+            prepared.append((launch, values, more + [t - 1] * launch.random))
+        return prepared
 
-    def _orthogonalize(self, leaves: Sequence[int], stream: int) -> None:
-        assert self._library is not None
-        with self._library.on_stream(stream, self._first.device):
-            for k in leaves:
-                rule: Any = self._spec.groups[self._spec.group_of[k]].rule
-                stack = rule.matrices(self._parameters[k].shape)
-                if self._parameters[k].size:
-                    factor = rule.factor(*stack[1:])
-                    self._library.orthogonalize(self._views[k], stack, rule.iteration, factor)
+    def _bases(self, k: int, stream: int) -> Mapping[str, DeviceArray]:
+        """The side states of a leaf that are found on the host before a step."""
+        spec, t = self._spec, int(self._spec.counters[k + 1]) + 1
+        rule: Any = spec.groups[spec.group_of[k]].rule
+        return self._matrices.bases(k, rule, t, lambda: self._look(idle=True), stream)
+
+    def _multiply(self, bound: Bound, bases: Bases, stream: int) -> None:
+        """Do all that comes before the last phase of rules for matrices, and write side states."""
+        spec, new = self._spec, []
+        rules: dict[int, Any] = {k: spec.groups[spec.group_of[k]].rule for k in bound.matrices}
+        with self._matrices.on_stream(stream):
+            for phase, launches in enumerate(bound.ahead):
+                self._matrices.begin(phase, bound.matrices)
+                for launch, values, more in self._prepared(launches):
+                    launch.run(values, stream, *more)
+                new += self._matrices.between(phase, rules, bases, self._clipper)
+            for side, value in new:
+                side[...] = value
 
     def _decided(self, sums: Sums, stream: int) -> bool:
         """Return what `decide` says to sums that were queued: the one place where a step waits."""

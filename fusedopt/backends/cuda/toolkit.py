@@ -184,6 +184,11 @@ class Kernel:
         # the stream, of the grid and of every argument first.
         call("cuLaunchKernel", kernel, blocks, 1, 1, threads, 1, 1, 0, stream, arguments.address, 0)
 
+    def prepare(self, number: int) -> None:
+        """Compile and load for the current device what `launch` would at first."""
+        if not SIMULATED and number not in self._bound:
+            self._bind(number)
+
     def _bind(self, number: int) -> int:
         """Compile the kernel for the current device, load it, and return its handle."""
         capability = tuple(cuda.get_current_device().compute_capability[:2])

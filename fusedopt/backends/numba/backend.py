@@ -16,7 +16,7 @@ from ...jit import unavailable
 from ...jit.operations import tile_function
 from ...plan.extras import Extras
 from ...plan.interface import ExclusiveUse, Plan
-from ...plan.spec import INPUTS, PlanSpec
+from ...plan.spec import HALFWAY, INPUTS, PlanSpec
 from ...programs.program import Program
 from ...rules.groups import Group
 from ..matrices import Matrices
@@ -188,16 +188,23 @@ class NumbaPlan(ExclusiveUse):
             at = self._starts[k] + place
             self._operands[at]["key"] = key.after(int(spec.counters[k + 1]))
         scalars = self._folded(active)
-        if self._matrices.sided:
-            self._matrices.before(active)
         batches = self._matrices.batches
-        for batch in sorted({batches[k] for k in active if k in batches}):
-            members = [k for k in active if batches.get(k) == batch]
-            for phase in range(last := self._programs[spec.group_of[members[0]]].phases - 1):
-                self._run(members, phase, scalars, grads)
-                self._matrices.between(batch, phase, members)
-            self._run(members, last, scalars, grads)
-        self._run([k for k in active if k not in batches], 0, scalars, grads)
+        if batches:
+            self._matrices.before(active)
+        begun = False
+        try:
+            for batch in sorted({batches[k] for k in active if k in batches}):
+                members = [k for k in active if batches.get(k) == batch]
+                for phase in range(last := self._programs[spec.group_of[members[0]]].phases - 1):
+                    self._run(members, phase, scalars, grads)
+                    begun = True
+                    self._matrices.between(batch, phase, members)
+                self._run(members, last, scalars, grads)
+            self._run([k for k in active if k not in batches], 0, scalars, grads)
+        except BaseException:
+            if begun:
+                spec.counters[0] = HALFWAY
+            raise
         spec.counters[1:][active] += 1
         spec.counters[0] += 1
         return int(spec.counters[0])

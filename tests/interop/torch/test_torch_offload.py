@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import runpy
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,7 +69,13 @@ def train(net: Any, opt: Any, steps: int = STEPS, first: int = 0) -> None:
         schedule.step()
 
 
-OPTIONS: list[dict[str, Any]] = [{}, {"state_dtype": "bfloat16"}, {"clip_norm": 0.1}]
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"state_dtype": "bfloat16"},
+    {"state_dtype": "dynamic8"},
+    {"clip_norm": 0.1},
+    {"skip_nonfinite": True},
+]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -87,8 +95,25 @@ def test_an_offloaded_run_has_the_bits_of_one_with_masters(
     train(here, b)
     assert same_bits(list(there.parameters()), list(here.parameters()))
     first = transfer.log[: transfer.log.index("up")]
-    early = bucket == 1 and "clip_norm" not in options
+    early = bucket == 1 and not {"clip_norm", "skip_nonfinite"} & set(options)
     assert first.count("wait") == (1 if early else 4)  # the first bucket does not wait for others
+
+
+def test_the_benchmark_can_be_rehearsed(capsys: pytest.CaptureFixture[str]) -> None:
+    found = runpy.run_path(str(Path(__file__).parents[3] / "benchmarks" / "offload.py"))
+    found["main"](["--rehearse"])
+    printed = capsys.readouterr().out
+    assert "bits: those of a step on the host" in printed
+    assert printed.count(" ms\n") == 5
+
+
+def test_new_parameters_are_under_way_while_the_next_bucket_is_stepped() -> None:
+    net, transfer = model(torch.bfloat16), LateTransfer()
+    opt = ft.CPUOffload(net.parameters(), ft.AdamW, transfer=transfer, bucket=1)
+    backward(net, 0)
+    transfer.log.clear()
+    opt.step()
+    assert transfer.log == ["wait", "up"] * 4  # and the copies down began in the backward pass
 
 
 def test_muon_offloads() -> None:

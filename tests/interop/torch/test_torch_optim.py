@@ -253,6 +253,17 @@ def test_hooks_are_called() -> None:
     assert seen == ["before", "after", "saved", dict]
 
 
+def test_a_profiler_sees_the_steps() -> None:
+    params = parameters()
+    opt = ft.SGD(params)
+    run(opt, params, 1)
+    with torch.autograd.profiler.profile() as seen:
+        run(opt, params, 2)
+    run(opt, params, 1)
+    steps = [e for e in seen.function_events if e.name == "Optimizer.step#SGD.step"]
+    assert len(steps) == 2
+
+
 def test_grad_scaler_unscales_and_skips() -> None:
     ours, theirs, exact = parameters(), parameters(), as_double(parameters())
     for module, params in ((ft, ours), (torch.optim, theirs), (torch.optim, exact)):

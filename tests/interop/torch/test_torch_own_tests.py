@@ -1,15 +1,24 @@
 """What torch's own tests of optimizers ask, of the inputs that torch.testing brings.
 
 Its file of tests (test/test_optim.py) is in no package; each test here names that one's test which
-asks the same. Those that are left out concern what is not here: agreement of `foreach`, `fused`,
-`capturable` and compiled forms with the plain one, several devices, CUDA's memory and graphs,
-autograd through a step (`differentiable`), and the classes Adafactor, ASGD, LBFGS and SparseAdam,
-of which the last is Adam here.
+asks the same. Left out are:
+
+- of a GPU: test_forloop_goes_right_direction_multigpu, test_state_dict_with_cuda_params,
+  test_cpu_load_state_dict, test_fused_cpu_matches_cuda, test_defaults_changed_to_foreach,
+  test_peak_memory_foreach, test_foreach_large_tensor;
+- of 64 GB of memory: test_fused_large_tensor;
+- of torch's inputs and not of an optimizer: test_optim_infos_do_not_specify_global_cliquey_kwargs;
+- of classes that are not here: test_second_order_optims_return_consistent_types (LBFGS), and what
+  the other tests ask of Adafactor, ASGD, LBFGS and SparseAdam, of which the last is Adam here;
+- of `differentiable`, which is refused: TestDifferentiableOptimizer (test/optim/test_optim.py);
+- of schedulers and averages alone: TestLRScheduler, TestSWAUtils.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
+import pickle
 from typing import Any
 
 import pytest
@@ -53,6 +62,11 @@ EACH = pytest.mark.parametrize(
 def test_torch_has_inputs_for_each_class() -> None:
     assert set(NAMED) - set(INFOS) == {"Adafactor", "ASGD", "LBFGS", "SparseAdam"}
     assert len(CASES) > 40
+
+
+def made(name: str, params: Any, kwargs: dict[str, Any]) -> Any:
+    """An optimizer of ours with one of torch's inputs."""
+    return getattr(ft, name)(params, **copy.deepcopy(kwargs))
 
 
 def problem(name: str, dtype: Any, contiguous: bool) -> tuple[list[Any], Any]:
@@ -103,6 +117,7 @@ def runs(name: str, kwargs: dict[str, Any], dtype: Any, contiguous: bool = True)
 def test_the_right_direction_and_that_of_torch(
     name: str, kwargs: dict[str, Any], contiguous: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """test_forloop_goes_right_direction."""
     monkeypatch.setattr(torch.optim._muon, "_zeropower_via_newtonschulz", orthogonalized)
     ours, theirs, exact, losses = runs(name, kwargs, torch.float32, contiguous)
     if name == "Muon":  # whose iteration amplifies rounding, up to 485 times
@@ -117,6 +132,7 @@ def test_the_right_direction_and_that_of_torch(
 
 @EACH
 def test_state_dict_goes_round_and_deepcopies(name: str, kwargs: dict[str, Any]) -> None:
+    """test_state_dict_deterministic."""
     params, x = problem(name, torch.float32, True)
     opt: Any = getattr(ft, name)(params, **copy.deepcopy(kwargs))
     for _ in range(3):
@@ -150,7 +166,7 @@ def attempt(cls: Any, given: Any, step: bool) -> None:
 
 @pytest.mark.parametrize("name", INFOS)
 def test_wrong_arguments_raise(name: str) -> None:
-    """Errors are of torch's own kinds; the messages are fusedopt's."""
+    """test_errors: errors are of torch's own kinds; the messages are fusedopt's."""
     errors = INFOS[name].optim_error_inputs_func(device=CPU, dtype=torch.float32)
     assert errors
     for error in errors:
@@ -163,6 +179,7 @@ def test_wrong_arguments_raise(name: str) -> None:
 
 @EACH
 def test_no_gradients_change_nothing(name: str, kwargs: dict[str, Any]) -> None:
+    """test_step_is_noop_when_params_have_no_grad."""
     params, _ = problem(name, torch.float32, True)
     before = [p.detach().clone() for p in params]
     opt: Any = getattr(ft, name)(params, **copy.deepcopy(kwargs))
@@ -220,7 +237,7 @@ def test_a_rate_in_a_tensor(name: str, shape: tuple[int, ...]) -> None:
 
 @EACH
 def test_a_complex_number_is_two_real_ones(name: str, kwargs: dict[str, Any]) -> None:
-    """test_complex and test_complex_2d."""
+    """test_complex and test_complex_2d, real parameters among complex ones included."""
     if name == "Muon":
         with pytest.raises(ValueError, match="complex"):
             ft.Muon([torch.nn.Parameter(torch.ones(3, 3, dtype=torch.complex64))])._bound()
@@ -228,16 +245,18 @@ def test_a_complex_number_is_two_real_ones(name: str, kwargs: dict[str, Any]) ->
     source = torch.Generator().manual_seed(3)
     both = torch.nn.Parameter(torch.randn(5, 4, generator=source, dtype=torch.complex64))
     parts = [torch.nn.Parameter(part.detach().clone()) for part in (both.real, both.imag)]
-    a, b = (getattr(ft, name)(p, **copy.deepcopy(kwargs)) for p in ([both], parts))
+    reals = [torch.nn.Parameter(torch.ones(7)) for _ in range(2)]
+    a, b = (made(name, p, kwargs) for p in ([both, reals[0]], [*parts, reals[1]]))
     for _ in range(5):
         a.zero_grad()
         b.zero_grad()
-        (both * both.conj()).real.sum().backward()
-        (parts[0] ** 2 + parts[1] ** 2).sum().backward()
+        ((both * both.conj()).real.sum() + (reals[0] ** 2).sum()).backward()
+        ((parts[0] ** 2 + parts[1] ** 2).sum() + (reals[1] ** 2).sum()).backward()
         a.step()
         b.step()
         assert torch.equal(both.real, parts[0])
         assert torch.equal(both.imag, parts[1])
+        assert torch.equal(*reals)
 
 
 @EACH
@@ -330,8 +349,233 @@ def test_uncoalesced_sparse_gradients(name: str) -> None:
     assert torch.allclose(p, r, rtol=1e-4)
 
 
+@EACH
+def test_gradients_are_left_alone(name: str, kwargs: dict[str, Any]) -> None:
+    """test_grads_are_never_inplaced_into; and the states' numbers of steps."""
+    params, x = problem(name, torch.float32, True)
+    opt = made(name, params, kwargs)
+    for step in range(1, 4):
+        opt.zero_grad()
+        loss(params, x).backward()
+        before = [(p.grad, p.grad._version, p.grad.clone()) for p in params]
+        opt.step()
+        for p, (grad, version, elements) in zip(params, before, strict=True):
+            assert p.grad is grad
+            assert grad._version == version
+            assert torch.equal(grad, elements)
+            assert opt.state[p].get("step", step) == step
+
+
+FLAGGED = [
+    pytest.param(name, kwargs, flag, id=f"{id_}-{flag}")
+    for name, id_, kwargs in CASES
+    for flag in ("foreach", "fused")
+    if flag in inspect.signature(getattr(ft, name)).parameters
+]
+
+
+@pytest.mark.parametrize(("name", "kwargs", "flag"), FLAGGED)
+def test_how_torch_computes_is_without_effect(name: str, kwargs: dict[str, Any], flag: str) -> None:
+    """test_foreach_matches_forloop, test_fused_matches_forloop and test_mixed_device_dtype: with
+    frozen layers, steps without gradients, single elements, and dtypes that go together."""
+    runs = []
+    for value in (False, True):
+        dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+        params = [p for dtype in dtypes for p in problem(name, dtype, True)[0]]
+        params += [torch.nn.Parameter(torch.ones((), dtype=dtype)) for dtype in dtypes]
+        opt = made(name, params, {**kwargs, flag: value})
+        source = torch.Generator().manual_seed(7)
+        for step in range(7):
+            for k, p in enumerate(params):
+                p.requires_grad_(not (k % 3 == 0 and 3 <= step < 5))
+                drawn = torch.randn(p.shape, generator=source).to(p.dtype)
+                p.grad = drawn if step != 2 and p.requires_grad else None
+            opt.step()
+        assert {v.dtype for p in params for n, v in opt.state[p].items() if n == "step"} <= {
+            torch.float32
+        }
+        runs.append(params)
+    assert all(torch.equal(p, q) for p, q in zip(*runs, strict=True))
+
+
+@EACH
+def test_groups_are_optimizers_of_their_own(name: str, kwargs: dict[str, Any]) -> None:
+    """test_param_groups_weight_decay and test_param_groups_lr: to the bit, and the loss moves."""
+    together, x = problem(name, torch.float32, True)
+    alone = problem(name, torch.float32, True)[0]
+    first = {"lr": 1e-3, **copy.deepcopy(kwargs)}
+    own = [first, {**copy.deepcopy(kwargs), **without_decay(name), "lr": 1e-3}]
+    opt = getattr(ft, name)(
+        [{"params": [p], **k} for p, k in zip(together, copy.deepcopy(own), strict=True)], lr=1e-28
+    )
+    others = [made(name, [p], k) for p, k in zip(alone, own, strict=True)]
+    losses = []
+    for _ in range(20):
+        opt.zero_grad()
+        found = loss(together, x)
+        found.backward()
+        for p, q in zip(together, alone, strict=True):
+            q.grad = None if p.grad is None else p.grad.clone()
+        losses.append(float(found.detach()))
+        for each in (opt, *others):
+            each.step()
+    assert all(torch.equal(p, q) for p, q in zip(together, alone, strict=True))
+    if "lr" not in kwargs or float(kwargs["lr"]) != 0:
+        rising = kwargs.get("maximize", False)
+        assert losses[-1] > losses[0] if rising else losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name", INFOS)
+@pytest.mark.parametrize("named", [(True, False), (False, True), (True, True)], ids=str)
+def test_named_parameters(name: str, named: tuple[bool, bool]) -> None:
+    """test_state_dict_deterministic and test_can_load_from_to_named_state_dict."""
+    runs = []
+    for has_names in named:
+        params, x = problem(name, torch.float32, True)
+        given = [(f"layer.{k}", p) for k, p in enumerate(params)] if has_names else params
+        runs.append((params, getattr(ft, name)(given)))
+    (params, opt), (others, loaded) = runs
+    stepped(opt, params, x)
+    with torch.no_grad():
+        for p, q in zip(others, params, strict=True):
+            p.copy_(q)
+    loaded.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert loaded.state_dict()["param_groups"][0]["param_names"] == ["layer.0", "layer.1"]
+    stepped(opt, params, x)
+    stepped(loaded, others, x)
+    assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
+    saved, other = opt.state_dict(), loaded.state_dict()
+    for key, entry in saved["state"].items():
+        assert all(torch.equal(entry[n], other["state"][key][n]) for n in entry)
+    loaded.param_groups.extend(loaded.param_groups)  # the same parameters have the same numbers
+    repeated = loaded.state_dict()["param_groups"]
+    assert [group["params"] for group in repeated] == [[0, 1], [0, 1]]
+
+
+@pytest.mark.parametrize("name", INFOS)
+def test_hooks_of_saving_and_loading(name: str) -> None:
+    """test_state_dict_pre_hook, _post_hook and _pre_post_hook, and those of load_state_dict, of
+    which hooks may write keys into the state that are no parameters."""
+    params, x = problem(name, torch.float32, True)
+    opt = getattr(ft, name)(params)
+    stepped(opt, params, x, 2)
+    opt.register_state_dict_pre_hook(lambda o: o.state.update({"note": 1}))
+    assert opt.state_dict()["state"]["note"] == 1
+
+    def without(o: Any, saved: dict[str, Any]) -> dict[str, Any]:
+        return {**saved, "noted": saved["state"].pop("note", None)}
+
+    opt.register_state_dict_post_hook(without)
+    saved = opt.state_dict()
+    assert saved.pop("noted") == 1
+    assert "note" not in saved["state"]
+
+    def rate(value: float) -> Any:
+        def hook(o: Any, given: dict[str, Any]) -> dict[str, Any]:
+            given = copy.deepcopy(given)
+            given["param_groups"][0]["lr"] = value
+            return given
+
+        return hook
+
+    opt.register_load_state_dict_pre_hook(rate(0.002))
+    opt.load_state_dict(saved)
+    assert opt.param_groups[0]["lr"] == 0.002
+    opt.register_load_state_dict_pre_hook(rate(0.003), prepend=True)  # the other has the last word
+    opt.register_load_state_dict_post_hook(
+        lambda o: o.state.update({"loaded with": o.param_groups[0]["lr"]})
+    )
+    opt.load_state_dict(saved)
+    assert opt.state["loaded with"] == 0.002
+    stepped(opt, params, x, 2)  # and steps with what the hooks have left there
+    assert all(opt.state[p].get("step", 4) == 4 for p in params)
+
+
+@EACH
+def test_states_have_something_in_them(name: str, kwargs: dict[str, Any]) -> None:
+    """test_non_empty_state."""
+    params, x = problem(name, torch.float32, True)
+    opt = made(name, params, kwargs)
+    stepped(opt, params, x, 1)
+    assert all(opt.state.values())
+
+
+@pytest.mark.parametrize("name", INFOS)
+def test_parameters_without_memory_are_refused(name: str) -> None:
+    """test_fused_error_on_params_on_meta."""
+    with torch.device("meta"):
+        model = torch.nn.Linear(4, 3, bias=name != "Muon")
+    opt = getattr(ft, name)(model.parameters())
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match="to_empty"):
+        opt.step()
+    model.to_empty(device="cpu")  # which makes parameters anew
+    opt = getattr(ft, name)(model.parameters())
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(1.0)
+            p.grad = torch.ones_like(p)
+    opt.step()
+    assert all((p != 1.0).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", INFOS)
+@pytest.mark.parametrize("scale", [None, 1.0])
+def test_no_step_where_a_gradient_was_infinite(name: str, scale: float | None) -> None:
+    """test_fused_does_not_step_if_foundinf."""
+    params, x = problem(name, torch.float32, True)
+    opt = getattr(ft, name)(params)
+    before = [p.detach().clone() for p in params]
+    opt.grad_scale = None if scale is None else torch.tensor(scale)
+    opt.found_inf = torch.ones(())
+    stepped(opt, params, x, 1)
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+    assert not any(opt.state[p].get("step", 0) for p in params)
+
+
+def test_adamw_stays_decoupled() -> None:
+    """test_adamw_serialization: also with a checkpoint of Adam, or one that does not say."""
+    params, x = problem("AdamW", torch.float32, True)
+    adam = ft.Adam(params)
+    stepped(adam, params, x, 2)
+    saved = adam.state_dict()
+    for _ in range(2):
+        opt = ft.AdamW(params)
+        opt.load_state_dict(copy.deepcopy(saved))
+        assert opt.param_groups[0]["decoupled_weight_decay"] is True
+        assert pickle.loads(pickle.dumps(opt)).param_groups[0]["decoupled_weight_decay"] is True
+        saved["param_groups"][0].pop("decoupled_weight_decay", None)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+@pytest.mark.parametrize(
+    "name", [n for n, i in INFOS.items() if i.supports_sparse and i.metadata_for_sparse[1]]
+)
+def test_sparse_gradients_with_schedulers(name: str) -> None:
+    """test_rosenbrock_sparse with_lrsched: as with dense gradients, and towards the solution."""
+    arguments, makers = INFOS[name].metadata_for_sparse
+    start = torch.tensor([1.5, 1.5], dtype=torch.float64)
+    p, q = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    opts = [getattr(ft, name)([each], **arguments) for each in (p, q)]
+    schedulers = [[make(opt) for make in makers] for opt in opts]
+    for step in range(1800):  # as many as the solution takes to come nearer
+        x, y = p.detach()
+        w = 1 - step % 2
+        slope = (-400 * x * (y - x**2) - 2 * (1 - x), 200 * (y - x**2))[w]
+        p.grad = torch.sparse_coo_tensor(torch.tensor([[w]]), slope[None], (2,))
+        q.grad = p.grad.to_dense()
+        for opt, each in zip(opts, schedulers, strict=True):
+            opt.step()
+            for scheduler in each:
+                plateau = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+                scheduler.step(*([(1 - x) ** 2 + 100 * (y - x**2) ** 2] if plateau else []))
+    assert torch.allclose(p, q, rtol=1e-9)
+    assert p.detach().dist(torch.ones_like(p)) <= start.dist(torch.ones_like(start))
+
+
 def test_hooks_of_all_optimizers() -> None:
-    """test_step_all_hooks."""
+    """test_step_all_hooks, test_step_pre_hook and test_step_post_hook."""
     from torch.optim.optimizer import (
         register_optimizer_step_post_hook,
         register_optimizer_step_pre_hook,
