@@ -24,11 +24,11 @@ Gram = Literal["auto", True, False]
 Products = Literal["float32", "bfloat16"]
 
 BFLOAT16_ROUNDING = 2.0**-7
-"""What bfloat16 may add to a singular value, relatively, in each iteration: twice as much as to one
+"""The relative error that bfloat16 may add to a singular value in each iteration: twice that of one
 element."""
 
 FARTHEST = 2.0
-"""How large singular values may become with that: the sets in use stay below 1.25, "cans" comes to
+"""The largest singular value that may come of it: the sets in use stay below 1.25, "cans" comes to
 2e17."""
 
 UNITS_ISA = "x86_v4_bf16"

@@ -23,7 +23,7 @@ class AdaMuon(Muon):
 
     Parameters
     ----------
-    momentum, nesterov, form, ns_steps, ns_coefficients, norm, gram, split, scale
+    momentum, nesterov, form, ns_steps, ns_coefficients, norm, gram, ns_dtype, split, scale
         As in `Muon`.
     eps, bias_correction
         As in `Muon`.
