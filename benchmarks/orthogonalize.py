@@ -1,20 +1,22 @@
 """Newton-Schulz: fusedopt, plain NumPy and torch.optim.Muon, and how near to the machine's rate.
 
+fusedopt's products are of float32 and, where the processor has matrix units, of bfloat16.
+
 Run it as `python benchmarks/orthogonalize.py [--rounds N] [--step] [--no-torch]`. The rate is that
 of one 1024x1024 product in the same run. The share of it counts the operations of the chosen form
 as dense ones: a symmetric product, of which half is computed, counts in full, so that a share can
 exceed 1. `--step` times a whole step of GPT-2 small too, with its parts.
 
 PyTorch iterates in bfloat16, and so is slow where the processor has no instructions for it, as
-ONEDNN_MAX_CPU_ISA=AVX2 makes oneDNN believe.
+ONEDNN_MAX_CPU_ISA=AVX2 makes oneDNN believe. All are timed in turn, round by round.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from typing import NamedTuple
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,12 +32,16 @@ STACKS = (
     (1, 768, 2304),
     (1, 768, 3072),
     (1, 3072, 768),
+    (1, 1024, 1024),
+    (1, 2048, 2048),
     (64, 64, 64),
     (16, 64, 256),
     (12, 64, 768),
 )
 SIDE = 1024
 MUON = fo.Muon(scale="none")
+SHORT = fo.Muon(scale="none", ns_dtype="bfloat16")
+UNITS = fo.info()["matrix_units"]
 
 
 def textbook(x: Array) -> Array:
@@ -53,63 +59,64 @@ def textbook(x: Array) -> Array:
     return np.stack([one(matrix) for matrix in x])
 
 
-def inside_muon(x: Array) -> Step:
+def inside_muon(x: Array, rule: fo.Muon) -> Step:
     """What an optimizer does between its two passes, in work space made beforehand."""
-    workspace = Workspace([x.shape], x.dtype)
+    short = rule.short_products
+    workspace = Workspace([] if short else [x.shape], [x.shape] if short else [], x.dtype)
     directions = workspace.direction.reshape(1, *x.shape)
 
     def step() -> None:
         workspace.direction[...] = x.reshape(-1)
-        workspace.orthogonalize(directions, x.shape, MUON.iteration, 1.0)
+        workspace.orthogonalize(directions, x.shape, rule.iteration, 1.0)
 
     return step
 
 
-def torch_seconds(x: Array, rounds: int) -> float | None:
-    """The median step of torch.optim.Muon; fewer rounds where it takes seconds. None without it."""
+def torch_muon(matrices: Iterable[Array]) -> Step | None:
+    """A step of torch.optim.Muon over matrices; None without torch."""
     torch = pytorch()
     if torch is None:
         return None
-    parameters = [torch.nn.Parameter(torch.zeros(*m.shape)) for m in (x[0, :8, :8], *x)]
-    for parameter, m in zip(parameters, (x[0, :8, :8], *x), strict=True):
-        parameter.grad = torch.from_numpy(m.copy())
-    torch.optim.Muon(parameters[:1]).step()  # whatever is done only once
-    optimizer = torch.optim.Muon(parameters[1:])
-    seconds: list[float] = []
-    while not seconds or (len(seconds) < rounds and sum(seconds) < 5.0):
-        start = time.perf_counter()
-        optimizer.step()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+    parameters = []
+    for m in matrices:
+        parameters.append(torch.nn.Parameter(torch.zeros(*m.shape)))
+        parameters[-1].grad = torch.from_numpy(m.copy())
+    step: Step = torch.optim.Muon(parameters).step
+    return step
 
 
 class Row(NamedTuple):
-    """Times of one stack, in seconds, and the rate of a dense product in the same rounds."""
+    """Times of one stack, and the rate of a dense product in the same rounds."""
 
     stack: tuple[int, int, int]
-    seconds: dict[str, float]
-    faster: float
-    torch: float | None
+    times: Times
     rate: float
 
     def cells(self) -> list[str]:
         count, rows, cols = self.stack
         iteration = MUON.iteration
         dense = count * flops(rows, cols, iteration.groups(rows, cols), symmetric=1.0)
-        muon = self.seconds["Muon"]
+        medians = self.times.medians()
+
+        def ratio(slow: str, fast: str) -> str:
+            both = slow in medians and fast in medians
+            return f"{self.times.ratio(slow, fast):.3g}" if both else "-"
+
         return [
             f"{count} x ({rows}, {cols})",
-            *(f"{1e3 * seconds:.3g} ms" for seconds in self.seconds.values()),
-            "-" if self.torch is None else f"{1e3 * self.torch:.4g} ms",
-            f"{self.faster:.2f}",
-            "-" if self.torch is None else f"{self.torch / muon:.3g}",
+            *(f"{1e3 * medians[n]:.3g} ms" if n in medians else "-" for n in CONTENDERS),
+            *(ratio(*pair) for pair in RATIOS),
             f"{self.rate / 1e9:.0f}",
-            f"{dense / muon / self.rate:.2f}",
+            f"{dense / medians['Muon'] / self.rate:.2f}",
             iteration.describe(rows, cols),
         ]
 
 
-HEAD = ("stack", "fo.orthogonalize", "in Muon", "NumPy", "torch", "x NumPy", "x torch",
+CONTENDERS = ("fo.orthogonalize", "Muon", "Muon, bfloat16", "NumPy", "torch")
+RATIOS = (("NumPy", "Muon"), ("torch", "Muon"), ("Muon", "Muon, bfloat16"),
+          ("torch", "Muon, bfloat16"))  # fmt: skip
+HEAD = ("stack", "fo.orthogonalize", "in Muon", "in Muon, bfloat16", "NumPy", "torch",
+        "x NumPy", "x torch", "bfloat16 x float32", "bfloat16 x torch",
         "sgemm, Gflop/s", "share", "form")  # fmt: skip
 
 
@@ -124,34 +131,38 @@ def measure(stack: tuple[int, int, int], rounds: int, with_torch: bool) -> Row:
     out = np.empty_like(a)
     steps: dict[str, Step] = {
         "fo.orthogonalize": lambda: fo.orthogonalize(x),
-        "Muon": inside_muon(x),
+        "Muon": inside_muon(x, MUON),
         "NumPy": lambda: textbook(x),
         "sgemm": lambda: np.dot(a, b, out=out),
     }
+    if UNITS:
+        steps["Muon, bfloat16"] = inside_muon(x, SHORT)
+    torch = torch_muon(x) if with_torch else None
+    if torch:
+        steps["torch"] = torch
     times = interleaved(steps, rounds)
-    seconds = times.medians()
-    rate = 2 * SIDE**3 / seconds.pop("sgemm")
-    torch = torch_seconds(x, rounds) if with_torch else None
-    return Row(stack, seconds, times.ratio("NumPy", "Muon"), torch, rate)
+    return Row(stack, times, 2 * SIDE**3 / times.medians()["sgemm"])
 
 
-def whole_step(rounds: int) -> Times:
+def whole_step(rounds: int, with_torch: bool) -> Times:
     """A step over GPT-2 small's 148 tensors with Muon and AdamW, and either rule's part of it."""
     rng = np.random.default_rng(0)
     grads = {name: rng.standard_normal(s, np.float32) for name, s in gpt2_small().items()}
-    params = {name: np.zeros_like(g) for name, g in grads.items()}
-    optimizer = fo.Optimizer(params, fo.Muon.with_adamw(params))
-    matrices = {name for name, states in optimizer.state.items() if len(states) == 1}
-    muon = {name: g if name in matrices else None for name, g in grads.items()}
-    adamw = {name: None if name in matrices else g for name, g in grads.items()}
-    return interleaved(
-        {
-            f"all {len(params)} tensors": lambda: optimizer.step(grads),
-            f"Muon's {len(matrices)}": lambda: optimizer.step(muon),
-            f"AdamW's {len(params) - len(matrices)}": lambda: optimizer.step(adamw),
-        },
-        rounds,
-    )
+    steps: dict[str, Step] = {}
+    muon: dict[str, Any] = {}
+    for products in ("float32", "bfloat16") if UNITS else ("float32",):
+        params = {name: np.zeros_like(g) for name, g in grads.items()}
+        optimizer = fo.Optimizer(params, fo.Muon.with_adamw(params, ns_dtype=products))
+        matrices = {name for name, states in optimizer.state.items() if len(states) == 1}
+        muon = {name: g if name in matrices else None for name, g in grads.items()}
+        adamw = {name: None if name in matrices else g for name, g in grads.items()}
+        steps[f"all {len(params)} tensors, {products}"] = partial(optimizer.step, grads)
+        steps[f"Muon's {len(matrices)}, {products}"] = partial(optimizer.step, muon)
+        steps[f"AdamW's {len(params) - len(matrices)}"] = partial(optimizer.step, adamw)
+    torch = torch_muon(g for g in muon.values() if g is not None) if with_torch else None
+    if torch:
+        steps["torch.optim.Muon's"] = torch
+    return interleaved(steps, rounds)
 
 
 def main() -> None:
@@ -160,7 +171,9 @@ def main() -> None:
     parser.add_argument("--step", action="store_true", help="a step of GPT-2 small too")
     parser.add_argument("--no-torch", dest="torch", action="store_false", help="leave torch out")
     options = parser.parse_args()
-    print(f"float32, {fo.get_threads()} threads; NumPy {np.__version__}\n")
+    units = ", ".join(UNITS) or "none"
+    print(f"{fo.info()['processor']}, {fo.get_threads()} threads; matrix units: {units};", end=" ")
+    print(f"NumPy {np.__version__}\n")
     print("| " + " | ".join(HEAD) + " |")
     print("|" + "---|" * len(HEAD))
     for stack in STACKS:
@@ -168,7 +181,7 @@ def main() -> None:
         print("| " + " | ".join(row.cells()) + " |", flush=True)
     if options.step:
         print("\na step of GPT-2 small")
-        for name, seconds in whole_step(options.rounds).medians().items():
+        for name, seconds in whole_step(options.rounds, options.torch).medians().items():
             print(f"{name}: {1e3 * seconds:.1f} ms")
 
 

@@ -3,6 +3,7 @@
 #include <string>
 #include <vector>
 
+#include "matrix_units.h"
 #include "table.h"
 
 namespace fusedopt {
@@ -19,5 +20,9 @@ const std::vector<Level>& levels();
 // The level in use: the highest, until `force_level` says otherwise.
 const Level& level();
 bool force_level(const std::string& name);
+
+// The instructions for products of bfloat16 that this build and machine have, the fastest first.
+// The first call asks the operating system for the tiles of AMX.
+const std::vector<const MatrixUnits*>& matrix_units();
 
 }  // namespace fusedopt

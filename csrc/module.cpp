@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <optional>
 
+#include "bfloat16_stacks.hpp"
 #include "cpu.hpp"
 #include "driver.hpp"
 #include "errands.hpp"
@@ -67,6 +68,7 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   fusedopt::bind_placement(module);
   fusedopt::bind_rows(module);
   fusedopt::bind_stacks(module);
+  fusedopt::bind_bfloat16_stacks(module);
   module.def("operations", &operations);
   module.def("codecs", &codecs);
   module.def("levels", [] {

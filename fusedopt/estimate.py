@@ -15,7 +15,7 @@ from .arrays.order import memory_order
 from .arrays.storage import Master, Rounding, StateDtype, Storage
 from .arrays.stored import WINDOW
 from .arrays.trees import Tree
-from .linalg.newton_schulz import Stack, Workspace, batches
+from .linalg.newton_schulz import Stack, Workspace, batches, stacks
 from .plan.extras import Extras
 from .rules.groups import RuleChoice, assign, at_step
 from .rules.hyperparameters import Schedule
@@ -85,7 +85,7 @@ def estimate(
     given, group_of = assign(tree.leaves, rule)
     groups = at_step(given, 1)
     parameters, states, works = 0, 0, 1
-    matrices: list[tuple[int, np.dtype, Stack, Any]] = []
+    matrices: list[tuple[int, np.dtype, bool, Stack, Any]] = []
     for leaf, k in zip(tree.leaves, group_of, strict=True):
         shape, dtype = tuple(leaf.value.shape), np.dtype(leaf.value.dtype)
         if dtype not in DTYPES:
@@ -110,12 +110,13 @@ def estimate(
             works = max(works, len(own.works))
             order = memory_order(leaf.value) if isinstance(leaf.value, np.ndarray) else "C"
             compute = compute_dtype(dtype)
-            matrices.append((len(matrices), compute, stack, (k, shape, order)))
+            rest = k, shape, order
+            matrices.append((len(matrices), compute, own.short_products, stack, rest))
     labels, rules = [leaf.label for leaf in tree.leaves], [groups[k].rule for k in group_of]
     storage.check(labels, [np.dtype(leaf.value.dtype) for leaf in tree.leaves], rules)
     made = batches(matrices)
     work = sum(
-        Workspace.bytes_for([b.stack for b in made if b.dtype == dtype], dtype, works)
+        Workspace.bytes_for(*stacks(made, dtype), dtype, works)
         for dtype in {batch.dtype for batch in made}
     )
     if state_path is None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
 from .arrays.formats import FLOAT32, FLOAT64
 from .linalg.coefficients import Row, coefficient_set
-from .linalg.newton_schulz import Gram, Iteration, Norm, Workspace
+from .linalg.newton_schulz import Gram, Iteration, Norm, Workspace, no_unit
 from .rules.hyperparameters import Count, NonNegative, QuinticSet, check_field
 
 
@@ -21,6 +22,7 @@ def orthogonalize(
     norm: Norm = "frobenius",
     gram: Gram = "auto",
     eps: float = 1e-30,
+    dtype: Literal["bfloat16"] | None = None,
 ) -> np.ndarray:
     """Return Newton-Schulz's approximation to u v^T, of the decomposition x = u s v^T.
 
@@ -38,6 +40,9 @@ def orthogonalize(
         Whether to iterate on the Gram matrix; "auto" does where that is faster.
     eps : float, default 1e-30
         Added to the norm.
+    dtype : {None, "bfloat16"}, default None
+        Dtype of the factors of matrix products; by default that of `x`. "bfloat16" needs a
+        processor with AMX or AVX512-BF16; `fo.info()["matrix_units"]` says which there is.
 
     Returns
     -------
@@ -50,11 +55,16 @@ def orthogonalize(
     TypeError
         If a value is of the wrong kind.
     ValueError
-        If a value does not fit.
+        If a value does not fit, or if there are no products of bfloat16 here.
 
     Notes
     -----
     The arithmetic is done in the dtype of `x`. `Muon` does the same to its momentum.
+
+    With "bfloat16" the factors of each product are rounded to it and sums are of float32. That is
+    more accurate than an iteration all of whose arrays are in bfloat16, and as rough as that where
+    `x` has small singular values, which the iteration amplifies with their rounding: elements
+    of Gaussian matrices differ from the exact iteration's by up to 3 % of the largest.
 
     References
     ----------
@@ -82,9 +92,14 @@ def orthogonalize(
         check_field(where("norm"), Norm, norm),
         check_field(where("gram"), Gram, gram),
         check_field(where("eps"), NonNegative, eps),
+        "float32" if dtype is None else check_field(where("dtype"), Literal["bfloat16"], dtype),
     )
+    iteration.check("orthogonalize(dtype)")
     stack = math.prod(x.shape[:-2]), *x.shape[-2:]
-    workspace = Workspace([stack], np.dtype(x.dtype.name))
+    if dtype is not None and (reason := no_unit()):
+        raise ValueError(f"orthogonalize(dtype): {reason}")
+    wanted = ([stack], []) if dtype is None else ([], [stack])
+    workspace = Workspace(*wanted, np.dtype(x.dtype.name))
     result = workspace.direction.reshape(x.shape)
     result[...] = x
     workspace.orthogonalize(result, stack, iteration, 1.0)

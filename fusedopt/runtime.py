@@ -70,6 +70,7 @@ def info() -> dict[str, Any]:
         "backends": {name: reason or "available" for name, reason in reasons.items()},
         "isa": get_isa(),
         "isas": isas(),
+        "matrix_units": core.matrix_units() if core else [],
         "threads": get_threads(),
         "thread_limits": limits,
         "numa_nodes": nodes(),

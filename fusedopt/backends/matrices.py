@@ -10,7 +10,7 @@ import numpy as np
 
 from ..arrays.formats import compute_dtype
 from ..arrays.stored import Stored
-from ..linalg.newton_schulz import Workspace, batches
+from ..linalg.newton_schulz import Workspace, batches, stacks
 from ..plan.spec import PlanSpec
 from ..rules.groups import Group, only_numbers_differ
 from ..rules.matrix import MatrixRule, Member
@@ -37,12 +37,11 @@ class Matrices:
             if stack is not None:
                 works = max(works, len(rule.works))
                 compute = compute_dtype(p.format.dtype)
-                leaves.append((k, compute, stack, (group, p.shape, p.order)))
+                rest = group, p.shape, p.order
+                leaves.append((k, compute, rule.short_products, stack, rest))
         made = batches(leaves)
         self._workspaces = {
-            dtype: Workspace(
-                [b.stack for b in made if b.dtype == dtype], dtype, works, spec.threads
-            )
+            dtype: Workspace(*stacks(made, dtype), dtype, works, spec.threads)
             for dtype in {batch.dtype for batch in made}
         }
         self.batches: dict[int, int] = {}

@@ -170,7 +170,8 @@ def meaning(rule: Rule, step: int) -> dict[str, Any]:
     elif rule.decay == "decoupled_first":  # differs in rounding alone
         found["decay"] = "decoupled"
     if isinstance(rule, Muon):
-        del found["gram"], found["ns_steps"]  # the same values another way; the rows count them
+        # The same values another way; the rows count the steps.
+        del found["gram"], found["ns_dtype"], found["ns_steps"]
         found["ns_coefficients"] = rule.iteration.coefficients.rows
         found["prescale"] = rule.iteration.coefficients.prescale
     return found

@@ -54,8 +54,8 @@ HOLDERS = {
     "InjectHyperparamsState": "inner_state",
     "InjectStatefulHyperparamsState": "inner_state",
 }
-FREE = ("lr", "weight_decay", "decay", "maximize", "norm", "gram", "split")
-"""Hyperparameters that a chain may have in any form; two say how Muon finds its matrices."""
+FREE = ("lr", "weight_decay", "decay", "maximize", "norm", "gram", "ns_dtype", "split")
+"""Hyperparameters that a chain may have in any form, those of Muon's products among them."""
 
 
 def from_optax(opt: Optimizer, state: Any, *, step: int | None = None) -> None:

@@ -34,6 +34,15 @@ class Coefficients:
             s = s * (a + s * s * (b + s * s * c))
         return s
 
+    def reach(self, rounding: float) -> float:
+        """Return how large a value may become where rounding adds so much, relatively, to each."""
+        highest = 1 / self.prescale
+        with np.errstate(all="ignore"):
+            for a, b, c in self.rows:
+                s = np.linspace(0.0, 1.0, 1 << 12) * (highest * (1 + rounding))
+                highest = float(np.abs(s * (a + s * s * (b + s * s * c))).max())
+        return highest
+
     @property
     def slope_at_zero(self) -> float:
         """Factor by which the smallest singular values grow."""

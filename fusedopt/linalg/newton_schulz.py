@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -21,6 +21,18 @@ Group = tuple[Row, ...]
 
 Norm = Literal["frobenius", "aol"]
 Gram = Literal["auto", True, False]
+Products = Literal["float32", "bfloat16"]
+
+BFLOAT16_ROUNDING = 2.0**-7
+"""The relative error that bfloat16 may add to a singular value in each iteration: twice that of one
+element."""
+
+FARTHEST = 2.0
+"""The largest singular value that may come of it: the sets in use stay below 1.25, "cans" comes to
+2e17."""
+
+UNITS_ISA = "x86_v4_bf16"
+"""The instruction set to which the instructions for products of bfloat16 belong."""
 
 SMALL = 1 << 16
 """Matrices of at most this size are the compiled core's, and those of several leaves are one stack,
@@ -29,6 +41,25 @@ ms so, and by BLAS on two threads 0.33, 0.96 and 6.8."""
 
 BATCH = 1 << 17
 """So many elements go into one stack then."""
+
+
+def unit() -> str | None:
+    """Return the name of the fastest instructions for products of bfloat16 that may be used."""
+    return next(iter(core.matrix_units()), None) if core else None
+
+
+def no_unit() -> str | None:
+    """Return why there are no products of bfloat16, with the remedy; None where there are."""
+    if unit() is not None:
+        return None
+    found = "the processor or this build has neither"
+    remedy = "take 'float32'"
+    if not core:
+        found = "there is no compiled core"
+    elif UNITS_ISA in core.levels():
+        found = f"the instruction set in use is {core.get_level()!r}"
+        remedy += f", or fo.set_isa({UNITS_ISA!r})"
+    return f"'bfloat16' needs AMX or AVX512-BF16, and {found}; {remedy}"
 
 
 def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -42,25 +73,38 @@ def at_once(rows: int, cols: int) -> int:
 
 
 class Batch(NamedTuple):
-    """Leaves that are orthogonalised in one go, and the stack that they are together."""
+    """Leaves that are orthogonalised in one go, and the stack that they are together.
+
+    short: whether the products are of bfloat16.
+    """
 
     dtype: np.dtype
+    short: bool
     stack: Stack
     members: list[int]
 
 
-def batches(leaves: Iterable[tuple[int, np.dtype, Stack, Hashable]]) -> list[Batch]:
-    """The batches of leaves given by (number, dtype, stack, anything else that must be equal)."""
+def batches(leaves: Iterable[tuple[int, np.dtype, bool, Stack, Hashable]]) -> list[Batch]:
+    """The batches of leaves given by (number, dtype, short, stack, what else must be equal)."""
     latest: dict[Hashable, list[int]] = {}
     made = []
-    for k, dtype, stack, rest in leaves:
+    for k, dtype, short, stack, rest in leaves:
         count, rows, cols = stack
-        key = dtype, stack, rest
+        key = dtype, short, stack, rest
         if key not in latest or (len(latest[key]) + 1) * count > at_once(rows, cols):
             latest[key] = []
-            made.append((dtype, stack, latest[key]))
+            made.append((dtype, short, stack, latest[key]))
         latest[key].append(k)
-    return [Batch(dtype, (len(m) * c, rows, cols), m) for dtype, (c, rows, cols), m in made]
+    return [
+        Batch(dtype, short, (len(m) * c, rows, cols), m)
+        for dtype, short, (c, rows, cols), m in made
+    ]
+
+
+def stacks(made: Sequence[Batch], dtype: np.dtype) -> tuple[list[Stack], list[Stack]]:
+    """Return the stacks of a dtype's batches, and of those whose products are of bfloat16."""
+    own = [b for b in made if b.dtype == dtype]
+    return [b.stack for b in own if not b.short], [b.stack for b in own if b.short]
 
 
 @dataclass(frozen=True)
@@ -77,15 +121,37 @@ class Iteration:
     singular values to rounding, and is computed anew from x before the next iteration ("reset").
     False makes every iteration on x; "auto" what takes fewer operations: pairs from an aspect
     ratio of 2 on. Small matrices are the compiled core's, which has no pairs.
+
+    products: "bfloat16" rounds x, A and b A + c A^2 to that format wherever they are multiplied,
+    adds in float32, and leaves all matrices to the compiled core.
     """
 
     coefficients: Coefficients
     norm: Norm
     gram: Gram
     eps: float
+    products: Products = "float32"
+
+    def check(self, owner: str) -> None:
+        """ValueError where bfloat16 is too short for what else is asked."""
+        if self.products == "float32":
+            return
+        if self.gram is True:
+            raise ValueError(
+                f"{owner}: pairs of iterations on the Gram matrix lose too much in 'bfloat16'; take"
+                " gram='auto', or products of 'float32'"
+            )
+        reach = self.coefficients.reach(BFLOAT16_ROUNDING)
+        if not reach < FARTHEST:
+            raise ValueError(
+                f"{owner}: with the rounding of 'bfloat16' these coefficients let singular values"
+                f" grow to {reach:.2g}; take 'polar_express', or products of 'float32'"
+            )
 
     def groups(self, rows: int, cols: int) -> list[Group]:
         """Singles and pairs of iterations, for a matrix of this shape."""
+        if self.products == "bfloat16":
+            return self._grouped(False)
         standard, paired = (self._grouped(paired) for paired in (False, True))
         if self.gram == "auto" and not self.in_core(rows, cols):
             return min(standard, paired, key=lambda groups: flops(rows, cols, groups))
@@ -93,7 +159,8 @@ class Iteration:
 
     def in_core(self, rows: int, cols: int) -> bool:
         """Return whether the compiled core makes the iterations of such a matrix."""
-        return core is not None and rows * cols <= SMALL and self.gram is not True
+        small = core is not None and rows * cols <= SMALL and self.gram is not True
+        return small and self.products == "float32"
 
     def _grouped(self, paired: bool) -> list[Group]:
         rows = self.coefficients.rows
@@ -103,6 +170,8 @@ class Iteration:
 
     def describe(self, rows: int, cols: int) -> str:
         """The form chosen for a matrix of this shape, and its cost."""
+        if self.products == "bfloat16":
+            return f"standard form, in bfloat16 by {unit()}"
         groups, standard = self.groups(rows, cols), self._grouped(False)
         if len(groups) == len(standard):
             return "standard form"
@@ -127,26 +196,36 @@ def flops(rows: int, cols: int, groups: Sequence[Group], *, symmetric: float = 0
 class Workspace:
     """The buffers of the largest stack, shared by all matrices of an optimizer.
 
-    stacks: each that one call will take; dtype: of the arithmetic. directions: flat, the number of
+    stacks: each that one call will take, but for those whose products are of bfloat16, which are
+    `short`; dtype: of the arithmetic. directions: flat, the number of
     stacks for which there is room; the first is the one that is orthogonalised. threads: the most
     that work on a stack of small matrices, where the process may use more.
     """
 
     def __init__(
-        self, stacks: Sequence[Stack], dtype: np.dtype, count: int = 1, threads: int | None = None
+        self,
+        stacks: Sequence[Stack],
+        short: Sequence[Stack],
+        dtype: np.dtype,
+        count: int = 1,
+        threads: int | None = None,
     ) -> None:
-        whole, square, slots = _extents(stacks)
+        whole, square, slots, shorter = _extents(stacks, short)
         *self.directions, self._other = (np.empty(whole, dtype) for _ in range(count + 1))
         self._squares = [np.empty(square, dtype) for _ in range(3)]
         self._slots = np.empty(slots, dtype)
+        self._short = np.empty(shorter, np.uint8)
+        self._unit = unit() if short else None
         self._threads = threads
-        self.nbytes = self.bytes_for(stacks, dtype, count)
+        self.nbytes = self.bytes_for(stacks, short, dtype, count)
 
     @staticmethod
-    def bytes_for(stacks: Sequence[Stack], dtype: np.dtype, count: int = 1) -> int:
+    def bytes_for(
+        stacks: Sequence[Stack], short: Sequence[Stack], dtype: np.dtype, count: int = 1
+    ) -> int:
         """Return the bytes that a workspace takes."""
-        whole, square, slots = _extents(stacks)
-        return ((count + 1) * whole + 3 * square + slots) * dtype.itemsize
+        whole, square, slots, shorter = _extents(stacks, short)
+        return ((count + 1) * whole + 3 * square + slots) * dtype.itemsize + shorter
 
     @property
     def direction(self) -> np.ndarray:
@@ -182,16 +261,32 @@ class Workspace:
         if not u.size:
             return
         x, y = self.opened(u, stack)
-        if iteration.in_core(*stack[1:]):
+        coefficients, by_row = iteration.coefficients, iteration.norm == "aol"
+        triples = [value for row in coefficients.rows for value in row]
+        threads = min(self._threads or in_use(), in_use())
+        if iteration.products == "bfloat16":
+            for part, eps in _in_float32(x, y, iteration.eps):
+                core.orthogonalize_bfloat16(
+                    part,
+                    self._short,
+                    triples,
+                    coefficients.prescale,
+                    eps,
+                    factor,
+                    by_row,
+                    threads,
+                    self._unit,
+                )
+        elif iteration.in_core(*stack[1:]):
             core.orthogonalize(
                 x,
                 self._slots,
-                [value for row in iteration.coefficients.rows for value in row],
-                iteration.coefficients.prescale,
+                triples,
+                coefficients.prescale,
                 iteration.eps,
                 factor,
-                iteration.norm == "aol",
-                min(self._threads or in_use(), in_use()),
+                by_row,
+                threads,
             )
         else:
             groups = iteration.groups(*stack[1:])
@@ -233,16 +328,37 @@ class Workspace:
             x += y
 
 
-def _extents(stacks: Sequence[Stack]) -> tuple[int, int, int]:
+def _in_float32(x: np.ndarray, y: np.ndarray, eps: float) -> Iterator[tuple[np.ndarray, float]]:
+    """Yield stacks of float32 that are to be replaced, and what is added to their norms.
+
+    x: a stack; y: as much room, overwritten where x is of float64.
+    """
+    if x.dtype == np.float32:
+        yield x, eps
+        return
+    narrow = y.reshape(-1).view(np.float32)[: x[0].size].reshape(1, *x.shape[1:])
+    with np.errstate(all="ignore"):
+        for one in x:
+            # By a power of two into float32's range: it leaves no trace in the result.
+            shift = -int(np.frexp(max(one.max(), -one.min()))[1])
+            np.ldexp(one, shift, out=narrow[0], casting="same_kind")
+            yield narrow, float(np.ldexp(eps, shift))
+            one[...] = narrow[0]
+
+
+def _extents(stacks: Sequence[Stack], short: Sequence[Stack]) -> tuple[int, int, int, int]:
     """Elements of the largest stack, of the largest Gram matrix, and of the core's space for small
-    matrices, for each thread that may have a part of a stack."""
-    whole = max((math.prod(stack) for stack in stacks), default=0)
+    matrices, for each thread that may have a part of a stack; bytes of its space for products of
+    bfloat16."""
+    whole = max((math.prod(stack) for stack in (*stacks, *short)), default=0)
     square = max((min(s) ** 2 for _, *s in stacks), default=0)
     slots = 0
     if core:
         small = (s for s in stacks if math.prod(s[1:]) <= SMALL)
         slots = max((min(c, most()) * core.orthogonalize_space(*s) for c, *s in small), default=0)
-    return whole, square, slots
+    short = [stack for stack in short if math.prod(stack)]
+    bytes_ = max((core.orthogonalize_bfloat16_space(*s, most()) for s in short), default=0)
+    return whole, square, slots, bytes_
 
 
 def _gram(x: np.ndarray, out: np.ndarray) -> None:

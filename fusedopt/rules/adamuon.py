@@ -13,7 +13,7 @@ from ..linalg.newton_schulz import Workspace
 from ..programs.arithmetic import Array, capped, correction, ratio, textbook_correction
 from ..programs.program import Operation
 from .hyperparameters import Fraction, NonNegative
-from .matrix import Member, through
+from .matrix import Member
 from .muon import Muon
 
 
@@ -23,7 +23,7 @@ class AdaMuon(Muon):
 
     Parameters
     ----------
-    momentum, nesterov, form, ns_steps, ns_coefficients, norm, gram, split, scale
+    momentum, nesterov, form, ns_steps, ns_coefficients, norm, gram, ns_dtype, split, scale
         As in `Muon`.
     eps, bias_correction
         As in `Muon`.
@@ -119,7 +119,7 @@ class AdaMuon(Muon):
     ) -> tuple[Array, tuple[Array, ...]]:
         m, v = states
         u, m = self.textbook_direction(g, m, t)
-        o = through(u, self.polar, self.amplification)
+        o = self.through(u, self.polar, 1.0)
         v = self.beta2 * v + (1 - self.beta2) * (o * o)
         stack = _, rows, cols = self.matrices(p.shape)
         c = textbook_correction(self.beta2, t)

@@ -294,6 +294,11 @@ class Rule:
         """Return the number of matrices, rows and columns as which a `MatrixRule` treats a leaf."""
         return None
 
+    @property
+    def short_products(self) -> bool:
+        """Whether matrices are multiplied in bfloat16."""
+        return False
+
     def note(self, shape: tuple[int, ...]) -> str | None:
         """Return how parameters of this shape are updated, where that depends on the shape."""
         return None

@@ -11,7 +11,7 @@ import numpy as np
 from ..linalg.newton_schulz import Workspace
 from ..programs.arithmetic import Array, capped, ratio
 from .hyperparameters import Fraction, NonNegative
-from .matrix import Member, through
+from .matrix import Member
 from .muon import Muon
 
 
@@ -21,7 +21,7 @@ class NorMuon(Muon):
 
     Parameters
     ----------
-    momentum, nesterov, form, ns_steps, ns_coefficients, norm, gram, split, scale
+    momentum, nesterov, form, ns_steps, ns_coefficients, norm, gram, ns_dtype, split, scale
         As in `Muon`.
     eps, bias_correction
         As in `Muon`.
@@ -120,7 +120,7 @@ class NorMuon(Muon):
         stack = count, rows, cols = self.matrices(p.shape)
         if 0 in stack:
             return lr * u, (m, v)
-        o = through(u, self.polar, self.amplification).reshape(*stack)
+        o = self.through(u, self.polar, 1.0).reshape(*stack)
         squares = (o * o).sum(axis=-1, keepdims=True)
         v = self.beta2 * v.reshape(count, rows, 1) + (1 - self.beta2) * (squares / cols)
         n = ratio(o, np.sqrt(v) + self.eps_v)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -240,6 +240,8 @@ def _plain(value: Any) -> Any:
 def _other_hyperparameters(rule: Rule, there: dict[str, Any], strict: bool) -> Iterator[str]:
     """Return what differs; unless `strict`, only in what the states themselves depend on."""
     here = hyperparameters(rule)
+    # A hyperparameter that came after the file was written.
+    there = {f.name: _plain(f.default) for f in fields(rule) if f.default is not MISSING} | there
     for name in sorted(here.keys() | there.keys()):
         own, other = (side.get(name, "nothing") for side in (here, there))
         if own != other and (strict or name in rule.settled):

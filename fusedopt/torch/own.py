@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Unpack
 
 from ..interop.common import number
+from ..linalg.newton_schulz import Products
 from ..rules import RULES, Rule
-from .optimizer import Base, Number, Options, Params, arguments
+from .optimizer import REFUSED, Base, Number, Options, Params, arguments
 
 _MOMENTS = {"m": "exp_avg", "v": "exp_avg_sq"}
 
@@ -25,10 +26,15 @@ class OwnRule(Base):
             cls._cls, cls._state_names = RULES[rule], states
 
     def _rule(self, group: Mapping[str, Any]) -> Rule:
-        return self._cls(**{name: number(group[name]) for name in self.defaults})
+        return self._cls(**{name: number(group[name]) for name in self._names})
 
     def _watched(self, group: Mapping[str, Any]) -> list[Any]:
-        return [group[name] for name in self.defaults if name != "lr"]
+        return [group[name] for name in self._names if name != "lr"]
+
+    @property
+    def _names(self) -> list[str]:
+        """The hyperparameters, without what torch adds to the defaults of a copy."""
+        return [name for name in self.defaults if name not in REFUSED]
 
 
 class Lion(OwnRule, rule="lion", states={"m": "exp_avg"}):
@@ -100,7 +106,7 @@ class NorMuon(OwnRule, rule="normuon", states={"m": "momentum_buffer"}):
     params : iterable
         Tensors, named tensors or parameter groups.
     lr, momentum, nesterov, ns_steps, ns_coefficients, scale, eps, weight_decay, beta2, eps_v,
-    maximize
+    ns_dtype, maximize
         The hyperparameters of `fusedopt.NorMuon`.
     **options
         fusedopt's own: state_dtype, master, rounding, clip_norm, clip_value, skip_nonfinite, ema,
@@ -121,6 +127,7 @@ class NorMuon(OwnRule, rule="normuon", states={"m": "momentum_buffer"}):
         *,
         beta2: float = 0.95,
         eps_v: float = 1e-10,
+        ns_dtype: Products = "float32",
         maximize: bool = False,
         **options: Unpack[Options],
     ) -> None:
@@ -135,7 +142,7 @@ class AdaMuon(OwnRule, rule="adamuon", states={"m": "momentum_buffer"}):
     params : iterable
         Tensors, named tensors or parameter groups.
     lr, momentum, nesterov, ns_steps, ns_coefficients, scale, eps, weight_decay, beta2, eps_v,
-    maximize
+    ns_dtype, maximize
         The hyperparameters of `fusedopt.AdaMuon`.
     **options
         fusedopt's own: state_dtype, master, rounding, clip_norm, clip_value, skip_nonfinite, ema,
@@ -156,6 +163,7 @@ class AdaMuon(OwnRule, rule="adamuon", states={"m": "momentum_buffer"}):
         *,
         beta2: float = 0.999,
         eps_v: float = 1e-8,
+        ns_dtype: Products = "float32",
         maximize: bool = False,
         **options: Unpack[Options],
     ) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Unpack
 
 from ..interop.torch import HOW, LAYOUTS, Layout, rule_of
+from ..linalg.newton_schulz import Products
 from ..optimizer import Optimizer as Fused
+from ..rules import Muon as MuonRule
 from ..rules import Rule
 from .optimizer import Base, Number, Options, Params, arguments
 
@@ -237,6 +240,9 @@ class Muon(TorchRule, layout="Muon"):
         Tensors, named tensors or parameter groups.
     lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn
         As in `torch.optim.Muon`.
+    ns_dtype : {"float32", "bfloat16"}, default "float32"
+        Dtype of the factors of matrix products. torch's are in bfloat16; `fusedopt.Muon` says what
+        it needs.
     **options
         fusedopt's own: state_dtype, master, rounding, clip_norm, clip_value, skip_nonfinite, ema,
         zero_grads, stats, verify, seed, threads, backend. See `fusedopt.Optimizer`.
@@ -253,6 +259,19 @@ class Muon(TorchRule, layout="Muon"):
         eps: float = 1e-7,
         ns_steps: int = 5,
         adjust_lr_fn: str | None = None,
+        *,
+        ns_dtype: Products = "float32",
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(params, arguments(locals()), options)
+        defaults = arguments(locals())
+        # How, not what is computed: torch's groups have no place for it.
+        self._ns_dtype = defaults.pop("ns_dtype")
+        super().__init__(params, defaults, options)
+
+    def _rule(self, group: Mapping[str, Any]) -> Rule:
+        rule = super()._rule(group)
+        assert isinstance(rule, MuonRule)
+        return replace(rule, ns_dtype=self._ns_dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_ns_dtype": self._ns_dtype}

@@ -86,6 +86,10 @@ class Bounded(NDArrayOperatorsMixin):
         largest = float(np.max(np.abs(value), initial=0.0))
         return self._like(value, MATRIX_FACTOR * gain * self._unit * largest)
 
+    def within(self, function: Callable[[np.ndarray], np.ndarray], error: float) -> Bounded:
+        """`function` of the value, for one whose results differ by at most `error`."""
+        return self._like(function(self.value), error)
+
     @property
     def shape(self) -> tuple[int, ...]:
         return self.value.shape

@@ -48,13 +48,17 @@ def test_symbols_of_the_kernels(objects: dict[str, Path]) -> None:
     # for another instruction set; what is undefined must need no header of the language.
     allowed = {"memcpy", "memmove", "memset", "_GLOBAL_OFFSET_TABLE_", "__stack_chk_fail"}
     nm = tool("nm")
-    for name, path in objects.items():
+    tables = {f"table_{name}": path for name, path in objects.items()}
+    units = kernel_objects("units", "matrix_units.cpp")
+    assert set(fo.info()["matrix_units"]) <= set(units)
+    tables |= {f"units_{name}": path for name, path in units.items()}
+    for name, path in tables.items():
         rows = [line.split() for line in output(nm, path).splitlines()]
         undefined = {row[-1] for row in rows if row[-2] == "U"}
         visible = [row[-1] for row in rows if row[-2] != "U" and not row[-2].islower()]
         weak = [row[-1] for row in rows if row[-2] in "vVwWu"]
         assert undefined <= allowed, name
-        assert visible == [f"_ZN8fusedopt{len('table_' + name)}table_{name}E"], name
+        assert visible == [f"_ZN8fusedopt{len(name)}{name}E"], name
         assert not weak, name
 
 
@@ -82,6 +86,16 @@ def test_instructions_of_the_kernels(objects: dict[str, Path]) -> None:
             assert not wider, f"{name}: {wider} is beyond it"
         if x86 and name in OWN:
             assert re.search(OWN[name], code), f"{name}: none of its own instructions"
+
+
+def test_instructions_of_the_matrix_units() -> None:
+    objdump = tool("objdump")
+    own = {"amx": r"\ttdpbf16ps", "avx512_bf16": r"\tvdpbf16ps"}
+    for name, path in kernel_objects("units", "matrix_units.cpp").items():
+        code = output(objdump, "-d", "--no-show-raw-insn", path)
+        assert not re.search(FUSED, code), f"{name}: multiplies and adds with one rounding"
+        for unit, instruction in own.items():
+            assert bool(re.search(instruction, code)) == (unit == name), name
 
 
 # ---------------------------------------------------------------- forcing a variant

@@ -181,7 +181,7 @@ def test_a_zero_row_stays_zero_under_its_own_norm(either: str) -> None:
 def test_what_was_in_the_buffers_does_not_matter(gram: bool) -> None:
     iteration = Iteration(coefficient_set("keller", 5), "frobenius", gram, 1e-30)
     u = np.random.default_rng(6).standard_normal((30, 100)).astype(np.float32)
-    workspace = Workspace([(1, 30, 100)], u.dtype)
+    workspace = Workspace([(1, 30, 100)], [], u.dtype)
     results = []
     for garbage in (0.0, np.nan, np.inf, 1e38):
         for buffer in (

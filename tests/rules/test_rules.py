@@ -231,6 +231,8 @@ def trajectory(rule: fo.Rule) -> list[bytes]:
 def test_no_hyperparameter_is_ignored(cls: type[fo.Rule]) -> None:
     kinds = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
+        if field.name == "ns_dtype" and not fo.info()["matrix_units"]:
+            continue
         changed = set()
         for example in cls.examples:
             rule = cls(**{"weight_decay": 0.1, **example})
