@@ -37,6 +37,7 @@ Plan::Plan(const py::object& description)
       between_(description.attr("between")),
       results_(description.attr("results")),
       decide_(description.attr("decide")),
+      sided_(description.attr("sided").cast<bool>()),
       zero_grads_(description.attr("zero_grads").cast<bool>()),
       threads_(description.attr("threads").cast<int>()) {
   use_file(description.attr("state_file"));

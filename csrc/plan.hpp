@@ -159,7 +159,7 @@ class Plan {
   // phase: -1 for the last of each leaf's own. choice: of the members together.
   void run_phase(const std::vector<std::size_t>& members, int phase, ThreadChoice* choice);
   // All phases of a batch of matrices. It may raise, and has written by then.
-  void run_batch(int batch, bool flat);
+  void run_batch(int batch, bool flat, bool& begun);
   void take_sums(const std::vector<std::size_t>& members);
   // The sums that rules read, and the scalars that come from them; runs Python.
   void take_measures();
@@ -174,6 +174,7 @@ class Plan {
   std::vector<int> groups_, batches_;
   std::vector<Numbers> numbers_;
   py::object rates_, factors_, counters_, before_, between_, results_, decide_;
+  const bool sided_;  // leaves have side states
   const bool zero_grads_;
   const int threads_;
   int batch_count_ = 0, sums_ = 0;  // sums_: of the program that has most

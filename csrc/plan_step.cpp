@@ -75,10 +75,11 @@ bool Plan::update(bool flat) {
     take_measures();
     if (!read(flat)) return false;
   }
+  bool begun = false;
   try {
-    for (int batch = 0; batch < batch_count_; ++batch) run_batch(batch, flat);
+    for (int batch = 0; batch < batch_count_; ++batch) run_batch(batch, flat, begun);
   } catch (...) {
-    counts_[0] = HALFWAY;
+    if (begun) counts_[0] = HALFWAY;
     throw;
   }
   run_phase(active_of(-1), -1, &choice_);
@@ -87,15 +88,19 @@ bool Plan::update(bool flat) {
   return true;
 }
 
-void Plan::run_batch(int batch, bool flat) {
+// begun: becomes true before anything but work space is written. What comes between the phases
+// writes side states, where there are any.
+void Plan::run_batch(int batch, bool flat, bool& begun) {
   const std::vector<std::size_t> members = active_of(batch);
   if (members.empty()) return;
   const int last = program(members[0]).phases - 1;
   for (int phase = 0; phase < last; ++phase) {
     run_phase(members, phase, nullptr);
+    begun = begun || phase > 0 || sided_;
     called(between_, py::make_tuple(batch, phase, members));
     if (!read(flat)) throw std::runtime_error("an array was given other memory during a step");
   }
+  begun = true;
   run_phase(members, last, nullptr);
 }
 

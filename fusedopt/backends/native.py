@@ -153,6 +153,7 @@ class PlanDescription(NamedTuple):
     watched: list[np.ndarray]
     before: Callable[[Sequence[int]], None] | None
     between: Callable[[int, int, Sequence[int]], None]
+    sided: bool
     decide: Callable[[], bool] | None
     zero_grads: bool
     threads: int
@@ -185,6 +186,7 @@ def _described(spec: PlanSpec, programs: Sequence[Program], matrices: Matrices) 
         watched=spec.watch.arrays if spec.watch is not None else [],
         before=matrices.before if matrices.batches else None,
         between=matrices.between,
+        sided=matrices.sided,
         decide=spec.decide,
         zero_grads=spec.zero_grads,
         threads=spec.threads or 0,

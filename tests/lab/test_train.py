@@ -346,7 +346,7 @@ def test_comparing_steps_leaves_the_parameters_alone() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rule": "lamb"}, "rule: expected one of sgd, .*, got 'lamb'"),
+        ({"rule": "adamz"}, "rule: expected one of sgd, .*, got 'adamz'"),
         ({"schedule": "cos"}, "schedule: expected one of cosine, .*step, got 'cos'"),
         ({"steps": 0}, "steps: expected at least 1, got 0"),
         ({"batch": 0}, "batch: expected at least 1, got 0"),

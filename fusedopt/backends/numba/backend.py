@@ -203,8 +203,10 @@ class NumbaPlan(ExclusiveUse):
                 members = [k for k in active if batches.get(k) == batch]
                 for phase in range(self._programs[spec.group_of[members[0]]].phases - 1):
                     self._run(members, phase, scalars, grads)
-                    begun = True
+                    # Only work space has been written, unless there are side states.
+                    begun = begun or phase > 0 or self._matrices.sided
                     self._matrices.between(batch, phase, members)
+                begun = True
                 self._run(members, None, scalars, grads)
             self._run([k for k in active if k not in batches], None, scalars, grads)
         except BaseException:
