@@ -19,7 +19,7 @@ inline const Proxy* as_array(PyObject* o) {
   return Py_TYPE(o) == numpy().ndarray ? proxy_of(o) : nullptr;
 }
 
-// -1: no array, or of none of the formats that are NumPy's own.
+// The format of an array; -1 for no array, or for a format that is not NumPy's own.
 inline int format_of(const Proxy* a) {
   for (int f = 0; f < FORMATS; ++f)
     if (a && a->descr == numpy().dtypes[f]) return f;
@@ -32,7 +32,7 @@ inline std::size_t elements_of(const Proxy* a) {
   return n;
 }
 
-// The same shape, and element i of one stands where element i of the other stands.
+// Whether both have one shape, and element i of one stands where that of the other stands.
 inline bool same_layout(const Proxy* a, std::size_t a_size, const Proxy* b, std::size_t b_size) {
   if (a->nd != b->nd) return false;
   bool empty = false;
@@ -47,7 +47,7 @@ inline bool same_layout(const Proxy* a, std::size_t a_size, const Proxy* b, std:
   return true;
 }
 
-// Without gaps, in any order of the axes: their strides are those of C order, permuted.
+// Whether an array has no gaps, in any order of its axes: strides of C order, permuted.
 inline bool is_dense(const Proxy* a) {
   if (a->flags & DENSE) return true;
   const int format = format_of(a);
@@ -90,7 +90,7 @@ inline void use_codec(const Codec& codec, int compute, Operand& out) {
   out.aux_bytes = static_cast<std::uint32_t>(TILE / codec.block * codec.aux);
 }
 
-// Of what comes with a step: it is only read, or zeroed in the end.
+// The operand of an array that comes with a step: it is only read, or zeroed in the end.
 inline void use_input(const Codec& codec, int compute, bool zero, char* data, Operand& out) {
   put(out.decode, codec.decode[compute]);
   put(out.encode, zero ? codec.zero : nullptr);
@@ -98,7 +98,7 @@ inline void use_input(const Codec& codec, int compute, bool zero, char* data, Op
   put(out.data, data);
 }
 
-// Of a copy of another operand: it is only written.
+// The operand of a copy of another operand: it is only written.
 inline void use_copy(const Codec& codec, int compute, int source, Operand& out) {
   out.source = source;
   out.encode = codec.copy[compute];

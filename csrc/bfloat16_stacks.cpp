@@ -98,7 +98,7 @@ void iterate(const Iteration& how, const MatrixSize& size, Iterate& x, char* pat
           [&](std::size_t part, float* patch) { how.unit.gram(x, part, patch); });
   };
   if (how.by_row) {
-    // Of the matrix divided by its norm, or squares could leave the range of float32.
+    // Divides the matrix by its norm first, or squares could leave the range of float32.
     std::fill_n(x.scale, size.high * SQUARE, norm > 0 ? 1 / norm : 0.0);
     load();
     gram();
@@ -153,7 +153,7 @@ void one(const Iteration& how, float* matrix, std::size_t rows, std::size_t colu
   iterate(how, size, x, patches, threads);
 }
 
-// How many matrices have buffers at a time, and how many threads a patch.
+// The number of matrices that have buffers at a time, and of threads that have a patch.
 struct Room {
   std::size_t slots, threads;
   Room(const MatrixSize& size, std::size_t count, std::size_t most) {
@@ -223,7 +223,7 @@ void orthogonalize_bfloat16(py::array stack, py::array space,
 void bind_bfloat16_stacks(py::module_& module) {
   module.def("orthogonalize_bfloat16", &orthogonalize_bfloat16);
   module.def("orthogonalize_bfloat16_space", &space_for);
-  // They belong to the highest level: where a lower one is in use, there are none.
+  // Matrix units belong to the highest level: where a lower one is in use, there are none.
   module.def("matrix_units", [] {
     py::list names;
     if (&level() != &levels().back()) return names;

@@ -253,7 +253,7 @@ inline __m512 values_of<E4M3>(__m128i codes) {
   return _mm512_mul_ps(_mm512_cvtph_ps(halves), all_of(256.0f));
 }
 
-// Decodes the elements of whole vectors, and answers how many that were. Of four bits, of which the
+// Decodes the elements of whole vectors, and returns their number. Of four bits, of which the
 // first element of a byte has the higher ones, all values there are fit a register.
 template <class B>
 inline std::size_t decode_vectors(const std::uint8_t* from, float scale, float* to, std::size_t n) {
@@ -288,7 +288,7 @@ inline __m512i bytes_of(__m512i a, __m512i b, __m512i c, __m512i d) {
   return _mm512_permutexvar_epi32(order, packed);
 }
 
-// Encodes the elements of whole vectors, and answers how many that were. `random` is null where
+// Encodes the elements of whole vectors, and returns their number. `random` is null where
 // the nearest code is wanted.
 template <class B>
 inline std::size_t encode_vectors(const float* from, float scale_factor,

@@ -12,7 +12,7 @@ namespace {
 constexpr double INF = std::numeric_limits<double>::infinity();
 
 // The sum of numbers >= 0, rounded once, so that no order shows; infinite where it leaves float64.
-// Its parts do not overlap and together are exact (Shewchuk 1997, "Adaptive precision
+// The parts of the sum do not overlap and together are exact (Shewchuk 1997, "Adaptive precision
 // floating-point arithmetic", theorem 10).
 double exact_sum(const std::vector<double>& values) {
   std::vector<double> parts;  // the smallest first

@@ -1,10 +1,10 @@
-// What a step makes of its gradients' sums of squares: norms, and factors that clip.
+// Norms, and factors that clip, from the sums of squares of a step's gradients.
 #pragma once
 #include <vector>
 
 namespace fusedopt {
 
-// Of one leaf: the sum of the squares of its elements times scale, and that scale; 0 for a leaf
+// The sum of the squares of a leaf's elements times scale, and that scale; 0 for a leaf
 // that does not count.
 struct SquareSum {
   double sum, scale;

@@ -96,7 +96,7 @@ struct Float16 {
     const std::uint32_t bits = magnitude >= 0x7c00u ? shifted | INFINITE : finite;
     return static_cast<T>(float_of(bits | static_cast<std::uint32_t>(x & 0x8000u) << 16));
   }
-  // From magnitude bits: of a normal result, of one below the smallest normal number, of the rest.
+  // A half's bits from magnitude bits: of a normal result, of one below the smallest, of the rest.
   static Stored assemble(std::uint32_t bits, std::uint32_t normal, std::uint32_t denormal) {
     const std::uint32_t magnitude = bits & ~SIGN;
     const std::uint32_t special = magnitude > INFINITE ? 0x7e00u : 0x7c00u;
@@ -137,7 +137,7 @@ void decode_each(const void* data, const void*, void* out, std::size_t n) {
   for (; i < n; ++i) to[i] = E::template decode<T>(from[i]);
 }
 
-// Encodes what is whole vectors, and answers how many elements that were; `one` takes each element
+// Encodes what is whole vectors, and returns the number of elements; `one` takes each element
 // of a vector that the instruction does not treat as it does.
 template <class E, class One, class... Stored>
 std::size_t encode_vectors(const float* from, std::size_t n, const One& one, Stored*... to) {
@@ -159,7 +159,7 @@ void copy_each(const void* tile, void* data, void*, std::size_t n, std::uint64_t
   for (; i < n; ++i) to[i] = E::nearest(from[i]);
 }
 
-// What the loop round a rule keeps out of states in the compute type, the codecs keep out of
+// The loop around a rule keeps denormals out of states in the compute type, the codecs out of
 // narrower ones: a double can be a denormal float.
 template <class T>
 inline T normal_float(T x) {
@@ -399,7 +399,7 @@ struct SignedDynamic {
   }
 };
 
-// From zero up; only a zero becomes zero.
+// The map of numbers from zero up; only a zero becomes zero.
 struct UnsignedDynamic8 : Unsigned {
   static constexpr int bits = 8, block = 256;
   static constexpr std::uint32_t least = 1, most = 255;
@@ -438,7 +438,7 @@ inline std::uint32_t nearest_number(float x, float factor) {
   return kept & mask((bits_of(x) & ~SIGN) != 0);
 }
 
-// Of the two values round an element the upper one with the probability that makes the mean right;
+// Takes the upper of two values around an element with the probability that makes the mean right;
 // for the same random bits a larger element never becomes a smaller number.
 template <class B>
 inline std::uint32_t stochastic_number(float x, float factor, std::uint32_t random) {

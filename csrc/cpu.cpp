@@ -3,7 +3,7 @@
 #include <atomic>
 #include <cstdint>
 
-// How many of the levels of x86-64 this build has, the baseline included; undefined: not for it.
+// The number of levels of x86-64 in this build, the baseline included; undefined elsewhere.
 #if defined(FUSEDOPT_X86_LEVELS)
 #if defined(_MSC_VER)
 #include <immintrin.h>

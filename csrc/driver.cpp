@@ -11,11 +11,11 @@
 namespace fusedopt {
 namespace {
 
-// From this many elements on all threads do it, whatever else they do; in between see ThreadChoice.
+// All threads take a step of this many elements or more; for fewer see ThreadChoice.
 constexpr std::size_t PLENTY = 1 << 21;
 // There are several parts for each thread, so that a thread that was held up is waited for less.
 constexpr std::size_t PARTS_PER_THREAD = 16;
-// Of the next leaf's arrays this much is asked for while a leaf is worked on.
+// The bytes of the next leaf's arrays that are prefetched while a leaf is worked on.
 constexpr std::size_t FETCHED = 256, LINE = 64;
 
 inline void prefetch(const char* p) {
@@ -43,7 +43,7 @@ char* element(const Operand& operand, std::size_t at, const Span& span) {
   return operand.data + at * operand.bits / 8;
 }
 
-// What the codec stores beside an element that begins a block.
+// The address of what the codec stores beside an element that begins a block.
 char* beside(const Operand& operand, std::size_t at) {
   return operand.aux + at * operand.aux_bytes / TILE;
 }
@@ -173,7 +173,7 @@ void run_leaf(const Leaf& leaf, std::size_t from, std::size_t to) {
   }
 }
 
-// Asks for the beginnings of a leaf's arrays while another is worked on: the processor's own
+// Prefetches the beginnings of a leaf's arrays while another is worked on: the processor's own
 // prefetching begins anew with each array.
 void fetch(const Leaf& leaf) {
   if (leaf.rows) return;

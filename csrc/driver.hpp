@@ -71,7 +71,7 @@ struct Leaf {
   std::size_t start = 0;  // in the concatenation of all leaves; `run` finds it
 };
 
-// How many doubles a sum over a leaf takes.
+// The number of doubles that a sum over a leaf takes.
 inline std::size_t sums_of(const Leaf& leaf) {
   return ((leaf.rows ? leaf.rows->elements : leaf.elements) + SEGMENT - 1) / SEGMENT;
 }

@@ -18,7 +18,7 @@ namespace {
 
 std::atomic<int> forks{0};  // how many forks lie between this process and the first
 
-// What came of an errand, for whom waits for it.
+// The result of an errand, for the thread that waits for it.
 class Outcome {
  public:
   void finish(py::object result, py::object error) {
@@ -57,7 +57,7 @@ py::object send(const py::object& queue, const py::object& function, bool keep) 
   return outcome->wait();
 }
 
-// The queue of a helper that has nothing to do; null where there is none.
+// The queue of an idle helper; null where there is none.
 py::object idle_helper(const py::list& idle) {
   try {
     return idle.attr("pop")();

@@ -31,7 +31,7 @@ struct Exchange {
 // With a tensor of PyTorch this takes 0.05 us, where `Tensor.numpy` takes 0.64.
 class Foreign {
  public:
-  // Null where this is no array in the host's memory. Runs no code in Python.
+  // The array in those terms; null where it is not in the host's memory. Runs no code in Python.
   const Proxy* read(PyObject* o, const Exchange* exchange) {
     if (!exchange) return nullptr;
     DLTensor t{};
@@ -58,7 +58,7 @@ class Foreign {
     return &proxy_;
   }
 
-  // The interface of a type, if it has one. That of the type that came last is remembered, since
+  // The interface of a type, if it has one. The interface of the last type is remembered, since
   // most trees have one. A remembered type stays alive.
   static const Exchange* exchange_of(PyTypeObject* type) {
     thread_local PyTypeObject* known = nullptr;

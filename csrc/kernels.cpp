@@ -163,8 +163,8 @@ Wide widened(const T* fields) {
   return rule;
 }
 
-// What a rule measures of its operands before it runs. The gradient is the one that the rule will
-// see, in the compute type; everything after that is float64.
+// The measurement that a rule makes of its operands before it runs. The gradient is the one that
+// the rule will see, in the compute type; everything after that is float64.
 template <class Wide, Mode mode, class T, class... S>
 inline void add_measures(const Wide& rule, T factor, T decay, void* const* x, std::size_t n,
                          const T* p, const T* g, const S*... states) {

@@ -13,8 +13,8 @@ using namespace fusedopt;
 
 using Bits = std::uint16_t;
 constexpr std::size_t TILE_ROWS = 16, TILE_SIZE = TILE_ROWS * SQUARE;
-// So many squares of a sum are added up before the next square's: their right factor, 16 KiB, stays
-// in the first-level cache.
+// The number of squares of a sum that are added up before the next: their right factor, 16 KiB,
+// stays in the first-level cache.
 constexpr std::size_t DEPTH = 8;
 
 #if defined(__AMX_BF16__)
@@ -282,7 +282,7 @@ void row_sums(const Iterate& x, std::size_t i) {
   }
 }
 
-// What lies between two numbers of squares.
+// A range between two numbers of squares.
 struct Range {
   std::size_t begin, end;
 };

@@ -9,10 +9,10 @@ namespace fusedopt {
 // Matrices are cut into squares of SQUARE x SQUARE elements, filled up with zeros.
 constexpr std::size_t SQUARE = 32;
 constexpr std::size_t SQUARE_SIZE = SQUARE * SQUARE;
-// So many squares of a product, in each direction, are computed one after another by one thread.
+// The number of squares of a product, in each direction, that one thread computes one by one.
 constexpr std::size_t PATCH = 8;
 constexpr std::size_t PATCH_SIZE = PATCH * PATCH * SQUARE_SIZE;
-// So many elements of a matrix have a sum of squares of their own.
+// The number of elements of a matrix that have a sum of squares of their own.
 constexpr std::size_t SUMMED = 1 << 16;
 
 // A matrix between two iterations. x is the matrix or its transpose, with no more rows than
@@ -38,7 +38,7 @@ struct Iterate {
   double* sums;      // sums of squares, or those of magnitudes of each row of the gram
 };
 
-// What is done with one part of the work; the parts of a phase may be done in any order.
+// One part of the work of a phase; the parts may be done in any order.
 using Part = void (*)(const Iterate&, std::size_t part, float* patch);
 
 struct MatrixUnits {

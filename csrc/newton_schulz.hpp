@@ -69,7 +69,7 @@ struct Left {
   std::size_t down, right;
 };
 
-// So many terms of a sum are added up by themselves: that rounds less than one long sum, and b's
+// The number of terms of a sum that are added up apart: that rounds less than one long sum, and b's
 // rows stay in the first-level cache.
 constexpr std::size_t PART = 64;
 
@@ -209,7 +209,7 @@ double trace(const Square<T>& s) {
   return sum;
 }
 
-// Makes of z's Gram matrix that of the normalised matrix, which is z times scale, by columns.
+// Turns z's Gram matrix into that of the normalised matrix, which is z times scale, by columns.
 template <class T>
 void normalize(const NewtonSchulz& how, T* z, std::size_t m, const Square<T>& gram, T* scale) {
   using R = Range<T>;

@@ -31,7 +31,7 @@ void in_order(std::size_t count, void (*body)(void*, std::size_t), void* context
 #if defined(FUSEDOPT_OPENMP) || defined(FUSEDOPT_THREADS)
 namespace {
 
-// What is left of the share of one thread, on a cache line of its own.
+// The rest of the share of one thread, on a cache line of its own.
 struct alignas(64) Share {
   std::atomic<std::size_t> next{0};
   std::size_t end = 0;

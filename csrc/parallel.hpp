@@ -21,7 +21,8 @@ inline std::size_t share_begin(std::size_t count, std::size_t team, std::size_t 
 // "openmp", "threads" or "serial".
 const char* parallel_name();
 
-// How many threads the runtime would allow now (threadpoolctl and omp_set_num_threads lower it).
+// The number of threads that the runtime allows now (threadpoolctl and omp_set_num_threads lower
+// it).
 int parallel_limit();
 
 // The processors to which the runtime binds its threads (OMP_PROC_BIND), the calling one too, whose

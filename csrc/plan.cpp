@@ -12,7 +12,7 @@
 namespace fusedopt {
 namespace {
 
-// What Python and a plan share.
+// The object that Python and a plan share.
 template <class T>
 T* numbers_of(const py::object& o, std::size_t count) {
   using Numbers = py::array_t<T, py::array::c_style>;
@@ -167,7 +167,7 @@ bool Plan::reprogram(const py::list& programs, const py::list& numbers) {
     fresh.push_back(&program);
   }
   programs_ = std::move(fresh);
-  // What is dropped may end objects of the caller's, which may run anything: in the end.
+  // Dropped objects are released last: the end of a caller's object may run anything.
   numbers_.swap(described);
   const py::object before = std::exchange(program_objects_, programs);
   most_ = 0;

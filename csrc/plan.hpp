@@ -25,7 +25,7 @@ namespace fusedopt {
 
 namespace py = pybind11;
 
-// Of an array's random bits: the key, and the array's first tile in the one that it is a part of.
+// The key of an array's random bits, and the array's first tile in the one that it is a part of.
 using RandomKey = std::pair<std::uint64_t, std::uint64_t>;
 
 // Everything about an optimizer that does not change from step to step.
@@ -56,7 +56,7 @@ class Plan {
   // written then. `flat`: the trees are lists of leaves already.
   py::object step(const py::object& gradients, const py::object& hessian, bool flat);
 
-  // What `whole_step` does from now on, by a caller who has taken the plan.
+  // Sets what `whole_step` does from now on, by a caller who has taken the plan.
   void settle(const py::object& policy);
 
   // A step with trees and all that its policy says, by a caller who has not taken the plan: its
@@ -85,7 +85,7 @@ class Plan {
    private:
     Plan& plan_;
   };
-  // What a step touches of a leaf: all elements, or those of some rows.
+  // The part of a leaf that a step touches: all elements, or those of some rows.
   struct Touched {
     std::size_t elements, given[INPUTS];  // given: of its inputs, which may hold other rows too
     Rows rows;

@@ -1,4 +1,4 @@
-// A whole step in one call: learning rates, norms, clipping, the update, and what it tells.
+// A whole step in one call: learning rates, norms, clipping, the update, and its StepInfo.
 #include <pybind11/stl.h>
 
 #include <algorithm>
@@ -68,7 +68,7 @@ std::vector<double> Plan::norms(double factor) const {
   return norms;
 }
 
-// As `GradientClipper` in fusedopt/step/clipping.py, which decides for the other backends.
+// The decision of `GradientClipper` in fusedopt/step/clipping.py, which other backends use.
 void Plan::decide(double factor, Found& found) {
   const Policy& policy = *policy_;
   found.norms = norms(factor);

@@ -79,7 +79,7 @@ py::object Policy::told(std::int64_t number, const std::vector<double>& rates, c
       py::make_tuple(number, by_label(rates, rates.size() > 1),
                      found.norms.empty() ? py::object(py::none()) : by_label(found.norms, by_group),
                      by_label(found.scales, by_group), found.skipped, paths(found.bad), stats);
-  // A tuple's own, which does not unpack its argument into fields by name.
+  // The constructor of tuple, which does not unpack its argument into fields by name.
   const auto info = py::reinterpret_steal<py::object>(
       PyTuple_Type.tp_new(info_, py::make_tuple(values).ptr(), nullptr));
   if (!info) throw py::error_already_set();

@@ -1,4 +1,4 @@
-// What a whole step in one call does besides the update, and what it tells of itself.
+// The duties of a whole step in one call besides the update, and its StepInfo.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -14,7 +14,7 @@ namespace fusedopt {
 
 namespace py = pybind11;
 
-// What a step has found.
+// The findings of a step.
 struct Found {
   std::vector<double> norms, scales;  // of all gradients, or of those of each group
   std::vector<std::size_t> bad;       // leaves whose sum of squares is not finite
@@ -24,7 +24,8 @@ struct Found {
 // fusedopt.plan.interface.Policy, which says what its fields are.
 class Policy {
  public:
-  // Of a plan's results; the columns before it are what `SquareSum` has, and the elements touched.
+  // The first column of sums in a plan's results, behind those of `SquareSum` and the elements
+  // touched.
   static constexpr std::size_t FIRST_SUM = 3;
 
   // Leaves whose programs have the same sums, by their place among the results' columns.

@@ -24,7 +24,7 @@ inline void relax() {
 #endif
 }
 
-// How long a thread looks before it sleeps: about as long as waking it takes, and as OpenMP's
+// The time that a thread looks before it sleeps: about as long as waking it takes, and as OpenMP's
 // threads do here. With 300 us steps were no faster, and what a trainer does next waits for the
 // processor.
 constexpr std::chrono::microseconds SPIN{50};

@@ -43,14 +43,14 @@ struct Program {
   // of the arrays, the last ones, are work space. A program that measures has two phases.
   Program(const py::list& rows, int arrays, int works, int scratch, int sums);
 
-  // Of the instruction set in use, where it is in the table.
+  // The operation of the instruction set in use, where it is in the table.
   const Operation& operation(int index) const {
     return index < 0 ? foreign[static_cast<std::size_t>(~index)].second
                      : level().table->operations[index];
   }
 
   int first_sum() const { return INPUTS + arrays + scratch; }
-  // Of the sums that the rule itself reads, which come last.
+  // The number of sums that the rule itself reads, which come last.
   int first_measured() const { return first_sum() + sums - measured_sums; }
   int measured_sums = 0;
 
@@ -61,7 +61,7 @@ struct Program {
   int adopt(const std::string& name, int mode, int operands, const Outside& outside);
 };
 
-// What hyperparameters that are numbers make of a program, as Python describes it: (folds, (factor,
+// The part of a program that depends on numbers, as Python describes it: (folds, (factor,
 // base, slope)).
 struct Numbers {
   // For each operation Python's function from (t, lr) to its own scalars, a tuple; behind these,

@@ -10,7 +10,7 @@
 
 namespace fusedopt {
 
-// How many threads a step may use that has no limit of its own.
+// The number of threads that a step without a limit of its own may use.
 inline std::atomic<int> thread_count{1};
 
 // Runs the leaves, for long ones without Python's lock; whoever holds the arrays alive is the

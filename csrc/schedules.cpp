@@ -15,7 +15,7 @@ namespace {
 
 constexpr double PI = 3.141592653589793;
 
-// How far a step is between two others, from 0 to 1.
+// The position of a step between two others, from 0 to 1.
 double share(double step, double low, double high) {
   if (step >= high) return 1.0;
   return step > low ? (step - low) / (high - low) : 0.0;
@@ -94,7 +94,7 @@ double Schedule::falling(double step) const {
   return base * (final + (1.0 - final) * left);
 }
 
-// Of half waves of the cosine: base, period, growth, final.
+// Half waves of the cosine: base, period, growth, final.
 double Schedule::restarted(double step) const {
   const double base = numbers_[0], growth = numbers_[2], final = numbers_[3];
   double since = step - 1.0, length = numbers_[1];

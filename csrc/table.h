@@ -1,4 +1,4 @@
-// What crosses the border between the instruction sets: plain structs, nothing inline.
+// The structs that cross the border between the instruction sets: plain, nothing inline.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -21,7 +21,7 @@ static_assert(TILE % LANES == 0 && SEGMENT % TILE == 0, "a lane goes on from til
 enum Format : std::uint8_t { F32, F64, BF16, F16, FORMATS };
 constexpr int COMPUTE_TYPES = 2;
 
-// What the loop around a rule does with weight decay and with the delta that the rule returns.
+// Treatments of weight decay, and of the delta that the rule returns, by the loop around a rule.
 enum Mode : std::uint8_t {
   PLAIN,      // p -= delta
   L2,         // g += c * p before the rule, then p -= delta

@@ -20,8 +20,8 @@ class ThreadChoice {
     return steps_ % EVERY ? better : !better;
   }
 
-  // What the step took that was asked for with `all`. The very first meets untouched memory and is
-  // not counted, and nothing counts for more than twice the mean, so that one step in which
+  // Takes the time of the step that was asked for with `all`. The very first meets untouched memory
+  // and is not counted, and nothing counts for more than twice the mean, so that one step in which
   // something else held the processor does not decide.
   void tell(bool all, double seconds) {
     if (steps_++ == 0) return;

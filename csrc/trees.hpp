@@ -37,7 +37,7 @@ struct Node {
   }
 };
 
-// What a container holds. Without a global lock another thread may take it out at any moment.
+// An element of a container. Without a global lock another thread may take it out at any moment.
 #if defined(Py_GIL_DISABLED)
 using Item = py::object;
 #else

@@ -1,4 +1,4 @@
-// What needs no plan: one step of one tensor, norms, and the number of threads for all.
+// Functions that need no plan: one step of one tensor, norms, and the number of threads.
 #pragma once
 #include <pybind11/pybind11.h>
 

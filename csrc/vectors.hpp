@@ -31,7 +31,7 @@ struct Kahan;
 template <class Element>
 struct Stochastic;
 
-// How many elements of a codec are decoded, or encoded, by one call; 0 where the compiler's own
+// The number of elements that one call decodes, or encodes; 0 where the compiler's own
 // loop is as good. `nearest` answers false, and has stored nothing, where a vector holds what the
 // instruction treats in a way of its own: then the loop over single elements takes the vector.
 template <class Element>
@@ -41,7 +41,7 @@ struct Vectors {
 
 #if defined(FUSEDOPT_AVX512)
 
-// What `_mm512_fpclass_ps_mask` tells apart.
+// The classes that `_mm512_fpclass_ps_mask` tells apart.
 enum : int { NANS = 0x81, ZEROS = 0x06, INFINITIES = 0x18, DENORMALS = 0x20 };
 
 // NaN has one code here, with its sign.
@@ -137,7 +137,7 @@ struct Vectors<Stochastic<BFloat16>> {
   static bool nearest(const float* from, std::uint16_t* to, const std::uint16_t* random) {
     const __m512i a = _mm512_loadu_si512(from), b = _mm512_loadu_si512(from + 16);
     const __m512i upper = halves(a, b, true), all = _mm512_set1_epi16(-1);
-    // Without its sign, what is or might become infinite or NaN.
+    // The least doubled magnitude, without a sign, that is or might become infinite or NaN.
     const __m512i last = _mm512_set1_epi16(static_cast<short>(2 * 0x7f7f));
     if (_mm512_cmpge_epu16_mask(_mm512_add_epi16(upper, upper), last)) return false;
     const __m512i spare = _mm512_xor_si512(_mm512_loadu_si512(random), all);

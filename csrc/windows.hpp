@@ -15,7 +15,7 @@ struct Mapped {
   std::size_t window = 0;  // bytes that may be in memory at a time
 
   bool contains(const char* p) const { return p >= data && p < data + bytes; }
-  // Into how many parts the elements of all leaves are to be cut, if each thread has one in memory.
+  // The number of parts into which all elements are cut, if each thread has one in memory.
   std::size_t parts(const std::vector<Leaf>& leaves, int threads) const;
 };
 
@@ -30,7 +30,7 @@ class Advisor {
   Advisor(const Advisor&) = delete;
   Advisor& operator=(const Advisor&) = delete;
 
-  // What is touched as elements [from, to) of a leaf.
+  // Notes that elements [from, to) of a leaf are touched.
   void add(const Leaf& leaf, std::size_t from, std::size_t to);
 
  private:

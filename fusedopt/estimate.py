@@ -90,7 +90,7 @@ def estimate(
         shape, dtype = tuple(leaf.value.shape), np.dtype(leaf.value.dtype)
         if dtype not in DTYPES:
             raise TypeError(f"{leaf.label}: expected {EXPECTED}, got {dtype}")
-        # Of one repeated element: a shape and a dtype for the rule to judge, and no memory.
+        # One repeated element: a shape and a dtype for the rule to judge, without memory.
         reason = groups[k].rule.refuses(np.broadcast_to(np.zeros((), dtype), shape))
         if reason:
             raise ValueError(f"{leaf.label}: {reason}")

@@ -50,7 +50,7 @@ def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], table:
     path leads to something else than a file, TypeError or ValueError for a table that JSON does
     not take or that is too large.
     """
-    from safetensors import SafetensorError  # 8 ms, for those who save
+    from safetensors import SafetensorError  # 8 ms of import, for those who save
     from safetensors.numpy import save_file
 
     text = json.dumps(table)

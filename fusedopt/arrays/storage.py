@@ -181,7 +181,7 @@ class Storage:
         """
         if self.rounding != "stochastic":
             return [[RandomKey()] * len(leaf_state.operands) for leaf_state in leaf_states]
-        from hashlib import blake2b  # 3 ms, for this and fingerprints
+        from hashlib import blake2b  # 3 ms of import, for this and fingerprints
 
         def key(path: str, operand: str, first_tile: int) -> RandomKey:
             text = f"{seed} {path} {operand}".encode()

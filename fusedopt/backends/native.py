@@ -59,7 +59,7 @@ def _compile(program: Program) -> Any:
 
 def _foreign(program: Program, op: Operation) -> tuple[int, int, list[int]]:
     """The sums, scalars and addresses of an operation that Numba compiles."""
-    from ..jit.operations import tile_function  # 0.5 s, for those with rules of their own
+    from ..jit.operations import tile_function  # 0.5 s of import, for those with rules of their own
 
     addresses = [tile_function(program, op, dtype).address for dtype in (FLOAT32, FLOAT64)]
     return len(op.sums), op.scalar_count, addresses

@@ -47,7 +47,7 @@ PARTS = {
 COUNTS = ("count", "count_m2", "t")
 """Names that parts of a chain give to their number of steps."""
 _NOTHING = Part((), {})
-# Those that hold others. Hyperparameters in them are the caller's.
+# Transformations that hold others; hyperparameters in them are the caller's.
 HOLDERS = {
     "MaskedState": "inner_state",
     "PartitionState": "inner_states",

@@ -47,7 +47,7 @@ class Layout:
 _ALL = {"lr": "lr", "weight_decay": "weight_decay"}
 _BOTH = {**_ALL, "maximize": "maximize"}
 _MOMENTS = {"betas": "betas", "eps": "eps"}
-# How torch computes, not what.
+# Options of how torch computes, not of what.
 _FOREACH = {"foreach": None, "differentiable": False}
 _FUSED = {**_FOREACH, "fused": None}
 _CAPTURABLE = {"capturable": False}

@@ -40,7 +40,7 @@ each matrix on one thread. Five steps of one of 64x64, 128x128 and 256x256 took 
 ms so, and by BLAS on two threads 0.33, 0.96 and 6.8."""
 
 BATCH = 1 << 17
-"""So many elements go into one stack then."""
+"""The number of elements from which on matrices go into one stack."""
 
 
 def unit() -> str | None:

@@ -93,7 +93,7 @@ class Rule:
         for name in self.scheduled:
             if name in self.settled:
                 raise ValueError(
-                    f"{type(self).__name__}({name}): says what the states are, and takes no"
+                    f"{type(self).__name__}({name}): determines what the states hold, and takes no"
                     f" schedule; got {getattr(self, name)!r}"
                 )
         self.check_together()
@@ -122,7 +122,7 @@ class Rule:
         new = object.__new__(type(self))
         new.__dict__.update(self.__getstate__(), **checked)
         new.check_together()
-        # What a rule knows of itself, which it would find again.
+        # Values that a rule has computed and kept, which it would find again.
         own = self.__dict__
         new.__dict__["scheduled"] = tuple([n for n in self.scheduled if n not in values])
         new.__dict__["_like"] = own.get("program") or own.get("_like")  # see `program`

@@ -242,7 +242,7 @@ class Muon(MatrixRule):
 
     def _direction(self, t: int, lr: float) -> tuple[float, ...]:
         mu, a = self.momentum, self._gain
-        # Of a positive factor on the whole direction nothing is left after the normalisation.
+        # A positive factor on the whole direction disappears in the normalisation.
         c_g = c_m = 1.0
         if self.bias_correction:
             c_g, c_m = correction(mu, t), correction(mu, t + 1)

@@ -193,7 +193,7 @@ class SOAP(MatrixRule):
                 product *= 1.0 - self.shampoo_beta
                 moment *= self.shampoo_beta
                 moment += product
-                # What is below the smallest normal number is zero, as in all states; no memory.
+                # What is below the smallest normal number becomes zero, as in all states, in place.
                 np.abs(moment, out=product)
                 np.less(product, np.finfo(moment.dtype).smallest_normal, out=product)
                 np.subtract(1.0, product, out=product)

@@ -186,7 +186,7 @@ class Assembly:
             plan = VerifiedPlan(self.backend, spec, self.tree.leaves)
         else:
             plan = self.backend.plan(spec)
-        # Until all is ready; the old one stays taken, should a thread still have it.
+        # Taken until all is ready; the old one stays taken, should a thread still have it.
         plan.take(self._token)
         self.plan, self._spec = plan, spec
         if self.lazy_rows is not None:
@@ -630,7 +630,7 @@ def _state_file(
 ) -> AbstractContextManager[StateFile | None]:
     if path is None:
         return nullcontext()
-    from ..arrays.state_file import state_file_in  # 5 ms, for this alone
+    from ..arrays.state_file import state_file_in  # 5 ms of import, for this alone
 
     return state_file_in(path)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 SHOWN = 5
-"""So many paths of bad leaves are named in a message."""
+"""The largest number of paths of bad leaves that a message names."""
 
 
 def combined(rows: np.ndarray) -> float:
@@ -18,7 +18,7 @@ def combined(rows: np.ndarray) -> float:
     rows: of each leaf the sum of the squares of its elements times scale, and that scale; 0 for a
     leaf that does not count.
     """
-    # Zeros were looked at again, in vain; their scales are not to show either.
+    # Sums of zero were taken again, in vain; their scales must not show either.
     sums, scales = rows[(rows != 0).all(axis=1)].T
     if not np.all(np.isfinite(sums)):
         return math.nan if np.any(np.isnan(sums)) else math.inf

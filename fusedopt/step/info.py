@@ -56,7 +56,7 @@ class StepInfoBuilder:
         self._paths = [leaf.path for leaf in tree.leaves]
         self._spec, self._clipper = spec, clipper
         programs = [spec.extras.program(group.rule) for group in spec.groups]
-        # By their sums' names the leaves that have these.
+        # The leaves whose programs have the same sums, by the names of these.
         self.alike: dict[tuple[str, ...], list[int]] = {}
         for k, group in enumerate(spec.group_of):
             self.alike.setdefault(programs[group].told, []).append(k)

@@ -62,7 +62,7 @@ def digest(
     counters: np.ndarray,
 ) -> str:
     """`Optimizer.fingerprint`; states: of each leaf the arrays that are saved."""
-    import hashlib  # 3 ms, for this alone
+    import hashlib  # 3 ms of import, for this alone
 
     digest = hashlib.sha256()
     for path, p, saved, t in zip(paths, parameters, states, counters[1:], strict=True):

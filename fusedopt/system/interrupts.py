@@ -35,7 +35,7 @@ class deferred:  # noqa: N801  # used as a function is
             return
         for number in SIGNALS:
             handler = _signal.getsignal(number)
-            # Others are ignored, or installed by something other than Python.
+            # Other handlers are ignored, or installed by something other than Python.
             if callable(handler):
                 self._previous[number] = handler
                 _signal.signal(number, self._arrive)

@@ -41,7 +41,7 @@ class Engine:
         groups = [group for group in optimizer.param_groups if group["params"]]
         self._optimizer, self._groups = optimizer, groups
         self._seen = [optimizer._watched(group) for group in groups]
-        # A tensor may have changed where it is, and is the same object nevertheless.
+        # A tensor may have other memory now, and still be the same object.
         self._in_tensors = [any(map(has_tensor, values)) for values in self._seen]
         self._rules = [optimizer._rule(group) for group in groups]
         self._params = [list(group["params"]) for group in groups]
@@ -101,7 +101,7 @@ class Engine:
     def _located(self) -> list[int]:
         return [address_of(leaf.local) for leaf in self._leaves]
 
-    # Whether it still holds.
+    # Whether what is known of the tensors still holds.
 
     def serves(self) -> bool:
         """Take other hyperparameters over; return whether the engine serves the optimizer so."""

@@ -264,7 +264,7 @@ class Muon(TorchRule, layout="Muon"):
         **options: Unpack[Options],
     ) -> None:
         defaults = arguments(locals())
-        # How, not what is computed: torch's groups have no place for it.
+        # Options of how, not of what, is computed: torch's groups have no place for them.
         self._ns_dtype = defaults.pop("ns_dtype")
         super().__init__(params, defaults, options)
 

@@ -55,7 +55,7 @@ def compare(name: str, stored: Stored, reference: Bounded, key: int = 0) -> Wors
         low, high = _span(stored, value - bound, value + bound, key)
         same = (got == value) | (np.isnan(got) & (np.isnan(value) | np.isnan(low)))
         difference = np.abs(got.astype(np.float64) - value)
-        # Towards each side, what the format makes of the bound there.
+        # The values that the format gives the bounds on each side.
         bound = np.where(got > value, high - value, value - low)
         share = np.where(same | np.isinf(bound) & (bound > 0), 0.0, difference / bound)
         share = np.where(np.isnan(share) | (bound < 0), np.inf, share)

@@ -84,7 +84,7 @@ class VerifiedPlan(ExclusiveUse):
         ):
             if live.extra and live.written[0].tobytes() != copy.written[0].tobytes():
                 raise VerificationError(
-                    f"{leaf.label}: was written since the last step, and its masters do not know;"
+                    f"{leaf.label}: was written since the last step, and its master was not;"
                     " call sync() after writing parameters"
                 )
 

@@ -65,7 +65,7 @@ class Bounded(NDArrayOperatorsMixin):
         """numerator / self, zero where self is zero."""
         zero = self.value == 0
         quotient = numerator / self._like(np.where(zero, np.inf, self.value), self.error)
-        # Where the kernel may have seen something else than a zero, anything goes.
+        # Where the kernel may have seen something other than a zero, every result is possible.
         return self._like(quotient.value, np.where(zero & (self.error > 0), np.inf, quotient.error))
 
     def capped(self, limit: float) -> Bounded:

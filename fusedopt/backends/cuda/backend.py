@@ -19,7 +19,7 @@ class CudaBackend:
 
     def unavailable(self) -> str | None:
         try:
-            from . import toolkit  # 0.7 s, for those who ask
+            from . import toolkit  # 0.7 s of import, for those who ask
         except ImportError as error:
             return (
                 f"numba-cuda could not be imported ({error}); pip install 'fusedopt[cuda]' adds it"

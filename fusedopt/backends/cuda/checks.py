@@ -220,7 +220,7 @@ class GradientChecks:
             steps = [(n - 1) * s for n, s in zip(d.shape, strides, strict=True)]
             low = d.address + sum(s for s in steps if s < 0)
             high = d.address + sum(s for s in steps if s > 0) + size
-        # Those that the step writes are apart, so only the last that begins before `high` counts.
+        # Arrays that the step writes are apart, so only the last that begins before `high` counts.
         at = bisect_left(self._ranges, (high,)) - 1
         if at >= 0 and self._ranges[at][1] > low:
             _, _, k, j = self._ranges[at]

@@ -17,7 +17,7 @@ from .toolkit import Kernel
 from .vectors import loader, storer, word_loader, word_storer
 
 GROUPS = 8
-"""So many segments are a block's; each has a thread for each lane."""
+"""The number of segments of a block, each of which has a thread for each lane."""
 
 REDUCED = """
     lanes[thread] = total

@@ -119,7 +119,7 @@ def _adam(rule: Any) -> dict[str, Any]:
     return {"betas": rule.betas, "eps": rule.eps}
 
 
-# Of each rule PyTorch's class, its names for our states, its arguments, and its forms on a CPU,
+# For each rule PyTorch's class, its names for our states, its arguments, and its forms on a CPU,
 # the fastest first.
 TORCH: dict[str, tuple[str, tuple[str, ...], Settings, tuple[str, ...]]] = {
     "sgd": ("SGD", (), lambda rule: {}, ("fused", "foreach")),

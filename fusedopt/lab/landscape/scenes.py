@@ -205,7 +205,7 @@ DECAY = Scene(
     "circles: lines of equal x\u00b2 + y\u00b2",
 )
 
-# Of each rule the rate among 10^(k/4), to two digits, that ends lowest without leaving the picture.
+# The rate of each rule, among 10^(k/4) to two digits, that ends lowest and stays in the picture.
 ROSENBROCK_RATES = {
     "sgd": 0.0032,
     "momentum": 0.032,

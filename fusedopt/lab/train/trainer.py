@@ -90,7 +90,7 @@ def _fit(console: Console, setup: Setup, history: History) -> Status:
                     _save(setup, history)
     except KeyboardInterrupt:
         status = "interrupted"
-    # Before an evaluation that a run that is not interrupted would not have.
+    # Saved before an evaluation that an uninterrupted run would not have.
     _save(setup, history)
     _evaluate(console, setup, history)
     return status
