@@ -5,6 +5,11 @@
 // order that depends on nothing but the sizes.
 #include "matrix_units.h"
 
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 warns of the undefined values that its own header passes on.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
 #include <immintrin.h>
 
 namespace {
