@@ -11,13 +11,34 @@
 #include <vector>
 
 #include "cpu.hpp"
+#include "matrix_units.h"
 #include "parallel.hpp"
 #include "unlocked.hpp"
 
 namespace py = pybind11;
 
 namespace fusedopt {
+
+#if FUSEDOPT_X86_LEVELS > 3
+extern const MatrixUnits units_amx, units_avx512_bf16;
+#endif
+
 namespace {
+
+// The instructions for products of bfloat16 that this build and machine have, the fastest first.
+const std::vector<const MatrixUnits*>& matrix_units() {
+  static const std::vector<const MatrixUnits*> here = [] {
+    std::vector<const MatrixUnits*> units;
+#if FUSEDOPT_X86_LEVELS > 3
+    if (levels().back().name == std::string("x86_v4_bf16")) {
+      if (has_amx()) units.push_back(&units_amx);
+      units.push_back(&units_avx512_bf16);
+    }
+#endif
+    return units;
+  }();
+  return here;
+}
 
 std::size_t ceiling(std::size_t n, std::size_t part) { return (n + part - 1) / part; }
 

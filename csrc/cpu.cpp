@@ -91,8 +91,6 @@ extern const Table table_x86_v3;
 extern const Table table_x86_v4;
 #if FUSEDOPT_X86_LEVELS > 3
 extern const Table table_x86_v4_bf16;
-extern const MatrixUnits units_avx512_bf16;
-extern const MatrixUnits units_amx;
 #endif
 #endif
 
@@ -134,13 +132,8 @@ bool force_level(const std::string& name) {
   return false;
 }
 
-#if defined(FUSEDOPT_X86_LEVELS) && FUSEDOPT_X86_LEVELS > 3
-
-namespace {
-
-// AMX's tiles and its bfloat16. Their registers are large, so Linux has each process ask for them.
 bool has_amx() {
-#if defined(__linux__) && defined(SYS_arch_prctl)
+#if defined(FUSEDOPT_X86_LEVELS) && defined(__linux__) && defined(SYS_arch_prctl)
   constexpr int request = 0x1023, tile_data = 18;
   return all(cpuid(7).d, bit(22) | bit(24)) && all(saved_registers(), 0x60000) &&
          syscall(SYS_arch_prctl, request, tile_data) == 0;
@@ -148,26 +141,5 @@ bool has_amx() {
   return false;
 #endif
 }
-
-}  // namespace
-
-const std::vector<const MatrixUnits*>& matrix_units() {
-  static const std::vector<const MatrixUnits*> here = [] {
-    std::vector<const MatrixUnits*> units;
-    if (has_v4_bf16() && has_amx()) units.push_back(&units_amx);
-    if (has_v4_bf16()) units.push_back(&units_avx512_bf16);
-    return units;
-  }();
-  return here;
-}
-
-#else
-
-const std::vector<const MatrixUnits*>& matrix_units() {
-  static const std::vector<const MatrixUnits*> none;
-  return none;
-}
-
-#endif
 
 }  // namespace fusedopt

@@ -3,7 +3,6 @@
 #include <string>
 #include <vector>
 
-#include "matrix_units.h"
 #include "table.h"
 
 namespace fusedopt {
@@ -21,8 +20,9 @@ const std::vector<Level>& levels();
 const Level& level();
 bool force_level(const std::string& name);
 
-// The instructions for products of bfloat16 that this build and machine have, the fastest first.
-// The first call asks the operating system for the tiles of AMX.
-const std::vector<const MatrixUnits*>& matrix_units();
+// Whether the processor has AMX's tiles and its bfloat16, and the operating system lets this
+// process use them: their registers are large, so Linux has each process ask for them, which this
+// does.
+bool has_amx();
 
 }  // namespace fusedopt

@@ -165,17 +165,21 @@ def variants_of(
             yield Variant(steps, program.temporaries, dtype, tuple(formats), mirrors)
 
 
+RULES = {name: cls for name, cls in fo.RULES.items() if not cls().program.measures}
+"""The rules that the backend has."""
+
+
 def every_kernel() -> dict[str, Variant]:
     """One of every rule, of the formats in turn, and each rule's own variants in float32."""
     found: dict[Variant, str] = {}
     formats = [("float32",) * 3, ("float64",) * 3, ("bfloat16",) * 3]
     formats += [(low, low, "float32") for low in LOW]
-    for (name, cls), (p, g, s) in product(fo.RULES.items(), formats):
+    for (name, cls), (p, g, s) in product(RULES.items(), formats):
         rule = cls(weight_decay=0.1, **cls.examples[0])
         if (p, s) in (("float32",) * 2, ("bfloat16", "float32")) or name in ("adamw", "lion"):
             for k, variant in enumerate(variants_of(rule, p, g, Storage(s))):
                 found.setdefault(variant, f"{name}-{k}-{p}-{s}")
-    for name, cls in fo.RULES.items():
+    for name, cls in RULES.items():
         for j, example in enumerate(cls.examples):
             for k, variant in enumerate(variants_of(cls(**example), "float32", "float32", NATURAL)):
                 found.setdefault(variant, f"{name}-{k}-example{j}")
