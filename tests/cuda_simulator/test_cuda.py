@@ -87,7 +87,8 @@ def test_on_the_simulator(simulation: str, simulated: Any) -> None:
     code = process.wait(1200)
     told = printed.read_text()
     if simulation == "rehearsal":  # whose clock is no clock, so that targets of speed are missed
-        rows = [json.loads(line) for line in (printed.parent / "rows.jsonl").open()]
+        lines = (printed.parent / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
         assert {row["part"] for row in rows} == {"bits", "streams", "bandwidth", "lists",
                                                  "clipping", "cores"}, told  # fmt: skip
         assert not any(row["value"] for row in rows if row["part"] in ("bits", "streams")), told
@@ -111,7 +112,7 @@ def test_a_benchmark_that_is_stopped_keeps_its_rows(tmp_path: Path) -> None:
     )
     assert result.returncode == 1, result.stderr
     assert re.search(r"stopped after \d+ s, in streams\n$", result.stdout)
-    (row,) = map(json.loads, rows.open())
+    (row,) = map(json.loads, rows.read_text(encoding="utf-8").splitlines())
     assert row["part"] == "streams"
 
 
