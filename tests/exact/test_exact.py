@@ -204,6 +204,9 @@ def test_fortran_order(rule: fo.Rule, dtype: type) -> None:
     c = case(rule, (3, 5, 19), dtype)
     fortran = c.map(np.asfortranarray)
     want = stepped(rule, [c])[0]
+    if rule.program.measures:  # sums go through the memory, which is that of the transpose
+        turned = stepped(rule, [c.map(lambda a: np.ascontiguousarray(a.T))])[0]
+        want = tuple(a.T for a in turned)
     for got in (stepped(rule, [fortran])[0], updated(rule, fortran)):
         assert got[0].flags.f_contiguous
         assert_same_bits(got, want, repr(rule))

@@ -318,9 +318,9 @@ def test_some_pairs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strength", [2, 3])
-def test_all_pairs_and_triples(strength: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("strength", "most"), [(2, None), (3, 100)])
+def test_all_pairs_and_many_triples(strength: int, most: int | None, tmp_path: Path) -> None:
     number = 0
-    for number, case in enumerate(covering(FACTORS, strength, possible)):
+    for number, case in enumerate(islice(covering(FACTORS, strength, possible), most)):
         compare(case, tmp_path / f"{number}")
-    assert number > (0, 0, 40, 150)[strength]
+    assert number > 40

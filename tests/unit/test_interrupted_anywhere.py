@@ -408,7 +408,8 @@ def test_half_a_step_is_neither_saved_nor_gone_on_with(
         patch.setattr(rule, "between", limited)
         with pytest.raises(MemoryError) if failing <= calls_of(rule) else nullcontext():
             optimizer.step(grads)
-    if verify or failing > calls_of(rule):  # on copies, or without a failure
+    unwritten = failing == 1 and not rule().sides((3, 4))  # the work space alone has changed
+    if verify or unwritten or failing > calls_of(rule):  # on copies, or without a failure
         assert (optimizer.fingerprint() == before) == (failing <= calls_of(rule))
         optimizer.step(grads)
         return

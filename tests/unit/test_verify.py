@@ -32,8 +32,8 @@ def test_every_rule_is_within_its_bound(name: str, storage: str) -> None:
         assert check.variants == forms * len(fo.RULES[name].examples)
         # g + lambda p of L2 decay can cancel, and a second moment squares what is left, which the
         # bound knows and units in the last place do not: there half of it, without its slack, will
-        # do. ADOPT's v was 1.6 units away, at 0.44 of the bound, and AdEMAMix's 2.6, at 0.40; LARS's
-        # v, whose rate is a quotient of norms that is rounded first, was 1.6, at 0.44.
+        # do. ADOPT's v was 1.6 units away, at 0.44 of the bound, AdEMAMix's 2.6, at 0.40; LARS's v,
+        # whose rate is a quotient of norms that is rounded first, was 1.6, at 0.44.
         cancels = "decay='l2'" in check.settings and "weight_decay=0.1" in check.settings
         half = cancels or fo.RULES[name]().program.measures > 0
         if check.storage in ("float32", "float64"):
