@@ -50,7 +50,7 @@ def plain(x: Array) -> Array:
     return np.asarray(getattr(x, "value", x), np.float64)
 
 
-def size(x: Array) -> float:
+def norm(x: Array) -> float:
     """The Euclidean norm of all elements."""
     return float(np.sqrt(np.sum(plain(x) * plain(x))))
 

@@ -10,7 +10,7 @@ from .elements import Element
 HEAD = {"rule": 2, "peek": 2, "measure": 2, "filter": 1, "sum": 0, "other": 0}
 """How many scalars an operation has before its own, by its loop."""
 
-LOOPS = {"independent": "decoupled", "decoupled_first": "first", "scaled": "plain"}
+DECAY_MODES = {"independent": "decoupled", "decoupled_first": "first", "scaled": "plain"}
 """Modes of the forms of weight decay whose names differ."""
 
 MODES = ("plain", "l2", "decoupled", "first", "peek", "peek_l2")
@@ -184,7 +184,7 @@ class Program:
 
 
 def _decay(rule: Governed) -> str:
-    return LOOPS.get(rule.decay, rule.decay) if rule.weight_decay else "plain"
+    return DECAY_MODES.get(rule.decay, rule.decay) if rule.weight_decay else "plain"
 
 
 def _forms(operations: Sequence[Operation]) -> tuple[Any, ...]:

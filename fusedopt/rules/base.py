@@ -74,7 +74,7 @@ class Rule:
     """Hyperparameters that say what the states hold, so that no step may change them."""
 
     scales_decay: ClassVar[bool] = False
-    """Whether there is the form "scaled" of weight decay."""
+    """Whether weight decay may have the form "scaled"."""
 
     works: ClassVar[tuple[str, ...]] = ()
     """The work space between two phases, by the names of operands."""

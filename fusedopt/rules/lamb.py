@@ -10,9 +10,9 @@ import numpy as np
 from ..programs.arithmetic import (
     Array,
     correction,
+    norm,
     plain,
     ratio,
-    size,
     textbook_correction,
     trust_ratio,
 )
@@ -111,7 +111,7 @@ class LAMB(Rule):
     ) -> tuple[Array, tuple[Array, ...]]:
         u, m, v = self._textbook_direction(t, p, g, *states)
         measured, *_ = self._textbook_direction(t, *map(plain, (p, g, *states)))
-        return lr * trust_ratio(size(p), size(measured)) * u, (m, v)
+        return lr * trust_ratio(norm(p), norm(measured)) * u, (m, v)
 
     def _textbook_direction(
         self, t: int, p: Array, g: Array, m: Array, v: Array

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import sqrt
 
-from ..programs.arithmetic import Array, size, trust_ratio
+from ..programs.arithmetic import Array, norm, trust_ratio
 from .base import Rule
 from .hyperparameters import Fraction, LearningRate, NonNegative
 
@@ -88,8 +88,8 @@ class LARS(Rule):
         self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float
     ) -> tuple[Array, tuple[Array, ...]]:
         (v,) = states
-        mu, norm = self.momentum, size(g)
-        r = trust_ratio(self.trust * size(p), norm + self.eps) if norm else 1.0
+        mu, g_norm = self.momentum, norm(g)
+        r = trust_ratio(self.trust * norm(p), g_norm + self.eps) if g_norm else 1.0
         u = lr * r * g
         v = mu * v + u
         return (u + mu * v if self.nesterov else v), (v,)

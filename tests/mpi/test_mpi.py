@@ -16,11 +16,21 @@ HERE = Path(__file__).parent
     "ranks", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3, 4))]
 )
 def test_cases(ranks: int, tmp_path: Path) -> None:
-    done = run_ranks(ranks, [str(HERE / "cases.py")], cwd=tmp_path)
+    assert check_cases(ranks, tmp_path) > 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_interruptions(ranks: int, tmp_path: Path) -> None:
+    assert check_cases(ranks, tmp_path, "interruptions_come_before_an_action_or_after_it") == 1
+
+
+def check_cases(ranks: int, folder: Path, *names: str) -> int:
+    """Run cases, all but the slow one if none is named, and return their number."""
+    done = run_ranks(ranks, [str(HERE / "cases.py"), *names], cwd=folder)
     assert done.returncode == 0, done.stderr + done.stdout
     found = json.loads(done.stdout.splitlines()[-1])
     assert len(found) == ranks
-    assert len(found[0]) > 20
     failed = [
         f"{name} on rank {rank}:\n{trace}"
         for rank, of in enumerate(found)
@@ -28,6 +38,7 @@ def test_cases(ranks: int, tmp_path: Path) -> None:
         if trace
     ]
     assert not failed, "\n".join(failed)
+    return len(found[0])
 
 
 def test_a_rank_that_dies_is_an_error_on_the_others(tmp_path: Path) -> None:

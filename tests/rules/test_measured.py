@@ -10,7 +10,7 @@ import pytest
 
 import fusedopt as fo
 from exactness import DTYPES, assert_same_bits, case, stepped
-from fusedopt.programs.arithmetic import size, trust_ratio
+from fusedopt.programs.arithmetic import norm, trust_ratio
 
 pytest.importorskip("numba")
 
@@ -166,6 +166,6 @@ def test_scaled_decay_is_for_rules_that_have_it() -> None:
 
 def test_norms_of_the_references() -> None:
     x = np.array([3.0, 4.0])
-    assert size(x) == 5.0
-    assert trust_ratio(size(x), size(2 * x)) == 0.5
-    assert trust_ratio(size(0 * x), size(x)) == trust_ratio(size(x), size(0 * x)) == 1.0
+    assert norm(x) == 5.0
+    assert trust_ratio(norm(x), norm(2 * x)) == 0.5
+    assert trust_ratio(norm(0 * x), norm(x)) == trust_ratio(norm(x), norm(0 * x)) == 1.0

@@ -238,6 +238,7 @@ def test_hyperparameters_and_what_is_told_of_them(
     assert optimizer.lr == 0.5
 
 
+@pytest.mark.slow
 @BACKEND
 @pytest.mark.parametrize(
     ("kind", "context"), [*((kind, "averaged") for kind in KINDS), ("look-ahead", "lookahead")]
