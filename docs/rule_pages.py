@@ -1,4 +1,4 @@
-"""Write a page for each rule in `fusedopt.RULES`, with the picture of its path."""
+"""Write a page for each rule in `fusedopt.RULES`, with the picture of its path, and their table."""
 
 from __future__ import annotations
 
@@ -21,17 +21,36 @@ RATES = [10.0 ** (k / 4) for k in range(-12, 7)]
 
 
 def write(folder: Path) -> None:
-    """Write the pages and pictures of all rules into a folder."""
+    """Write the pages and pictures of all rules, and their table, into a folder."""
     folder.mkdir(exist_ok=True)
+    _replace(folder / "table.txt", table())
     for name, rule in fo.RULES.items():
         lines = [f"# {rule.__name__}", "", f"```{{autoclass}} fusedopt.{rule.__name__}", "```", ""]
         lines += ["## Values that hyperparameters accept", "", *_hyperparameters(rule)]
         lines += ["## Conventions of the libraries", "", *_conventions(rule)]
         lines += ["## Path", "", *_path(rule, folder / f"{name}.svg")]
-        page = "\n".join(lines)
-        file = folder / f"{name}.md"
-        if not file.exists() or file.read_text() != page:  # unchanged pages are not built again
-            file.write_text(page)
+        _replace(folder / f"{name}.md", "\n".join(lines))
+
+
+def table() -> str:
+    """Return the table of all rules."""
+    lines = ["| rule | year | what it is | states | also in |", "|---|---|---|---|---|"]
+    for name, rule in fo.RULES.items():
+        made = [rule(**example) for example in rule.examples]
+        first = [*made[0].states, *made[0].sides((2, 3))]
+        more = {state: None for each in made for state in (*each.states, *each.sides((2, 3)))}
+        others = [state for state in more if state not in first]
+        states = ", ".join(first) + (f" ({', '.join(others)})" if others else "")
+        what = (rule.__doc__ or "").partition("\n")[0].removesuffix(".")
+        libraries = ", ".join(rule.conventions)
+        page = f"[{rule.__name__}](generated/{name}.md)"
+        lines.append(f"| {page} | {rule.year} | {what} | {states} | {libraries} |")
+    return "\n".join(lines) + "\n"
+
+
+def _replace(file: Path, text: str) -> None:
+    if not file.exists() or file.read_text() != text:  # unchanged pages are not built again
+        file.write_text(text)
 
 
 def _hyperparameters(rule: type[Rule]) -> list[str]:

@@ -11,148 +11,78 @@ from ._version import __version__ as __version__
 from .system.isa import start
 
 if TYPE_CHECKING:
-    from . import examples, hessian, interop, schedules
-    from .arrays.rows import Rows
-    from .arrays.trees import Fixed
-    from .estimate import Estimate, estimate
-    from .functional import global_norm, update
-    from .loss_scale import LossScaler
-    from .optimizer import Optimizer
-    from .orthogonalize import orthogonalize
-    from .rules import (
-        ADOPT,
-        LAMB,
-        LARS,
-        RULES,
-        SGD,
-        SOAP,
-        AdaBelief,
-        Adadelta,
-        AdaGrad,
-        Adam,
-        AdaMax,
-        AdaMuon,
-        AdamW,
-        Adan,
-        AdEMAMix,
-        CustomRule,
-        Grams,
-        LaProp,
-        Lion,
-        Momentum,
-        Muon,
-        NAdam,
-        Nesterov,
-        NorMuon,
-        RAdam,
-        RMSProp,
-        Rprop,
-        Rule,
-        Signum,
-        Sophia,
-    )
-    from .runtime import info, warmup
-    from .step.info import StepInfo
-    from .system.isa import get_isa, get_threads, set_isa, set_threads
-    from .verification.plan import VerificationError
-    from .verify import verify
+    from . import examples as examples
+    from . import hessian as hessian
+    from . import interop as interop
+    from . import schedules as schedules
+    from .arrays.rows import Rows as Rows
+    from .arrays.trees import Fixed as Fixed
+    from .estimate import Estimate as Estimate
+    from .estimate import estimate as estimate
+    from .functional import global_norm as global_norm
+    from .functional import update as update
+    from .loss_scale import LossScaler as LossScaler
+    from .optimizer import Optimizer as Optimizer
+    from .orthogonalize import orthogonalize as orthogonalize
+    from .rules import *  # noqa: F403
+    from .runtime import info as info
+    from .runtime import warmup as warmup
+    from .step.info import StepInfo as StepInfo
+    from .system.isa import get_isa as get_isa
+    from .system.isa import get_threads as get_threads
+    from .system.isa import set_isa as set_isa
+    from .system.isa import set_threads as set_threads
+    from .verification.plan import VerificationError as VerificationError
+    from .verify import verify as verify
 
-__all__ = [
-    "ADOPT",
-    "LAMB",
-    "LARS",
-    "RULES",
-    "SGD",
-    "SOAP",
-    "AdEMAMix",
-    "AdaBelief",
-    "AdaGrad",
-    "AdaMax",
-    "AdaMuon",
-    "Adadelta",
-    "Adam",
-    "AdamW",
-    "Adan",
-    "CustomRule",
-    "Estimate",
-    "Fixed",
-    "Grams",
-    "LaProp",
-    "Lion",
-    "LossScaler",
-    "Momentum",
-    "Muon",
-    "NAdam",
-    "Nesterov",
-    "NorMuon",
-    "Optimizer",
-    "RAdam",
-    "RMSProp",
-    "Rows",
-    "Rprop",
-    "Rule",
-    "Signum",
-    "Sophia",
-    "StepInfo",
-    "VerificationError",
-    "estimate",
-    "examples",
-    "get_isa",
-    "get_threads",
-    "global_norm",
-    "hessian",
-    "info",
-    "interop",
-    "orthogonalize",
-    "schedules",
-    "set_isa",
-    "set_threads",
-    "update",
-    "verify",
-    "warmup",
-]
-
-_SUBMODULES = ("examples", "hessian", "interop", "schedules", "torch")
-_HOMES = (
-    "arrays.rows",
-    "arrays.trees",
-    "estimate",
-    "functional",
-    "loss_scale",
-    "optimizer",
-    "orthogonalize",
-    "rules",
-    "runtime",
-    "step.info",
-    "system.isa",
-    "verification.plan",
-    "verify",
-)
+_SUBMODULES = ("examples", "hessian", "interop", "schedules")
+_HOMES = {
+    "arrays.rows": ("Rows",),
+    "arrays.trees": ("Fixed",),
+    "estimate": ("Estimate", "estimate"),
+    "functional": ("global_norm", "update"),
+    "loss_scale": ("LossScaler",),
+    "optimizer": ("Optimizer",),
+    "orthogonalize": ("orthogonalize",),
+    "runtime": ("info", "warmup"),
+    "step.info": ("StepInfo",),
+    "system.isa": ("get_isa", "get_threads", "set_isa", "set_threads"),
+    "verification.plan": ("VerificationError",),
+    "verify": ("verify",),
+}
+"""Modules and their public names; those of `rules` are all its classes, and `RULES`."""
 
 
 def __getattr__(name: str) -> Any:
     """Import everything at the first use of a public name: most of it is the making of classes,
     which would double the time that NumPy's own import takes."""
-    if name in _SUBMODULES:
+    if name in (*_SUBMODULES, "torch"):
         return import_module(f".{name}", __name__)
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    for home in _HOMES:
-        found = vars(import_module(f".{home}", __name__))
-        globals().update({n: found[n] for n in set(__all__) & found.keys() - {*_SUBMODULES}})
-    return globals()[name]
+    if name == "__all__" or not name.startswith("_"):
+        rules = vars(import_module(".rules", __name__))
+        found = {n: rules[n] for n in rules if n == "RULES" or isinstance(rules[n], type)}
+        for home, names in _HOMES.items():
+            module = vars(import_module(f".{home}", __name__))
+            found |= {n: module[n] for n in names}
+        globals().update(found, __all__=sorted({*found, *_SUBMODULES}))
+        if name in globals():
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__getattr__("__all__")})
+
+
+_FUNCTIONS = ("estimate", "orthogonalize", "verify")
 
 
 class _Package(ModuleType):
-    """The package's type: `verify`, `estimate` and `orthogonalize` are functions, and stay so when
-    the modules of these names are imported."""
+    """The package's type: what has the name of its module is a function, and stays one when the
+    module is imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in __all__ or name in _SUBMODULES or not isinstance(value, ModuleType):
+        if name not in _FUNCTIONS or not isinstance(value, ModuleType):
             super().__setattr__(name, value)
 
 

@@ -56,6 +56,7 @@ class AdaBelief(Rule):
     """
 
     name = "adabelief"
+    year = 2020
 
     lr: LearningRate = 1e-3
     betas: Betas = (0.9, 0.999)

@@ -51,6 +51,7 @@ class Adadelta(Rule):
     """
 
     name = "adadelta"
+    year = 2012
 
     lr: LearningRate = 1.0
     rho: Fraction = 0.95

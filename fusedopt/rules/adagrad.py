@@ -56,6 +56,7 @@ class AdaGrad(Rule):
     """
 
     name = "adagrad"
+    year = 2011
     settled = ("initial_accumulator",)
     examples = ({}, {"eps_root": 0.0, "eps": 1e-10, "lr_decay": 0.1, "initial_accumulator": 0.1})
 

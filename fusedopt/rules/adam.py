@@ -88,6 +88,7 @@ class Adam(Rule):
     """
 
     name = "adam"
+    year = 2014
     settled = ("amsgrad",)
     examples = (
         {},
@@ -210,6 +211,7 @@ class AdamW(Adam):
     """
 
     name = "adamw"
+    year = 2017
 
     weight_decay: NonNegative = 1e-2
     decay: DecayForm = "decoupled"

@@ -53,6 +53,7 @@ class AdaMax(Rule):
     """
 
     name = "adamax"
+    year = 2014
     examples = ({}, {"eps_inside": 1e-3, "eps": 1e-2})
 
     lr: LearningRate = 2e-3

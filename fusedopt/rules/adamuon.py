@@ -64,6 +64,7 @@ class AdaMuon(Muon):
     """
 
     name = "adamuon"
+    year = 2025
     examples = (
         {},
         {"nesterov": False, "scale": "original", "beta2": 0.9},

@@ -60,6 +60,7 @@ class Adan(Rule):
     """
 
     name = "adan"
+    year = 2022
     examples = ({}, {"form": "optax", "eps_root": 1e-6})
 
     lr: LearningRate = 1e-3

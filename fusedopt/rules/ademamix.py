@@ -57,6 +57,7 @@ class AdEMAMix(Rule):
     """
 
     name = "ademamix"
+    year = 2024
     examples = ({"betas": (0.9, 0.999, 0.99), "warmup": 2},)
 
     lr: LearningRate = 1e-3

@@ -54,6 +54,7 @@ class ADOPT(Rule):
     """
 
     name = "adopt"
+    year = 2024
     examples = ({}, {"eps": 0.5})
 
     lr: LearningRate = 1e-3

@@ -63,6 +63,8 @@ class Rule:
     """
 
     name: ClassVar[str]
+    year: ClassVar[int | None] = None
+    """When the rule was published."""
     conventions: ClassVar[Mapping[str, Convention]] = {}
     """Forms of the rule in other libraries, from `CONVENTIONS`."""
     takes_hessian: ClassVar[bool] = False

@@ -54,6 +54,7 @@ class Grams(Rule):
     """
 
     name = "grams"
+    year = 2024
 
     lr: LearningRate = 1e-3
     betas: Betas = (0.9, 0.999)

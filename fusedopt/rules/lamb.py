@@ -64,6 +64,7 @@ class LAMB(Rule):
     """
 
     name = "lamb"
+    year = 2019
     examples = ({}, {"eps_root": 1e-6})
     scales_decay = True
 

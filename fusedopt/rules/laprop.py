@@ -52,6 +52,7 @@ class LaProp(Rule):
     """
 
     name = "laprop"
+    year = 2020
 
     lr: LearningRate = 4e-4
     betas: Betas = (0.9, 0.999)

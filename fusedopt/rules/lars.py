@@ -55,6 +55,7 @@ class LARS(Rule):
     """
 
     name = "lars"
+    year = 2017
     examples = ({}, {"nesterov": True, "trust": 0.02, "eps": 0.1})
 
     lr: LearningRate = 1.0

@@ -50,6 +50,7 @@ class Lion(Rule):
     """
 
     name = "lion"
+    year = 2023
 
     lr: LearningRate = 1e-4
     betas: Betas = (0.9, 0.99)

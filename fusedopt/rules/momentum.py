@@ -55,6 +55,7 @@ class Momentum(Rule):
     """
 
     name = "momentum"
+    year = 1964
     settled = ("form",)
     examples = ({}, {"form": "heavy_ball"}, {"form": "buffer", "dampening": 0.3})
 

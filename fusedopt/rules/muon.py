@@ -120,6 +120,7 @@ class Muon(MatrixRule):
     """
 
     name = "muon"
+    year = 2024
     settled = ("form",)
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
         {},

@@ -62,6 +62,7 @@ class NAdam(Rule):
     """
 
     name = "nadam"
+    year = 2016
 
     lr: LearningRate = 2e-3
     betas: Betas = (0.9, 0.999)

@@ -61,6 +61,7 @@ class Nesterov(Rule):
     """
 
     name = "nesterov"
+    year = 1983
     settled = ("form",)
     examples = ({}, {"form": "heavy_ball"}, {"form": "lookahead"})
 

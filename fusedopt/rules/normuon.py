@@ -62,6 +62,7 @@ class NorMuon(Muon):
     """
 
     name = "normuon"
+    year = 2025
     examples = (
         {},
         {"nesterov": False, "scale": "match_rms_adamw", "beta2": 0.8},

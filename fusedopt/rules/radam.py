@@ -66,6 +66,7 @@ class RAdam(Rule):
     """
 
     name = "radam"
+    year = 2019
     examples = ({}, {"threshold": 5.7, "eps_root": 1e-6, "hat": True})
     branches = 6
 

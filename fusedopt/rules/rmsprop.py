@@ -101,6 +101,7 @@ class RMSProp(Rule):
     """
 
     name = "rmsprop"
+    year = 2012
     settled = ("initial_accumulator", "lr_in_buffer")
     examples = (
         {},

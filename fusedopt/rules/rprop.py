@@ -55,6 +55,7 @@ class Rprop(Rule):
     """
 
     name = "rprop"
+    year = 1993
     settled = ("lr",)
     examples = ({}, {"lr": 0.025, "etas": (0.4, 3.0), "step_sizes": (0.02, 0.06)})
 

@@ -38,6 +38,7 @@ class SGD(Rule):
     """
 
     name = "sgd"
+    year = 1951
 
     lr: LearningRate = 1e-2
 

@@ -49,6 +49,7 @@ class Signum(Rule):
     """
 
     name = "signum"
+    year = 2018
 
     lr: LearningRate = 1e-4
     momentum: Fraction = 0.9

@@ -83,6 +83,7 @@ class SOAP(MatrixRule):
     """
 
     name = "soap"
+    year = 2024
     settled = ("max_precond_dim",)
     works = ("work", "turned")
     examples = (

@@ -87,6 +87,7 @@ class Sophia(Rule):
     """
 
     name = "sophia"
+    year = 2023
     takes_hessian = True
     settled = ("form", "estimator")
     examples = (

@@ -29,7 +29,7 @@ from fusedopt.lab.race import run as run_module
 from fusedopt.lab.race.figures import curves, step_times
 from fusedopt.lab.race.lanes import Lane
 from fusedopt.lab.race.rates import MOST, RateBook, best
-from fusedopt.lab.race.report import ERAS, page
+from fusedopt.lab.race.report import page
 from fusedopt.lab.train import LEARNING_RATES, TrainOptions, text, train
 
 WORDS = ["the", "a", "cat", "dog", "rat", "sat", "ran", "ate", "on", "past", "mat;", "vat.\n"]
@@ -352,10 +352,6 @@ def test_an_interrupted_race_keeps_its_steps(
     assert "The race was interrupted" in source
     assert source.count("<img") == 3
     assert page(result) == source
-
-
-def test_every_rule_has_its_era() -> None:
-    assert set(ERAS) == set(fo.RULES)
 
 
 # The command, and refusals.

@@ -20,37 +20,6 @@ from .figures import curves, step_times
 from .rates import FACTOR, best
 from .result import Outcome, Race
 
-ERAS = {
-    "sgd": ("1950s", "against the gradient"),
-    "momentum": ("1960s", "a velocity smooths the way"),
-    "nesterov": ("1980s", "the gradient from further ahead"),
-    "adagrad": ("2011", "a rate for each weight"),
-    "rmsprop": ("2012", "rates that forget"),
-    "adam": ("2014", "velocity and rates, bias corrected"),
-    "adamw": ("2017", "weight decay apart from the rates"),
-    "lion": ("2023", "only the sign of the velocity"),
-    "sophia": ("2023", "curvature, and clipped steps"),
-    "adamax": ("2014", "the largest gradient lately"),
-    "adadelta": ("2012", "steps that find their own size"),
-    "nadam": ("2016", "Adam, with the gradient from further ahead"),
-    "radam": ("2019", "Adam, cautious while it knows little"),
-    "rprop": ("1993", "signs alone, and a step size for each weight"),
-    "signum": ("2018", "the sign of the velocity"),
-    "adabelief": ("2020", "gradients against what was expected of them"),
-    "adopt": ("2024", "the gradient is not its own measure"),
-    "ademamix": ("2024", "a second, long memory"),
-    "grams": ("2024", "Adam's step size, the gradient's direction"),
-    "laprop": ("2020", "a velocity of gradients made alike"),
-    "adan": ("2022", "a velocity of changes of the gradient"),
-    "lars": ("2017", "a velocity of the size of each matrix"),
-    "lamb": ("2019", "Adam's direction, of the size of each matrix"),
-    "muon": ("2024", "matrices made orthogonal"),
-    "normuon": ("2025", "and their rows made alike"),
-    "adamuon": ("2025", "and their elements made alike"),
-    "soap": ("2024", "velocity and rates in a turned basis"),
-}
-"""When each rule appeared, and what it brought."""
-
 STYLE = """
 :root { color-scheme: light }
 body { margin: 0 auto; padding: 1rem; max-width: 50rem; background: #fff; color: #1a1a1a;
@@ -100,8 +69,8 @@ def page(race: Race) -> str:
     parts = [f"<h1>{len(options.rules)} optimizers, one race</h1>", *_summary(race)]
     if race.outcomes:
         parts += [
-            "<h2>The table of eras, run</h2>",
-            _eras(race),
+            "<h2>The rules, by what they are</h2>",
+            _kinds(race),
             "<h2>Loss</h2>",
             _image(curves(race, "step"), "Held-out loss of each rule by step"),
             _image(curves(race, "second"), "Held-out loss of each rule by second of training"),
@@ -145,8 +114,8 @@ def _summary(race: Race) -> list[str]:
     return [f"<p>{escape(line)}</p>" for line in told]
 
 
-def _eras(race: Race) -> str:
-    head = ("Era", "Rule", "What it brought", "Rate", "Held out", f"Time to {race.target:.2f}")
+def _kinds(race: Race) -> str:
+    head = ("Year", "Rule", "What it is", "Rate", "Held out", f"Time to {race.target:.2f}")
     rows = [(*_introduced(o), f"{o.lr:g}", *_ending(o, race)) for o in race.outcomes]
     return _table(head, rows, numbers=3, bold=race.outcomes.index(ranked(race)[0]))
 
@@ -185,9 +154,10 @@ def _machine(race: Race) -> str:
 
 
 def _introduced(outcome: Outcome) -> tuple[str, str, str]:
-    """Era, rule and idea."""
-    era, idea = ERAS[outcome.rule]
-    return era, outcome.name, idea
+    """Year, rule and idea."""
+    rule = fo.RULES[outcome.rule]
+    idea = (rule.__doc__ or "").partition("\n")[0].removesuffix(".")
+    return str(rule.year or ""), outcome.name, idea
 
 
 def _ending(outcome: Outcome, race: Race) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from rich.console import Console
 import fusedopt as fo
 
 from ..output_paths import claim_directory, claim_file
-from ..train import LEARNING_RATES
+from ..train import peak_rate
 from ..train.report import Status, say
 from ..train.setup import Setup
 from ..train.trainer import EVALUATIONS
@@ -153,7 +153,7 @@ def _forecast(options: RaceOptions, book: RateBook) -> tuple[float, float]:
 
 
 def _next_rate(book: RateBook, rule: str) -> float | None:
-    return next_rate(LEARNING_RATES[rule], book.tried.get(rule, {}))
+    return next_rate(peak_rate(rule), book.tried.get(rule, {}))
 
 
 def _minutes(seconds: float) -> str:

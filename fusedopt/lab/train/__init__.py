@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from .options import TrainOptions
-from .recipes import LEARNING_RATES
+from .recipes import LEARNING_RATES, peak_rate
 from .report import Result
 from .trainer import train
 
-__all__ = ["LEARNING_RATES", "Result", "TrainOptions", "train"]
+__all__ = ["LEARNING_RATES", "Result", "TrainOptions", "peak_rate", "train"]

@@ -23,7 +23,7 @@ class TrainOptions:
     data: a UTF-8 text, None for the default one. rule: a name in `fo.RULES`. steps: updates.
     batch: windows per micro-batch; accumulate: micro-batches per update, whose gradients are
     averaged: the windows are those of one batch of batch * accumulate, and so are learning rate and
-    losses. lr: peak learning rate, None for `recipes.LEARNING_RATES`.
+    losses. lr: peak learning rate, None for `recipes.peak_rate`.
     schedule: a name in `recipes.SCHEDULES`. clip: the largest norm of all gradients together, None
     for any. ema: decay of an average of the parameters, which is evaluated too, None for none.
     estimator, hessian_every: for rules that take curvature, a name in `recipes.ESTIMATORS`, and how

@@ -54,6 +54,13 @@ LEARNING_RATES = {
     "soap": 6e-3,
 }
 
+
+def peak_rate(name: str) -> float:
+    """Return the peak learning rate of a rule: the table's, or else the rule's default."""
+    default = fo.RULES[name]().lr
+    return LEARNING_RATES.get(name, 1e-3 if callable(default) else default)
+
+
 # Rules that take curvature get it at the first step and at every tenth step after it, as in the
 # paper of Sophia.
 HESSIAN_EVERY = 10
@@ -89,15 +96,15 @@ def recipe(
 ) -> dict[str, fo.Rule]:
     """Path pattern -> rule, for a run of `steps` updates of `tokens` tokens.
 
-    lr: the peak learning rate; None takes the table's. schedule: a name in `SCHEDULES`.
+    lr: the peak learning rate; None takes `peak_rate`. schedule: a name in `SCHEDULES`.
     estimator: a name in `ESTIMATORS`, of Sophia. Rules for matrices, such as Muon, get those of the
     blocks; the embeddings, the head and all vectors then go to AdamW at its own rate of the table.
     """
     shape = SCHEDULES[schedule]
-    rule = fo.RULES[name](lr=shape(LEARNING_RATES[name] if lr is None else lr, steps))
+    rule = fo.RULES[name](lr=shape(peak_rate(name) if lr is None else lr, steps))
     if isinstance(rule, fo.Sophia):
         rule = replace(rule, bs=tokens, **ESTIMATORS[estimator])
     if rule.program.matrices:
-        rest = fo.AdamW(lr=shape(LEARNING_RATES["adamw"], steps))
+        rest = fo.AdamW(lr=shape(peak_rate("adamw"), steps))
         return {"blocks.*.w": rule, "*": rest}
     return {"*": rule}

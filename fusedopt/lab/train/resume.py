@@ -15,7 +15,7 @@ import fusedopt as fo
 from ...arrays.file_set import read_metadata
 from ...system.interrupts import deferred
 from .history import History
-from .recipes import LEARNING_RATES
+from .recipes import peak_rate
 from .setup import Setup
 
 FORMAT = 1
@@ -99,7 +99,7 @@ def _settings(setup: Setup) -> dict[str, Any]:
     options, corpus = setup.options, setup.corpus
     chosen = {name: value for name, value in asdict(options).items() if name not in FREE}
     if options.lr is None:
-        chosen["lr"] = LEARNING_RATES[options.rule]
+        chosen["lr"] = peak_rate(options.rule)
     if options.takes_hessian:
         chosen |= {"estimator": options.curvature, "hessian_every": options.refresh}
     text = corpus.alphabet.encode() + corpus.train.tobytes() + corpus.held_out.tobytes()
