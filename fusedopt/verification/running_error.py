@@ -70,7 +70,11 @@ class Bounded(NDArrayOperatorsMixin):
 
     def where(self, chosen: np.ndarray, other: Bounded) -> Bounded:
         """The other's elements where chosen."""
-        return self._map(lambda a, b: np.where(chosen, b, a), other)
+
+        def select(mine: np.ndarray, others: np.ndarray) -> np.ndarray:
+            return np.where(chosen, others, mine)
+
+        return self._map(select, other)
 
     def pick(self, chosen: np.ndarray) -> Bounded:
         """The chosen elements of a flat array."""
@@ -231,8 +235,9 @@ def _multiply(a: Bounded, b: Bounded) -> Bounded:
 
 def _gain(a: Bounded) -> np.ndarray:
     """Return how much of another's underflow is left in a product with a."""
-    size = np.abs(a.value)
-    return np.maximum(size, 1.0) if isinstance(a, Constant) else size
+    size: np.ndarray = np.abs(a.value)
+    at_least_one: np.ndarray = np.maximum(size, 1.0)
+    return at_least_one if isinstance(a, Constant) else size
 
 
 def _matmul(a: Bounded, b: Bounded) -> Bounded:

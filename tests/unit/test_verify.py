@@ -171,10 +171,9 @@ def test_infinities_and_nans_must_be_met() -> None:
         assert (worst.share <= 1) is fine
     # What is beyond float32 overflows there; what a folded constant may move over the edge may.
     assert Bounded(np.array([1e42]), 0.0, F32).value[0] == np.inf
-    for got in (np.inf, np.nan, 3e38, 0):
-        worst = compare(
-            "x", Stored.plain(np.array([got], np.float32)), Bounded(np.array([1e39]), 0.0, F32)
-        )
+    edge = Bounded(np.array([1e39]), 0.0, F32)
+    for any_value in (np.inf, np.nan, 3e38, 0.0):
+        worst = compare("x", Stored.plain(np.array([any_value], np.float32)), edge)
         assert worst is not None
         assert worst.share == 0
     empty = Stored.plain(np.empty(0, np.float32))
