@@ -106,20 +106,20 @@ def test_gradients_of_zero_denormal_and_huge_size_are_clipped_rightly(
     dtype: Any, by_group: bool, backend: str
 ) -> None:
     """Nothing is divided by a norm of zero, and no square overflows or vanishes."""
-    limits = ml_dtypes.finfo(dtype)
+    limits: Any = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
     least, largest = float(limits.smallest_subnormal), min(float(limits.max), 1e38)
-    compute = np.float64 if dtype is np.float64 else np.float32
+    compute: Any = np.float64 if dtype is np.float64 else np.float32
     for size, n in itertools.product((0.0, least, 100 * least, largest / 2, largest), (1, 1000)):
         g = np.where(np.arange(n) % 2, size, -size).astype(dtype)
-        wide = g.astype(np.float64)
+        wide: Array = g.astype(np.float64)
         peak = float(np.abs(wide).max())
         norm = peak * math.sqrt(math.fsum((wide / (peak or 1.0)) ** 2))
         for limit in (1.0, 2.0 * norm or 1.0):
             p = {"a": np.zeros(n, compute), "b": np.zeros(3, compute)}
             rules = {name: fo.SGD(lr=1.0) for name in p}
-            clip = {"a": limit, "b": 1.0} if by_group else limit
+            clip: Any = {"a": limit, "b": 1.0} if by_group else limit
             opt = fo.Optimizer(p, rules, clip_norm=clip, backend=backend)
-            info = opt.step({"a": g, "b": np.zeros(3, dtype)})
+            info: Any = opt.step({"a": g, "b": np.zeros(3, dtype)})
             found = info.grad_norm["a"] if by_group else info.grad_norm
             scale = info.clip_scale["a"] if by_group else info.clip_scale
             assert found == pytest.approx(norm, rel=1e-14)
@@ -129,7 +129,7 @@ def test_gradients_of_zero_denormal_and_huge_size_are_clipped_rightly(
             else:
                 # The factor is rounded to the compute type, where it may be denormal.
                 ulp = np.finfo(compute)
-                bound = 2 * ulp.eps + float(ulp.smallest_subnormal) / scale
+                bound = 2 * float(ulp.eps) + float(ulp.smallest_subnormal) / scale
                 np.testing.assert_allclose(p["a"], -wide * scale, rtol=bound)
             assert not p["b"].any()
 
