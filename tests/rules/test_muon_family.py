@@ -127,6 +127,28 @@ def test_the_plain_form(rule: Any, shape: Any, order: Any, backend: str) -> None
     np.testing.assert_allclose(p.reshape(rows, -1), expected, rtol=1e-7, atol=1e-8)
 
 
+SCALED = [
+    *(fo.Muon(scale=name) for name in ("original", "match_rms_adamw", "spectral", "none")),
+    *FAMILY.values(),
+]
+
+
+@pytest.mark.parametrize("rule", SCALED, ids=lambda r: f"{r.name}-{getattr(r, 'scale', '')}")
+@pytest.mark.parametrize("shape", [(20, 3, 2, 2), (5, 3, 3, 3), (3, 2, 4)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_filter_is_scaled_as_its_flattened_matrix(rule: Any, shape: Any, backend: str) -> None:
+    """Not by the two last sides, nor by the two first: the bits are those of the matrix."""
+    p = np.random.default_rng(2).standard_normal(shape).astype(np.float32)
+    matrix = p.copy().reshape(shape[0], -1)
+    filters = fo.Optimizer(p, rule, backend=backend)
+    flat = fo.Optimizer(matrix, rule, backend=backend)
+    for g in gradients(shape, 12):
+        g = g.astype(np.float32)
+        filters.step(g)
+        flat.step(g.reshape(matrix.shape))
+    assert p.tobytes() == matrix.tobytes()
+
+
 @pytest.mark.parametrize("rule", [FAMILY["normuon"], FAMILY["adamuon"]], ids=lambda rule: rule.name)
 def test_float32_stays_near(rule: Any) -> None:  # SOAP's bases of near eigenvalues need not
     grads = gradients((12, 20), 15)
@@ -381,6 +403,30 @@ def test_the_bases_diagonalise() -> None:
         turned = q.T @ state[moment] @ q
         rest = turned - np.diag(np.diag(turned))
         assert np.linalg.norm(rest) < 0.2 * np.linalg.norm(turned)
+
+
+def test_second_moments_stay_with_their_basis_vectors() -> None:
+    """Also while the order of the eigenvalues turns round, on which no vector changes its place."""
+    rng = np.random.default_rng(4)
+    left, right = (np.linalg.qr(rng.standard_normal((n, n)))[0] for n in (5, 7))
+    rule = fo.SOAP(betas=(0.9, 0.7), shampoo_beta=0.7, precondition_frequency=1)
+    optimizer = fo.Optimizer(np.zeros((5, 7)), rule)
+    state = optimizer.state["params"]
+    sizes = np.geomspace(1.0, 100.0, 5)
+    orders = set()
+    for t in range(60):
+        middle = np.diag(sizes if t < 15 else sizes[::-1]) @ np.eye(5, 7)
+        g = left @ (middle + 0.01 * rng.standard_normal((5, 7))) @ right
+        before, basis = state["v"].copy(), state["QL"].copy()
+        optimizer.step(g)
+        if t == 0:
+            continue
+        turned = state["QL"].T @ g @ state["QR"]
+        np.testing.assert_allclose(state["v"], 0.7 * before + 0.3 * turned**2, rtol=1e-9)
+        if t > 1:
+            assert (np.abs(np.sum(basis * state["QL"], axis=0)) > 0.9).all()
+        orders.add(tuple(np.argsort(np.diag(state["QL"].T @ state["L"] @ state["QL"]))))
+    assert len(orders) > 1
 
 
 def test_directions_that_no_gradient_had_stay() -> None:

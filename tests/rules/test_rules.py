@@ -15,6 +15,7 @@ import pytest
 
 import fusedopt as fo
 from fusedopt.programs.arithmetic import correction, textbook_correction
+from fusedopt.verify import STORAGES
 from hyperparameters import others
 
 ALL = list(fo.RULES.values())
@@ -158,6 +159,35 @@ def test_decay_without_a_gradient(decay: Any, shrinks_by: float) -> None:
         opt = fo.Optimizer(p, cls(lr=Halving(), weight_decay=0.2, decay=decay))
         opt.step(np.zeros((2, 2)))
         np.testing.assert_allclose(p, 3.0 * (1 - shrinks_by), rtol=1e-14)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("cls", ALL)
+def test_zero_gradients_move_nothing(cls: type[fo.Rule], backend: str) -> None:
+    """In every storage format, with a Hessian of zeros where one is taken, and no NaN is left
+    behind: later gradients move the parameter as ever."""
+    start = np.random.default_rng(5).standard_normal((64, 70))  # enough for quantised states
+    later = np.random.default_rng(6).standard_normal(start.shape)
+    for storage, (dtype, options) in STORAGES.items():
+        for example in cls.examples:
+            rule = cls(**{**example, "weight_decay": 0.0})
+            if "state_dtype" in options and not rule.states:
+                continue
+            p = start.astype(dtype)
+            opt = fo.Optimizer(p, rule, backend=backend, **options)
+            zero = np.zeros_like(p)
+            before = p.tobytes()
+            for t in range(12):
+                opt.step(zero, hessian=zero if rule.takes_hessian and t % 2 else None)
+            assert p.tobytes() == before, (storage, example)
+            for state in opt.state["params"].values():
+                values = state if isinstance(state, np.ndarray) else state.dequantize()
+                assert np.isfinite(values.astype(np.float64)).all(), (storage, example)
+            for _ in range(2):
+                opt.step(later.astype(dtype), hessian=zero if rule.takes_hessian else None)
+            moved = p.astype(np.float64)
+            assert np.isfinite(moved).all(), (storage, example)
+            assert (moved != start.astype(dtype)).any(), (storage, example)
 
 
 def test_l2_decay_is_in_the_gradient() -> None:

@@ -118,6 +118,46 @@ def test_with_verification_guards_and_several_groups(backend: str) -> None:
     assert opt.rule == rules
 
 
+@pytest.mark.parametrize("backend", HOST)
+@pytest.mark.parametrize("own", [False, True], ids=["ready-made", "own"])
+@pytest.mark.parametrize("way", ["step", "accumulate"])
+def test_a_skipped_step_advances_no_schedule(backend: str, own: bool, way: str) -> None:
+    """Neither the learning rate's, nor another hyperparameter's, nor the average's; a run with
+    steps that are skipped is one without them."""
+    kept, asked = fo.schedules.Cosine(0.1, 9, warmup=2), []
+
+    def schedule(step: int) -> float:
+        asked.append(step)
+        return kept(step)
+
+    lr = schedule if own else kept
+    rule = fo.AdamW(lr=lr, weight_decay=fo.schedules.Linear(0.1, 9), betas=(Near(0.9), 0.999))
+    params, gradients = tensors(rule)
+    other = copied(params)
+    options: dict[str, Any] = {"backend": backend, "skip_nonfinite": True, "ema": EmaWarmup(0.9)}
+    opt = fo.Optimizer(params, rule, **options)
+    plain = fo.Optimizer(other, rule, **options)
+    expected = []
+    for k, grads in enumerate(gradients):
+        bad = copied(grads)
+        bad["b"][k] = (np.nan, np.inf, -np.inf)[k % 3]
+        for _ in range(k):
+            before, lr_before = opt.fingerprint(), opt.lr
+            if way == "accumulate":
+                opt.accumulate(grads)
+                opt.accumulate(bad)
+            info = opt.step() if way == "accumulate" else opt.step(bad)
+            assert info.skipped
+            assert (opt.step_count, opt.lr) == (k, lr_before)
+            assert opt.fingerprint() == before
+        info = opt.step(grads)
+        assert info == plain.step(grads)
+        assert (info.step, info.lr) == (k + 1, kept(k + 1))
+        expected.append(k + 1)
+        assert opt.fingerprint() == plain.fingerprint()
+    assert set(asked) <= {*expected, STEPS + 1}
+
+
 def test_a_checkpoint_compares_what_a_schedule_prints() -> None:
     rule = fo.AdamW(weight_decay=fo.schedules.Linear(0.1, 9), betas=(Near(0.9), 0.999))
     params, gradients = tensors(rule)

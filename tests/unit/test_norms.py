@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -12,10 +13,12 @@ import pytest
 import fusedopt as fo
 from exactness import PART, SERIAL, Array
 from fusedopt.arrays.formats import SEGMENT
+from fusedopt.backends import BACKENDS, ON_HOST
 from fusedopt.system.extension import core
 from fusedopt.system.isa import isas
 
 DTYPES = (np.float32, np.float64, ml_dtypes.bfloat16, np.float16)
+HOST = [name for name in ON_HOST if BACKENDS[name].unavailable() is None]
 SIZES = (0, 1, 15, 17, 255, 257, SEGMENT - 1, SEGMENT + 1, 100_003, SERIAL + 4321)
 
 rng = np.random.default_rng(7)
@@ -94,6 +97,41 @@ def test_infinities_and_nans_show() -> None:
         assert fo.global_norm([np.ones(3), x]) == math.inf
         x[3] = np.nan
         assert math.isnan(fo.global_norm([np.ones(3), x]))
+
+
+@pytest.mark.parametrize("backend", HOST)
+@pytest.mark.parametrize("by_group", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
+def test_gradients_of_zero_denormal_and_huge_size_are_clipped_rightly(
+    dtype: Any, by_group: bool, backend: str
+) -> None:
+    """Nothing is divided by a norm of zero, and no square overflows or vanishes."""
+    limits: Any = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
+    least, largest = float(limits.smallest_subnormal), min(float(limits.max), 1e38)
+    compute: Any = np.float64 if dtype is np.float64 else np.float32
+    for size, n in itertools.product((0.0, least, 100 * least, largest / 2, largest), (1, 1000)):
+        g = np.where(np.arange(n) % 2, size, -size).astype(dtype)
+        wide: Array = g.astype(np.float64)
+        peak = float(np.abs(wide).max())
+        norm = peak * math.sqrt(math.fsum((wide / (peak or 1.0)) ** 2))
+        for limit in (1.0, 2.0 * norm or 1.0):
+            p = {"a": np.zeros(n, compute), "b": np.zeros(3, compute)}
+            rules = {name: fo.SGD(lr=1.0) for name in p}
+            clip: Any = {"a": limit, "b": 1.0} if by_group else limit
+            opt = fo.Optimizer(p, rules, clip_norm=clip, backend=backend)
+            info: Any = opt.step({"a": g, "b": np.zeros(3, dtype)})
+            found = info.grad_norm["a"] if by_group else info.grad_norm
+            scale = info.clip_scale["a"] if by_group else info.clip_scale
+            assert found == pytest.approx(norm, rel=1e-14)
+            assert scale == (limit / found if found > limit else 1.0)
+            if scale == 1.0:
+                np.testing.assert_array_equal(p["a"], -wide.astype(compute))
+            else:
+                # The factor is rounded to the compute type, where it may be denormal.
+                ulp = np.finfo(compute)
+                bound = 2 * float(ulp.eps) + float(ulp.smallest_subnormal) / scale
+                np.testing.assert_allclose(p["a"], -wide * scale, rtol=bound)
+            assert not p["b"].any()
 
 
 def test_any_layout_and_nothing_at_all() -> None:
