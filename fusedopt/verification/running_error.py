@@ -236,8 +236,7 @@ def _multiply(a: Bounded, b: Bounded) -> Bounded:
 def _gain(a: Bounded) -> np.ndarray:
     """Return how much of another's underflow is left in a product with a."""
     size: np.ndarray = np.abs(a.value)
-    at_least_one: np.ndarray = np.maximum(size, 1.0)
-    return at_least_one if isinstance(a, Constant) else size
+    return np.maximum(size, 1.0) if isinstance(a, Constant) else size
 
 
 def _matmul(a: Bounded, b: Bounded) -> Bounded:
@@ -266,7 +265,9 @@ def _sqrt(a: Bounded) -> Bounded:  # without underflow of its own
 
     def reach(error: np.ndarray) -> np.ndarray:
         above = np.sqrt(np.maximum(a.value + error, 0.0)) - value
-        return np.fmax(above, value - np.sqrt(np.maximum(a.value - error, 0.0)))
+        below = value - np.sqrt(np.maximum(a.value - error, 0.0))
+        either: np.ndarray = np.fmax(above, below)
+        return either
 
     both = reach(a.reach)
     error = np.minimum(reach(a.error), both)
