@@ -135,6 +135,9 @@ Scalars Scalars::with(const Program& program, const Numbers& numbers, std::int64
                       const py::tuple& sums) const {
   const py::object fold = numbers.folds[numbers.folds.size() - 1];
   const py::object measured = called(fold, py::make_tuple(t, lr, sums));
+  const bool finite = std::all_of(sums.begin(), sums.end(), [](const py::handle& sum) {
+    return std::isfinite(sum.cast<double>());
+  });
   Scalars result = *this;
   int end = 0;
   for (const Program::Op& op : program.ops) {
@@ -142,7 +145,8 @@ Scalars Scalars::with(const Program& program, const Numbers& numbers, std::int64
     end += operation.scalars;
     if (!op.measured) continue;
     result.put_all(end - op.measured, measured, op.measured, operation.name);
-    result.check(end - op.measured, end, fold, operation.name, t, lr);
+    // Sums of a gradient that is not finite give numbers that are not, as its elements do.
+    if (finite) result.check(end - op.measured, end, fold, operation.name, t, lr);
   }
   return result;
 }

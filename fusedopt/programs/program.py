@@ -94,12 +94,17 @@ def refuse_scalar(fold: Any, name: str, dtype: str, t: int, lr: float) -> NoRetu
 
 
 def narrowed(
-    values: Sequence[float], dtype: np.dtype, op: Operation, t: int, lr: float
+    values: Sequence[float],
+    dtype: np.dtype,
+    op: Operation,
+    t: int,
+    lr: float,
+    finite: bool = True,
 ) -> np.ndarray:
-    """Return scalars of an operation in the type that is computed in, all finite."""
+    """Return scalars of an operation in the type that is computed in; `finite`: as they must be."""
     with np.errstate(over="ignore", under="ignore"):
         found = np.array(values, np.float64).astype(dtype)
-    if not np.isfinite(found).all():
+    if finite and not np.isfinite(found).all():
         refuse_scalar(op.scalars, op.kernel or "element", dtype.name, t, lr)
     return found
 

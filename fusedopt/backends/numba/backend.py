@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -261,8 +262,11 @@ class NumbaPlan(ExclusiveUse):
         t, lr = self._next(k), float(spec.rates[g])
         found = program.measured(t, lr, sums)
         given = zip(program.operations, scalars, strict=True)
+        finite = all(map(isfinite, sums))  # else what they give is not, as the elements are not
         return [
-            narrowed([*own[: -op.measured], *found], own.dtype, op, t, lr) if op.measured else own
+            narrowed([*own[: -op.measured], *found], own.dtype, op, t, lr, finite)
+            if op.measured
+            else own
             for op, own in given
         ]
 
