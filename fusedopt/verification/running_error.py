@@ -45,11 +45,9 @@ class Bounded(NDArrayOperatorsMixin):
         size = np.abs(value)
         # Where a constant decides whether the largest number is passed, it may go either way.
         self.value = np.where(size > FOLDED * self._largest, np.copysign(np.inf, value), value)
-        anything = np.isfinite(self.value) & (size + error + lost > self._largest)
-        anything |= ~np.isfinite(error)
-        # Else an infinity or NaN is either met or not.
-        finite = np.isfinite(self.value) | anything
-        self.value = np.where(finite & ~np.isfinite(self.value), 0.0, self.value)
+        finite = np.isfinite(self.value)
+        anything = finite & ~(size + error + lost <= self._largest)  # also where a bound is NaN
+        # An infinity or NaN is either met or not.
         self.error = np.where(anything, np.inf, np.where(finite, error, 0.0))
         self.lost = np.where(finite & ~anything, lost, 0.0)
 
@@ -166,8 +164,9 @@ class Bounded(NDArrayOperatorsMixin):
             return x
         with np.errstate(over="ignore", under="ignore"):
             simple = float(np.float32(x)) == x
-        # Constants are folded with others and rounded; a few short ones, such as 1, are exact. One
-        # that is NaN came from a sum with an element that may be anything.
+        if x != x:  # it came from a sum with an element that may be anything
+            return Constant(np.zeros_like(self.value), np.inf, self.dtype)
+        # Constants are folded with others and rounded; a few short ones, such as 1, are exact.
         inexact = 0.0 if simple else self._unit * abs(x)
         ones = np.ones_like(self.value)
         return Constant(x * ones, inexact, self.dtype, 0.0 if simple else self._least)
@@ -197,8 +196,12 @@ FOLDED = 2.0**10
 an intermediate value, such as the root of Adam's c2, which is at least 0.01 where b2 is 0.9999."""
 
 
-def _rounded(value: np.ndarray, error: np.ndarray, lost: np.ndarray, x: Bounded) -> Bounded:
+def _rounded(value: np.ndarray, error: np.ndarray, lost: np.ndarray, *operands: Bounded) -> Bounded:
     """The result of one operation: what came in with its operands, and its own rounding."""
+    x = operands[0]
+    for each in operands:  # not an infinity that must be met, where an operand may be anything
+        value = np.where(np.isinf(each.error) & ~np.isfinite(value), 0.0, value)
+        error = np.where(np.isinf(each.error), np.inf, error)
     return x._like(value, error + x._unit * np.abs(value), lost)
 
 
@@ -211,7 +214,7 @@ def _absolute(a: Bounded) -> Bounded:
 
 
 def _add(a: Bounded, b: Bounded) -> Bounded:  # without underflow of its own
-    return _rounded(a.value + b.value, a.error + b.error, a.lost + b.lost, a)
+    return _rounded(a.value + b.value, a.error + b.error, a.lost + b.lost, a, b)
 
 
 def _subtract(a: Bounded, b: Bounded) -> Bounded:
@@ -230,7 +233,7 @@ def _multiply(a: Bounded, b: Bounded) -> Bounded:
     lost = _spread(_gain(a), b.lost) + _spread(_gain(b), a.lost)
     lost += _spread(a.reach, b.lost) + _spread(a.lost, b.error)
     inexact = (x != 0) & (y != 0) | (error > 0) | (lost > 0)
-    return _rounded(a.value * b.value, error, lost + a._least * inexact, a)
+    return _rounded(a.value * b.value, error, lost + a._least * inexact, a, b)
 
 
 def _gain(a: Bounded) -> np.ndarray:
@@ -244,8 +247,10 @@ def _matmul(a: Bounded, b: Bounded) -> Bounded:
     error = x @ (b.error + x.shape[1] * b._unit * y) + a.error @ (y + b.error)
     lost = (x + a.error) @ b.lost + a.lost @ (y + b.reach) + x.shape[1] * a._least
     # Partial sums that pass the largest number may end as anything.
-    error = np.where(np.isnan(error) | (x @ y > a._largest), np.inf, error)
-    return _rounded(a.value @ b.value, error, lost, a)
+    value, passes = a.value @ b.value, x @ y > a._largest
+    value = np.where(passes & np.isfinite(value), np.clip(value, -a._largest, a._largest), value)
+    error = np.where(np.isnan(error) | passes, np.inf, error)
+    return a._like(value, error + a._unit * np.abs(value), lost)
 
 
 def _divide(a: Bounded, b: Bounded) -> Bounded:
@@ -253,11 +258,14 @@ def _divide(a: Bounded, b: Bounded) -> Bounded:
     divisor = np.maximum(np.abs(b.value) - b.reach, 0.0)
     error = (a.error + np.abs(value) * b.error) / divisor
     error = np.where(np.isnan(error), np.where(b.reach > 0, np.inf, 0.0), error)
+    # An infinity may meet a numerator that a constant has carried to another.
+    both = np.isinf(b.value) & (FOLDED * np.abs(a.value) > a._largest)
+    error = np.where(both, np.inf, error)
     least = np.minimum(divisor, 1.0) if isinstance(b, Constant) else divisor
     # The kernel may have multiplied the numerator by a constant before.
     below = a._least * (a.value != 0)
     lost = (a.lost + below + _spread(np.abs(value), b.lost)) / least
-    return _rounded(value, error, np.where(np.isnan(lost), 0.0, lost) + below, a)
+    return _rounded(value, error, np.where(np.isnan(lost), 0.0, lost) + below, a, b)
 
 
 def _sqrt(a: Bounded) -> Bounded:  # without underflow of its own
