@@ -108,7 +108,7 @@ class Extras(NamedTuple):
             own = rule.absorb(own, hessian)
         if self.ema is None:
             return new, own
-        average = self._kept * states[n] + (1.0 - self._kept) * new
+        average = states[n] + (1.0 - self._kept) * (new - states[n])  # which keeps a constant
         return new, (*own[:n], average, *own[n:])
 
 
