@@ -39,7 +39,8 @@ class Number:
             raise ValueError(f"{where}: expected {self}, got {value!r}")
         try:
             # NumPy's float32 scalars would drag the folding of constants down to float32.
-            return int(value) if self.integer else float(value)
+            number = float(value)
+            return int(value) if self.integer else number
         except OverflowError as error:
             raise ValueError(f"{where}: expected {self} that float64 can hold") from error
 
