@@ -450,8 +450,9 @@ inline std::uint32_t nearest_number(float x, float factor) {
   return kept & mask((bits_of(x) & ~SIGN) != 0);
 }
 
-// Takes the upper of two values around an element with the probability that makes the mean right;
-// for the same random bits a larger element never becomes a smaller number.
+// Takes the upper of two values around an element with the probability that makes the mean right,
+// to half a step of the 16 random bits; what is below the value of number `least` becomes that. For
+// the same random bits a larger element never becomes a smaller number.
 template <class B>
 inline std::uint32_t stochastic_number(float x, float factor, std::uint32_t random) {
   const std::uint32_t number = nearest_number<B>(x, factor);

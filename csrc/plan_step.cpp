@@ -307,10 +307,8 @@ void Plan::take_measures() {
     py::tuple sums(program(k).measured_sums);
     for (std::size_t j = 0; j < sums.size(); ++j) sums[j] = row[j];
     const auto group = static_cast<std::size_t>(groups_[k]);
-    const py::tuple& folds = numbers_[group].folds;
-    const py::object fold = folds[folds.size() - 1];
-    const py::object found = called(fold, py::make_tuple(counts_[k + 1] + 1, rate_[group], sums));
-    measured_scalars_.push_back(leaf_scalars_[k]->with(program(k), found));
+    measured_scalars_.push_back(leaf_scalars_[k]->with(program(k), numbers_[group],
+                                                       counts_[k + 1] + 1, rate_[group], sums));
     leaf_scalars_[k] = &measured_scalars_.back();
   }
 }

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <tuple>
 
@@ -130,16 +131,26 @@ Scalars::Scalars(const Program& program, const Numbers& numbers, std::int64_t t,
     if (!found) throw py::error_already_set();
     put_all(filled_, found, first + own - filled_, operation.name);
     filled_ = first + operation.scalars;
+    check(first, first + own, fold, operation.name, t, lr);
   }
 }
 
-Scalars Scalars::with(const Program& program, const py::object& measured) const {
+Scalars Scalars::with(const Program& program, const Numbers& numbers, std::int64_t t, double lr,
+                      const py::tuple& sums) const {
+  const py::object fold = numbers.folds[numbers.folds.size() - 1];
+  const py::object measured = called(fold, py::make_tuple(t, lr, sums));
+  const bool finite = std::all_of(sums.begin(), sums.end(), [](const py::handle& sum) {
+    return std::isfinite(sum.cast<double>());
+  });
   Scalars result = *this;
   int end = 0;
   for (const Program::Op& op : program.ops) {
     const Operation& operation = program.operation(op.index);
     end += operation.scalars;
-    if (op.measured) result.put_all(end - op.measured, measured, op.measured, operation.name);
+    if (!op.measured) continue;
+    result.put_all(end - op.measured, measured, op.measured, operation.name);
+    // Sums of a gradient that is not finite give numbers that are not, as its elements do.
+    if (finite) result.check(end - op.measured, end, fold, operation.name, t, lr);
   }
   return result;
 }
@@ -152,6 +163,17 @@ void Scalars::put_all(int index, const py::object& numbers, int length, const ch
     const double value = PyFloat_AsDouble(PyTuple_GET_ITEM(numbers.ptr(), j));
     if (value == -1.0 && PyErr_Occurred()) throw py::error_already_set();
     put(index + j, value);
+  }
+}
+
+void Scalars::check(int from, int to, const py::handle& fold, const char* name, std::int64_t t,
+                    double lr) const {
+  for (int k = from; k < to; ++k) {
+    const bool finite = compute_ == F32 ? std::isfinite(*static_cast<const float*>(at(k)))
+                                        : std::isfinite(*static_cast<const double*>(at(k)));
+    if (!finite)
+      py::module_::import("fusedopt.programs.program")
+          .attr("refuse_scalar")(fold, name, compute_ == F32 ? "float32" : "float64", t, lr);
   }
 }
 

@@ -80,8 +80,9 @@ class Scalars {
   Scalars(const Program& program, const Numbers& numbers, std::int64_t t, double lr, double factor,
           int compute);
 
-  // The same for one leaf, with what its sums gave.
-  Scalars with(const Program& program, const py::object& measured) const;
+  // The same for one leaf, with what its sums give.
+  Scalars with(const Program& program, const Numbers& numbers, std::int64_t t, double lr,
+               const py::tuple& sums) const;
 
   const void* at(int index) const {
     return reinterpret_cast<const char*>(storage_.data()) + SIZES[compute_] * index;
@@ -92,6 +93,9 @@ class Scalars {
   void put(int index, double value);
   // All numbers of a tuple of this length, from an index on.
   void put_all(int index, const py::object& numbers, int length, const char* name);
+  // Raises where one from `from` to `to` is infinite in the compute type: nothing has been written.
+  void check(int from, int to, const py::handle& fold, const char* name, std::int64_t t,
+             double lr) const;
 
   std::vector<double> storage_;  // raw, and aligned for either type
   int compute_, filled_ = 0;

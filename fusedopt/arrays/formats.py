@@ -148,7 +148,10 @@ def random_bits(key: int, n: int) -> Values:
 
 
 class Stochastic(Plain):
-    """bfloat16 or float16, rounded up or down at random so that the mean is right."""
+    """bfloat16 or float16, rounded up or down at random so that the mean is right.
+
+    By 16 random bits: exactly so, but for float16's denormals, which are cut off at 2^-40 before.
+    """
 
     random = True
 
@@ -299,7 +302,11 @@ class Blocks(Format):
         return self._packed(codes.astype(np.uint8)), scales
 
     def _moved(self, numbers: Values, y: Values, key: int) -> Values:
-        """Return one of the two numbers around each element at random, from the nearest ones."""
+        """Return one of the two numbers around each element at random, from the nearest ones.
+
+        Their mean is the element, to half a step of the 16 random bits; but what is below the value
+        of the number `least` becomes that value.
+        """
         lower = numbers - ((self.values(numbers) > y) & (numbers > self.least))
         upper = lower + (lower < self.most)
         least = self.values(lower).astype(np.float32)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from .formats import PLAIN, Format, Values
@@ -138,6 +139,16 @@ class ArraySpec:
     beside: bool = False
     shape: tuple[int, ...] | None = None
     filled: bool = False
+
+    def __post_init__(self) -> None:
+        block = self.format.bits < 16  # whose scales are float32
+        dtype = np.dtype(np.float32) if block else self.format.dtype
+        largest = float(ml_dtypes.finfo(dtype).max)  # type: ignore[no-untyped-call]
+        if abs(self.initial) > largest:
+            raise ValueError(
+                f"a state begins at {self.initial:g}, which {self.format.name} cannot hold; take a"
+                " smaller initial value of the rule, or another state_dtype"
+            )
 
     def sizes(self) -> Iterator[int]:
         """Bytes of its data and of what stands beside it, where they are to be allocated."""

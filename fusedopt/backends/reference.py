@@ -15,6 +15,7 @@ from ..arrays.stored import LeafState, Stored
 from ..plan.extras import NOTHING, Extras
 from ..plan.interface import ExclusiveUse, Plan
 from ..plan.spec import PlanSpec
+from ..programs.program import narrowed
 from ..rules import Rule
 from ..rules.groups import Group
 
@@ -110,6 +111,7 @@ class ReferencePlan(ExclusiveUse):
                 spec.results[k, :2] = sum_of_squares(given)
             if not spec.decide():
                 return int(spec.counters[0])
+        self._check_scalars(active)
         new = {}
         for k in active:
             group, shape = spec.group_of[k], spec.leaves[k].parameter.shape
@@ -136,6 +138,16 @@ class ReferencePlan(ExclusiveUse):
             spec.counters[k + 1] += 1
         spec.counters[0] += 1
         return int(spec.counters[0])
+
+    def _check_scalars(self, active: Sequence[int]) -> None:
+        """Refuse numbers that the other backends refuse."""
+        spec = self._spec
+        types = [compute_dtype(leaf.caller.dtype) for leaf in spec.leaves]
+        kinds = {(spec.group_of[k], int(spec.counters[k + 1]) + 1, types[k]) for k in active}
+        for g, t, dtype in kinds:
+            lr, program = float(spec.rates[g]), spec.extras.program(spec.groups[g].rule)
+            for op in program.operations:
+                narrowed(program.scalars(op, t, lr, float(spec.factors[g])), dtype, op, t, lr)
 
     def _sum(self, k: int, g: Any, new: Sequence[np.ndarray]) -> None:
         """Fill in the sums of a leaf's program."""

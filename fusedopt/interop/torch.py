@@ -296,9 +296,8 @@ def _layout(group: Mapping[str, Any]) -> Layout:
         if all(mark in group for mark in layout.marks):
             unknown = set(group) - {*layout.named, *layout.flags, *IGNORED}
             if unknown:
-                raise ValueError(
-                    f"torch.optim.{layout.cls}: no equal here has {', '.join(sorted(unknown))}"
-                )
+                listed = ", ".join(sorted(map(str, unknown)))
+                raise ValueError(f"torch.optim.{layout.cls}: no equal here has {listed}")
             return layout
     known = ", ".join(layout.cls for layout in LAYOUTS)
     raise ValueError(f"expected a group of torch.optim's {known}, got one with {list(group)}")

@@ -108,15 +108,16 @@ class Extras(NamedTuple):
             own = rule.absorb(own, hessian)
         if self.ema is None:
             return new, own
-        average = self._kept * states[n] + (1.0 - self._kept) * new
+        average = states[n] + (1.0 - self._kept) * (new - states[n])  # which keeps a constant
         return new, (*own[:n], average, *own[n:])
 
 
 def check_ema(where: str, value: Any) -> float:
     """Return a number in [0, 1]; TypeError or ValueError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    kind: Any = numbers.Real
+    if isinstance(value, bool) or not isinstance(value, kind):
         raise TypeError(f"{where}: expected a number, got {value!r}")
-    if not 0.0 <= float(value) <= 1.0:
+    if not 0.0 <= value <= 1.0:
         raise ValueError(f"{where}: expected a number in [0, 1], got {value!r}")
     return float(value)
 

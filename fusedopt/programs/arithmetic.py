@@ -46,8 +46,10 @@ def by_sign(sign: Array, negative: Array, zero: Array, positive: Array) -> Array
 
 
 def plain(x: Array) -> Array:
-    """The values alone, in float64, of which kernels measure sums."""
-    return np.asarray(getattr(x, "value", x), np.float64)
+    """The values alone, in float64, of which kernels measure sums; NaN where any is possible."""
+    if isinstance(x, (np.ndarray, np.generic)):
+        return np.asarray(x, np.float64)
+    return np.where(np.isfinite(x.error), x.value, np.nan)
 
 
 def norm(x: Array) -> float:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, NoReturn, Protocol
+
+import numpy as np
 
 from .elements import Element
 
@@ -75,6 +77,36 @@ class Operation(NamedTuple):
 
 MEASURE = "sum "
 """The sums that a rule reads are called this and a number, as no state can be."""
+
+
+def refuse_scalar(fold: Any, name: str, dtype: str, t: int, lr: float) -> NoReturn:
+    """Raise ValueError for a scalar that is infinite in the type that is computed in.
+
+    fold: what gave it. name: of the operation.
+    """
+    owner = getattr(fold, "__self__", None)
+    where = name if owner is None else type(owner).__name__
+    raise ValueError(
+        f"{where}: in step {t}, with lr {lr:g}, a number that the step computes with is not finite"
+        f" in {dtype}; take hyperparameters whose products and quotients {dtype} can hold"
+        + (", or float64 parameters" if dtype == "float32" else "")
+    )
+
+
+def narrowed(
+    values: Sequence[float],
+    dtype: np.dtype,
+    op: Operation,
+    t: int,
+    lr: float,
+    finite: bool = True,
+) -> np.ndarray:
+    """Return scalars of an operation in the type that is computed in; `finite`: as they must be."""
+    with np.errstate(over="ignore", under="ignore"):
+        found = np.array(values, np.float64).astype(dtype)
+    if finite and not np.isfinite(found).all():
+        refuse_scalar(op.scalars, op.kernel or "element", dtype.name, t, lr)
+    return found
 
 
 class Governed(Protocol):

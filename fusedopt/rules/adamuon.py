@@ -111,8 +111,8 @@ class AdaMuon(Muon):
         size = self.factor(rows, cols) * math.sqrt(min(rows, cols))
         for k in range(count):
             flat = x[k].reshape(-1)
-            norm = math.sqrt(np.dot(flat, flat)) + self.eps_v
-            flat *= flat.dtype.type(size / norm if norm else 0.0)
+            norm = math.sqrt(np.dot(flat, flat))
+            flat *= flat.dtype.type(size / (norm + self.eps_v) if norm else 0.0)
         workspace.closed(directions, x)
 
     def textbook(

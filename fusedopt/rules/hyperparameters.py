@@ -39,7 +39,8 @@ class Number:
             raise ValueError(f"{where}: expected {self}, got {value!r}")
         try:
             # NumPy's float32 scalars would drag the folding of constants down to float32.
-            return int(value) if self.integer else float(value)
+            number = float(value)
+            return int(value) if self.integer else number
         except OverflowError as error:
             raise ValueError(f"{where}: expected {self} that float64 can hold") from error
 
@@ -97,6 +98,7 @@ NonNegative = Annotated[Any, Number()]
 Fraction = Annotated[Any, Number(high=1.0)]
 Betas = Annotated[tuple[Any, Any], Numbers(2, Number(high=1.0))]
 ThreeBetas = Annotated[tuple[Any, Any, Any], Numbers(3, Number(high=1.0))]
+Normal = Annotated[float, Number(low=2.0**-126)]  # which is not zero in float32 either
 Pair = Annotated[tuple[Any, Any], Numbers(2, Number())]
 QuinticSet = Annotated[str | Row | tuple[Row, ...], Quintics()]
 Count = Annotated[int, Number(low=1, integer=True)]

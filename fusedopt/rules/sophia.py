@@ -12,7 +12,7 @@ from ..programs.arithmetic import Array, correction, textbook_correction
 from ..programs.elements import Element, clamp, maximum
 from ..programs.program import Operation
 from .base import DecayForm, Rule
-from .hyperparameters import Betas, Count, LearningRate, NonNegative
+from .hyperparameters import Betas, Count, LearningRate, NonNegative, Normal
 
 
 def sophia(p, g, m, h, b1, one_b1, lr, gamma, eps, clip, k):
@@ -39,7 +39,7 @@ class Sophia(Rule):
     bs : int
         Number of tokens or samples in the batch; default 5120.
     eps : float
-        Number >= 0 added to, or least value of, the denominator; default 1e-15.
+        Number >= 2^-126 added to, or least value of, the denominator; default 1e-15.
     clip : float
         Limit >= 0 of each element's step over lr; default 1.
     form : {"official", "paper"}
@@ -100,7 +100,7 @@ class Sophia(Rule):
     betas: Betas = (0.965, 0.99)
     rho: NonNegative = 0.04
     bs: Count = 5120
-    eps: NonNegative = 1e-15
+    eps: Normal = 1e-15
     clip: NonNegative = 1.0
     form: Literal["official", "paper"] = "official"
     estimator: Literal["gnb", "hutchinson"] = "gnb"

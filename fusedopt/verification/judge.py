@@ -51,7 +51,7 @@ def compare(name: str, stored: Stored, reference: Bounded, key: int = 0) -> Wors
     if got.size == 0:
         return None
     with np.errstate(all="ignore"):
-        value, bound = reference.value, SLACK * reference.error
+        value, bound = reference.value, SLACK * reference.error + reference.lost
         low, high = _span(stored, value - bound, value + bound, key)
         same = (got == value) | (np.isnan(got) & (np.isnan(value) | np.isnan(low)))
         difference = np.abs(got.astype(np.float64) - value)
@@ -116,9 +116,10 @@ def judge(
     old = [lift(a) for a in before]
     p, *states = old
     estimate = None if hessian is None else lift(hessian)
-    new, new_states = extras.reference(
-        rule, p, lift(g), tuple(states), estimate, t=t, lr=lr, factor=factor
-    )
+    with np.errstate(all="ignore"):  # the float64 values that rules measure may be anything
+        new, new_states = extras.reference(
+            rule, p, lift(g), tuple(states), estimate, t=t, lr=lr, factor=factor
+        )
     kept = (
         state.stored(least_state(dtype, stored.format.dtype))
         for state, stored in zip(new_states, after[1:], strict=True)

@@ -178,6 +178,8 @@ def test_what_torch_has_and_does_not_fit() -> None:
     state = torch_adam()
     state["param_groups"][0].update(rho=3)
     refused(lambda: interop.from_torch(opt, state), opt, "no equal here has rho")
+    state["param_groups"][0][None] = state["param_groups"][0].pop("rho")
+    refused(lambda: interop.from_torch(opt, state), opt, "no equal here has None")
     state["param_groups"][0] = {"params": [0, 1], "lambd": 1e-4}
     refused(lambda: interop.from_torch(opt, state), opt, "expected a group of torch.optim's")
     refused(lambda: interop.from_torch(opt, {"w": W}), opt, "a dict with 'state'")

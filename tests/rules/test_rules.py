@@ -75,6 +75,7 @@ def test_out_of_range(cls: type[fo.Rule], name: str, value: float) -> None:
         (lambda: fo.Adam(amsgrad=True), r"expected one of \(False, 'raw', 'corrected'\)"),  # type: ignore[arg-type]
         (lambda: fo.Sophia(estimator="hutchinson"), r"take form='paper'"),
         (lambda: fo.Sophia(bs=0), r"expected an integer >= 1"),
+        (lambda: fo.Sophia(bs=10**400), r"Sophia\(bs\): .* >= 1 that float64 can hold"),
         (lambda: fo.Muon(ns_steps=0), r"Muon\(ns_steps\)"),
         (lambda: fo.Muon(form="heavy_ball", bias_correction=True), r"only the form 'ema'"),
         (lambda: fo.SGD(decay="l1"), r"SGD\(decay\): expected one of"),  # type: ignore[arg-type]

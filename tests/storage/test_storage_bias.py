@@ -10,13 +10,17 @@ import pytest
 import fusedopt as fo
 from exactness import Array
 from formatted import BLOCKED, F32, on_each_isa, stored
-from fusedopt.arrays.formats import QUANTIZED, QUANTIZED_STOCHASTIC, Blocks, Format
+from fusedopt.arrays import formats
+from fusedopt.arrays.formats import QUANTIZED, QUANTIZED_STOCHASTIC, STOCHASTIC, Blocks, Format
 
 LIMITS = np.finfo(np.float32)
 DRAWS = 2000
 ROUNDINGS = pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+HALVES = ["bfloat16", "float16"]
 names = pytest.mark.parametrize("name", BLOCKED)
+every_name = pytest.mark.parametrize("name", [*BLOCKED, *HALVES])
 SIGNED = [signed for signed, _ in (*QUANTIZED.values(), *QUANTIZED_STOCHASTIC.values())]
+UNSIGNED = [unsigned.codec for _, unsigned in QUANTIZED_STOCHASTIC.values()]
 ELEMENTWISE = [n for n, rule in fo.RULES.items() if not rule().program.matrices and rule().states]
 
 
@@ -52,22 +56,49 @@ def gaps(format: Blocks, x: Array, scales: Array) -> Array:
 @pytest.mark.parametrize("kind", blocks_of(0))
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_mean_of_what_is_stored_is_the_element(name: str, kind: str, sign: int) -> None:
-    """Within five standard deviations, for elements that a format has values on both sides of."""
+    """Within five standard deviations and half of a random bit; but what is below an unsigned
+    format's least value becomes that value."""
     x = sign * blocks_of(1)[kind]
     for format, elements in zip(QUANTIZED_STOCHASTIC[name], (x, np.abs(x)), strict=True):
         _, scales = format.encode(elements)
-        read = format.decode(*format.encode(np.tile(elements, DRAWS), 7))
-        got = read.reshape(DRAWS, -1).mean(axis=0, dtype=np.float64)
+        read = format.decode(*format.encode(np.tile(elements, DRAWS), 7)).reshape(DRAWS, -1)
+        got = read.mean(axis=0, dtype=np.float64)
         gap, wide = gaps(format, elements, scales), elements.astype(np.float64)
-        low = np.abs(wide) < format.smallest * np.repeat(np.abs(scales), format.block)[: x.size]
-        if format.map.min() >= 0 or format.codec.startswith("e5m3"):
-            # What is below an unsigned format's smallest value becomes that value, not zero.
-            assert (got[low] >= wide[low]).all()
-        else:
-            low[:] = False
-        bound = gap * (2.5 / DRAWS**0.5 + 2.0**-16) + 4 * LIMITS.eps * np.abs(wide)
+        low = np.zeros(x.size, bool)
+        if format.map.min() >= 0:
+            values = np.sort(np.unique(format.map))
+            least = values[values > 0][0] * np.repeat(scales, format.block)[: x.size]
+            low = elements < least
+            assert (read[:, low] == least[low]).all()
+        bound = gap * (2.5 / DRAWS**0.5 + 2.0**-17) + 4 * LIMITS.eps * np.abs(wide)
         np.testing.assert_array_less(np.abs(got - wide)[~low], bound[~low] + 1e-300)
         assert not low.all()
+
+
+RANDOM = [*STOCHASTIC.values(), *(f for pair in QUANTIZED_STOCHASTIC.values() for f in pair)]
+
+
+@pytest.mark.parametrize("format", RANDOM, ids=[f.codec for f in RANDOM])
+def test_the_mean_over_all_random_bits(format: Format, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right to half a step of the 16 bits, of 2^-16 of what separates two values: exactly so in
+    bfloat16, cut off among float16's denormals. Smaller elements are lost."""
+    monkeypatch.setattr(formats, "random_bits", lambda key, n: np.arange(n, dtype=np.uint32))
+    for y in np.geomspace(1e-9, 0.88, 60):
+        for sign in (1,) if format.codec in UNSIGNED else (1, -1):
+            x = np.full(2**16, sign * y, np.float32)
+            if not isinstance(format, Blocks):
+                mean = format.decode(*format.encode(x)).mean(dtype=np.float64)
+                short = sign * (x[0].astype(np.float64) - mean)
+                assert 0 <= short <= (2.0**-40 if format.name == "float16" else 0)
+                continue
+            x *= np.float32(format.largest)
+            scales = np.ones(2**16 // format.block, np.float32)
+            read = format.decode(*format.encode(x, scales=scales)).astype(np.float64)
+            if format.codec in UNSIGNED and x[0] < format.smallest:
+                np.testing.assert_allclose(read, format.smallest, rtol=1e-6)
+            else:
+                bound = gaps(format, x[:1], scales[:1]) * 2.0**-17 + LIMITS.eps * abs(x[0])
+                assert abs(read.mean() - x[0]) <= bound
 
 
 @pytest.mark.parametrize("format", SIGNED, ids=[f"{f.codec}" for f in SIGNED])
@@ -91,6 +122,12 @@ def test_a_scale_stays_finite(format: Blocks) -> None:
     for isa in on_each_isa():
         state = stored(format, np.tile(x, 16))
         np.testing.assert_allclose(state.dequantize(), np.tile(x, 16), rtol=0.12, err_msg=isa)
+
+
+def values_of(state: Any) -> Array:
+    """The values of a state."""
+    values: Array = state if isinstance(state, np.ndarray) else state.dequantize()
+    return values.astype(np.float64)
 
 
 def gradients(kind: str, t: int, n: int) -> Array:
@@ -122,7 +159,7 @@ KINDS = (
 )
 
 
-@names
+@every_name
 @pytest.mark.parametrize("kind", KINDS)
 def test_averages_over_a_run_are_those_of_float32(name: str, kind: str) -> None:
     """Elements of either sign within six standard errors of what their averages are without
@@ -137,11 +174,57 @@ def test_averages_over_a_run_are_those_of_float32(name: str, kind: str) -> None:
         opt.step({"q": g})
         exact = 0.98 * exact + 0.02 * g.astype(np.float64)
     largest = np.repeat(np.abs(exact).reshape(-1, 256).max(axis=1), 256)
-    off = (opt.state["q"]["v"].dequantize() - exact) / largest
+    off = (values_of(opt.state["q"]["v"]) - exact) / largest
     for chosen in (exact > 0, exact < 0):
         if chosen.any():
             error = off[chosen].std() / chosen.sum() ** 0.5
             assert abs(off[chosen].mean()) < 6 * error + 1e-4
+
+
+@every_name
+@pytest.mark.parametrize("kind", KINDS)
+def test_averages_of_squares_over_a_run_are_those_of_float32(name: str, kind: str) -> None:
+    """The same of states without a sign, for which a block's elements below a format's least value
+    may come out larger, by that value at most."""
+    n, steps = 20 * 256, 150
+    p = {"q": np.zeros(n, np.float32)}
+    rule = fo.RMSProp(rho=0.98)
+    opt = fo.Optimizer(p, rule, state_dtype=name, rounding="stochastic", seed=4)
+    exact = np.zeros(n)
+    for t in range(steps):
+        g = gradients(kind, t, n).clip(-200, 200)  # squares that float16 can hold
+        opt.step({"q": g})
+        exact = 0.98 * exact + 0.02 * g.astype(np.float64) ** 2
+    largest = np.repeat(np.abs(exact).reshape(-1, 256).max(axis=1), 256)
+    off = (values_of(opt.state["q"]["v"]) - exact) / largest
+    least = 0.0
+    if name in QUANTIZED:
+        format = QUANTIZED[name][True]
+        least = format.smallest / format.largest
+    above = least if (exact < 2 * least * largest).any() else 0.0
+    error = off.std() / n**0.5
+    assert -6 * error - 1e-4 < off.mean() < above + 6 * error + 1e-4
+    assert above == 0 or (name, kind.partition(",")[0]) == ("dynamic4", "heavy-tailed")
+
+
+@pytest.mark.parametrize("name", HALVES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameters_move_as_those_in_float32(name: str, kind: str) -> None:
+    """By steps far below what separates two values, those of either sign and in the mean."""
+    n, steps, lr = 20 * 256, 100, 2.0**-14
+    sign = np.where(np.arange(n) // 2 % 2, -1.0, 1.0)
+    start = sign * np.random.default_rng(5).uniform(1.0, 2.0, n)
+    p = start.astype(name)
+    opt = fo.Optimizer(p, fo.SGD(lr=lr), rounding="stochastic", seed=4)
+    exact = p.astype(np.float64)
+    for t in range(steps):
+        g = gradients(kind, t, n).clip(-200, 200)
+        opt.step(g)
+        exact -= lr * g.astype(np.float64)
+    off = p.astype(np.float64) - exact
+    for chosen in (start > 0, start < 0):
+        error = off[chosen].std() / chosen.sum() ** 0.5
+        assert abs(off[chosen].mean()) < 6 * error + 1e-5
 
 
 @names
@@ -167,11 +250,10 @@ def _run(rule: fo.Rule, sign: int, **options: Any) -> tuple[Array, dict[str, Arr
         curvature = abs(g) if rule.takes_hessian else None
         opt.step(g, hessian=curvature)
     states = opt.state["params"]
-    values = {k: s if isinstance(s, np.ndarray) else s.dequantize() for k, s in states.items()}
-    return p, values
+    return p, {k: values_of(s) for k, s in states.items()}
 
 
-@names
+@every_name
 @ROUNDINGS
 @pytest.mark.parametrize("rule", ELEMENTWISE)
 def test_negated_gradients_negate_states_and_steps(rule: str, name: str, rounding: str) -> None:

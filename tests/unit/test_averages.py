@@ -84,12 +84,12 @@ def test_the_exchange_is_exact(dtype: Any) -> None:
 
 @pytest.mark.parametrize("backend", ["native", "numba", "reference"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("ema", [0.5, 0.99, 0.9999, 0.99999])
+@pytest.mark.parametrize("ema", [0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999])
 def test_an_average_of_what_does_not_move_stays(backend: str, dtype: Any, ema: float) -> None:
-    p = np.random.default_rng(0).uniform(-2, 2, 300).astype(dtype)
+    p = np.random.default_rng(0).standard_normal(5000).astype(dtype)
     opt = fo.Optimizer(p, fo.SGD(lr=0.0), ema=ema, backend=backend)
     for _ in range(50):
-        opt.step(np.ones(300, dtype))
+        opt.step(np.ones(5000, dtype))
     average = opt.state["params"]["average"]
     assert average.tobytes() == p.astype(average.dtype).tobytes()
 

@@ -238,6 +238,7 @@ def test_rules(name: str) -> None:
         ({"clip_value": -1.0}, ValueError, r"clip_value: expected a number > 0"),
         ({"clip_value": 1.0, "clip_norm": 1.0}, ValueError, r"give one of them"),
         ({"ema": 1.5}, ValueError, r"ema: expected a number in \[0, 1\]"),
+        ({"ema": 10**400}, ValueError, r"ema: expected a number in \[0, 1\]"),
         ({"ema": "0.9"}, TypeError, r"ema"),
         ({"stats": 1}, TypeError, r"stats"),
         ({"skip_nonfinite": None}, TypeError, r"skip_nonfinite"),

@@ -308,6 +308,7 @@ def test_independent_decay_has_the_shape_alone(schedule: Schedule, closed: Any) 
         (lambda: Constant(math.nan), r"Constant\(base\)"),
         (lambda: Constant(0.1, warmup=-1), r"Constant\(warmup\): expected a number >= 0"),
         (lambda: Linear(0.1, 0), r"Linear\(steps\): expected an integer >= 1, got 0"),
+        (lambda: Linear(0.1, 10**400), r"Linear\(steps\): .* that float64 can hold"),
         (lambda: Linear(0.1, 9, warmup=9), r"Linear\(warmup\): expected less than steps=9, got 9"),
         (lambda: Cosine(0.1, 9, final=1.0), r"Cosine\(final\): expected a number in \[0, 1\)"),
         (lambda: Polynomial(0.1, 9, power=-1), r"Polynomial\(power\)"),

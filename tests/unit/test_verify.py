@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -168,8 +169,13 @@ def test_infinities_and_nans_must_be_met() -> None:
         worst = compare("x", Stored.plain(np.array(got, np.float32)), reference)
         assert worst is not None
         assert (worst.share <= 1) is fine
-    # What is beyond float32 overflows there.
-    assert Bounded(np.array([1e39]), 0.0, F32).value[0] == np.inf
+    # What is beyond float32 overflows there; what a folded constant may move over the edge may.
+    assert Bounded(np.array([1e42]), 0.0, F32).value[0] == np.inf
+    edge = Bounded(np.array([1e39]), 0.0, F32)
+    for any_value in (np.inf, np.nan, 3e38, 0.0):
+        worst = compare("x", Stored.plain(np.array([any_value], np.float32)), edge)
+        assert worst is not None
+        assert worst.share == 0
     empty = Stored.plain(np.empty(0, np.float32))
     assert compare("x", empty, Bounded(np.empty(0), 0.0, F32)) is None
 
@@ -183,12 +189,50 @@ def test_a_wrong_decay_is_seen(decay: Any, monkeypatch: pytest.MonkeyPatch) -> N
     assert one_step(rule, lambda after: None) > 1
 
 
-@pytest.mark.parametrize("name", ELEMENTWISE)
-def test_squares_that_overflow_do_so_in_the_reference_too(name: str) -> None:
+MAGNITUDES = [1e-46, 1e-43, 1e-40, 1e-37, 1e-30, 1e-21, 1e-19, 1e-9, 1.0, 1e18, 1e19, 1e20, 1e38]
+
+
+@pytest.mark.parametrize("lr", [1e-9, pytest.param(3.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", fo.RULES)
+def test_right_steps_of_every_magnitude_are_accepted(name: str, lr: float) -> None:
+    """From denormal gradients to those whose squares overflow."""
     rng = np.random.default_rng(0)
-    g = (rng.standard_normal(1200) * 1e19).astype(np.float32)
-    for rule in variants(fo.RULES[name]):
-        # A variance about the mean is infinity less infinity there, in one order or the other.
-        if not getattr(rule, "centered", False):
-            p = np.ones(1200, np.float32)
-            fo.Optimizer(p, rule, verify=True).step(g)
+    draws = [rng.standard_normal((4, 3)) for _ in range(3)]
+    every = [*variants(fo.RULES[name])]
+    for rule in every if lr > 1 else every[:: 1 + len(every) // len(fo.RULES[name].examples)]:
+        for magnitude in MAGNITUDES:
+            for dtype, start in ((np.float64, 0.0), (np.float32, 1.0)):
+                params = np.full((4, 3), start, np.float32)
+                opt = fo.Optimizer(params, replace(rule, lr=lr), verify=True)
+                for draw in draws:
+                    with np.errstate(over="ignore", under="ignore"):
+                        g = (magnitude * draw).astype(dtype)
+                    try:
+                        opt.step(g, hessian=g if rule.takes_hessian else None)
+                    except ValueError as error:  # a rate that only denormal gradients make
+                        refused = str(error)
+                    else:
+                        continue
+                    assert rule.program.measures
+                    assert magnitude < 1e-36
+                    assert "is not finite in float32" in refused
+                    break
+
+
+@pytest.mark.parametrize("magnitude", [1e-15, 1e-9, 1.0, 1e9, 1e15])
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_wrong_steps_of_every_magnitude_are_refused(name: str, magnitude: float) -> None:
+    rule = fo.RULES[name](lr=0.1, weight_decay=0.0)
+    rng = np.random.default_rng(1)
+    g = (magnitude * rng.standard_normal(40)).astype(np.float32)
+    p = np.zeros(40, np.float32)
+    states = rule.init(p)
+    for step in (1, 2, 3):
+        before = [a.copy() for a in (p, *states)]
+        fo.update(rule, step, p, g, *states)
+    after = [Stored.plain(a) for a in (p, *states)]
+    assert max(w.share for w in judge(rule, before, after, g, None, t=3, lr=0.1)) <= 1
+    k = int(np.argmax(np.abs(p - before[0])))
+    p[k] += np.float32(0.001) * (p[k] - before[0][k])
+    wrong, *_ = judge(rule, before, after, g, None, t=3, lr=0.1)
+    assert wrong.share > 1

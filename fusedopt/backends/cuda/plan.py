@@ -20,7 +20,7 @@ from ...arrays.trees import Fixed, opened
 from ...plan.extras import Extras
 from ...plan.interface import ExclusiveUse
 from ...plan.spec import PlanSpec
-from ...programs.program import Operation, Program
+from ...programs.program import Operation, Program, narrowed
 from ...rules.groups import Group, only_numbers_differ
 from ...system.interrupts import deferred
 from .arrays import DeviceArray, Producer
@@ -458,7 +458,11 @@ class CudaPlan(ExclusiveUse):
             # A clipper's kernel applies the factor, which it alone knows.
             factor = 1.0 if clipper else float(spec.factors[group])
             t = int(spec.counters[leaf + 1]) + 1
-            values = [x for op in operations for x in program.scalars(op, t, lr, factor)]
+            values: list[float] = []
+            for op in operations:
+                values += narrowed(
+                    program.scalars(op, t, lr, factor), launch.dtype, op, t, lr
+                ).tolist()
             more = [clipper.factor(group, launch.dtype)] if clipper else []
             prepared.append((launch, values, more + [t - 1] * launch.random))
         return prepared

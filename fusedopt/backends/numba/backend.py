@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from ...jit.operations import tile_function
 from ...plan.extras import Extras
 from ...plan.interface import ExclusiveUse, Plan
 from ...plan.spec import HALFWAY, INPUTS, PlanSpec
-from ...programs.program import Program
+from ...programs.program import Program, narrowed
 from ...rules.groups import Group
 from ..matrices import Matrices
 
@@ -246,7 +247,7 @@ class NumbaPlan(ExclusiveUse):
                 program, lr = self._programs[g], float(spec.rates[g])
                 factor = float(spec.factors[g])
                 shared[kind] = [
-                    np.array(program.scalars(op, t, lr, factor), np.float64).astype(dtype)
+                    narrowed(program.scalars(op, t, lr, factor), dtype, op, t, lr)
                     for op in program.operations
                 ]
             folded[k] = shared[kind]
@@ -258,10 +259,14 @@ class NumbaPlan(ExclusiveUse):
         program = self._programs[g]
         first = 3 + len(program.told)
         sums = tuple(spec.results[k, first : first + program.measures].tolist())
-        found = program.measured(self._next(k), float(spec.rates[g]), sums)
+        t, lr = self._next(k), float(spec.rates[g])
+        found = program.measured(t, lr, sums)
         given = zip(program.operations, scalars, strict=True)
+        finite = all(map(isfinite, sums))  # else what they give is not, as the elements are not
         return [
-            np.append(own[: -op.measured], found).astype(own.dtype) if op.measured else own
+            narrowed([*own[: -op.measured], *found], own.dtype, op, t, lr, finite)
+            if op.measured
+            else own
             for op, own in given
         ]
 
