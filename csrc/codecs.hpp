@@ -40,6 +40,18 @@ constexpr double NORMAL = 1.17549435082228751e-38;  // the smallest normal float
 constexpr double FINITE = 3.40282346638528860e+38;  // the largest
 constexpr std::uint32_t SIGN = 0x80000000u, INFINITE = 0x7f800000u, NOT_A_NUMBER = 0x7fc00000u;
 
+// States below the smallest normal number are stored as zero: a state that decays through the
+// denormals would make every later step several times slower.
+inline double normal_or_zero(double x) {
+  const double magnitude = x < 0.0 ? -x : x;
+  return magnitude < 2.22507385850720138e-308 ? 0.0 : x;
+}
+// With exponent bits it is normal: one test of bits, where a comparison would need the magnitude.
+inline float normal_or_zero(float x) {
+  const std::uint32_t bits = bits_of(x);
+  return float_of(bits & INFINITE ? bits : 0);
+}
+
 // ---------------------------------------------------------------- elements that stand alone
 
 template <class S>

@@ -87,6 +87,49 @@ void run_tiles(const Leaf& leaf, const Span& span, Lanes* lanes) {
   }
 }
 
+// A rule's loop over a leaf's arrays as they are stored; null where the program is more than a
+// rule, or has no loop for these formats. copy: of the parameter, or null.
+TileFunction direct(const Leaf& leaf, const Operand*& copy) {
+  const Step& step = leaf.steps[0];
+  if (leaf.step_count != 1 || !step.direct) return nullptr;
+  const auto own = [&](int k) -> const Operand& { return leaf.operands[step.operands[k]]; };
+  std::uint32_t rest = leaf.used;
+  for (int k = 0; k < step.operand_count; ++k) rest &= ~(1u << step.operands[k]);
+  copy = nullptr;
+  for (int k = 0; k < leaf.operand_count; ++k) {
+    if (!(rest >> k & 1)) continue;
+    if (copy || leaf.operands[k].source != step.operands[0]) return nullptr;
+    copy = &leaf.operands[k];
+  }
+  const auto has = [](const Operand& operand, const Conversion& format) {
+    return operand.decode == format.decode && operand.encode == format.encode;
+  };
+  for (int c = 0; c < COMBINATIONS; ++c) {
+    const Combination& formats = step.combinations[c];
+    bool fits = step.direct[c] && has(own(0), formats.parameter) &&
+                has(own(1), {formats.gradient, nullptr}) &&
+                (copy ? copy->encode : nullptr) == formats.copy;
+    for (int k = 2; k < step.operand_count; ++k) fits = fits && has(own(k), formats.state);
+    if (fits) return step.direct[c];
+  }
+  return nullptr;
+}
+
+// Whole chunks; returns where they end.
+std::size_t run_direct(const Leaf& leaf, const Span& span, TileFunction run, const Operand* copy) {
+  const Step& step = leaf.steps[0];
+  const std::size_t n = (span.to - span.from) / CHUNK * CHUNK;
+  void* operands[MAX_OPERANDS + 2] = {};
+  for (int k = 0; k < step.operand_count; ++k)
+    operands[k] = element(leaf.operands[step.operands[k]], span.from, span);
+  void** const last = operands + step.operand_count;
+  const Operand& parameter = leaf.operands[step.operands[0]];
+  if (parameter.aux) last[0] = beside(parameter, span.from);
+  if (copy) last[1] = element(*copy, span.from, span);
+  if (n) run(operands, step.scalars, n);
+  return span.from + n;
+}
+
 void run_span(const Leaf& leaf, const Span& span, Lanes* lanes) {
   void* data[MAX_OPERANDS];
   bool in_place = leaf.step_count == 1;
@@ -100,8 +143,10 @@ void run_span(const Leaf& leaf, const Span& span, Lanes* lanes) {
   }
   // With nothing to decode or encode and nothing to keep in cache between operations, a tile may be
   // long.
-  if (in_place)
-    run_step(leaf.steps[0], data, span.to - span.from);
+  if (in_place) return run_step(leaf.steps[0], data, span.to - span.from);
+  const Operand* copy = nullptr;
+  if (const TileFunction run = direct(leaf, copy))
+    run_tiles(leaf, {run_direct(leaf, span, run, copy), span.to, span.ahead}, lanes);
   else
     run_tiles(leaf, span, lanes);
 }

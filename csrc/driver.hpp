@@ -53,6 +53,8 @@ struct Step {
   const void* scalars = nullptr;
   const std::uint8_t* operands = nullptr;
   int operand_count = 0;
+  const TileFunction* direct = nullptr;  // of each combination of formats; null: of none
+  const Combination* combinations = nullptr;
 };
 
 // Rows of a leaf that alone are touched, in ascending order: rows[k] has row from[k] of the inputs.

@@ -88,9 +88,13 @@ int Program::adopt(const std::string& name, int mode, int operands, const Outsid
     throw py::value_error("operation '" + name + "' cannot be used so");
   foreign.emplace_back(name, Operation{});
   auto& [kept, operation] = foreign.back();
-  operation = {
-      kept.c_str(), operands, measures ? MEASURE : RULE, measures ? measures : operands - 2,
-      scalars,      {}};
+  operation = {kept.c_str(),
+               operands,
+               measures ? MEASURE : RULE,
+               measures ? measures : operands - 2,
+               scalars,
+               {},
+               {}};
   for (int compute = 0; compute < COMPUTE_TYPES; ++compute)
     operation.compute[compute].mode[mode] =
         reinterpret_cast<TileFunction>(addresses[static_cast<std::size_t>(compute)]);
@@ -191,7 +195,9 @@ Phase append_phase(const Program& program, int phase, int compute, const Scalars
     const Operation& operation = program.operation(op.index);
     if (op.phase == phase && (op.input < 0 || operands[op.input].data)) {
       steps.push_back({operation.compute[compute].mode[op.mode], scalars.at(first),
-                       op.operands.data(), static_cast<int>(op.operands.size())});
+                       op.operands.data(), static_cast<int>(op.operands.size()),
+                       compute == F32 ? operation.direct.mode[op.mode] : nullptr,
+                       level().table->combinations});
       ++result.count;
       result.used |= op.used;
       result.written |= op.written;

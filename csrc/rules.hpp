@@ -423,6 +423,10 @@ using Rules = List<SGD, Momentum, Nesterov, AdaGrad, RMSProp, CenteredRMSProp, B
 
 using Measured = List<LARS, LAMB>;
 
+// Those with loops over arrays as they are stored (direct.hpp): for all rules these would take half
+// as long to compile again as everything else does.
+using DirectRules = List<SGD, Momentum, Nesterov, Adam, Lion>;
+
 // Operations that are no rule, on a target and a source. `state`: the target is stored as states
 // are, without denormals; `filter`: the target is the gradient that the rule will see, and the
 // first scalar the factor on it.

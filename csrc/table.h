@@ -44,6 +44,17 @@ struct Functions {
   TileFunction mode[MODES];
 };
 
+// A rule's loop over arrays as they are stored, in one combination of formats. Operands: the
+// parameter, the gradient, the states, what is stored beside the parameter, a copy of it; null for
+// the last two where the combination has none. n: a multiple of CHUNK.
+constexpr int COMBINATIONS = 4;
+constexpr std::size_t CHUNK = 32;
+static_assert(TILE % CHUNK == 0, "only the last tile of a leaf ends within a chunk");
+
+struct DirectFunctions {
+  TileFunction mode[MODES][COMBINATIONS];  // null where there is none
+};
+
 enum Kind : std::uint8_t {
   RULE,     // the loop writes the parameter as its mode says, and the first `written` states
   FILTER,   // of the gradient, which it takes over from the rule: writes its first operand
@@ -60,12 +71,26 @@ struct Operation {
                 // how many sums it adds to
   int scalars;
   Functions compute[COMPUTE_TYPES];
+  DirectFunctions direct;  // computed in float32
 };
 
 // One tile of n elements, from stored to compute type and back. aux: what is stored beside the
 // elements (scales, low halves, compensation). key: for random bits.
 using Decode = void (*)(const void* data, const void* aux, void* tile, std::size_t n);
 using Encode = void (*)(const void* tile, void* data, void* aux, std::size_t n, std::uint64_t key);
+
+// The conversions of an array's format; null for the compute type.
+struct Conversion {
+  Decode decode;
+  Encode encode;
+};
+
+// Formats of a rule's operands; copy: of a copy of the parameter, null where there is none.
+struct Combination {
+  Conversion parameter, state;
+  Decode gradient;
+  Encode copy;
+};
 
 // A format in which arrays are stored.
 struct Codec {
@@ -98,6 +123,7 @@ struct Table {
   int codec_count;
   Orthogonalize orthogonalize[COMPUTE_TYPES];
   std::size_t (*orthogonalize_space)(std::size_t rows, std::size_t columns);  // elements
+  const Combination* combinations;  // COMBINATIONS of them
 };
 
 }  // namespace fusedopt

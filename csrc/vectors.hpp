@@ -39,27 +39,51 @@ struct Vectors {
   static constexpr std::size_t decoded = 0, encoded = 0;
 };
 
+// `nearest` in two halves. `odd` answers whether a vector holds such an element; of a state, which
+// is stored without denormals and with no sign of what became zero, also whether it holds one that
+// `store` would not store so.
+template <class Own>
+struct Halved {
+  template <class... Stored>
+  static bool nearest(const float* from, Stored*... to) {
+    if (Own::template odd<false>(from)) return false;
+    Own::store(from, to...);
+    return true;
+  }
+};
+
 #if defined(FUSEDOPT_AVX512)
 
 // The classes that `_mm512_fpclass_ps_mask` tells apart.
-enum : int { NANS = 0x81, ZEROS = 0x06, INFINITIES = 0x18, DENORMALS = 0x20 };
+enum : int { NANS = 0x81, NEGATIVE_ZERO = 0x04, INFINITIES = 0x18, DENORMALS = 0x20 };
+
+// Whether any of 32 elements is in these classes, or in two more that no state may be in.
+template <bool state, int classes>
+inline unsigned in_classes(const float* from) {
+  constexpr int all = classes | (state ? NEGATIVE_ZERO | DENORMALS : 0);
+  return _mm512_fpclass_ps_mask(_mm512_loadu_ps(from), all) |
+         _mm512_fpclass_ps_mask(_mm512_loadu_ps(from + 16), all);
+}
 
 // NaN has one code here, with its sign.
 template <>
-struct Vectors<Float16> {
+struct Vectors<Float16> : Halved<Vectors<Float16>> {
   static constexpr std::size_t decoded = 32, encoded = 32;
   static void decode(const std::uint16_t* from, float* to) {
     _mm512_storeu_ps(to, _mm512_cvtph_ps(sixteen(from)));
     _mm512_storeu_ps(to + 16, _mm512_cvtph_ps(sixteen(from + 16)));
   }
-  static bool nearest(const float* from, std::uint16_t* to) {
-    const __m512 a = _mm512_loadu_ps(from), b = _mm512_loadu_ps(from + 16);
-    if (_mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q)) return false;
+  template <bool state>
+  static unsigned odd(const float* from) {
+    if constexpr (state) return in_classes<state, NANS>(from);
+    return _mm512_cmp_ps_mask(_mm512_loadu_ps(from), _mm512_loadu_ps(from + 16), _CMP_UNORD_Q);
+  }
+  static void store(const float* from, std::uint16_t* to) {
     constexpr int rounding = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
     void* const target = to;
-    _mm256_storeu_si256(static_cast<__m256i*>(target), _mm512_cvtps_ph(a, rounding));
-    _mm256_storeu_si256(static_cast<__m256i*>(target) + 1, _mm512_cvtps_ph(b, rounding));
-    return true;
+    for (int k = 0; k < 2; ++k)
+      _mm256_storeu_si256(static_cast<__m256i*>(target) + k,
+                          _mm512_cvtps_ph(_mm512_loadu_ps(from + 16 * k), rounding));
   }
 
  private:
@@ -72,34 +96,53 @@ struct Vectors<Float16> {
 #elif defined(FUSEDOPT_F16C)
 
 template <>
-struct Vectors<Float16> {
+struct Vectors<Float16> : Halved<Vectors<Float16>> {
   static constexpr std::size_t decoded = 8, encoded = 8;
   static void decode(const std::uint16_t* from, float* to) {
     const void* const source = from;
     _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(source))));
   }
-  static bool nearest(const float* from, std::uint16_t* to) {
+  template <bool state>
+  static unsigned odd(const float* from) {
     const __m256 x = _mm256_loadu_ps(from);
-    if (_mm256_movemask_ps(_mm256_cmp_ps(x, x, _CMP_UNORD_Q))) return false;
+    __m256 found = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
+    if constexpr (state) {
+      const __m256i bits = _mm256_castps_si256(x), none = _mm256_setzero_si256();
+      const __m256i exponent = _mm256_and_si256(bits, _mm256_set1_epi32(0x7f800000));
+      const __m256i small = _mm256_cmpeq_epi32(exponent, none);
+      const __m256i other = _mm256_andnot_si256(_mm256_cmpeq_epi32(bits, none), small);
+      found = _mm256_or_ps(found, _mm256_castsi256_ps(other));
+    }
+    return static_cast<unsigned>(_mm256_movemask_ps(found));
+  }
+  static void store(const float* from, std::uint16_t* to) {
     void* const target = to;
-    _mm_storeu_si128(static_cast<__m128i*>(target), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
-    return true;
+    _mm_storeu_si128(static_cast<__m128i*>(target),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT));
   }
 };
 
 #elif defined(FUSEDOPT_NEON)
 
 template <>
-struct Vectors<Float16> {
+struct Vectors<Float16> : Halved<Vectors<Float16>> {
   static constexpr std::size_t decoded = 4, encoded = 4;
   static void decode(const std::uint16_t* from, float* to) {
     vst1q_f32(to, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from))));
   }
-  static bool nearest(const float* from, std::uint16_t* to) {
+  template <bool state>
+  static unsigned odd(const float* from) {
     const float32x4_t x = vld1q_f32(from);
-    if (!vminvq_u32(vceqq_f32(x, x))) return false;
-    vst1_u16(to, vreinterpret_u16_f16(vcvt_f16_f32(x)));
-    return true;
+    uint32x4_t found = vmvnq_u32(vceqq_f32(x, x));
+    if constexpr (state) {
+      const uint32x4_t bits = vreinterpretq_u32_f32(x);
+      const uint32x4_t normal = vtstq_u32(bits, vdupq_n_u32(0x7f800000));
+      found = vorrq_u32(found, vbicq_u32(vtstq_u32(bits, bits), normal));
+    }
+    return vmaxvq_u32(found);
+  }
+  static void store(const float* from, std::uint16_t* to) {
+    vst1_u16(to, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(from))));
   }
 };
 
@@ -117,16 +160,18 @@ inline __m512i halves(__m512i first, __m512i second, bool upper) {
 }
 
 template <>
-struct Vectors<Split16> {
+struct Vectors<Split16> : Halved<Vectors<Split16>> {
   static constexpr std::size_t decoded = 0, encoded = 32;
-  static bool nearest(const float* from, std::uint16_t* high, std::uint16_t* low) {
-    const __m512 a = _mm512_loadu_ps(from), b = _mm512_loadu_ps(from + 16);
-    if (_mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q)) return false;
-    const __m512i x = _mm512_castps_si512(a), y = _mm512_castps_si512(b);
+  template <bool state>
+  static unsigned odd(const float* from) {
+    if constexpr (state) return in_classes<state, NANS>(from);
+    return _mm512_cmp_ps_mask(_mm512_loadu_ps(from), _mm512_loadu_ps(from + 16), _CMP_UNORD_Q);
+  }
+  static void store(const float* from, std::uint16_t* high, std::uint16_t* low) {
+    const __m512i x = _mm512_loadu_si512(from), y = _mm512_loadu_si512(from + 16);
     const __m512i half = _mm512_set1_epi32(0x8000);
     _mm512_storeu_si512(high, halves(_mm512_add_epi32(x, half), _mm512_add_epi32(y, half), true));
     _mm512_storeu_si512(low, halves(x, y, false));
-    return true;
   }
 };
 
@@ -153,16 +198,22 @@ struct Vectors<Stochastic<BFloat16>> {
 
 // The instruction takes denormals for zeros, and keeps some bits of a NaN.
 template <>
-struct Vectors<BFloat16> {
-  static constexpr std::size_t decoded = 0, encoded = 32;
-  static bool nearest(const float* from, std::uint16_t* to) {
-    const __m512 a = _mm512_loadu_ps(from), b = _mm512_loadu_ps(from + 16);
-    const __mmask16 odd =
-        _mm512_fpclass_ps_mask(a, NANS | DENORMALS) | _mm512_fpclass_ps_mask(b, NANS | DENORMALS);
-    if (odd) return false;
-    const __m512bh rounded = _mm512_cvtne2ps_pbh(b, a);
+struct Vectors<BFloat16> : Halved<Vectors<BFloat16>> {
+  static constexpr std::size_t decoded = 32, encoded = 32;
+  static void decode(const std::uint16_t* from, float* to) {
+    const void* const source = from;
+    for (int k = 0; k < 2; ++k) {
+      const __m256i codes = _mm256_loadu_si256(static_cast<const __m256i*>(source) + k);
+      _mm512_storeu_si512(to + 16 * k, _mm512_slli_epi32(_mm512_cvtepu16_epi32(codes), 16));
+    }
+  }
+  template <bool state>
+  static unsigned odd(const float* from) {
+    return in_classes<state, NANS | DENORMALS>(from);
+  }
+  static void store(const float* from, std::uint16_t* to) {
+    const __m512bh rounded = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from));
     std::memcpy(to, &rounded, sizeof rounded);
-    return true;
   }
 };
 

@@ -58,9 +58,9 @@ MUTANTS = {
     ),
     "no maximum": Mutant("rules.hpp", "x = maximum(x, k * v);", "x = k * v;", "adam"),
     "no clipping from below": Mutant("rules.hpp", "(x < -limit ? -limit : x)", "x", "sophia"),
-    "the factor forgotten": Mutant("kernels.cpp", "factor * g[i]", "g[i]", "momentum"),
+    "the factor forgotten": Mutant("kernels.cpp", "factor * g :", "g :", "momentum"),
     "denormal states": Mutant(
-        "kernels.cpp", "return float_of(bits & INFINITE ? bits : 0);", "return x;",
+        "codecs.hpp", "return float_of(bits & INFINITE ? bits : 0);", "return x;",
         "-k denormal or decay_to_zero",
     ),
     "a tail left out": Mutant(
