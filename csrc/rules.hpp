@@ -413,15 +413,122 @@ struct LAMB {
   }
 };
 
+// 1 where both have one sign, else 0.
+template <class T>
+inline T agree(T x, T g) {
+  return (x > T(0) && g > T(0)) || (x < T(0) && g < T(0)) ? T(1) : T(0);
+}
+
+// Where the gradient agrees with the step, and NaN where that is; rate: over the share of those.
+template <class T>
+inline T cautious(T step, T direction, T g) {
+  return agree(direction, g) > T(0) ? step : step - step;
+}
+
+template <class T>
+struct CautiousAdamW {
+  static constexpr const char *name = "cautiousadamw", *measure_name = "cautiousadamw_measure";
+  static constexpr int states = 2, sums = 2, measured = 1;
+  T b1, one_b1, b2, one_b2, step, eps_root, eps, rate;
+  void measure(T* sums, T, T g, T m, T) const {
+    sums[0] = agree(b1 * m + one_b1 * g, g);
+    sums[1] = T(1);
+  }
+  T operator()(T, T g, T& m, T& v) const {
+    m = b1 * m + one_b1 * g;
+    v = b2 * v + one_b2 * (g * g);
+    return cautious(rate * ratio(step * m, root(v + eps_root) + eps), m, g);
+  }
+};
+
+template <class T>
+struct CautiousLion {
+  static constexpr const char *name = "cautiouslion", *measure_name = "cautiouslion_measure";
+  static constexpr int states = 1, sums = 2, measured = 1;
+  T b1, one_b1, b2, one_b2, rate;
+  void measure(T* sums, T, T g, T m) const {
+    sums[0] = agree(b1 * m + one_b1 * g, g);
+    sums[1] = T(1);
+  }
+  T operator()(T, T g, T& m) const {
+    const T c = b1 * m + one_b1 * g;
+    m = b2 * m + one_b2 * g;
+    return cautious(signed_like(rate, c), c, g);
+  }
+};
+
+// rate: the learning rate times the root mean square of the leaf.
+template <class T>
+struct Tiger {
+  static constexpr const char *name = "tiger", *measure_name = "tiger_measure";
+  static constexpr int states = 1, sums = 2, measured = 1;
+  T beta, one_beta, decay, rate;
+  void measure(T* sums, T p, T, T) const {
+    sums[0] = p * p;
+    sums[1] = T(1);
+  }
+  T operator()(T p, T g, T& m) const {
+    m = beta * m + one_beta * g;
+    return signed_like(rate, m) + rate * (decay * p);
+  }
+};
+
+// k: 1 over the norm of the corrected gradient of the leaf where that is above 1.
+template <class T>
+struct MARS {
+  static constexpr const char *name = "mars", *measure_name = "mars_measure";
+  static constexpr int states = 3, sums = 1, measured = 1;
+  T b1, one_b1, b2, one_b2, gain, step, eps, k;
+  void measure(T* sums, T, T g, T, T, T prev) const {
+    const T c = g + gain * (g - prev);
+    sums[0] = c * c;
+  }
+  T operator()(T, T g, T& m, T& v, T& prev) const {
+    const T c = k * (g + gain * (g - prev));
+    m = b1 * m + one_b1 * c;
+    v = b2 * v + one_b2 * (c * c);
+    prev = g;
+    return ratio(step * m, root(v) + eps);
+  }
+};
+
+// d is z - y, where y is the parameter; c: the share of z in the new average, k = 1 - c.
+template <class T>
+struct ScheduleFreeSGD {
+  static constexpr const char* name = "schedulefreesgd";
+  static constexpr int states = 1;
+  T a, c, k, b;
+  T operator()(T, T u, T& d) const {
+    const T delta = a * u - c * d;
+    d = k * d - b * u;
+    return delta;
+  }
+};
+
+template <class T>
+struct ScheduleFreeAdamW {
+  static constexpr const char* name = "schedulefreeadamw";
+  static constexpr int states = 2;
+  T a, c, k, b, b2, one_b2, scale, eps, decay;
+  T operator()(T p, T g, T& d, T& v) const {
+    v = b2 * v + one_b2 * (g * g);
+    const T u = ratio(scale * g, root(v) + eps) + decay * p;
+    const T delta = a * u - c * d;
+    d = k * d - b * u;
+    return delta;
+  }
+};
+
 template <template <class> class...>
 struct List {};
 
 using Rules = List<SGD, Momentum, Nesterov, AdaGrad, RMSProp, CenteredRMSProp, BufferedRMSProp,
                    BufferedCenteredRMSProp, Adam, NesterovAdam, AMSGrad, AdaMax, Adadelta, RAdam,
                    Rprop, AdaBelief, ADOPT, AdEMAMix, Grams, LaProp, Adan, Lion, Sophia,
-                   PaperSophia, Muon, LARS, LAMB>;
+                   PaperSophia, Muon, LARS, LAMB, CautiousAdamW, CautiousLion, Tiger, MARS,
+                   ScheduleFreeSGD, ScheduleFreeAdamW>;
 
-using Measured = List<LARS, LAMB>;
+using Measured = List<LARS, LAMB, CautiousAdamW, CautiousLion, Tiger, MARS>;
 
 // Those with loops over arrays as they are stored (direct.hpp): for all rules these would take half
 // as long to compile again as everything else does.

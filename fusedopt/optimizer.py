@@ -315,15 +315,15 @@ class Optimizer(Persistent):
         """
         return exchange.lookahead(self._assembly)
 
-    def averaged(self) -> Averaged:
-        """Return the averages of `ema`.
+    def averaged(self) -> Exchange:
+        """Return the averages of `ema`, or those that Schedule-Free rules make by themselves.
 
         Returns
         -------
-        Averaged
-            `averaged().params` has the averages, nested like the parameters. As a context,
-            `with opt.averaged():`, it puts them in the place of the parameters, rounded to their
-            dtypes; on leaving, by an exception too, the exact bits of the parameters are restored.
+        context manager
+            `with opt.averaged():` puts the averages in the place of the parameters, rounded to
+            their dtypes; on leaving, by an exception too, the exact bits of the parameters are
+            restored. With `ema`, `averaged().params` has the averages, nested like the parameters.
 
         Raises
         ------
@@ -332,11 +332,18 @@ class Optimizer(Persistent):
         RuntimeError
             On entering the context inside of another one.
         """
-        if self._assembly.options.ema is None:
-            raise ValueError("averaged(): there are no averages; make the optimizer with ema=0.999")
-        self._assembly.check_owner()
-        self._assembly.check_caught_up("averaged")
-        return Averaged(self._assembly, self.params)
+        assembly = self._assembly
+        with_ema = assembly.options.ema is not None
+        context = Averaged if with_ema else exchange.evaluated
+        averaged = context(assembly, self.params)
+        if averaged is None:
+            raise ValueError(
+                "averaged(): there are no averages; make the optimizer with ema=0.999, or take"
+                " ScheduleFreeAdamW"
+            )
+        assembly.check_owner()
+        assembly.check_caught_up("averaged")
+        return averaged
 
     def catch_up(self, rows: Mapping[str, np.ndarray] | None = None) -> None:
         """Replay the steps that rows missed because no gradient touched them.

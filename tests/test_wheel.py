@@ -49,6 +49,12 @@ DIGESTS: dict[str, str] = {
     "adan": "ad16bc2eb31de7f1",
     "lars": "8013a912cf867479",
     "lamb": "7a16fef9074ab2d5",
+    "cautiousadamw": "0214114cecd230d5",
+    "cautiouslion": "05b54e846f828b18",
+    "tiger": "17e08a4d64710941",
+    "mars": "adb3e39c6cb75e40",
+    "schedulefreeadamw": "4dc442cb9ad60f5d",
+    "schedulefreesgd": "a1c2763de1ceb715",
 }
 """The digest of each rule, over all ways; only matrix products may differ between machines."""
 

@@ -491,9 +491,11 @@ class ShardedOptimizer:
         return Exchanged(self._ranks, context, self._whole, self._gather_parameters)
 
     @_whole
-    def averaged(self) -> GatheredAverages:
+    def averaged(self) -> Exchanged:
         """The averages of `ema` on every rank, as `Optimizer.averaged`; here they are copies."""
-        self._local.averaged()  # which refuses it where there are none
+        context = self._local.averaged()  # which refuses it where there are none
+        if self._local.assembly.options.ema is None:
+            return Exchanged(self._ranks, context, self._whole, self._gather_parameters)
         averages, requests = [], []
         leaf_states = self._local.assembly.leaf_states
         for p, c, leaf_state in zip(self._whole, self._shares, leaf_states, strict=True):
@@ -512,7 +514,6 @@ class ShardedOptimizer:
                 with np.errstate(all="ignore"):
                     p[...] = average
 
-        context = self._local.averaged()
         return GatheredAverages(
             self._ranks, context, self._whole, move, self.params, self._tree.build(averages)
         )

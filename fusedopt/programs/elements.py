@@ -42,6 +42,11 @@ def signed_like(size: float, x: float) -> float:
     return size if x > 0 else (-size if x < 0 else x)
 
 
+def agree(x: float, g: float) -> float:
+    """1 where both have one sign, else 0, also where one is zero or NaN."""
+    return 1.0 if ((x > 0) & (g > 0)) | ((x < 0) & (g < 0)) else 0.0
+
+
 def clamp(x: float, limit: float) -> float:
     """x within [-limit, limit]; NaN stays NaN."""
     return limit if x > limit else (-limit if x < -limit else x)

@@ -27,6 +27,11 @@ from .laprop import LaProp as LaProp
 from .adan import Adan as Adan
 from .lars import LARS as LARS
 from .lamb import LAMB as LAMB
+from .cautious import CautiousAdamW as CautiousAdamW, CautiousLion as CautiousLion
+from .tiger import Tiger as Tiger
+from .mars import MARS as MARS
+from .schedule_free import ScheduleFreeAdamW as ScheduleFreeAdamW
+from .schedule_free import ScheduleFreeSGD as ScheduleFreeSGD
 from .muon import Muon as Muon
 from .normuon import NorMuon as NorMuon
 from .adamuon import AdaMuon as AdaMuon

@@ -269,16 +269,22 @@ class Rule:
         return {}
 
     @property
-    def ahead(self) -> Rule | None:
+    def ahead(self) -> tuple[Rule, str] | None:
         """The rule whose step moves p to where the gradient is wanted; None where that is p.
 
-        The velocity is the gradient of that step.
+        With it the name of the state that is the gradient of that step.
         """
+        return None
+
+    @property
+    def evaluated(self) -> tuple[Rule, str] | None:
+        """The same of where the parameters are to be evaluated."""
         return None
 
     def every_operation(self) -> tuple[Operation, ...]:
         """Return the operations of the step, and of whatever else the rule runs."""
-        return (*self.operations(), *(self.ahead.operations() if self.ahead else ()))
+        moves = [move[0] for move in (self.ahead, self.evaluated) if move]
+        return (*self.operations(), *[op for rule in moves for op in rule.operations()])
 
     def absorb(self, states: tuple[Array, ...], hessian: Array) -> tuple[Array, ...]:
         """The textbook form of what a step does with a Hessian estimate."""

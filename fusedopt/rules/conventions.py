@@ -299,6 +299,22 @@ CONVENTIONS: Mapping[str, Mapping[str, Convention]] = {
         "optax": Convention({"lr": REQUIRED, "betas": (0.9, 0.99), "weight_decay": 1e-3}),
         "keras": Convention({"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.0}),
     },
+    "schedulefreesgd": {
+        "optax": Convention(
+            {"lr": 1.0, "momentum": 0.9, "weight_decay": 0.0, "weight_lr_power": 2.0}
+        )
+    },
+    "schedulefreeadamw": {
+        "optax": Convention(
+            {
+                "lr": 2.5e-3,
+                "betas": (0.9, 0.999),
+                "eps": 1e-8,
+                "weight_decay": 0.0,
+                "weight_lr_power": 2.0,
+            }
+        )
+    },
     "signum": {"optax": Convention({"lr": REQUIRED, "momentum": 0.9})},
     "sophia": {
         "optax": Convention(

@@ -98,10 +98,12 @@ NonNegative = Annotated[Any, Number()]
 Fraction = Annotated[Any, Number(high=1.0)]
 Betas = Annotated[tuple[Any, Any], Numbers(2, Number(high=1.0))]
 ThreeBetas = Annotated[tuple[Any, Any, Any], Numbers(3, Number(high=1.0))]
+Power = Annotated[Any, Number(high=16.0)]  # which leaves products of step numbers finite
 Normal = Annotated[float, Number(low=2.0**-126)]  # which is not zero in float32 either
 Pair = Annotated[tuple[Any, Any], Numbers(2, Number())]
 QuinticSet = Annotated[str | Row | tuple[Row, ...], Quintics()]
 Count = Annotated[int, Number(low=1, integer=True)]
+Whole = Annotated[int, Number(integer=True)]
 LearningRate = Annotated[float | Schedule, Rate()]
 
 

@@ -9,7 +9,7 @@ from ..programs.arithmetic import Array
 from ..programs.elements import Element
 from ..programs.program import Operation
 from .base import Rule
-from .hyperparameters import Fraction, LearningRate
+from .hyperparameters import Fraction, LearningRate, NonNegative
 from .momentum import Momentum
 
 
@@ -90,8 +90,8 @@ class Nesterov(Rule):
         return Momentum.element if self.form == "lookahead" else nesterov
 
     @property
-    def ahead(self) -> Rule | None:
-        return LookAhead(momentum=self.momentum) if self.form == "lookahead" else None
+    def ahead(self) -> tuple[Rule, str] | None:
+        return (LookAhead(momentum=self.momentum), "v") if self.form == "lookahead" else None
 
     def textbook(
         self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float
@@ -107,11 +107,11 @@ class Nesterov(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class LookAhead(Rule):
-    """Moves p to p - mu v, where the gradient is wanted: v takes the gradient's place."""
+    """Moves p to p - mu v: v takes the gradient's place."""
 
     name = "lookahead"
 
-    momentum: Fraction = 0.9
+    momentum: NonNegative = 0.9
 
     def operations(self) -> tuple[Operation, ...]:
         scalars = (self.momentum,)

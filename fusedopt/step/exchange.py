@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..arrays.stored import AVERAGE, LeafState
 from ..plan.spec import fresh
+from ..rules.base import Rule
 from ..rules.groups import at_step
 from ..system.interrupts import Uninterrupted
 from .assembly import Assembly
@@ -86,17 +87,37 @@ class Averaged(Exchange):
 
 def lookahead(assembly: Assembly) -> Exchange:
     """Move parameters to where their rules want the gradient: see `Optimizer.lookahead`."""
-    groups = at_step(assembly.groups, int(assembly.counters[0]) + 1)
-    of_leaves = enumerate(groups[k].rule.ahead for k in assembly.group_of)
-    rules = {k: rule for k, rule in of_leaves if rule is not None}
-    if not rules:
+    moves = _moves(assembly, "ahead", int(assembly.counters[0]) + 1)
+    if not moves:
         raise ValueError("lookahead(): no leaf is updated by Nesterov(form='lookahead')")
+    return _moved(assembly, "lookahead", moves)
+
+
+def evaluated(assembly: Assembly, params: Any) -> Exchange | None:
+    """Move parameters to where their rules want them evaluated; None where no rule has a place."""
+    moves = _moves(assembly, "evaluated", max(int(assembly.counters[0]), 1))
+    return _moved(assembly, "averaged", moves, params) if moves else None
+
+
+def _moves(assembly: Assembly, where: str, step: int) -> dict[int, tuple[Rule, str]]:
+    groups = at_step(assembly.groups, step)
+    found = {k: getattr(groups[g].rule, where) for k, g in enumerate(assembly.group_of)}
+    return {k: move for k, move in found.items() if move is not None}
+
+
+def _moved(
+    assembly: Assembly, name: str, moves: Mapping[int, tuple[Rule, str]], value: Any = None
+) -> Exchange:
+    """moves: of each leaf the rule that moves it, and the state that it takes as gradient."""
 
     def move() -> None:
-        states = [assembly.leaf_states[k] for k in rules]
+        states = [assembly.leaf_states[k] for k in moves]
         moving = [LeafState(assembly.device.check_state("p", s.caller), {}) for s in states]
-        plan = assembly.backend.plan(fresh(list(rules.values()), moving, 1, 0.0))
-        if plan.step_leaves([s.states["v"].values for s in states], None) is None:
-            raise RuntimeError("the core refused the look-ahead; please report this")
+        plan = assembly.backend.plan(fresh([rule for rule, _ in moves.values()], moving, 1, 0.0))
+        given = [
+            s.states[state].values for s, (_, state) in zip(states, moves.values(), strict=True)
+        ]
+        if plan.step_leaves(given, None) is None:
+            raise RuntimeError(f"the core refused {name}(); please report this")
 
-    return Exchange(assembly, "lookahead", list(rules), move)
+    return Exchange(assembly, name, list(moves), move, value)

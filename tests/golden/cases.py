@@ -27,7 +27,12 @@ CLASSES = {
 FUNCTIONS = {
     "torch": CLASSES,
     "keras": {**CLASSES, "nadam": "Nadam"},
-    "optax": {"momentum": "sgd", "nesterov": "sgd"},
+    "optax": {
+        "momentum": "sgd",
+        "nesterov": "sgd",
+        "schedulefreesgd": "schedule_free_sgd",
+        "schedulefreeadamw": "schedule_free_adamw",
+    },
 }
 
 # fusedopt's name -> the library's, where they differ. Several names take a tuple apart; None
@@ -47,6 +52,7 @@ NAMES: dict[str, dict[str, str | tuple[str, ...] | None]] = {
         "ademamix.betas": ("b1", "b2", "b3"),
         "adan.betas": ("b1", "b2", "b3"),
         "signum.momentum": "beta",
+        "schedulefreesgd.momentum": "b1",
         "amsgrad": None,
         "trust": "trust_coefficient",
         "eps_inside": "eps",
@@ -257,6 +263,10 @@ CASES = [
     optax("lamb", lr=0.01),
     optax("lamb", "decay", lr=0.01, betas=(0.8, 0.95), eps=1e-4, weight_decay=0.3),
     optax("lamb", "eps-root", lr=0.01, eps_root=1e-6, schedule=True),
+    optax("schedulefreesgd", lr=0.1),
+    optax("schedulefreesgd", "decay", lr=0.5, momentum=0.7, weight_decay=0.3),
+    optax("schedulefreeadamw", lr=0.01),
+    optax("schedulefreeadamw", "decay", lr=0.02, betas=(0.8, 0.95), eps=1e-4, weight_decay=0.3),
     optax("lion", lr=0.01),
     optax("lion", "decay", lr=0.01, betas=(0.8, 0.95), weight_decay=0.3, schedule=True),
     optax("sophia", lr=0.01),

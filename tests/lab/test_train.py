@@ -146,6 +146,14 @@ def test_every_rule_has_a_learning_rate() -> None:
     assert all(peak_rate(name) > 0 for name in fo.RULES)
 
 
+def test_schedule_free_rules_take_no_schedule_and_warm_up() -> None:
+    (rule,) = recipe("schedulefreeadamw", 0.01, 100, 1).values()
+    assert rule == fo.ScheduleFreeAdamW(lr=0.01, warmup_steps=5)
+    for wrong in ({"schedule": "linear"}, {"ema": 0.9}):
+        with pytest.raises(ValueError, match="schedulefreeadamw averages by itself"):
+            TrainOptions(rule="schedulefreeadamw", **wrong)
+
+
 @pytest.mark.parametrize("steps", [1, 7, 40, 1000])
 def test_the_default_schedule(steps: int) -> None:
     schedule = SCHEDULES["cosine"](2.0, steps)

@@ -103,6 +103,8 @@ DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
     ("optax", "adan"): {"betas": (0.98, 0.92, 0.99), "eps": 1e-8, "eps_root": 1e-8},
     ("optax", "lars"): {"momentum": 0.9, "trust": 1e-3, "eps": 0.0, "nesterov": False, **L2},
     ("optax", "lamb"): {"betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.0, "decay": "scaled"},
+    ("optax", "schedulefreesgd"): {"momentum": 0.9, "r": 0.0, "weight_lr_power": 2.0},
+    ("optax", "schedulefreeadamw"): {"betas": (0.9, 0.999), "decay": "scaled"},
     ("optax", "lion"): {"betas": (0.9, 0.99), "weight_decay": 1e-3},
     ("optax", "sophia"): {
         "betas": (0.965, 0.99),
@@ -168,7 +170,10 @@ def test_an_unknown_library_is_refused_and_the_known_are_named() -> None:
         fo.Adam.like("jaxopt", lr=0.1)
 
 
-@pytest.mark.parametrize("name", [n for lib, n in DEFAULTS if lib == "optax"])
+ASKED = [n for lib, n in DEFAULTS if lib == "optax" and not n.startswith("schedulefree")]
+
+
+@pytest.mark.parametrize("name", ASKED)
 def test_optax_asks_for_the_learning_rate(name: str) -> None:
     with pytest.raises(ValueError, match="lr"):
         fo.RULES[name].like("optax")

@@ -60,7 +60,7 @@ class Lane:
         """Take the held-out loss, if the run has not failed."""
         if self.failed:
             return
-        with np.errstate(over="ignore", invalid="ignore"):
+        with self.setup.evaluated(), np.errstate(over="ignore", invalid="ignore"):
             loss = gpt.evaluate(self.setup.params, *self.setup.held_out, self.setup.config)
         if not math.isfinite(loss):
             self.failed = f"held-out loss not finite at step {self.steps}"

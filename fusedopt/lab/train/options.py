@@ -11,7 +11,7 @@ import fusedopt as fo
 
 from ...arrays.formats import BFLOAT16, FLOAT32
 from ...arrays.storage import Master, Rounding
-from .recipes import ESTIMATORS, HESSIAN_EVERY, SCHEDULES
+from .recipes import ESTIMATORS, HESSIAN_EVERY, SCHEDULES, replaces_schedule
 
 DTYPES = {"float32": FLOAT32, "bfloat16": BFLOAT16}
 
@@ -92,6 +92,11 @@ class TrainOptions:
         for name in ("estimator", "hessian_every"):
             if getattr(self, name) is not None and not self.takes_hessian:
                 raise ValueError(f"{name}: {self.rule} takes no curvature; leave it out")
+        for name, default in (("schedule", "cosine"), ("ema", None)):
+            if replaces_schedule(self.rule) and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name}: {self.rule} averages by itself, in place of a schedule; leave it out"
+                )
         if self.checkpoint_every is not None and self.checkpoint is None:
             raise ValueError("checkpoint_every: there is no file for it; give checkpoint too")
 

@@ -86,6 +86,11 @@ SCHEDULES: dict[str, Callable[[float, int], Schedule]] = {
 }
 
 
+def replaces_schedule(name: str) -> bool:
+    """Whether a rule takes no schedule of its learning rate."""
+    return hasattr(fo.RULES[name], "warmup_steps")
+
+
 def recipe(
     name: str,
     lr: float | None,
@@ -96,12 +101,16 @@ def recipe(
 ) -> dict[str, fo.Rule]:
     """Path pattern -> rule, for a run of `steps` updates of `tokens` tokens.
 
+    Schedule-Free rules warm up as the schedules do, and take none.
     lr: the peak learning rate; None takes `peak_rate`. schedule: a name in `SCHEDULES`.
     estimator: a name in `ESTIMATORS`, of Sophia. Rules for matrices, such as Muon, get those of the
     blocks; the embeddings, the head and all vectors then go to AdamW at its own rate of the table.
     """
-    shape = SCHEDULES[schedule]
-    rule = fo.RULES[name](lr=shape(peak_rate(name) if lr is None else lr, steps))
+    shape, peak = SCHEDULES[schedule], peak_rate(name) if lr is None else lr
+    make: Callable[..., fo.Rule] = fo.RULES[name]
+    if replaces_schedule(name):
+        return {"*": make(lr=peak, warmup_steps=steps // 20)}
+    rule = make(lr=shape(peak, steps))
     if isinstance(rule, fo.Sophia):
         rule = replace(rule, bs=tokens, **ESTIMATORS[estimator])
     if rule.program.matrices:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -88,6 +89,11 @@ class Setup:
             labels=labels,
             draws=draws,
         )
+
+    def evaluated(self) -> AbstractContextManager[Any]:
+        """Return a context in which the parameters are those that the rules want evaluated."""
+        averages = any(rule.evaluated for rule in self.rules.values())
+        return self.optimizer.averaged() if averages else nullcontext()
 
     def weights(self) -> gpt.Params:
         """The parameters as the model computes with them, in float32."""

@@ -107,7 +107,8 @@ def _evaluate(console: Console, setup: Setup, history: History) -> None:
     if history.held_out and history.held_out[-1][0] == step:
         return
     with timed(history.seconds, "evaluation"):
-        losses = [_held_out_loss(setup, step)]
+        with setup.evaluated():
+            losses = [_held_out_loss(setup, step)]
         if setup.options.ema is not None:
             with setup.optimizer.averaged():
                 losses.append(_held_out_loss(setup, step))
@@ -120,6 +121,7 @@ def _evaluate(console: Console, setup: Setup, history: History) -> None:
 
 
 def _held_out_loss(setup: Setup, step: int) -> float:
+    """Return the held-out loss of the parameters as they are."""
     with np.errstate(over="ignore", invalid="ignore"):
         loss = gpt.evaluate(setup.weights(), *setup.held_out, setup.config)
     check_finite(loss, step)
@@ -158,10 +160,10 @@ def _result(
 ) -> Result:
     options, corpus, config = setup.options, setup.corpus, setup.config
     x, y = (part[: options.batch] for part in setup.held_out)
-    params = setup.weights()
-    _, grads = gpt.loss_and_grads(params, x, y, config)
+    _, grads = gpt.loss_and_grads(setup.weights(), x, y, config)
     prompt = corpus.held_out[:PROMPT]
-    ids = gpt.sample(params, prompt, SAMPLE, config, setup.draws)
+    with setup.evaluated():
+        ids = gpt.sample(setup.weights(), prompt, SAMPLE, config, setup.draws)
     return Result(
         status=status,
         options=asdict(options),
