@@ -72,8 +72,9 @@ def hutchinson(
         noise = [rng.standard_normal(a.shape).astype(a.dtype) for a in arrays]
 
     def shifted(sign: float) -> list[Any]:
-        for a, original, u in zip(arrays, backup, noise, strict=True):
-            a[...] = original + a.dtype.type(sign * step) * u
+        with np.errstate(all="ignore"):
+            for a, original, u in zip(arrays, backup, noise, strict=True):
+                a[...] = original + a.dtype.type(sign * step) * u
         # Copies: a trainer may write its next gradients over these.
         leaves = tree.flatten(gradient(), "gradient()")
         return [None if g is None else np.array(g) for g in leaves]
@@ -90,8 +91,9 @@ def hutchinson(
     except BaseException:  # an interrupt may have come within the `finally`
         uninterrupted(restore)
         raise
-    products = [
-        None if g is None else u * ((g - h) / g.dtype.type(2 * step))
-        for u, g, h in zip(noise, above, below, strict=True)
-    ]
+    with np.errstate(all="ignore"):
+        products = [
+            None if g is None else u * ((g - h) / g.dtype.type(2 * step))
+            for u, g, h in zip(noise, above, below, strict=True)
+        ]
     return tree.build(products)

@@ -147,7 +147,8 @@ def _run(rule: Rule, backend: str, way: str, size: int, steps: int, seed: int) -
 
     def draw() -> np.ndarray:
         wide = rng.standard_normal(shape) * 10.0 ** rng.uniform(-6, 2, shape)
-        return np.where(rng.random(shape) < 0.03, 0.0, wide).astype(dtype)
+        with np.errstate(under="ignore"):
+            return np.where(rng.random(shape) < 0.03, 0.0, wide).astype(dtype)
 
     p = draw()
     optimizer = Optimizer(p, rule, backend=backend, **options)

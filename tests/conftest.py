@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 import fusedopt as fo
@@ -13,11 +15,33 @@ import fusedopt as fo
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run every test, the slow ones included")
+    parser.addoption("--seterr", action="store_true", help='run under np.seterr(all="raise")')
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.all:
         config.option.markexpr = ""
+
+
+@pytest.fixture(autouse=True)
+def floating_point_errors(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With `--seterr` no floating-point error may leave the package, which rounds on purpose."""
+    with np.errstate(all="raise" if request.config.option.seterr else None):
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Skip, under `--seterr`, a test whose own arithmetic raises before the package is asked."""
+    try:
+        return (yield)
+    except FloatingPointError as error:
+        package, frame = str(Path(fo.__file__).parent), error.__traceback__
+        while frame is not None and not frame.tb_frame.f_code.co_filename.startswith(package):
+            frame = frame.tb_next
+        if frame is None and item.config.option.seterr:
+            pytest.skip("the test's own arithmetic")
+        raise
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
