@@ -88,6 +88,7 @@ inline void use_codec(const Codec& codec, int compute, Operand& out) {
   out.encode = codec.encode[compute];
   out.bits = static_cast<std::uint32_t>(codec.bits);
   out.aux_bytes = static_cast<std::uint32_t>(TILE / codec.block * codec.aux);
+  out.random = codec.random ? SIZES[compute] : 0;
 }
 
 // The operand of an array that comes with a step: it is only read, or zeroed in the end.

@@ -50,16 +50,30 @@ char* beside(const Operand& operand, std::size_t at) {
 
 using Lanes = double[LANES];
 
+// Several tiles go through a program at once, so that the scales of several blocks are found at
+// once; in float32 an operand's are 4 KiB.
+constexpr std::size_t BATCH = 4 * TILE;
+
 // Decoded tiles. Not on the stack: 32 KiB are all that a thread may have there (OMP_STACKSIZE,
 // threading.stack_size).
-alignas(64) thread_local char decoded[MAX_OPERANDS][TILE * sizeof(double)];
+alignas(64) thread_local char decoded[MAX_OPERANDS][BATCH * sizeof(double)];
 
-// Tile by tile: decode, the program, encode. `from` is the start of a tile, or of a row.
+// Encodes elements [at, at + n) of an operand; random bits have a key for each tile.
+void encode(const Operand& operand, const Span& span, const void* tiles, std::size_t at,
+            std::size_t n) {
+  const std::size_t each = operand.random ? TILE : n;
+  const char* from = static_cast<const char*>(tiles);
+  for (const std::size_t end = at + n; at < end; at += each, from += each * operand.random)
+    operand.encode(from, element(operand, at, span), beside(operand, at), std::min(each, end - at),
+                   subkey(operand.key, at / TILE));
+}
+
+// A batch at a time: decode, the program, encode. `from` is the start of a tile, or of a row.
 void run_tiles(const Leaf& leaf, const Span& span, Lanes* lanes) {
-  char (*const scratch)[TILE * sizeof(double)] = decoded;
+  char (*const scratch)[BATCH * sizeof(double)] = decoded;
   void* tile[MAX_OPERANDS];
-  for (std::size_t at = span.from; at < span.to; at += TILE) {
-    const std::size_t n = std::min(TILE, span.to - at);
+  for (std::size_t at = span.from; at < span.to; at += BATCH) {
+    const std::size_t n = std::min(BATCH, span.to - at);
     Lanes* next = lanes;
     for (int k = 0; k < leaf.operand_count; ++k) {
       const Operand& operand = leaf.operands[k];
@@ -80,9 +94,7 @@ void run_tiles(const Leaf& leaf, const Span& span, Lanes* lanes) {
     for (int s = 0; s < leaf.step_count; ++s) run_step(leaf.steps[s], tile, n);
     for (int k = 0; k < leaf.operand_count; ++k) {
       const Operand& operand = leaf.operands[k];
-      if ((leaf.written >> k & 1) && operand.encode)
-        operand.encode(tile[k], element(operand, at, span), beside(operand, at), n,
-                       subkey(operand.key, at / TILE));
+      if ((leaf.written >> k & 1) && operand.encode) encode(operand, span, tile[k], at, n);
     }
   }
 }

@@ -37,6 +37,7 @@ struct Operand {
   std::uint32_t bits = 0;       // of an element
   std::uint32_t aux_bytes = 0;  // of a tile
   int source = -1;              // the operand before this one whose tile it stores; -1: its own
+  std::size_t random = 0;       // bytes of a decoded element where its codec takes random bits
   std::uint64_t key = 0;        // of this step's random bits
 };
 

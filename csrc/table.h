@@ -5,7 +5,7 @@
 
 namespace fusedopt {
 
-// Codecs work on tiles of this many elements: a decoded tile of doubles is 2 KiB of stack, so a
+// Codecs work on whole tiles of this many elements each: a few of them, decoded, are some KiB, so a
 // program's operands stay in the first-level cache between its operations.
 constexpr std::size_t TILE = 256;
 constexpr int MAX_OPERANDS = 16;
