@@ -522,11 +522,11 @@ struct ScheduleFreeAdamW {
 template <template <class> class...>
 struct List {};
 
-using Rules = List<SGD, Momentum, Nesterov, AdaGrad, RMSProp, CenteredRMSProp, BufferedRMSProp,
-                   BufferedCenteredRMSProp, Adam, NesterovAdam, AMSGrad, AdaMax, Adadelta, RAdam,
-                   Rprop, AdaBelief, ADOPT, AdEMAMix, Grams, LaProp, Adan, Lion, Sophia,
-                   PaperSophia, Muon, LARS, LAMB, CautiousAdamW, CautiousLion, Tiger, MARS,
-                   ScheduleFreeSGD, ScheduleFreeAdamW>;
+using Rules =
+    List<SGD, Momentum, Nesterov, AdaGrad, RMSProp, CenteredRMSProp, BufferedRMSProp,
+         BufferedCenteredRMSProp, Adam, NesterovAdam, AMSGrad, AdaMax, Adadelta, RAdam, Rprop,
+         AdaBelief, ADOPT, AdEMAMix, Grams, LaProp, Adan, Lion, Sophia, PaperSophia, Muon, LARS,
+         LAMB, CautiousAdamW, CautiousLion, Tiger, MARS, ScheduleFreeSGD, ScheduleFreeAdamW>;
 
 using Measured = List<LARS, LAMB, CautiousAdamW, CautiousLion, Tiger, MARS>;
 
