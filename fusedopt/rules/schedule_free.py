@@ -18,7 +18,8 @@ from .nesterov import LookAhead
 class ScheduleFree(Rule):
     """What the rules share: the weights of the average, and where the average is."""
 
-    settled = ("warmup_steps", "r", "weight_lr_power")
+    # d holds what it does for one share of the average, and all weights are of one form.
+    settled = ("warmup_steps", "r", "weight_lr_power", "momentum", "betas")
 
     warmup_steps: Whole = 0
     r: Power = 0.0
