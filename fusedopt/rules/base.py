@@ -278,7 +278,7 @@ class Rule:
 
     @property
     def evaluated(self) -> tuple[Rule, str] | None:
-        """The same of where the parameters are to be evaluated."""
+        """The rule whose step moves p to where it is to be evaluated, and its state, as `ahead`."""
         return None
 
     def every_operation(self) -> tuple[Operation, ...]:

@@ -16,10 +16,10 @@ from .nesterov import LookAhead
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleFree(Rule):
-    """What the rules share: the weights of the average, and where the average is."""
+    """Base of the rules whose parameter lies between an average and the point that steps."""
 
-    # d holds what it does for one share of the average, and all weights are of one form.
-    settled = ("warmup_steps", "r", "weight_lr_power", "momentum", "betas")
+    # All weights are of one form, and d holds what it does for one share of the average.
+    settled = ("warmup_steps", "r", "weight_lr_power")
 
     warmup_steps: Whole = 0
     r: Power = 0.0
@@ -128,6 +128,7 @@ class ScheduleFreeSGD(ScheduleFree):
     name = "schedulefreesgd"
     year = 2024
     examples = ({}, {"warmup_steps": 3, "r": 0.5, "weight_lr_power": 1.0})
+    settled = (*ScheduleFree.settled, "momentum")
 
     lr: LearningRate = 1.0
     momentum: Fraction = 0.9
@@ -200,6 +201,7 @@ class ScheduleFreeAdamW(ScheduleFree):
     name = "schedulefreeadamw"
     year = 2024
     examples = ({}, {"warmup_steps": 3, "r": 0.5, "weight_lr_power": 1.0})
+    settled = (*ScheduleFree.settled, "betas")
     scales_decay = True
 
     lr: LearningRate = 2.5e-3

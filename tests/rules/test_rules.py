@@ -156,6 +156,8 @@ class Halving:
 )
 def test_decay_without_a_gradient(decay: Any, shrinks_by: float) -> None:
     for cls in ALL:
+        if hasattr(cls, "warmup_steps"):  # takes no schedule
+            continue
         p = np.full((2, 2), 3.0)
         opt = fo.Optimizer(p, cls(lr=Halving(), weight_decay=0.2, decay=decay))
         opt.step(np.zeros((2, 2)))
