@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import sqrt
+from typing import ClassVar
 
 import numpy as np
 
@@ -19,7 +20,7 @@ class ScheduleFree(Rule):
     """Base of the rules whose parameter lies between an average and the point that steps."""
 
     # All weights are of one form, and d holds what it does for one share of the average.
-    settled = ("warmup_steps", "r", "weight_lr_power")
+    settled: ClassVar[tuple[str, ...]] = ("warmup_steps", "r", "weight_lr_power")
 
     warmup_steps: Whole = 0
     r: Power = 0.0
