@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -255,7 +254,7 @@ def test_stale_core_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> No
 
         def with_more(self: fo.Rule, kernel: str | None = kernel) -> tuple[Any, ...]:
             def more(op: Any) -> Any:
-                return replace(op, scalars=lambda t, lr: (*op.scalars(t, lr), 0.0))
+                return op._replace(scalars=lambda t, lr: (*op.scalars(t, lr), 0.0))
 
             return tuple(more(op) if op.kernel == kernel else op for op in original(self))
 

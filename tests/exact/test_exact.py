@@ -35,7 +35,7 @@ from exactness import (
 )
 from fusedopt.system.isa import isas
 
-SIZES = (0, 1, 2, 255, 256, 257, PART - 1, PART + 1, 100_003, SERIAL + 4321)
+SIZES = (0, 1, 2, 255, 256, 257, 1025, PART - 1, PART + 1, 100_003, SERIAL + 4321)
 
 every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 default_rules = pytest.mark.parametrize("rule", DEFAULTS.values(), ids=DEFAULTS)
@@ -243,8 +243,8 @@ def test_layout_of_gradients(rule: fo.Rule, layout: Any) -> None:
 def test_gradients_of_the_other_dtype_are_cast(rule: fo.Rule, dtype: type) -> None:
     other = np.float64 if dtype is np.float32 else np.float32
     for awkward in ((), ("g", "hessian")):
-        wide = case(rule, 513, other, awkward=awkward)  # two tiles and one element
-        c = case(rule, 513, dtype)
+        wide = case(rule, 1025, other, awkward=awkward)  # a batch and one element
+        c = case(rule, 1025, dtype)
         mixed = replace(c, grads=wide.grads, hessians=wide.hessians)
         with np.errstate(over="ignore", under="ignore"):
             cast = wide.map(lambda a: a.astype(dtype))

@@ -64,8 +64,8 @@ MUTANTS = {
         "-k denormal or decay_to_zero",
     ),
     "a tail left out": Mutant(
-        "driver.cpp", "at < span.to; at += TILE",
-        "at + 1 < span.to || at == span.from; at += TILE",
+        "driver.cpp", "at < span.to; at += BATCH",
+        "at + 1 < span.to || at == span.from; at += BATCH",
         "-k gradients_of_the_other_dtype",
     ),
     "a bfloat16 cut off": Mutant(
