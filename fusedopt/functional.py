@@ -14,7 +14,7 @@ from .arrays.stored import Stored
 from .arrays.trees import leaves_of, values_of
 from .backends import default_backend, get_backend
 from .plan.spec import single
-from .rules import Rule
+from .rules.base import Rule
 from .rules.hyperparameters import Number
 from .step.clipping import combined
 from .system.interrupts import directly, uninterrupted

@@ -16,7 +16,7 @@ from ..plan.extras import NOTHING, Extras
 from ..plan.interface import ExclusiveUse, Plan
 from ..plan.spec import PlanSpec
 from ..programs.program import narrowed
-from ..rules import Rule
+from ..rules.base import Rule
 from ..rules.groups import Group
 
 

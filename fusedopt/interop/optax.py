@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ..rules import Rule
+from ..rules.base import Rule
 from .common import Arrival, as_array, departures, refuse, take_over
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from ..arrays.stored import AVERAGE
 from ..arrays.trees import Tree
 from ..optimizer import Optimizer
 from ..plan.options import check_grad_scale, positive
-from ..rules import Rule
+from ..rules.base import Rule
 from ..rules.groups import RateChoice, RuleChoice, assign
 from ..step.accumulate import ACCUMULATED
 from ..step.assembly import Assembly, checked_arrays

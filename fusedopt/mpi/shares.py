@@ -11,7 +11,7 @@ import numpy as np
 
 from ..arrays.formats import SEGMENT
 from ..arrays.order import flattened, memory_order
-from ..rules import Rule
+from ..rules.base import Rule
 
 LONGEST_ROW = 8192
 """Elements; longer rows may be cut across ranks, so that their leaf takes no gradient of `Rows`."""

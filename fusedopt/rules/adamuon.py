@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from ..linalg.newton_schulz import Workspace
 from ..programs.arithmetic import Array, capped, correction, ratio, textbook_correction
 from ..programs.program import Operation
 from .hyperparameters import Fraction, NonNegative
-from .matrix import Member
+from .matrix import DeviceAlgebra, Member
 from .muon import Muon
 
 
@@ -114,6 +114,15 @@ class AdaMuon(Muon):
             norm = math.sqrt(np.dot(flat, flat))
             flat *= flat.dtype.type(size / (norm + self.eps_v) if norm else 0.0)
         workspace.closed(directions, x)
+
+    def scaled_on_device(
+        self, phase: int, x: Any, sides: Mapping[str, Any], algebra: DeviceAlgebra
+    ) -> tuple[Any, dict[str, Any]]:
+        if phase == 0:
+            return x, {}
+        size = self.factor(*x.shape[1:]) * math.sqrt(min(x.shape[1:]))
+        norm = ((x * x).sum(-1).sum(-1) ** 0.5 + self.eps_v)[:, None, None]
+        return size * x / (norm + (norm == 0)) * (norm != 0), {}
 
     def textbook(
         self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float

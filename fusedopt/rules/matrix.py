@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
-from ..linalg.newton_schulz import Stack, Workspace
+from ..linalg.newton_schulz import Iteration, Stack, Workspace
 from ..programs.arithmetic import Array
 from .base import Rule
 
@@ -21,6 +21,23 @@ class Member(NamedTuple):
 
     t: int
     sides: Mapping[str, np.ndarray]
+
+
+class DeviceAlgebra(Protocol):
+    """What rules ask of a library of arrays on a device, besides operators on its arrays."""
+
+    @property
+    def wide(self) -> Any:
+        """The library's float64."""
+
+    def cast(self, x: Any, like: Any) -> Any:
+        """The elements of x in the dtype of another array."""
+
+    def normal(self, x: Any) -> Any:
+        """The elements; zero where they are smaller than the smallest normal number."""
+
+    def orthogonalized(self, x: Any, iteration: Iteration) -> Any:
+        """The iterates of a stack (count, rows, columns)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +70,16 @@ class MatrixRule(Rule):
         parameters of one shape; each lies at the beginning of one of the space's directions.
         members: of each of these parameters, None where it takes no part in the step. Must neither
         raise nor need memory: the matrices before these have been updated by then.
+        """
+        raise NotImplementedError
+
+    def on_device(
+        self, phase: int, works: Mapping[str, Any], sides: Mapping[str, Any], algebra: DeviceAlgebra
+    ) -> dict[str, Any]:
+        """Do the same as `between`, for one leaf, with arrays of a library on a device.
+
+        works: by name, changed in place. sides: the leaf's side states. Returns new values of
+        these, which are not written.
         """
         raise NotImplementedError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -27,7 +27,7 @@ from .adam import AdamW
 from .base import DecayForm, Rule
 from .groups import by_kind
 from .hyperparameters import Count, Fraction, LearningRate, NonNegative, QuinticSet, check_field
-from .matrix import MatrixRule, Member, through
+from .matrix import DeviceAlgebra, MatrixRule, Member, through
 from .momentum import Momentum
 from .nesterov import nesterov
 
@@ -290,6 +290,24 @@ class Muon(MatrixRule):
         if directions.size:
             stack = self.stack(directions)
             workspace.orthogonalize(directions, stack, self.iteration, self.factor(*stack[1:]))
+
+    def on_device(
+        self, phase: int, works: Mapping[str, Any], sides: Mapping[str, Any], algebra: DeviceAlgebra
+    ) -> dict[str, Any]:
+        u = works["work"]
+        stack = self.matrices(tuple(u.shape))
+        x = u.reshape(stack)
+        if phase == 0:
+            x = algebra.orthogonalized(x, self.iteration)
+        x, new = self.scaled_on_device(phase, x, sides, algebra)
+        u[...] = x.reshape(u.shape)
+        return new
+
+    def scaled_on_device(
+        self, phase: int, x: Any, sides: Mapping[str, Any], algebra: DeviceAlgebra
+    ) -> tuple[Any, dict[str, Any]]:
+        """Return what follows from a stack of matrices after a phase, and new side states."""
+        return self.factor(*x.shape[1:]) * x, {}
 
     def stack(self, directions: np.ndarray) -> Stack:
         """Return the matrices of several parameters, which the first dimension counts."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from ..linalg.newton_schulz import Workspace
 from ..programs.arithmetic import Array, capped, ratio
 from .hyperparameters import Fraction, NonNegative
-from .matrix import Member
+from .matrix import DeviceAlgebra, Member
 from .muon import Muon
 
 
@@ -112,6 +113,19 @@ class NorMuon(Muon):
         np.einsum("ij,ij->i", o, o, out=spare)
         after = np.sqrt(spare.sum(dtype=np.float64)) + self.eps_v
         o *= o.dtype.type(factor * before / after if after else 0.0)
+
+    def scaled_on_device(
+        self, phase: int, x: Any, sides: Mapping[str, Any], algebra: DeviceAlgebra
+    ) -> tuple[Any, dict[str, Any]]:
+        squares, v = (x * x).sum(-1), sides["v"]
+        new = self.beta2 * v.reshape(squares.shape)
+        new = algebra.normal(new + (1.0 - self.beta2) / x.shape[-1] * squares)
+        root = (new**0.5 + self.eps_v)[:, :, None]
+        n = x * (root != 0) / (root + (root == 0))
+        after = (n * n).sum(-1).sum(-1, dtype=algebra.wide) ** 0.5 + self.eps_v
+        before = squares.sum(-1, dtype=algebra.wide) ** 0.5
+        size = self.factor(*x.shape[1:]) * before * (after != 0) / (after + (after == 0))
+        return n * algebra.cast(size, n)[:, None, None], {"v": new.reshape(v.shape)}
 
     def textbook(
         self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float

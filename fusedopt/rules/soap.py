@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from ..programs.arithmetic import Array, correction, ratio, textbook_correction
 from ..programs.program import Operation
 from .base import DecayForm
 from .hyperparameters import Betas, Count, Fraction, LearningRate, NonNegative
-from .matrix import MatrixRule, Member, through
+from .matrix import DeviceAlgebra, MatrixRule, Member, through
 from .momentum import Momentum
 from .muon import muon
 from .sgd import SGD
@@ -178,6 +179,26 @@ class SOAP(MatrixRule):
                     right = right.T
                 _multiply(left, matrix, right, spare)
             workspace.closed(work, x)
+
+    def on_device(
+        self, phase: int, works: Mapping[str, Any], sides: Mapping[str, Any], algebra: DeviceAlgebra
+    ) -> dict[str, Any]:
+        new = {}
+        for name in ("turned", "work") if phase == 0 else ("work",):
+            u = works[name]
+            x = u.reshape(as_matrix(tuple(u.shape)))
+            if name == "turned":
+                for side, y in (("L", x), ("R", x.swapaxes(0, 1))):
+                    if side in sides:
+                        moment = (1.0 - self.shampoo_beta) * (y @ y.swapaxes(0, 1))
+                        new[side] = algebra.normal(self.shampoo_beta * sides[side] + moment)
+            left, right = (sides.get(basis) for basis in ("QL", "QR"))
+            if left is not None:
+                x = (left.swapaxes(0, 1) if phase == 0 else left) @ x
+            if right is not None:
+                x = x @ (right if phase == 0 else right.swapaxes(0, 1))
+            u[...] = x.reshape(u.shape)
+        return new
 
     def _accumulate(
         self, g: np.ndarray, spare: np.ndarray, sides: Mapping[str, np.ndarray]

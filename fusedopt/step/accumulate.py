@@ -17,7 +17,7 @@ from ..plan.options import unsupported
 from ..plan.spec import PlanSpec, results_for
 from ..programs.arithmetic import Array
 from ..programs.program import Operation
-from ..rules import Rule
+from ..rules.base import Rule
 from ..rules.groups import Group
 from .gradients import GradientReader
 

@@ -23,7 +23,7 @@ from ..plan.extras import Extras
 from ..plan.interface import Policy
 from ..plan.options import Options, check_grad_scale, check_seed
 from ..plan.spec import HALFWAY, PlanSpec, results_for
-from ..rules import Rule
+from ..rules.base import Rule
 from ..rules.groups import Group, RuleChoice, assign, at_step, check_successor, is_renumbered
 from ..schedules import formula_of
 from ..system.interrupts import directly, uninterrupted

@@ -15,7 +15,7 @@ from ..arrays.order import memory_order, turned
 from ..arrays.stored import LeafState
 from ..arrays.trees import Tree
 from ..plan.spec import HALFWAY
-from ..rules import Rule
+from ..rules.base import Rule
 from ..rules.groups import Group
 from .rates import Rates
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any, Protocol
 
-from ..rules import Rule
+from ..rules.base import Rule
 from .assembly import Assembly
 
 

@@ -12,7 +12,7 @@ from ..arrays.formats import RandomKey
 from ..arrays.order import memory_order
 from ..arrays.stored import LeafState
 from ..plan.options import Options
-from ..rules import Rule
+from ..rules.base import Rule
 from ..rules.groups import RuleChoice
 from .assembly import Assembly
 from .checkpoint import Snapshot

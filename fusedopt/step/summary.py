@@ -8,7 +8,7 @@ import numpy as np
 
 from ..arrays.storage import Storage
 from ..arrays.stored import AVERAGE, LeafState
-from ..rules import Rule
+from ..rules.base import Rule
 from .assembly import Assembly
 
 

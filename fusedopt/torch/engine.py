@@ -16,7 +16,7 @@ import torch
 from ..arrays.foreign import host_array
 from ..arrays.stored import LeafState
 from ..optimizer import Optimizer
-from ..rules import Rule
+from ..rules.base import Rule
 from ..step.info import StepInfo
 from .leaf import Leaf, tensor_of
 

@@ -14,7 +14,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from ..interop.common import number
 from ..optimizer import Optimizer as Fused
-from ..rules import Rule
+from ..rules.base import Rule
 from ..step.info import StepInfo
 from .engine import Engine
 

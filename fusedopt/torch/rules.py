@@ -10,7 +10,7 @@ from ..interop.torch import HOW, LAYOUTS, Layout, rule_of
 from ..linalg.newton_schulz import Products
 from ..optimizer import Optimizer as Fused
 from ..rules import Muon as MuonRule
-from ..rules import Rule
+from ..rules.base import Rule
 from .optimizer import Base, Number, Options, Params, arguments
 
 _LAYOUTS = {layout.cls: layout for layout in LAYOUTS}

@@ -348,8 +348,8 @@ def test_products_that_fail_leave_the_step_undone(
     )  # fmt: skip
     grads = [[OnDevice(draw(t + k, s, np.float32)) for k, s in enumerate(shapes)] for t in (5, 9)]
     failing, failed = Failing(), 0
-    parts = ("between", "where", "_orthogonalized", "_normal", "_normalized_rows")
-    for owner, name in [*((Library, name) for name in parts), (type(rule), "before")]:
+    places = [(Library, name) for name in ("where", "orthogonalized", "normal")]
+    for owner, name in [*places, (type(rule), "on_device"), (type(rule), "before")]:
         monkeypatch.setattr(owner, name, failing.wrap(getattr(owner, name)))
     for g in grads:
         before = optimizer.fingerprint()
@@ -371,13 +371,13 @@ def test_signals_wait_for_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer, (_, grads) = of_matrices(OnDevice, fo.NorMuon(), np.float32)
     twin, _ = of_matrices(OnDevice, fo.NorMuon(), np.float32)
     twin.step(grads[0])
-    whole = Library.between
+    whole = fo.NorMuon.on_device
 
     def interrupted(*given: Any) -> Any:
         signal.raise_signal(signal.SIGINT)
         return whole(*given)
 
-    monkeypatch.setattr(Library, "between", interrupted)
+    monkeypatch.setattr(fo.NorMuon, "on_device", interrupted)
     with pytest.raises(KeyboardInterrupt):
         optimizer.step(grads[0])
     assert optimizer.fingerprint() == twin.fingerprint()

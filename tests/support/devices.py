@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import fusedopt as fo
 from exactness import Array
 from fusedopt.backends.cuda import (
     blocks,
@@ -25,7 +26,6 @@ from fusedopt.backends.cuda import (
     stats,
     toolkit,
 )
-from fusedopt.backends.cuda.matmul import Library
 
 
 class OnDevice:
@@ -120,12 +120,13 @@ def torch(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def halved(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `exactness.elementwise` puts in the place of matrix products."""
 
-    def between(library: Any, rule: Any, phase: int, works: Any, sides: Any) -> dict[str, Any]:
+    def between(rule: Any, phase: int, works: Any, sides: Any, algebra: Any) -> dict[str, Any]:
         for name in rule.works if phase == 0 else rule.works[:1]:
             works[name] *= 0.5  # of the others states are yet to be made
         return {}
 
-    monkeypatch.setattr(Library, "between", between)
+    for rule in (fo.Muon, fo.SOAP):
+        monkeypatch.setattr(rule, "on_device", between)
 
 
 CACHED = (

@@ -20,7 +20,7 @@ from ...plan.options import unsupported
 from .arrays import DeviceArray
 
 if TYPE_CHECKING:
-    from ...rules import Rule
+    from ...rules.base import Rule
 
 
 def _read(label: str, array: Any) -> tuple[device_interface.Description, np.dtype]:

@@ -21,7 +21,7 @@ from .checks import GradientChecks, check_apart, check_input, check_parameter, c
 from .rows import unique_rows
 
 if TYPE_CHECKING:
-    from ...rules import Rule
+    from ...rules.base import Rule
 
 __all__ = [
     "GradientChecks",

@@ -130,7 +130,7 @@ class DeviceMatrices:
             live, fresh = self._side_views[k], self._viewed(bases.get(k, {}))
             found = fresh if phase == 0 else {}
             if self.works[k]["work"].size:
-                made = self._library.between(rule, phase, self._work_views[k], live | fresh)
+                made = rule.on_device(phase, self._work_views[k], live | fresh, self._library)
                 found = found | made
             new += [(live[n], self._if_taken(k, x, live[n], clipper)) for n, x in found.items()]
         return new
