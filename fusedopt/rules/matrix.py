@@ -24,7 +24,7 @@ class Member(NamedTuple):
 
 
 class DeviceAlgebra(Protocol):
-    """What rules ask of a library of arrays on a device, besides operators on its arrays."""
+    """Operations of a library of arrays on a device, besides the operators of its arrays."""
 
     @property
     def wide(self) -> Any:
