@@ -45,6 +45,13 @@ def by_sign(sign: Array, negative: Array, zero: Array, positive: Array) -> Array
     return sign.by_sign(negative, zero, positive)
 
 
+def undecided(x: Array) -> int:
+    """The number of elements whose sign is up to rounding."""
+    if isinstance(x, np.ndarray):
+        return 0
+    return int(np.count_nonzero((np.abs(x.value) <= x.reach) & (x.reach > 0)))
+
+
 def plain(x: Array) -> Array:
     """The values alone, in float64, of which kernels measure sums; NaN where any is possible."""
     if isinstance(x, (np.ndarray, np.generic)):

@@ -7,7 +7,15 @@ from math import sqrt
 
 import numpy as np
 
-from ..programs.arithmetic import Array, by_sign, correction, plain, ratio, textbook_correction
+from ..programs.arithmetic import (
+    Array,
+    by_sign,
+    correction,
+    plain,
+    ratio,
+    textbook_correction,
+    undecided,
+)
 from ..programs.elements import agree, moments, quotient, signed_like
 from .base import DecayForm, Rule
 from .hyperparameters import Betas, LearningRate, NonNegative
@@ -22,7 +30,9 @@ def cautious(u: Array, direction: Array, g: Array) -> Array:
     moves = plain(direction) * plain(g) > 0
     share = max(float(moves.mean()), LEAST) if moves.size else 1.0
     still = 0.0 * u
-    return by_sign(np.sign(direction * g), still, still, u / share)
+    result = by_sign(np.sign(direction * g), still, still, u / share)
+    doubtful = undecided(direction)  # whether they count is up to the kernel's rounding
+    return result.loosened(doubtful / max(1.0, share * moves.size)) if doubtful else result
 
 
 def scale(lr: float, sums: tuple[float, ...]) -> float:

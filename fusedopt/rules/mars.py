@@ -87,7 +87,7 @@ class MARS(Rule):
 
     def measured(self, t: int, lr: float, sums: tuple[float, ...]) -> tuple[float, ...]:
         size = sqrt(sums[0])
-        return (1.0 / size if size > 1.0 else 1.0,)
+        return (1.0 if size <= 1.0 else 1.0 / size,)
 
     @staticmethod
     def element(p, g, m, v, prev, b1, one_b1, b2, one_b2, gain, step, eps, k):
@@ -102,7 +102,7 @@ class MARS(Rule):
         b1, b2 = self.betas
         c = g + self.gamma * b1 / (1 - b1) * (g - prev)
         size = norm(c)
-        c = c * (1 / size if size > 1 else 1.0)
+        c = c * (1.0 if size <= 1 else 1 / size)
         m = b1 * m + (1 - b1) * c
         v = b2 * v + (1 - b2) * (c * c)
         m_hat, v_hat = m / textbook_correction(b1, t), v / textbook_correction(b2, t)

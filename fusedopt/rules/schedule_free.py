@@ -76,7 +76,7 @@ class ScheduleFree(Rule):
         weights = [self.weight(k) for k in range(1, t + 1)]
         c, eta = weights[-1] / sum(weights), lr * self.warm(t)
         delta = eta * (1 - self.beta * (1 - c)) * u - c * d
-        return delta, (d - eta * u) + delta
+        return delta, (1 - c) * (d - self.beta * eta * u)
 
 
 @dataclass(frozen=True, kw_only=True)

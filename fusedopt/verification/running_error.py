@@ -91,6 +91,10 @@ class Bounded(NDArrayOperatorsMixin):
         error = np.where(zero & (self.reach > 0), np.inf, quotient.error)
         return self._like(quotient.value, error, quotient.lost)
 
+    def loosened(self, share: float) -> Bounded:
+        """Return the value with a bound that is wider by a share of it."""
+        return self._like(self.value, self.error + share * np.abs(self.value), self.lost)
+
     def capped(self, limit: float) -> Bounded:
         """Return the value with no magnitude above `limit`, which is known by other means."""
         most = limit + np.abs(self.value)

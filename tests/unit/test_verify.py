@@ -36,7 +36,8 @@ def test_every_rule_is_within_its_bound(name: str, storage: str) -> None:
         # do. ADOPT's v was 1.6 units away, at 0.44 of the bound, AdEMAMix's 2.6, at 0.40; LARS's v,
         # whose rate is a quotient of norms that is rounded first, was 1.6, at 0.44.
         cancels = "decay='l2'" in check.settings and "weight_decay=0.1" in check.settings
-        half = cancels or fo.RULES[name]().program.measures > 0
+        rule = fo.RULES[name]()  # Schedule-Free's step towards the average can cancel the other
+        half = cancels or rule.program.measures > 0 or rule.evaluated is not None
         if check.storage in ("float32", "float64"):
             worst = check.worst
             assert worst.ulps >= 0

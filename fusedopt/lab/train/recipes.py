@@ -23,7 +23,7 @@ from ...schedules import (
 # 1000 steps of the default model, seed 0, among values a factor of 2 (Adam, AdamW, Muon) or 3
 # apart. Three times SGD's and ten times Nesterov's make the loss explode. The last three are the
 # best of two or three values: NorMuon of 0.01 and 0.02, AdaMuon of 0.005, 0.01 and 0.02, SOAP of
-# 0.003 and 0.006. Those from AdaMax to LAMB are first guesses, from the rules' defaults.
+# 0.003 and 0.006. Those from AdaMax to Tiger are first guesses, from the rules' defaults.
 LEARNING_RATES = {
     "sgd": 0.3,
     "momentum": 1.0,
@@ -48,6 +48,8 @@ LEARNING_RATES = {
     "adan": 5e-3,
     "lars": 3.0,
     "lamb": 5e-3,
+    "cautiouslion": 3e-4,
+    "tiger": 0.01,
     "muon": 0.02,
     "normuon": 0.02,
     "adamuon": 5e-3,
