@@ -153,6 +153,7 @@ class Stored {
     operand.encode = codec_.encode[Compute<T>::index];
     operand.bits = static_cast<std::uint32_t>(codec_.bits);
     operand.aux_bytes = static_cast<std::uint32_t>(TILE / codec_.block * codec_.aux);
+    operand.random = codec_.random ? sizeof(T) : 0;
     operand.key = key;
     return operand;
   }
