@@ -14,7 +14,7 @@ constexpr double INF = std::numeric_limits<double>::infinity();
 // The sum of numbers >= 0, rounded once, so that no order shows; infinite where it leaves float64.
 // The parts of the sum do not overlap and together are exact (Shewchuk 1997, "Adaptive precision
 // floating-point arithmetic", theorem 10).
-double exact_sum(const std::vector<double>& values) {
+double sum_of_parts(const std::vector<double>& values) {
   std::vector<double> parts;  // the smallest first
   for (double rest : values) {
     std::size_t kept = 0;
@@ -44,6 +44,21 @@ double exact_sum(const std::vector<double>& values) {
     if (further - sum == 2 * lost) sum = further;
   }
   return sum;
+}
+
+// The same, in nearly all cases at a tenth of the cost.
+double exact_sum(const std::vector<double>& values) {
+  double sum = 0, lost = 0;
+  for (const double value : values) {
+    const double next = sum + value, added = next - sum;
+    lost += (sum - (next - added)) + (value - added);
+    sum = next;
+  }
+  // What the additions lost is known to within less than `error`.
+  const double count = static_cast<double>(values.size()) * 0x1p-52;
+  const double error = count * count * sum;
+  const double low = sum + (lost - error), high = sum + (lost + error);
+  return error > 0 && low == high ? low : sum_of_parts(values);
 }
 
 }  // namespace

@@ -167,8 +167,8 @@ void run_span(const Leaf& leaf, const Span& span, Lanes* lanes) {
 class Summing {
  public:
   explicit Summing(const Leaf& leaf) : leaf_(leaf) {
-    for (std::uint32_t rest = leaf.summed; rest; rest &= rest - 1)
-      std::fill_n(lanes_[count_++], LANES, 0.0);
+    for (int k = 0; k < leaf.operand_count; ++k)
+      if (leaf.summed >> k & 1) sums_[count_++] = reinterpret_cast<double*>(leaf.operands[k].data);
   }
   ~Summing() { finish(); }
 
@@ -176,8 +176,11 @@ class Summing {
   void add(Span span) {
     for (const std::size_t end = span.to; span.from < end; span.from = span.to) {
       const std::size_t segment = span.from / SEGMENT;
-      if (segment != segment_) finish();
-      segment_ = segment;
+      if (segment != segment_) {
+        finish();
+        for (int k = 0; k < count_; ++k) std::fill_n(lanes_[k], LANES, 0.0);
+        segment_ = segment;
+      }
       span.to = std::min(end, (segment + 1) * SEGMENT);
       // A tile's first element goes to the first lane, whichever is the turn of that element.
       turn(span.from % LANES);
@@ -193,14 +196,12 @@ class Summing {
   }
 
   void finish() {
-    int next = 0;
-    for (int k = 0; k < leaf_.operand_count && segment_ != NONE; ++k) {
-      if (!(leaf_.summed >> k & 1)) continue;
-      double* const sums = lanes_[next++];
+    if (segment_ == NONE) return;
+    for (int k = 0; k < count_; ++k) {
+      double* const lanes = lanes_[k];
       for (std::size_t half = LANES / 2; half; half /= 2)
-        for (std::size_t lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
-      reinterpret_cast<double*>(leaf_.operands[k].data)[segment_] = sums[0];
-      std::fill_n(sums, LANES, 0.0);
+        for (std::size_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+      sums_[k][segment_] = lanes[0];
     }
   }
 
@@ -208,6 +209,7 @@ class Summing {
   const Leaf& leaf_;
   std::size_t segment_ = NONE;
   int count_ = 0;
+  double* sums_[MAX_OPERANDS];
   alignas(64) Lanes lanes_[MAX_OPERANDS];  // the first `count_`: small leaves have no time for all
 };
 

@@ -1,13 +1,14 @@
 // Sums of squares of whole inputs: norms, and whether all is finite.
 #pragma once
+#include <algorithm>
 #include <vector>
 
 #include "driver.hpp"
 
 namespace fusedopt {
 
-// The sums of one run's leaves, one after the other. Reads what the run has put into `data` of the
-// operands that are sums.
+// The sums of a run's leaves, one after the other, by segments: what the run puts into `data` of
+// the operands that are sums.
 class Partials {
  public:
   // Gives each sum of the leaf its place; `operands` are the leaf's.
@@ -18,16 +19,19 @@ class Partials {
         size_ += sums_of(leaf);
       }
   }
+  // Of all that were added.
   void place() {
-    values_.assign(size_, 0.0);  // of segments that are not touched, too
+    values_.resize(size_);
     for (const auto& [operand, at] : wanted_)
       put(operand->data, reinterpret_cast<char*>(values_.data() + at));
   }
-  // In index order.
-  static double total(const Leaf& leaf, const Operand& operand) {
-    const double* const values = reinterpret_cast<const double*>(operand.data);
+  // Before each run: not all segments need be touched.
+  void begin() { std::fill(values_.begin(), values_.end(), 0.0); }
+  // The k-th sum that was added, its segments in index order.
+  double total(std::size_t k) const {
+    const std::size_t end = k + 1 < wanted_.size() ? wanted_[k + 1].at : size_;
     double total = 0;
-    for (std::size_t k = 0, count = sums_of(leaf); k < count; ++k) total += values[k];
+    for (std::size_t at = wanted_[k].at; at < end; ++at) total += values_[at];
     return total;
   }
   void clear() {
@@ -55,21 +59,29 @@ struct Measured {
   double sum = 0, scale = 1;
 };
 
-// A pass over arrays that keeps its memory from one to the next.
+// The sums of arrays, found again and again.
 class SquareSums {
  public:
+  // The arrays from now on; they are described where `inputs` has them, and stay there.
+  void take(std::vector<Measured>& inputs);
+
   // Finds the sums of all, and a second time those of float64 arrays whose squares left the range.
   // choice: see `run`.
-  void find(std::vector<Measured>& inputs, int threads, ThreadChoice* choice = nullptr);
+  void find(int threads, ThreadChoice* choice = nullptr);
 
  private:
-  void pass(const std::vector<Measured*>& inputs, int threads, ThreadChoice* choice);
+  struct Pass {
+    std::vector<Measured*> inputs;
+    std::vector<Leaf> leaves;
+    std::vector<Step> steps;
+    std::vector<Operand> operands;  // of each leaf its sum and its input
+    Partials partials;
 
-  std::vector<Measured*> all_, again_;
-  std::vector<Leaf> leaves_;
-  std::vector<Step> steps_;
-  std::vector<Operand> operands_;  // of each leaf its sum and its input
-  Partials partials_;
+    void prepare();
+    void run(int threads, ThreadChoice* choice);
+  };
+
+  Pass all_, again_;
 };
 
 }  // namespace fusedopt

@@ -75,7 +75,6 @@ Plan::Plan(const py::object& description)
     held_.push_back(py::reinterpret_borrow<py::object>(each));
     watch(proxy_of(each.ptr()), false);
   }
-  passed_.resize(leaves * INPUTS);
   std::sort(written_.begin(), written_.end(), by_address);
   for (const int batch : batches_) batch_count_ = std::max(batch_count_, batch + 1);
 }
@@ -132,6 +131,11 @@ void Plan::add_leaf(const std::vector<py::object>& arrays, const std::vector<py:
   }
   for (std::size_t j = 0; j < mirrors.size(); ++j) add(mirrors[j], first_mirror + j, PARAMETER);
   own_.push_back({parameter, n, compute, static_cast<int>(first_mirror + mirrors.size())});
+  for (int j = 0; j < INPUTS; ++j) {
+    inputs_.emplace_back();
+    inputs_.back().array.layout = layouts_.size();
+    layouts_.resize(layouts_.size() + 2 * static_cast<std::size_t>(parameter->nd));
+  }
   touched_.push_back({n, {n, n}, {}});
 }
 
@@ -167,6 +171,8 @@ bool Plan::reprogram(const py::list& programs, const py::list& numbers) {
     fresh.push_back(&program);
   }
   programs_ = std::move(fresh);
+  ++layout_;
+  forget_inputs();
   // Dropped objects are released last: the end of a caller's object may run anything.
   numbers_.swap(described);
   const py::object before = std::exchange(program_objects_, programs);
@@ -192,6 +198,8 @@ bool Plan::change(const py::object& programs, const py::object& numbers,
 
 void Plan::change_level() {
   table_ = level().table;
+  ++layout_;
+  forget_inputs();
   for (const Coded& coded : coded_) {
     Operand& operand = operands_[coded.operand];
     const Codec& codec = table_->codecs[coded.codec];

@@ -106,6 +106,14 @@ class Plan {
     std::size_t layout;  // where its dimensions and strides begin among all
     bool target;
   };
+  // What a slot of a leaf had in the last step. An array that is the same in all that was checked
+  // has passed already.
+  struct Input {
+    enum { ABSENT, WHOLE, ROWS } kind = ABSENT;
+    Watched array = {};  // of NumPy; otherwise null
+    int flags = 0;
+    Range passed = {};  // memory that was found apart from all that is written
+  };
   // An operand whose functions change with the instruction set, and whose key with the step.
   struct Coded {
     std::size_t operand;
@@ -126,11 +134,14 @@ class Plan {
   void watch(const Proxy* array, bool target);
   bool find_rates(const py::object& ask);
   std::vector<double> norms(double factor) const;
+  // Runs no Python.
   void decide(double factor, Found& found);
   py::object stats_of(double factor);
   // The step itself, of what was collected; false where something does not fit.
   bool update(bool flat);
   bool unmoved() const;
+  bool unchanged(const Watched& w) const;
+  bool is_known(const Input& input, PyObject* o) const;
   bool overlaps_written(const Range& range) const;
   // Each other, or an estimate.
   bool gradients_overlap();
@@ -144,20 +155,29 @@ class Plan {
   bool read(bool checked);
   // checked: by Python, which alone makes tuples of rows; a caller's own could say anything.
   bool read_leaf(Slot slot, std::size_t k, bool checked);
+  bool read_anew(Slot slot, std::size_t k, bool checked, Input& input);
+  void remember(Input& input, const Proxy* array);
+  void forget_inputs();
   // (rows, places, values): row rows[j] of the leaf has values[places[j]]; Python has checked that
   // rows come once each and that estimates have the gradient's.
   bool read_rows(Slot slot, std::size_t k, PyObject* o, Operand& operand);
   // Which leaves take part.
   void find_active();
   void begin_results();
+  // Runs no Python.
   void measure_gradients();
-  // The leaves' scalars: once for each group, compute type and t.
+  // The leaves' scalars: once for each group, compute type and t. Runs Python.
   void prepare();
+  // Runs no Python; false where one is too large for its compute type.
+  bool use_factors();
   const Scalars& scalars_of(std::size_t k);
   // The leaves of a batch, or of none (-1), that take part.
   std::vector<std::size_t> active_of(int batch) const;
-  // phase: -1 for the last of each leaf's own. choice: of the members together.
+  void count();
+  // Runs no Python: given_ and held_ keep every array alive. phase: -1 for the last of each leaf's
+  // own, where the members are all that are in no batch. choice: of the members together.
   void run_phase(const std::vector<std::size_t>& members, int phase, ThreadChoice* choice);
+  void lay_out(const std::vector<std::size_t>& members, int phase);
   // All phases of a batch of matrices. It may raise, and has written by then.
   void run_batch(int batch, bool flat, bool& begun);
   void take_sums(const std::vector<std::size_t>& members);
@@ -197,21 +217,30 @@ class Plan {
   std::vector<Watched> watched_;
   std::vector<py::ssize_t> layouts_;  // of these
   std::vector<Range> written_;        // by address
-  std::vector<Range> passed_;  // INPUTS for each leaf: memory that was found apart from these
+  std::vector<Input> inputs_;         // INPUTS for each leaf
   std::atomic<const void*> holder_{nullptr};
   // Of the step in progress; members so that their memory is kept.
   std::vector<Given> given_;  // the gradients, then the estimates
   std::vector<Range> ranges_;
   std::vector<std::size_t> active_;
+  std::size_t elements_ = 0;  // that are touched
   bool measured_ = false;
   bool estimates_ = false;       // whether there are any
   bool read_estimates_ = false;  // or were, and have not been cleared since
-  std::map<std::tuple<int, int, std::int64_t>, Scalars> scalar_cache_;
+  // Each counts changes from step to step: of the inputs; of the leaves that take part, which of
+  // their elements do, and their operations.
+  std::uint64_t read_ = 1, layout_ = 1;
+  // Those for which `gradients_overlap` was asked, and `measured_leaves_`, `elements_` and
+  // `leaves_` were made.
+  std::uint64_t apart_ = 0, measured_read_ = 0, counted_ = 0, laid_out_ = 0;
+  // By group, compute type and t, their places among all.
+  std::map<std::tuple<int, int, std::int64_t>, std::size_t> scalar_places_;
+  std::deque<Scalars> scalars_;
   std::vector<const Scalars*> leaf_scalars_;
   std::deque<Scalars> measured_scalars_;  // of leaves that have their own
   std::vector<Step> steps_;
   std::vector<Leaf> leaves_;
-  Partials partials_;
+  Partials partials_;  // of `leaves_`
   std::vector<Measured> measured_leaves_;
   SquareSums square_sums_;
 };

@@ -46,7 +46,7 @@ py::object Plan::step(const py::object& gradients, const py::object& hessian, bo
   if (!collect(gradients, hessian, flat)) return py::none();
   if (!decide_.is_none()) {
     if (!read(flat)) return py::none();
-    measure_gradients();
+    unlocked_if_long(elements_, [this] { measure_gradients(); });
     if (!called(decide_, py::tuple()).cast<bool>()) return py::int_(counts_[0]);
   }
   return update(flat) ? py::int_(counts_[0]) : py::object(py::none());
@@ -82,10 +82,14 @@ bool Plan::update(bool flat) {
     if (begun) counts_[0] = HALFWAY;
     throw;
   }
-  run_phase(active_of(-1), -1, &choice_);
+  unlocked_if_long(elements_, [this] { run_phase(active_of(-1), -1, &choice_); });
+  count();
+  return true;
+}
+
+void Plan::count() {
   for (const std::size_t k : active_) ++counts_[k + 1];
   ++counts_[0];
-  return true;
 }
 
 // begun: becomes true before anything but work space is written. What comes between the phases
@@ -95,13 +99,13 @@ void Plan::run_batch(int batch, bool flat, bool& begun) {
   if (members.empty()) return;
   const int last = program(members[0]).phases - 1;
   for (int phase = 0; phase < last; ++phase) {
-    run_phase(members, phase, nullptr);
+    unlocked_if_long(elements_, [&] { run_phase(members, phase, nullptr); });
     begun = begun || phase > 0 || sided_;
     called(between_, py::make_tuple(batch, phase, members));
     if (!read(flat)) throw std::runtime_error("an array was given other memory during a step");
   }
   begun = true;
-  run_phase(members, last, nullptr);
+  unlocked_if_long(elements_, [&] { run_phase(members, last, nullptr); });
 }
 
 std::vector<std::size_t> Plan::active_of(int batch) const {
@@ -111,15 +115,35 @@ std::vector<std::size_t> Plan::active_of(int batch) const {
   return members;
 }
 
+bool Plan::unchanged(const Watched& w) const {
+  const py::ssize_t* const layout = layouts_.data() + w.layout;
+  return w.array->data == w.data && w.array->descr == w.dtype && w.array->nd == w.nd &&
+         same(w.array->dimensions, layout, w.nd) && same(w.array->strides, layout + w.nd, w.nd);
+}
+
 bool Plan::unmoved() const {
-  for (const Watched& w : watched_) {
-    const py::ssize_t* const layout = layouts_.data() + w.layout;
-    if (w.array->data != w.data || w.array->descr != w.dtype || w.array->nd != w.nd ||
-        (w.target && !is_target(w.array)) || !same(w.array->dimensions, layout, w.nd) ||
-        !same(w.array->strides, layout + w.nd, w.nd))
-      return false;
-  }
-  return true;
+  return std::all_of(watched_.begin(), watched_.end(), [this](const Watched& w) {
+    return unchanged(w) && (!w.target || is_target(w.array));
+  });
+}
+
+bool Plan::is_known(const Input& input, PyObject* o) const {
+  const Proxy* const array = as_array(o);
+  return array && array == input.array.array && array->flags == input.flags &&
+         unchanged(input.array);
+}
+
+void Plan::remember(Input& input, const Proxy* array) {
+  Watched& w = input.array;
+  w = {array, array->data, array->descr, array->nd, w.layout, false};
+  std::copy_n(array->dimensions, w.nd, layouts_.begin() + static_cast<std::ptrdiff_t>(w.layout));
+  std::copy_n(array->strides, w.nd,
+              layouts_.begin() + static_cast<std::ptrdiff_t>(w.layout) + w.nd);
+  input.flags = array->flags;
+}
+
+void Plan::forget_inputs() {
+  for (Input& input : inputs_) input.array.array = nullptr;
 }
 
 bool Plan::overlaps_written(const Range& range) const {
@@ -169,33 +193,55 @@ bool Plan::read(bool checked) {
     if (!read_leaf(GRADIENT, k, checked) || (read_estimates_ && !read_leaf(HESSIAN, k, checked)))
       return false;
   read_estimates_ = estimates_;
-  return !zero_grads_ || !gradients_overlap();
+  if (counted_ != layout_) {
+    elements_ = 0;
+    for (const std::size_t k : active_) elements_ += touched_[k].elements;
+    counted_ = layout_;
+  }
+  if (zero_grads_ && apart_ != read_) {
+    if (gradients_overlap()) return false;
+    apart_ = read_;
+  }
+  return true;
 }
 
 bool Plan::read_leaf(Slot slot, std::size_t k, bool checked) {
-  Operand& operand = operands_[k * MAX_OPERANDS + slot];
-  if (slot == GRADIENT) touched_[k].all(own_[k].elements);
-  const Given& given = given_[slot * own_.size() + k];
-  if (!given.object) {
-    clear(operand);
-    return true;
-  }
-  bool fits = (slot != HESSIAN || program(k).takes_hessian) &&
-              (checked && PyTuple_Check(given.object.ptr())
-                   ? read_rows(slot, k, given.object.ptr(), operand)
-                   : read_input(given, own_[k].parameter, own_[k].compute, *table_,
-                                zero_grads_ && slot == GRADIENT, operand));
-  if (fits) {
-    // Memory that passed in the last step passes again.
-    const Range range = range_of(operand, touched_[k].given[slot]);
-    Range& passed = passed_[k * INPUTS + slot];
-    if (range.begin != passed.begin || range.end != passed.end) {
-      fits = !overlaps_written(range);
-      passed = fits ? range : Range{};
-    }
-  }
-  if (!fits) clear(operand);
+  Input& input = inputs_[k * INPUTS + slot];
+  PyObject* const o = given_[slot * own_.size() + k].object.ptr();
+  if (o ? is_known(input, o) : input.kind == Input::ABSENT) return true;
+  ++read_;
+  input.array.array = nullptr;
+  const auto kind = input.kind;
+  input.kind = Input::ABSENT;
+  const bool fits = !o || read_anew(slot, k, checked, input);
+  if (input.kind == Input::ABSENT) clear(operands_[k * MAX_OPERANDS + slot]);
+  if (input.kind != kind || kind == Input::ROWS) ++layout_;
   return fits;
+}
+
+bool Plan::read_anew(Slot slot, std::size_t k, bool checked, Input& input) {
+  Operand& operand = operands_[k * MAX_OPERANDS + slot];
+  Touched& touched = touched_[k];
+  if (slot == GRADIENT) touched.all(own_[k].elements);
+  put(touched.given[slot], own_[k].elements);
+  const Given& given = given_[slot * own_.size() + k];
+  PyObject* const o = given.object.ptr();
+  const bool rows = checked && PyTuple_Check(o);
+  if (slot == HESSIAN && !program(k).takes_hessian) return false;
+  if (rows ? !read_rows(slot, k, o, operand)
+           : !read_input(given, own_[k].parameter, own_[k].compute, *table_,
+                         zero_grads_ && slot == GRADIENT, operand))
+    return false;
+  // Memory that passed in the last step passes again.
+  const Range range = range_of(operand, touched.given[slot]);
+  if (range.begin != input.passed.begin || range.end != input.passed.end) {
+    input.passed = {};
+    if (overlaps_written(range)) return false;
+    input.passed = range;
+  }
+  input.kind = rows ? Input::ROWS : Input::WHOLE;
+  if (!rows && !given.exchange) remember(input, as_array(o));
+  return true;
 }
 
 bool Plan::read_rows(Slot slot, std::size_t k, PyObject* o, Operand& operand) {
@@ -254,11 +300,15 @@ void Plan::begin_results() {
 void Plan::measure_gradients() {
   measured_ = true;
   begin_results();
-  measured_leaves_.clear();
-  for (const std::size_t k : active_)
-    measured_leaves_.push_back({&operands_[k * MAX_OPERANDS + GRADIENT], touched_[k].elements,
-                                own_[k].compute, touched_[k].some()});
-  square_sums_.find(measured_leaves_, threads(), &norm_choice_);
+  if (measured_read_ != read_) {
+    measured_leaves_.clear();
+    for (const std::size_t k : active_)
+      measured_leaves_.push_back({&operands_[k * MAX_OPERANDS + GRADIENT], touched_[k].elements,
+                                  own_[k].compute, touched_[k].some()});
+    square_sums_.take(measured_leaves_);
+    measured_read_ = read_;
+  }
+  square_sums_.find(threads(), &norm_choice_);
   for (std::size_t j = 0; j < active_.size(); ++j) {
     double* const row = result_ + active_[j] * columns();
     row[0] = measured_leaves_[j].sum;
@@ -267,13 +317,15 @@ void Plan::measure_gradients() {
 }
 
 void Plan::prepare() {
-  scalar_cache_.clear();
+  scalar_places_.clear();
   leaf_scalars_.resize(own_.size());
   std::size_t last = own_.size();  // the leaf before this one that takes part
   for (const std::size_t k : active_) {
     const bool alike = last < k && groups_[k] == groups_[last] &&
                        own_[k].compute == own_[last].compute && counts_[k + 1] == counts_[last + 1];
-    leaf_scalars_[k] = alike ? leaf_scalars_[last] : &scalars_of(k);
+    const Scalars* const found = alike ? leaf_scalars_[last] : &scalars_of(k);
+    if (leaf_scalars_[k] != found) ++layout_;
+    leaf_scalars_[k] = found;
     last = k;
   }
   for (const Random& r : random_)
@@ -285,20 +337,31 @@ void Plan::prepare() {
 const Scalars& Plan::scalars_of(std::size_t k) {
   const std::int64_t t = counts_[k + 1] + 1;
   const std::tuple<int, int, std::int64_t> key{groups_[k], own_[k].compute, t};
-  auto found = scalar_cache_.find(key);
-  if (found == scalar_cache_.end()) {
-    const auto group = static_cast<std::size_t>(groups_[k]);
-    Scalars fresh(program(k), numbers_[group], t, rate_[group], factor_[group], own_[k].compute);
-    found = scalar_cache_.emplace(key, std::move(fresh)).first;
+  const auto found = scalar_places_.find(key);
+  if (found != scalar_places_.end()) return scalars_[found->second];
+  const std::size_t place = scalar_places_.size();
+  if (place == scalars_.size()) scalars_.emplace_back();
+  const auto group = static_cast<std::size_t>(groups_[k]);
+  scalars_[place].fold(program(k), numbers_[group], t, rate_[group], factor_[group],
+                       own_[k].compute);
+  scalar_places_.emplace(key, place);
+  return scalars_[place];
+}
+
+bool Plan::use_factors() {
+  bool fit = true;
+  for (const auto& [key, place] : scalar_places_) {
+    const auto group = static_cast<std::size_t>(std::get<0>(key));
+    fit = scalars_[place].use_factor(*programs_[group], numbers_[group], factor_[group]) && fit;
   }
-  return found->second;
+  return fit;
 }
 
 void Plan::take_measures() {
   std::vector<std::size_t> members;
   for (const std::size_t k : active_)
     if (program(k).measures) members.push_back(k);
-  run_phase(members, 0, &measure_choice_);
+  unlocked_if_long(elements_, [&] { run_phase(members, 0, &measure_choice_); });
   measured_scalars_.clear();
   for (const std::size_t k : members) {
     const auto first =
@@ -314,11 +377,21 @@ void Plan::take_measures() {
 }
 
 void Plan::run_phase(const std::vector<std::size_t>& members, int phase, ThreadChoice* choice) {
+  if (phase >= 0 || laid_out_ != layout_) {
+    lay_out(members, phase);
+    laid_out_ = phase < 0 ? layout_ : 0;
+  }
+  partials_.begin();
+  run(leaves_, threads(), mapped_.data ? &mapped_ : nullptr, choice);
+  if (sums_) take_sums(members);
+}
+
+void Plan::lay_out(const std::vector<std::size_t>& members, int phase) {
   steps_.clear();
   steps_.reserve(members.size() * most_);  // the leaves point into it
   leaves_.resize(members.size());
   partials_.clear();
-  std::size_t count = 0, elements = 0;
+  std::size_t count = 0;
   const Scalars* scalars = nullptr;
   bool refreshed = false;
   int operand_count = 0;
@@ -336,7 +409,6 @@ void Plan::run_phase(const std::vector<std::size_t>& members, int phase, ThreadC
     }
     // Field by field: a struct made beside its place and copied stalls on its own stores.
     Leaf& leaf = leaves_[count++];
-    elements += touched_[k].elements;
     put(leaf.elements, touched_[k].elements);
     put<const Operand*>(leaf.operands, operands);
     put<const Step*>(leaf.steps, steps_.data() + steps.first);
@@ -350,20 +422,16 @@ void Plan::run_phase(const std::vector<std::size_t>& members, int phase, ThreadC
   }
   leaves_.resize(count);
   partials_.place();
-  // given_ and held_ keep every array alive
-  run_unlocked(leaves_, elements, threads(), mapped_.data ? &mapped_ : nullptr, choice);
-  if (sums_) take_sums(members);
 }
 
 void Plan::take_sums(const std::vector<std::size_t>& members) {
   auto leaf = leaves_.begin();
+  std::size_t next = 0;
   for (const std::size_t k : members) {
-    for (int j = 0; j < program(k).sums; ++j) {
-      const int slot = program(k).first_sum() + j;
-      if (leaf->summed >> slot & 1)
+    for (int j = 0; j < program(k).sums; ++j)
+      if (leaf->summed >> (program(k).first_sum() + j) & 1)
         result_[k * columns() + Policy::FIRST_SUM + static_cast<std::size_t>(j)] =
-            Partials::total(*leaf, leaf->operands[slot]);
-    }
+            partials_.total(next++);
     ++leaf;
   }
 }

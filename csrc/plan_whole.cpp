@@ -7,11 +7,16 @@
 
 #include "floating_point.hpp"
 #include "plan.hpp"
+#include "python_driver.hpp"
 #include "unlocked.hpp"
 
 namespace fusedopt {
 
-void Plan::settle(const py::object& policy) { policy_ = std::make_unique<Policy>(policy); }
+void Plan::settle(const py::object& policy) {
+  for (const Program* program : programs_)
+    if (program->phases > 1) throw py::value_error("settle: Python has its part in several phases");
+  policy_ = std::make_unique<Policy>(policy);
+}
 
 py::object Plan::whole_step(const py::object& gradients, const py::object& hessian,
                             const py::object& grad_scale, const py::object& ask) {
@@ -22,16 +27,29 @@ py::object Plan::whole_step(const py::object& gradients, const py::object& hessi
   // A schedule of one's own is asked once a step, so not before gradients that Python must look at.
   if (!ask.is_none() && !read(false)) return py::none();
   if (!find_rates(ask)) return py::none();
+  // Clipping finds the factors only where Python cannot run.
+  std::fill_n(factor_, programs_.size(), policy_->measures ? 1.0 : factor);
+  prepare();
+  if (!read(false)) return py::none();
   const Policy& policy = *policy_;
-  std::fill_n(factor_, programs_.size(), factor);
   Found found;
   found.scales.assign(policy.limits.size(), 1.0);
-  if (policy.measures) {
-    if (!read(false)) return py::none();
-    measure_gradients();
-    decide(factor, found);
+  unlocked_if_long(elements_, [&] {
+    if (policy.measures) {
+      measure_gradients();
+      decide(factor, found);
+    } else {
+      begin_results();
+    }
+    if (!found.skipped && !found.refused && found.fits) run_phase(active_of(-1), -1, &choice_);
+  });
+  if (found.refused) {
+    const py::object error = called(policy.refusal, py::make_tuple(found.bad));
+    PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
+    throw py::error_already_set();
   }
-  if (!found.skipped && !update(false)) return py::none();
+  if (!found.fits) prepare();  // says which
+  if (!found.skipped) count();
   const std::vector<double> rates(rate_, rate_ + programs_.size());
   py::object stats = py::none();
   if (!policy.stats.empty() && !found.skipped) {
@@ -77,17 +95,14 @@ void Plan::decide(double factor, Found& found) {
     for (std::size_t k = 0; k < own_.size(); ++k)
       if (!std::isfinite(result_[k * columns()])) found.bad.push_back(k);
     found.skipped = policy.skips;
-    if (policy.skips) return;
-    if (policy.clips) {
-      const py::object error = called(policy.refusal, py::make_tuple(found.bad));
-      PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
-      throw py::error_already_set();
-    }
+    found.refused = policy.clips && !policy.skips;
+    if (found.skipped || found.refused) return;
   }
   for (std::size_t k = 0; k < found.scales.size(); ++k)
     found.scales[k] = clip_scale(policy.limits[k], found.norms[k]);
   for (std::size_t k = 0; k < programs_.size(); ++k)
     factor_[k] = factor * found.scales[policy.by_group ? k : 0];
+  found.fits = use_factors();
 }
 
 py::object Plan::stats_of(double factor) {

@@ -18,7 +18,8 @@ namespace py = pybind11;
 struct Found {
   std::vector<double> norms, scales;  // of all gradients, or of those of each group
   std::vector<std::size_t> bad;       // leaves whose sum of squares is not finite
-  bool skipped = false;
+  bool skipped = false, refused = false;
+  bool fits = true;  // the factors are finite in the compute types
 };
 
 // fusedopt.plan.interface.Policy, which says what its fields are.

@@ -109,30 +109,45 @@ Numbers::Numbers(const py::handle& description) {
   folds = py::reinterpret_borrow<py::tuple>(own);
 }
 
-Scalars::Scalars(const Program& program, const Numbers& numbers, std::int64_t t, double lr,
-                 double factor, int compute)
-    : storage_(static_cast<std::size_t>(program.scalar_count)), compute_(compute) {
+void Scalars::fold(const Program& program, const Numbers& numbers, std::int64_t t, double lr,
+                   double factor, int compute) {
+  storage_.resize(static_cast<std::size_t>(program.scalar_count));
+  compute_ = compute;
+  use_factor(program, numbers, factor);
   const py::int_ step(t);
   const py::float_ rate(lr);
   PyObject* const arguments[] = {step.ptr(), rate.ptr()};
   if (numbers.folds.size() != program.ops.size() + program.measures)
     throw py::value_error("one fold for each operation");
+  int first = 0;
   for (std::size_t k = 0; k < program.ops.size(); ++k) {
     const Operation& operation = program.operation(program.ops[k].index);
-    const int own = operation.scalars - program.ops[k].measured, first = filled_;
-    if (operation.kind == FILTER) append(factor * numbers.factor);
-    if (operation.kind == RULE || operation.kind == MEASURE) {
-      append(program.filtered ? 1.0 : factor * numbers.factor);
-      append(numbers.base + numbers.slope * lr);
-    }
+    const bool decays = operation.kind == RULE || operation.kind == MEASURE;
+    const int head = decays ? 2 : operation.kind == FILTER;
+    if (decays) put(first + 1, numbers.base + numbers.slope * lr);
     PyObject* const fold = PyTuple_GET_ITEM(numbers.folds.ptr(), static_cast<Py_ssize_t>(k));
     const auto found = py::reinterpret_steal<py::object>(
         in_python([&] { return PyObject_Vectorcall(fold, arguments, 2, nullptr); }));
     if (!found) throw py::error_already_set();
-    put_all(filled_, found, first + own - filled_, operation.name);
-    filled_ = first + operation.scalars;
+    const int own = operation.scalars - program.ops[k].measured;
+    put_all(first + head, found, own - head, operation.name);
     check(first, first + own, fold, operation.name, t, lr);
+    first += operation.scalars;
   }
+}
+
+bool Scalars::use_factor(const Program& program, const Numbers& numbers, double factor) {
+  bool finite = true;
+  int first = 0;
+  for (const Program::Op& op : program.ops) {
+    const Operation& operation = program.operation(op.index);
+    const bool decays = operation.kind == RULE || operation.kind == MEASURE;
+    if (decays || operation.kind == FILTER)
+      put(first, decays && program.filtered ? 1.0 : factor * numbers.factor);
+    finite = finite && is_finite(first);
+    first += operation.scalars;
+  }
+  return finite;
 }
 
 Scalars Scalars::with(const Program& program, const Numbers& numbers, std::int64_t t, double lr,
@@ -169,12 +184,15 @@ void Scalars::put_all(int index, const py::object& numbers, int length, const ch
 void Scalars::check(int from, int to, const py::handle& fold, const char* name, std::int64_t t,
                     double lr) const {
   for (int k = from; k < to; ++k) {
-    const bool finite = compute_ == F32 ? std::isfinite(*static_cast<const float*>(at(k)))
-                                        : std::isfinite(*static_cast<const double*>(at(k)));
-    if (!finite)
+    if (!is_finite(k))
       py::module_::import("fusedopt.programs.program")
           .attr("refuse_scalar")(fold, name, compute_ == F32 ? "float32" : "float64", t, lr);
   }
+}
+
+bool Scalars::is_finite(int index) const {
+  return compute_ == F32 ? std::isfinite(*static_cast<const float*>(at(index)))
+                         : std::isfinite(*static_cast<const double*>(at(index)));
 }
 
 void Scalars::put(int index, double value) {

@@ -75,10 +75,13 @@ struct Numbers {
 // The scalars of a program, folded in float64 and cast once to the compute type.
 class Scalars {
  public:
-  // The numbers' folds give zero for what sums will give. factor: on the gradient, beside the
-  // numbers' own.
-  Scalars(const Program& program, const Numbers& numbers, std::int64_t t, double lr, double factor,
-          int compute);
+  // The numbers' folds give zero for what sums will give. factor: see `use_factor`. Those of the
+  // same program stay where they are.
+  void fold(const Program& program, const Numbers& numbers, std::int64_t t, double lr,
+            double factor, int compute);
+
+  // Takes another factor on the gradient, beside the numbers' own: whether it stays finite.
+  bool use_factor(const Program& program, const Numbers& numbers, double factor);
 
   // The same for one leaf, with what its sums give.
   Scalars with(const Program& program, const Numbers& numbers, std::int64_t t, double lr,
@@ -89,8 +92,8 @@ class Scalars {
   }
 
  private:
-  void append(double value) { put(filled_++, value); }
   void put(int index, double value);
+  bool is_finite(int index) const;
   // All numbers of a tuple of this length, from an index on.
   void put_all(int index, const py::object& numbers, int length, const char* name);
   // Raises where one from `from` to `to` is infinite in the compute type: nothing has been written.
@@ -98,7 +101,7 @@ class Scalars {
              double lr) const;
 
   std::vector<double> storage_;  // raw, and aligned for either type
-  int compute_, filled_ = 0;
+  int compute_ = F32;
 };
 
 // The steps of one phase for one leaf, and the operands that they use and write, as bits.

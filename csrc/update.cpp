@@ -31,7 +31,8 @@ bool update(const Program& program, const py::tuple& described, std::int64_t t, 
   Given given[INPUTS];
   for (int i = 0; i < INPUTS; ++i)
     if (inputs[i] != Py_None) given[i] = Given(inputs[i]);
-  const Scalars scalars(program, Numbers(described), t, lr, 1.0, compute);
+  Scalars scalars;
+  scalars.fold(program, Numbers(described), t, lr, 1.0, compute);
   // Python has run: nothing is looked at before, and all after.
   if (compute_of(parameter) != compute) return false;
   const Table& table = *level().table;
@@ -69,7 +70,8 @@ bool update(const Program& program, const py::tuple& described, std::int64_t t, 
   const Phase phase = append_phase(program, 0, compute, scalars, operands, steps);
   std::vector<Leaf> leaves{{n, operands, steps.data(), INPUTS + program.arrays, phase.count,
                             phase.used, phase.written, 0, nullptr, 0}};
-  run_unlocked(leaves, n, thread_count.load());  // the arguments hold every array alive
+  // The arguments hold every array alive.
+  unlocked_if_long(n, [&] { run(leaves, thread_count.load()); });
   return true;
 }
 
@@ -86,7 +88,8 @@ void step_at(const Program& program, const py::tuple& described, std::int64_t t,
       addresses.size() != count * (arrays + 1))
     throw py::value_error("not the addresses of a step's arrays");
   std::vector<Operand> operands(count * MAX_OPERANDS);
-  const Scalars scalars(program, Numbers(described), t, lr, 1.0, compute);
+  Scalars scalars;
+  scalars.fold(program, Numbers(described), t, lr, 1.0, compute);
   std::vector<Step> steps;
   std::vector<Phase> phases;
   std::size_t total = 0;
@@ -108,13 +111,14 @@ void step_at(const Program& program, const py::tuple& described, std::int64_t t,
                       INPUTS + program.arrays, phase.count, phase.used, phase.written, 0, nullptr,
                       0});
   }
-  run_unlocked(leaves, total, thread_count.load());
+  unlocked_if_long(total, [&] { run(leaves, thread_count.load()); });
 }
 
 // For each array (sum, scale), as `SquareSums` finds them; None where one does not fit.
 py::object sums_of_squares(const py::list& arrays) {
   std::vector<Measured> inputs;
   std::vector<Operand> operands(arrays.size());
+  std::size_t total = 0;
   const DefaultControl control;
   for (const py::handle array : arrays) {
     const Proxy* const a = as_array(array.ptr());
@@ -124,8 +128,14 @@ py::object sums_of_squares(const py::list& arrays) {
         !read_input(Given(array.ptr()), a, compute, *level().table, false, operand))
       return py::none();
     inputs.push_back({&operand, elements_of(a), compute, nullptr});
+    total += elements_of(a);
   }
-  SquareSums().find(inputs, thread_count.load());  // the list holds every array alive
+  // The list holds every array alive.
+  unlocked_if_long(total, [&] {
+    SquareSums sums;
+    sums.take(inputs);
+    sums.find(thread_count.load());
+  });
   py::list found;
   for (const Measured& m : inputs) found.append(py::make_tuple(m.sum, m.scale));
   return found;
