@@ -181,19 +181,24 @@ bool Plan::reprogram(const py::list& programs, const py::list& numbers) {
   return true;
 }
 
-bool Plan::change(const py::object& programs, const py::object& numbers,
-                  const std::vector<double>& rates, const py::tuple& attributes) {
+void Plan::renumber(const py::list& rules, const py::object& extras, const py::object& rates,
+                    const py::tuple& attributes) {
   const Use use(*this);
-  if (rates.size() != programs_.size() || attributes.size() % 3 != 0)
-    throw py::value_error("change: a learning rate for each group, and three for each attribute");
+  if (rules.size() != programs_.size() || attributes.size() % 3 != 0 ||
+      (!rates.is_none() && py::len(rates) != programs_.size()))
+    throw py::value_error("renumber: a rule and a rate for each group, and triples of attributes");
+  std::vector<Numbers> fresh;
+  for (std::size_t k = 0; k < rules.size(); ++k) fresh.push_back(numbers_[k].of(rules[k], extras));
+  std::vector<double> given(rate_, rate_ + programs_.size());
+  for (std::size_t k = 0; k < given.size() && !rates.is_none(); ++k)
+    given[k] = rates[py::int_(k)].cast<double>();
   std::vector<py::object> before;  // see `reprogram`
   for (std::size_t k = 0; k < attributes.size(); k += 3)
     before.push_back(py::getattr(attributes[k], attributes[k + 1]));
-  if (!programs.is_none() && !reprogram(programs, numbers)) return false;
-  std::copy(rates.begin(), rates.end(), rate_);
+  numbers_.swap(fresh);
+  std::copy(given.begin(), given.end(), rate_);
   for (std::size_t k = 0; k < attributes.size(); k += 3)
     py::setattr(attributes[k], attributes[k + 1], attributes[k + 2]);
-  return true;
 }
 
 void Plan::change_level() {
@@ -217,7 +222,7 @@ void bind_plan(py::module_& module) {
       .def("give", &Plan::give)
       .def("held", &Plan::held)
       .def("reprogram", &Plan::reprogram)
-      .def("change", &Plan::change)
+      .def("renumber", &Plan::renumber)
       .def("step", &Plan::step)
       .def("settle", &Plan::settle)
       .def("whole_step", &Plan::whole_step);

@@ -11,7 +11,7 @@ import numpy as np
 
 from .arrays.storage import Master, Rounding, StateDtype
 from .plan.options import ClipNorm, Options
-from .rules.groups import RateChoice, RuleChoice, with_hyperparameters, with_rates
+from .rules.groups import RateChoice, RuleChoice, rates_given, with_hyperparameters, with_rates
 from .rules.hyperparameters import Schedule
 from .step import exchange
 from .step.accumulate import ACCUMULATED
@@ -246,8 +246,9 @@ class Optimizer(Persistent):
 
     @lr.setter
     def lr(self, lr: RateChoice) -> None:
-        if not self._assembly.set_rate(lr):
-            self._assembly.take_rules(with_rates(self._assembly.groups, lr), settled=False)
+        assembly = self._assembly
+        if not assembly.renumber(rates_given(assembly.groups, lr)):
+            assembly.take_rules(with_rates(assembly.groups, lr), settled=False)
 
     @property
     def groups(self) -> dict[str, ParameterGroup]:
@@ -275,9 +276,10 @@ class Optimizer(Persistent):
             If no rule has the hyperparameter, or a value does not fit the rule, the states or the
             parameters. Nothing has changed then.
         """
-        self._assembly.take_rules(
-            with_hyperparameters(self._assembly.groups, label, hyperparameters)
-        )
+        assembly = self._assembly
+        given = [hyperparameters if label in (None, g.label) else {} for g in assembly.groups]
+        if not assembly.renumber(given):
+            assembly.take_rules(with_hyperparameters(assembly.groups, label, hyperparameters))
 
     def sync(self) -> None:
         """Take the masters anew from the parameters, after these were written by the caller.

@@ -205,7 +205,7 @@ class NativePlan:
         # The core's objects are unknown to the garbage collector: what it calls must not lead back
         # to this plan.
         plan = core.Plan(_described(spec, programs, matrices))
-        self._reprogram, self._change = plan.reprogram, plan.change
+        self._reprogram, self.renumber = plan.reprogram, plan.renumber
         self.take, self.give, self.held = plan.take, plan.give, plan.held
         self.whole_step, self.settle, self._step = plan.whole_step, plan.settle, plan.step
 
@@ -228,23 +228,6 @@ class NativePlan:
         if not self._matrices.adopt(groups):
             return False
         return bool(self._reprogram(*_in_the_core(programs)))
-
-    def change(
-        self,
-        groups: Sequence[Group] | None,
-        extras: Extras,
-        rates: Sequence[float],
-        attributes: tuple[Any, ...],
-    ) -> bool:
-        """Do what `adopt` does, for rules of one phase, in a single call that nothing interrupts.
-
-        The caller has not taken the plan. groups: None for those that there are. rates: learning
-        rates. attributes: (object, name, value), one after another, which are set in the same call.
-        """
-        if groups is None:
-            return bool(self._change(None, None, rates, attributes))
-        programs = [extras.program(group.rule) for group in groups]
-        return bool(self._change(*_in_the_core(programs), rates, attributes))
 
 
 def _in_the_core(programs: Sequence[Program]) -> tuple[list[Any], list[Any]]:

@@ -41,6 +41,13 @@ class Extras(NamedTuple):
         assert isinstance(kept, float)
         return kept
 
+    def _limit(self, t: int, lr: float) -> tuple[float, ...]:
+        assert self.clip_value is not None
+        return (self.clip_value,)
+
+    def _gain(self, t: int, lr: float) -> tuple[float, ...]:
+        return (1.0 - self._kept,)
+
     def program(self, rule: Rule) -> Program:
         """The rule's program with everything around it."""
         if self == NOTHING:
@@ -51,11 +58,10 @@ class Extras(NamedTuple):
         after: list[Operation] = []
         temporaries: list[str] = []
         if self.clip_value is not None:
-            limit = (self.clip_value,)
             temporaries.append("clipped")
             for phase in sorted({op.phase for op in own if "g" in op.operands}):
                 before.append(
-                    Operation("clip_value", ("clipped", "g"), lambda t, lr: limit, "filter", phase)
+                    Operation("clip_value", ("clipped", "g"), self._limit, "filter", phase)
                 )
             own = tuple(
                 op._replace(operands=tuple("clipped" if o == "g" else o for o in op.operands))
@@ -72,8 +78,7 @@ class Extras(NamedTuple):
             if self.norms:
                 before.append(Operation("squares", ("gradient", "g"), _one, "sum"))
         if self.ema is not None:
-            gain = (1.0 - self._kept,)
-            after.append(Operation("lerp", (AVERAGE, "p"), lambda t, lr: gain, "other", last))
+            after.append(Operation("lerp", (AVERAGE, "p"), self._gain, "other", last))
         steps = tuple(op for op in own if op.needs is None)
         refreshes = tuple(op for op in own if op.needs is not None)
         operations = (*before, *steps, *after, *refreshes)

@@ -47,7 +47,8 @@ class Operation(NamedTuple):
     makes its first operand of the gradient times its factor, "sum" adds up, and "other" writes its
     first operand. measured: how many of the scalars, the last ones, come from those sums and not
     from `scalars`. needs: run only where this input was given. written: the number of a rule's
-    states that are written, the first ones; None: all. element: the kernel in Python, where
+    states that are written, the first ones; None: all. scalars: a method of the rule, or of what is
+    around it, or a function that knows no hyperparameters. element: the kernel in Python, where
     elements.py does not have it under the kernel's name. kernel: None where the core has none, and
     is given the compiled element.
     """
@@ -173,8 +174,7 @@ class Program:
         self.measured = rule.measured
         folds: tuple[Any, ...] = tuple([op.scalars for op in operations])
         self.folds = (*folds, rule.measured) if self.measures else folds
-        line = rule.decay_line if rule.weight_decay else (0.0, 0.0)
-        self.head = (-1.0 if rule.maximize else 1.0, *line)
+        self.head = head_of(rule)
         self.numbers = self.folds, self.head
 
     def renumbered(self, rule: Governed, operations: tuple[Operation, ...]) -> Program | None:
@@ -213,6 +213,12 @@ class Program:
         if op.loop == "peek":
             return "peek_l2" if self._decay == "l2" else "peek"
         return self._decay if op.loop in ("rule", "measure") else "plain"
+
+
+def head_of(rule: Governed) -> tuple[float, float, float]:
+    """Return a program's `head`."""
+    sign = -1.0 if rule.maximize else 1.0
+    return (sign, *rule.decay_line) if rule.weight_decay else (sign, 0.0, 0.0)
 
 
 def _decay(rule: Governed) -> str:

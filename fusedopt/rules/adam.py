@@ -110,11 +110,11 @@ class Adam(Rule):
     bias_correction: bool = True
 
     def check_together(self) -> None:
-        for other in ("nesterov", "hat"):
-            if getattr(self, other) and self.amsgrad and (other, self.amsgrad) != ("hat", "raw"):
-                raise ValueError(
-                    f"{type(self).__name__}(amsgrad): {self.amsgrad!r} does not go with {other}"
-                )
+        if self.amsgrad and (self.nesterov or (self.hat and self.amsgrad != "raw")):
+            other = "nesterov" if self.nesterov else "hat"
+            raise ValueError(
+                f"{type(self).__name__}(amsgrad): {self.amsgrad!r} does not go with {other}"
+            )
 
     @property
     def states(self) -> tuple[str, ...]:

@@ -75,6 +75,15 @@ def only_numbers_differ(old: Sequence[Group], rules: Sequence[Rule]) -> bool:
     )
 
 
+def rates_given(groups: Sequence[Group], lr: RateChoice) -> list[Mapping[str, Any]]:
+    """Return the learning rate that a choice gives each group; nothing where it does not fit."""
+    if len(groups) == 1:
+        return [{"lr": lr}]
+    if not isinstance(lr, Mapping) or set(lr) != {group.label for group in groups}:
+        return []
+    return [{"lr": lr[group.label]} for group in groups]
+
+
 def with_rates(groups: Sequence[Group], lr: RateChoice) -> list[Rule]:
     """The groups' rules with other learning rates: one, or with several groups one by label."""
     if len(groups) == 1:
@@ -101,20 +110,11 @@ def with_hyperparameters(
         known = field_names(cls) if label in (None, group.label) else ()
         own = {name: value for name, value in values.items() if name in known}
         unknown -= own.keys()
-        rules.append(_replaced(group.rule, own) if own else group.rule)
+        rules.append(replace(group.rule, **own) if own else group.rule)
     if unknown:
         where = "none of the rules has" if label is None else f"the rule of {label!r} has no"
         raise TypeError(f"replace: {where} {', '.join(sorted(unknown))}")
     return rules
-
-
-def _replaced(rule: Rule, values: Mapping[str, Any]) -> Rule:
-    names = number_names(type(rule))
-    for name, value in values.items():
-        for number in value if type(value) is tuple else (value,):
-            if type(number) is not float or (name not in names and name != "lr"):
-                return replace(rule, **values)
-    return rule.with_numbers(**values)
 
 
 def check_successor(group: Group, rule: Rule) -> bool:
@@ -137,19 +137,6 @@ def check_successor(group: Group, rule: Rule) -> bool:
     rest = [field.name for field in fields(rule) if field.name != "lr"]
     same = all(getattr(rule, name) == getattr(old, name) for name in rest)
     return same and rule.decay != "independent"
-
-
-def is_renumbered(group: Group, rule: Rule) -> bool:
-    """Whether a rule of the same class has the states of the group's, and schedules where that has
-    them."""
-    old = group.rule
-    if rule is old:
-        return True
-    for name in old.settled:
-        if getattr(rule, name) != getattr(old, name):
-            return False
-    rates = rule.lr is old.lr or not (callable(rule.lr) or callable(old.lr))
-    return rates and rule.scheduled == old.scheduled and rule.states == old.states
 
 
 def _by_pattern(leaves: Sequence[Leaf], rules: Mapping[str, Rule]) -> tuple[list[Group], list[int]]:

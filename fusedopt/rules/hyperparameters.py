@@ -205,6 +205,14 @@ def _number_kinds(cls: Any) -> dict[str, tuple[str, Any]]:
     }
 
 
+def kinds_of_numbers(cls: Any) -> dict[str, Number]:
+    """Return what a learning rate and each hyperparameter that is a number, or a tuple of them,
+    accepts as a number."""
+    kinds = {name: _kind(_kinds(cls)[name]) for name in number_names(cls)}
+    own = {k: v.each if isinstance(v, Numbers) else v for k, v in kinds.items()}
+    return {"lr": NONNEGATIVE, **own}
+
+
 def _kind(annotation: Any) -> Any:
     if typing.get_origin(annotation) is Annotated:
         return typing.get_args(annotation)[1]

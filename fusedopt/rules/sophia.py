@@ -141,18 +141,21 @@ class Sophia(Rule):
         return sophia if self.form == "official" else sophia_paper
 
     def operations(self) -> tuple[Operation, ...]:
-        b2 = self.betas[1]
         gnb = self.estimator == "gnb"
-        k = (1.0 - b2) * (self.bs if gnb and self.form == "paper" else 1)
         refresh = Operation(
             "sophia_refresh_square" if gnb else "average",
             ("h", "hessian"),
-            lambda t, lr: (b2, k),
+            self._refresh,
             loop="other",
             needs="hessian",
         )
         (step,) = super().operations()
         return step._replace(written=1), refresh
+
+    def _refresh(self, t: int, lr: float) -> tuple[float, float]:
+        b2 = self.betas[1]
+        scaled = self.estimator == "gnb" and self.form == "paper"
+        return b2, (1.0 - b2) * (self.bs if scaled else 1)
 
     def sums(self) -> tuple[Operation, ...]:
         # A share of the elements in the published code's log, as "win_rate".

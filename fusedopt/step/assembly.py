@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,8 +22,10 @@ from ..plan.extras import Extras
 from ..plan.interface import Policy
 from ..plan.options import Options, check_grad_scale, check_seed
 from ..plan.spec import HALFWAY, PlanSpec, results_for
+from ..programs.program import head_of
 from ..rules.base import Rule
-from ..rules.groups import Group, RuleChoice, assign, at_step, check_successor, is_renumbered
+from ..rules.groups import Group, RuleChoice, assign, at_step, check_successor
+from ..rules.hyperparameters import in_step
 from ..schedules import formula_of
 from ..system.interrupts import directly, uninterrupted
 from ..verification.plan import VerifiedPlan
@@ -199,7 +200,7 @@ class Assembly:
         self.info_builder = StepInfoBuilder(self.tree, spec, self.clipper)
         self._one_phase = all(group.rule.program.phases == 1 for group in self.current)
         more = self.options.exact or self.state_file or not self._one_phase
-        self._renumbers = hasattr(plan, "change") and not more
+        self._renumbers = hasattr(plan, "renumber") and not more
         self._formulas: list[Any] | None = None  # of which the plan has been told
         self.settle_rates()
 
@@ -260,11 +261,8 @@ class Assembly:
 
     def _scheduled_step(self, grads: Any, hessian: Any, scale: Any, ask: Any) -> StepInfo | None:
         """Take a whole step after the plan was given the values of its schedules."""
-        current, extras = self._values
-        if (current, extras) != (self.current, self.extras):
-            rates = self.rates.values.tolist()
-            if not self._at_once(self.groups, current, extras, rates):
-                self.whole("step", partial(self._use, current, extras), settled=False)
+        if not self._renumber_as_scheduled():
+            self.whole("step", lambda: self._use(*self._values), settled=False)
         info: StepInfo | None = self.plan.whole_step(grads, hessian, scale, ask)
         return info
 
@@ -279,10 +277,9 @@ class Assembly:
         return None if number is None else StepInfo(number, self.rates.used())
 
     def take_rules(self, rules: Sequence[Rule], *, settled: bool = True) -> None:
-        """Take other rules for the groups, at a step's cost where only numbers differ."""
-        if not self.change(rules):
-            adopt = partial(self.adopt, rules)
-            self.whole("hyperparameters", adopt, settled=settled, moved=True)
+        """Take other rules for the groups."""
+        adopt = partial(self.adopt, rules)
+        self.whole("hyperparameters", adopt, settled=settled, moved=True)
 
     def adopt(self, rules: Sequence[Rule]) -> None:
         """Put rules in the place of the groups' own, all of them or none."""
@@ -316,52 +313,61 @@ class Assembly:
         self.clipper.begin(1.0)
         self.lazy_rows.catch_up(rows)
 
-    def set_rate(self, lr: Any) -> bool:
-        """Take a number as the learning rate of the only group; False, and nothing is done, where
-        that is for `change` or `adopt`."""
-        number = type(lr) is float and 0.0 <= lr < math.inf
-        if not number or self._scheduled or len(self.groups) > 1:
-            return False
-        label, old = self.groups[0]
-        rule = old.with_rate(lr)
-        return rule is not None and self._at_once([Group(label, rule)], None, self.extras, [lr])
+    def renumber(self, given: Sequence[Mapping[str, Any]]) -> bool:
+        """Take numbers for each group's rule, from the next step on, in one call of the plan.
 
-    def change(self, rules: Sequence[Rule]) -> bool:
-        """Put rules that differ from the groups' own in numbers alone in their place.
-
-        False, and nothing has changed, where there is more to it: see `adopt`.
+        No interrupt arrives in it. False, and nothing has changed, where there is more to be done,
+        or something to be refused: see `take_rules`.
         """
-        groups = [Group(label, rule) for (label, _), rule in zip(self.groups, rules, strict=True)]
-        for old, rule in zip(self.groups, rules, strict=True):
-            if not is_renumbered(old, rule):
+        if not any(given) or not self._can_renumber:
+            return False
+        groups, rates = list(self.groups), None
+        current = list(self.current) if self._scheduled else groups
+        told: list[Any] = [None] * len(groups)
+        for k, values in enumerate(given):
+            if not values:
+                continue
+            label, rule = groups[k]
+            new = running = rule.renumbered(values)
+            if rule.scheduled:
+                running = current[k].rule.renumbered(values)
+            if new is None or running is None:
                 return False
-        current = at_step(groups, self._upcoming) if self._scheduled else groups
-        rates = self.rates.values.tolist()
-        for k, rule in enumerate(rules):
-            if not callable(rule.lr):
-                rates[k] = rule.lr
-        return self._at_once(groups, current, self.extras, rates)
+            groups[k] = Group(label, new)
+            if rule.scheduled:
+                current[k] = Group(label, running)
+            told[k] = running, head_of(running) if "weight_decay" in values else None
+            if "lr" in values:
+                rates = rates or self.rates.values.tolist()
+                rates[k] = new.lr
+        known = (self, "groups", groups, self, "current", current, self.rates, "groups", groups)
+        self.plan.renumber(told, None, rates, known)
+        return True
 
-    def _at_once(
-        self,
-        groups: list[Group],
-        current: list[Group] | None,
-        extras: Extras,
-        rates: Sequence[float],
-    ) -> bool:
-        """Let the plan have other numbers in a single call, in which no interrupt arrives.
-
-        current: None where they differ from `groups` in nothing that programs are made of. False,
-        and nothing has changed, where the plan has no such call, or where more must be done.
-        """
-        if not self._renumbers or self.exchanged or self.counters[0] == HALFWAY:
+    def _renumber_as_scheduled(self) -> bool:
+        """Do the same with the values that schedules give the next step."""
+        if not self._can_renumber:
             return False
-        known = (
-            self, "groups", groups, self, "current", current or groups, self, "extras", extras,
-            self.rates, "groups", groups,
-        )  # fmt: skip
-        changed: bool = self.plan.change(current, extras, rates, known)
-        return changed
+        step, extras = self._upcoming, self.extras
+        current = list(self.current)
+        told: list[Any] = [None] * len(current)
+        for k, (label, rule) in enumerate(self.groups):
+            if names := rule.scheduled:
+                new = current[k].rule.renumbered({n: in_step(rule, n, step) for n in names})
+                if new is None:
+                    return False
+                current[k] = Group(label, new)
+                told[k] = new, head_of(new) if "weight_decay" in names else None
+        known: tuple[Any, ...] = (self, "current", current)
+        if callable(self._extras.ema):
+            extras = self._extras.at(step)
+            known += (self, "extras", extras)
+        self.plan.renumber(told, extras, None, known)
+        return True
+
+    @property
+    def _can_renumber(self) -> bool:
+        return self._renumbers and not self.exchanged and self.counters[0] != HALFWAY
 
     @property
     def _upcoming(self) -> int:

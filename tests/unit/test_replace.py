@@ -14,11 +14,13 @@ import pytest
 
 import fusedopt as fo
 from fusedopt.backends import get_backend
+from fusedopt.rules.hyperparameters import number_names
 from fusedopt.schedules import Constant, Linear
 from hyperparameters import others
 
 BACKENDS = ["native", "reference"]
-ELEMENTWISE = {"*.w": fo.Lion(), "*": fo.AdamW(lr=0.01)}
+ELEMENTWISE = {"*.w": fo.Lion(weight_decay=0.1), "*": fo.AdamW(lr=0.01)}
+AROUND = {"clip_value": 0.5, "ema": 0.9, "stats": True}
 MIXED = {"*.w": fo.Muon(lr=0.02), "last": fo.Lion(lr=1e-3), "*": fo.AdamW(lr=0.01)}
 
 
@@ -185,8 +187,66 @@ def test_other_numbers_need_no_new_plan(
     assert_goes_on_as(opt, fo.AdamW(**change))
 
 
-@pytest.mark.parametrize("rule", [fo.AdamW(), fo.RMSProp(momentum=0.5), ELEMENTWISE], ids=str)
-@pytest.mark.parametrize("options", [{}, {"clip_value": 0.5, "ema": 0.9, "stats": True}], ids=str)
+@pytest.mark.parametrize("cls", fo.RULES.values(), ids=list(fo.RULES))
+def test_whether_a_number_is_zero_is_all_that_selects(cls: type[fo.Rule]) -> None:
+    for rule, name, other in changes(cls):
+        values = {name: getattr(other, name)}
+        before = getattr(rule, name)
+        fits = not (name == "lr" and rule.decay == "independent")
+        assert (rule.renumbered(values) is not None) is (
+            (name == "lr" or name in number_names(cls))
+            and name not in cls.settled
+            and bool(before) is bool(values[name])
+            and fits
+        )
+        if (found := rule.renumbered(values)) is not None:
+            assert found == other
+            assert repr(found) == repr(other)
+            assert (found.states, found.program.form) == (rule.states, rule.program.form)
+            folds = [op.scalars(3, 0.1) for op in found.program.operations]
+            assert folds == [op.scalars(3, 0.1) for op in other.program.operations]
+
+
+@pytest.mark.parametrize(
+    "value", [1, np.float64(0.25), np.float32(0.25), True, "0.25", None, -0.25]
+)
+def test_only_plain_numbers_that_fit_are_taken_without_a_check(value: Any) -> None:
+    rule = fo.AdamW()
+    taken = type(value) is float and value > 0
+    for values in ({"weight_decay": value}, {"betas": (0.5, value)}, {"lr": value}):
+        assert (rule.renumbered(values) is not None) is taken
+    for values in ({"betas": 0.5}, {"betas": (0.5,)}, {"betas": [0.5, 0.5]}, {"betas": (0.5, 1.0)}):
+        assert rule.renumbered(values) is None
+    for values in ({"decay": "l2"}, {"amsgrad": "raw"}, {"rho": 0.5}, {"eps": np.inf}):
+        assert rule.renumbered(values) is None
+
+
+@pytest.mark.parametrize("options", [{}, AROUND], ids=str)
+@pytest.mark.parametrize("cls", fo.RULES.values(), ids=list(fo.RULES))
+def test_other_numbers_have_the_bits_of_another_rule(
+    cls: type[fo.Rule], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rule, name, other in changes(cls):
+        if rule.program.phases > 1 or rule.renumbered({name: getattr(other, name)}) is None:
+            continue
+        opt = fo.Optimizer(tree(), rule, **options)
+        estimates = tree(3) if cls.takes_hessian else None
+        opt.step(tree(1), hessian=estimates)
+        with monkeypatch.context() as patch:
+            patch.setattr(opt._assembly, "whole", Mock(side_effect=AssertionError))
+            opt.replace(**{name: getattr(other, name)})
+        twin = fo.Optimizer(copy.deepcopy(opt.params), other, **options)
+        twin.load_state_dict(opt.state_dict())
+        for seed in (5, 6):
+            took = [each.step(tree(seed), hessian=estimates) for each in (opt, twin)]
+            assert took[0] == took[1]
+        assert opt.fingerprint() == twin.fingerprint()
+
+
+@pytest.mark.parametrize(
+    "rule", [fo.AdamW(), fo.RMSProp(momentum=0.5, weight_decay=0.1), ELEMENTWISE], ids=str
+)
+@pytest.mark.parametrize("options", [{}, AROUND], ids=str)
 def test_other_numbers_are_one_call_of_the_core(
     rule: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
