@@ -8,9 +8,19 @@
 #include <utility>
 
 #include "cpu.hpp"
+#include "hyperparameters.hpp"
 
 namespace fusedopt {
 namespace {
+
+// A group with another rule; by the class that named tuples have from tuples, since their own is
+// Python.
+py::object with_rule(const py::tuple& group, const py::object& rule) {
+  const py::tuple arguments = py::make_tuple(py::make_tuple(group[0], rule));
+  PyObject* const made = PyTuple_Type.tp_new(Py_TYPE(group.ptr()), arguments.ptr(), nullptr);
+  if (!made) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(made);
+}
 
 // The object that Python and a plan share.
 template <class T>
@@ -181,24 +191,56 @@ bool Plan::reprogram(const py::list& programs, const py::list& numbers) {
   return true;
 }
 
-void Plan::renumber(const py::list& rules, const py::object& extras, const py::object& rates,
-                    const py::tuple& attributes) {
+bool Plan::renumber(const py::object& rates, const py::list& given, const py::list& numbers,
+                    bool scheduled, const py::tuple& attributes) {
   const Use use(*this);
-  if (rules.size() != programs_.size() || attributes.size() % 3 != 0 ||
-      (!rates.is_none() && py::len(rates) != programs_.size()))
-    throw py::value_error("renumber: a rule and a rate for each group, and triples of attributes");
+  const Names& is = Names::get();
+  const py::list old_groups = py::getattr(rates, is.groups);
+  const py::list old_current = py::getattr(rates, is.current);
+  const std::size_t count = programs_.size();
+  if (given.size() != count || attributes.size() % 3 != 0) return false;
+  const py::object extras = attributes.empty() ? py::none() : py::object(attributes[2]);
+  py::list groups(count), current(count);
+  bool any = scheduled;
   std::vector<Numbers> fresh;
-  for (std::size_t k = 0; k < rules.size(); ++k) fresh.push_back(numbers_[k].of(rules[k], extras));
-  std::vector<double> given(rate_, rate_ + programs_.size());
-  for (std::size_t k = 0; k < given.size() && !rates.is_none(); ++k)
-    given[k] = rates[py::int_(k)].cast<double>();
-  std::vector<py::object> before;  // see `reprogram`
+  std::vector<double> rate(rate_, rate_ + count);
+  for (std::size_t k = 0; k < count; ++k) {
+    const py::tuple group = old_groups[k], now = old_current[k];
+    const py::dict values = given[k];
+    groups[k] = group;
+    current[k] = now;
+    py::object rule = now[1];
+    if (!values.empty()) {
+      any = true;
+      const bool both = !scheduled && rule.is(group[1]);
+      rule = renumbered(rule, values, numbers[k]);
+      if (!rule) return false;
+      current[k] = with_rule(now, rule);
+      if (both) groups[k] = current[k];
+      if (!both && !scheduled) {
+        const py::object other = renumbered(group[1], values, numbers[k]);
+        if (!other) return false;
+        groups[k] = with_rule(group, other);
+      }
+      if (values.contains(is.lr)) rate[k] = values[is.lr].cast<double>();
+    }
+    fresh.push_back(numbers_[k].of(rule, extras));
+    if (!values.contains(is.weight_decay)) continue;
+    const py::tuple line = py::getattr(rule, is.decay_line);
+    fresh[k].base = line[0].cast<double>();
+    fresh[k].slope = line[1].cast<double>();
+  }
+  if (!any) return false;
+  std::vector<py::object> before{old_groups, old_current};  // see `reprogram`
   for (std::size_t k = 0; k < attributes.size(); k += 3)
     before.push_back(py::getattr(attributes[k], attributes[k + 1]));
   numbers_.swap(fresh);
-  std::copy(given.begin(), given.end(), rate_);
+  std::copy(rate.begin(), rate.end(), rate_);
+  py::setattr(rates, is.groups, groups);
+  py::setattr(rates, is.current, current);
   for (std::size_t k = 0; k < attributes.size(); k += 3)
     py::setattr(attributes[k], attributes[k + 1], attributes[k + 2]);
+  return true;
 }
 
 void Plan::change_level() {

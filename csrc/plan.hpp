@@ -45,13 +45,13 @@ class Plan {
   // plan. False where the programs would need other arrays; nothing has changed then.
   bool reprogram(const py::list& programs, const py::list& numbers);
 
-  // Other scalars of the programs that there are, by a caller who has not, with the groups'
-  // learning rates, and with all that Python remembers of them: attributes (object, name, value).
-  // No code in Python runs between the first change and the last, so that no interrupt comes
-  // between them. rules: see `Numbers::of`; what is around the
-  // rules is given by `extras`. rates: None for those that there are.
-  void renumber(const py::list& rules, const py::object& extras, const py::object& rates,
-                const py::tuple& attributes);
+  // Other numbers for the groups' rules, by a caller who has not: see `renumbered`. False, and
+  // nothing has changed, where there is more to it. rates: fusedopt.step.rates.Rates, whose groups
+  // get the rules; scheduled: those of the step alone. attributes: (object, name, value), set in
+  // the same call, such as another description of what is around the rules. No code in Python runs
+  // between the first change and the last, so that no interrupt comes between them.
+  bool renumber(const py::object& rates, const py::list& given, const py::list& numbers,
+                bool scheduled, const py::tuple& attributes);
 
   // One step, by a caller who has taken the plan. None where something does not fit; nothing was
   // written then. `flat`: the trees are lists of leaves already.

@@ -103,32 +103,24 @@ int Program::adopt(const std::string& name, int mode, int operands, const Outsid
 
 Numbers::Numbers(const py::handle& description) {
   PyObject *own, *head;
-  if (!PyArg_ParseTuple(description.ptr(), "O!O!", &PyTuple_Type, &own, &PyTuple_Type, &head))
+  if (!PyArg_ParseTuple(description.ptr(), "O!O!", &PyTuple_Type, &own, &PyTuple_Type, &head) ||
+      !PyArg_ParseTuple(head, "ddd", &factor, &base, &slope))
     throw py::error_already_set();
-  take_head(head);
   folds = py::reinterpret_borrow<py::tuple>(own);
-}
-
-void Numbers::take_head(PyObject* head) {
-  if (!PyArg_ParseTuple(head, "ddd", &factor, &base, &slope)) throw py::error_already_set();
 }
 
 Numbers Numbers::of(const py::handle& rule, const py::handle& extras) const {
   Numbers result = *this;
-  PyObject *own = Py_None, *head;
-  if (!rule.is_none()) {
-    if (!PyArg_ParseTuple(rule.ptr(), "OO", &own, &head)) throw py::error_already_set();
-    if (head != Py_None) result.take_head(head);
-  }
   result.folds = py::tuple(folds.size());
   for (std::size_t k = 0; k < folds.size(); ++k) {
     py::object fold = folds[k];
-    for (PyObject* const owner : {own, extras.ptr()})
-      if (PyMethod_Check(fold.ptr()) &&
-          Py_TYPE(PyMethod_GET_SELF(fold.ptr())) == Py_TYPE(owner))
-        fold = py::reinterpret_steal<py::object>(
-            PyMethod_New(PyMethod_GET_FUNCTION(fold.ptr()), owner));
-    if (!fold) throw py::error_already_set();
+    for (const py::handle owner : {rule, extras}) {
+      if (!PyMethod_Check(fold.ptr()) || Py_TYPE(PyMethod_GET_SELF(fold.ptr())) != Py_TYPE(owner.ptr()))
+        continue;
+      fold = py::reinterpret_steal<py::object>(
+          PyMethod_New(PyMethod_GET_FUNCTION(fold.ptr()), owner.ptr()));
+      if (!fold) throw py::error_already_set();
+    }
     result.folds[k] = fold;
   }
   return result;

@@ -71,12 +71,9 @@ struct Numbers {
 
   explicit Numbers(const py::handle& description);
 
-  // The same folds of another rule of the class, and of other extras: functions that are methods of
-  // the old become methods of the new. rule: None, or (rule, None or another head).
+  // The same of another rule of the class, and of other extras: folds that are methods of the old
+  // become methods of the new.
   Numbers of(const py::handle& rule, const py::handle& extras) const;
-
- private:
-  void take_head(PyObject* head);
 };
 
 // The scalars of a program, folded in float64 and cast once to the compute type.

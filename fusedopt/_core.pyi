@@ -29,12 +29,13 @@ class Plan:
     def reprogram(self, programs: list[Program], numbers: list[Numbers], /) -> bool: ...
     def renumber(
         self,
-        rules: list[tuple[Any, tuple[float, float, float] | None] | None],
-        extras: Any,
-        rates: Sequence[float] | None,
+        rates: Any,
+        given: list[dict[str, Any]],
+        numbers: list[tuple[dict[str, tuple[float, float, bool]], tuple[str, ...]]],
+        scheduled: bool,
         attributes: tuple[Any, ...],
         /,
-    ) -> None: ...
+    ) -> bool: ...
     def step(self, gradients: Any, hessian: Any, flat: bool, /) -> int | None: ...
     def settle(self, policy: Any, /) -> None: ...
     def whole_step(

@@ -277,7 +277,9 @@ class Optimizer(Persistent):
             parameters. Nothing has changed then.
         """
         assembly = self._assembly
-        given = [hyperparameters if label in (None, g.label) else {} for g in assembly.groups]
+        given: list[Any] = [hyperparameters] * len(assembly.groups)
+        if label is not None:
+            given = [hyperparameters if g.label == label else {} for g in assembly.groups]
         if not assembly.renumber(given):
             assembly.take_rules(with_hyperparameters(assembly.groups, label, hyperparameters))
 

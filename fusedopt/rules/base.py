@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Literal, NamedTuple, Self, cast
 
 import numpy as np
 
@@ -112,30 +112,6 @@ class Rule:
 
     def check_together(self) -> None:
         """Raise ValueError where hyperparameters that fit alone do not fit each other."""
-
-    def renumbered(self, values: Mapping[str, Any]) -> Self | None:
-        """Return the rule with other numbers, at a tenth of the cost of `replace`.
-
-        None where a value is no float that fits, or where more than scalars changes with it: which
-        states and operations a rule has may depend on whether a number is zero.
-        """
-        bounds_of, fields = _numbers(type(self))  # type: ignore[arg-type]
-        own = self.__dict__.copy()
-        for name, value in values.items():
-            bounds = bounds_of.get(name)
-            if bounds is None or not _is_other_number(own[name], value, *bounds):
-                return None
-            own[name] = value
-        if "lr" in values and self.decay == "independent":
-            return None
-        like = own.get("program") or own.get("_like")  # see `program`
-        while len(own) > fields:  # what the rule has derived from its numbers came after them
-            own.popitem()
-        own.update(scheduled=self.scheduled, _like=like)
-        new = object.__new__(type(self))
-        object.__setattr__(new, "__dict__", own)
-        new.check_together()
-        return new
 
     @functools.cached_property
     def scheduled(self) -> tuple[str, ...]:
@@ -445,31 +421,34 @@ class Rule:
         return program or Program(self, operations, ("p", *self.states))
 
 
+class Bounds(NamedTuple):
+    """The numbers in [low, high) that a hyperparameter accepts.
+
+    zero: whether zero is a number like others. It may otherwise select other states or operations,
+    which nothing else about a number does.
+    """
+
+    low: float
+    high: float
+    zero: bool
+
+
 @functools.cache
-def _numbers(cls: Any) -> tuple[Mapping[str, tuple[float, float, bool]], int]:
-    """What `Rule.renumbered` takes: of each hyperparameter the bounds of its numbers, and whether
-    zero is like others; and how many hyperparameters there are of any kind."""
+def numbers_of(cls: Any) -> tuple[dict[str, Bounds], tuple[str, ...]]:
+    """What the core needs to make a rule with other numbers of one that there is.
+
+    The bounds of all hyperparameters that are numbers, or tuples of them, and may change between
+    steps; and how many hyperparameters a rule has of any kind, which are the first of its
+    attributes.
+    """
     if cls.__post_init__ is not Rule.__post_init__:  # it has more to check, of the user's own
-        return {}, 0
+        return {}, ()
     bounds = {
-        name: (number.low, number.high, name == "lr")
+        name: Bounds(number.low, number.high, name == "lr")
         for name, number in kinds_of_numbers(cls).items()
         if name not in cls.settled
     }
-    return bounds, len(field_names(cls))
-
-
-def _is_other_number(before: Any, value: Any, low: float, high: float, zero: bool) -> bool:
-    """Whether a value, or each of a tuple, fits, and neither it nor the one before has a schedule
-    or alone is zero, unless `zero`."""
-    if type(value) is float and type(before) is float:
-        return low <= value < high and (zero or (value == 0.0) is (before == 0.0))
-    if type(value) is not tuple or type(before) is not tuple or len(value) != len(before):
-        return False
-    return all(
-        type(each) is float and _is_other_number(old, each, low, high, zero)
-        for each, old in zip(value, before, strict=True)
-    )
+    return bounds, field_names(cls)
 
 
 def _has_schedule(rule: Rule, name: str) -> bool:

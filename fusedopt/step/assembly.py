@@ -22,8 +22,7 @@ from ..plan.extras import Extras
 from ..plan.interface import Policy
 from ..plan.options import Options, check_grad_scale, check_seed
 from ..plan.spec import HALFWAY, PlanSpec, results_for
-from ..programs.program import head_of
-from ..rules.base import Rule
+from ..rules.base import Rule, numbers_of
 from ..rules.groups import Group, RuleChoice, assign, at_step, check_successor
 from ..rules.hyperparameters import in_step
 from ..schedules import formula_of
@@ -54,9 +53,7 @@ class Assembly:
     `narrowest` is the narrowest type that gradients are computed in. `whole_step` is a single call
     for a whole step, of (grads, hessian, grad_scale, ask), which gives None where there is more to
     a step; None where there always is. `ask` finds the learning rates that only Python knows, or is
-    None. `exchanged` names the context in which the parameters are something else. `groups` have
-    the rules as they were given, `current` those with the values that schedules gave the step that
-    was begun last. `parted` are the leaves that have had their part of the step under way.
+    None. `exchanged` names the context in which the parameters are something else. `parted` are the leaves that have had their part of the step under way.
     """
 
     def __init__(
@@ -75,9 +72,8 @@ class Assembly:
         self.backend = get_backend(options.backend, [leaf.value for leaf in leaves])
         self.device = self.backend.device
         self.device.check_options(options, state_path)
-        self.groups, self.group_of = assign(leaves, rule)
-        self.current = at_step(self.groups, 1)
-        self.rates = Rates(self.groups)
+        groups, self.group_of = assign(leaves, rule)
+        self.rates = Rates(groups)
         clip = options.clip_by_group([group.label for group in self.groups])
         self.counters = np.zeros(1 + len(leaves), np.int64)
         parameters, copies = self.checked_arrays(self.tree)
@@ -123,6 +119,16 @@ class Assembly:
     def paths(self) -> list[str]:
         """The dotted path of each leaf."""
         return [leaf.path for leaf in self.tree.leaves]
+
+    @property
+    def groups(self) -> list[Group]:
+        """The parameter groups with their rules as these were given."""
+        return self.rates.groups
+
+    @property
+    def current(self) -> list[Group]:
+        """The same with the values that schedules gave the step that was begun last."""
+        return self.rates.current
 
     @property
     def rules(self) -> list[Any]:
@@ -206,7 +212,8 @@ class Assembly:
 
     def settle_rates(self) -> None:
         """Take what a step needs to know of the rules' learning rates and schedules."""
-        self.rates.settle(self.groups)
+        self.rates.settle()
+        self._numbers_of_rules = [numbers_of(type(group.rule)) for group in self.groups]
         numbers = any(group.rule.scheduled for group in self.groups)
         self._scheduled = numbers or callable(self._extras.ema)  # but for learning rates
         formulas = [formula_of(group.rule.lr) for group in self.groups]
@@ -284,19 +291,20 @@ class Assembly:
     def adopt(self, rules: Sequence[Rule]) -> None:
         """Put rules in the place of the groups' own, all of them or none."""
         self.check_caught_up("hyperparameters")
-        old, before = self.groups, self.current
+        rates = self.rates
+        old, before = rates.groups, rates.current
         kept = [check_successor(group, rule) for group, rule in zip(old, rules, strict=True)]
-        self.groups = [g._replace(rule=rule) for g, rule in zip(old, rules, strict=True)]
+        rates.groups = [g._replace(rule=rule) for g, rule in zip(old, rules, strict=True)]
         try:
             current = at_step(self.groups, self._upcoming)
             if all(kept):  # plans take learning rates from elsewhere
-                self.current = current
+                rates.current = current
             else:
                 self._use(current, self.extras)
             if not all(map(_same_rate, old, self.groups)):
                 self.settle_rates()
         except BaseException:
-            self.groups, self.current = old, before
+            rates.groups, rates.current = old, before
             raise
 
     def sync(self) -> None:
@@ -319,55 +327,23 @@ class Assembly:
         No interrupt arrives in it. False, and nothing has changed, where there is more to be done,
         or something to be refused: see `take_rules`.
         """
-        if not any(given) or not self._can_renumber:
+        if not self._renumbers or self.exchanged or self.counters[0] == HALFWAY:
             return False
-        groups, rates = list(self.groups), None
-        current = list(self.current) if self._scheduled else groups
-        told: list[Any] = [None] * len(groups)
-        for k, values in enumerate(given):
-            if not values:
-                continue
-            label, rule = groups[k]
-            new = running = rule.renumbered(values)
-            if rule.scheduled:
-                running = current[k].rule.renumbered(values)
-            if new is None or running is None:
-                return False
-            groups[k] = Group(label, new)
-            if rule.scheduled:
-                current[k] = Group(label, running)
-            told[k] = running, head_of(running) if "weight_decay" in values else None
-            if "lr" in values:
-                rates = rates or self.rates.values.tolist()
-                rates[k] = new.lr
-        known = (self, "groups", groups, self, "current", current, self.rates, "groups", groups)
-        self.plan.renumber(told, None, rates, known)
-        return True
+        changed: bool = self.plan.renumber(self.rates, given, self._numbers_of_rules, False, ())
+        return changed
 
     def _renumber_as_scheduled(self) -> bool:
         """Do the same with the values that schedules give the next step."""
-        if not self._can_renumber:
+        if not self._renumbers or self.counters[0] == HALFWAY:
             return False
-        step, extras = self._upcoming, self.extras
-        current = list(self.current)
-        told: list[Any] = [None] * len(current)
-        for k, (label, rule) in enumerate(self.groups):
-            if names := rule.scheduled:
-                new = current[k].rule.renumbered({n: in_step(rule, n, step) for n in names})
-                if new is None:
-                    return False
-                current[k] = Group(label, new)
-                told[k] = new, head_of(new) if "weight_decay" in names else None
-        known: tuple[Any, ...] = (self, "current", current)
+        step, more = self._upcoming, ()
+        given = [
+            {name: in_step(rule, name, step) for name in rule.scheduled} for _, rule in self.groups
+        ]
         if callable(self._extras.ema):
-            extras = self._extras.at(step)
-            known += (self, "extras", extras)
-        self.plan.renumber(told, extras, None, known)
-        return True
-
-    @property
-    def _can_renumber(self) -> bool:
-        return self._renumbers and not self.exchanged and self.counters[0] != HALFWAY
+            more = self, "extras", self._extras.at(step)
+        changed: bool = self.plan.renumber(self.rates, given, self._numbers_of_rules, True, more)
+        return changed
 
     @property
     def _upcoming(self) -> int:
@@ -379,7 +355,7 @@ class Assembly:
         if (current, extras) == before:
             return
         adopted = self.plan.adopt(current, extras)
-        self.current, self.extras = list(current), extras
+        self.rates.current, self.extras = list(current), extras
         # For 1000 tensors a new plan takes 20 ms, other rules in the old one 0.1.
         if adopted:
             self._spec = replace(self._spec, groups=self.current, extras=extras)
@@ -390,7 +366,7 @@ class Assembly:
             self.plan.synchronize()
             self.prepare(self.checked_arrays(self.tree)[0])
         except BaseException:
-            self.current, self.extras = before
+            self.rates.current, self.extras = before
             raise
 
     def rebind(self, params: Any) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ..rules.groups import Group
+from ..rules.groups import Group, at_step
 from ..rules.hyperparameters import Number
 
 StepRate = float | Mapping[str, float]
@@ -14,26 +14,26 @@ StepRate = float | Mapping[str, float]
 
 
 class Rates:
-    """The learning rate of each parameter group in the step at hand.
+    """The learning rate of each parameter group in the step at hand, and the rule that it is of.
 
-    values, factors: float64, the groups' learning rates and the factors on their gradients, which a
-    plan reads. scheduled: whether a learning rate changes from step to step. groups: those whose
-    schedules give the values.
+    groups: with the rules as they were given; current: with the values that schedules gave the step
+    that was begun last, but for learning rates. values, factors: float64, the groups' learning rates and the factors on their gradients, which a
+    plan reads. scheduled: whether a learning rate changes from step to step.
     """
 
-    def __init__(self, groups: Sequence[Group]) -> None:
+    def __init__(self, groups: list[Group]) -> None:
         self.values, self.factors = np.ones(len(groups)), np.ones(len(groups))
         self._kept: np.ndarray | None = None
-        self.settle(groups)
+        self.groups, self.current = groups, at_step(groups, 1)
+        self.settle()
 
-    def settle(self, groups: Sequence[Group]) -> None:
-        """Take the learning rates of other rules from the next step on."""
-        self.groups = groups
-        self.scheduled = any(callable(group.rule.lr) for group in groups)
+    def settle(self) -> None:
+        """Take the learning rates of the rules from the next step on."""
+        self.scheduled = any(callable(group.rule.lr) for group in self.groups)
         self.use(
             [
                 before if callable(group.rule.lr) else group.rule.lr
-                for group, before in zip(groups, self.values.tolist(), strict=True)
+                for group, before in zip(self.groups, self.values.tolist(), strict=True)
             ]
         )
 
