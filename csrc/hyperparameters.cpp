@@ -32,7 +32,34 @@ void set_member(const py::dict& dict, PyObject* name, PyObject* value) {
   if (PyDict_SetItem(dict.ptr(), name, value) != 0) throw py::error_already_set();
 }
 
+// The value of a schedule, as a float where it is a number of Python's own.
+py::object value_of(const py::handle& each, const py::int_& step) {
+  const py::object value =
+      PyCallable_Check(each.ptr()) ? each(step) : py::reinterpret_borrow<py::object>(each);
+  PyObject* const o = value.ptr();
+  if (PyFloat_CheckExact(o) || !(PyFloat_Check(o) || PyLong_CheckExact(o))) return value;
+  const auto number = py::reinterpret_steal<py::object>(PyNumber_Float(o));
+  if (!number) PyErr_Clear();  // too large, which Python says better
+  return number ? number : value;
+}
+
 }  // namespace
+
+py::dict values_in_step(const py::object& rule, const py::int_& step) {
+  py::dict values;
+  const py::tuple names = py::getattr(rule, Names::get().scheduled);
+  for (const py::handle name : names) {
+    const py::object value = py::getattr(rule, name);
+    if (!PyTuple_CheckExact(value.ptr())) {
+      values[name] = value_of(value, step);
+      continue;
+    }
+    py::tuple each(py::len(value));
+    for (std::size_t k = 0; k < each.size(); ++k) each[k] = value_of(py::tuple(value)[k], step);
+    values[name] = each;
+  }
+  return values;
+}
 
 py::object renumbered(const py::object& rule, const py::dict& values, const py::tuple& numbers) {
   const Names& is = Names::get();

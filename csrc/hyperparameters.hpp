@@ -13,7 +13,8 @@ struct Names {
           decay = made("decay"), weight_decay = made("weight_decay"),
           decay_line = made("decay_line"), independent = made("independent"),
           scheduled = made("scheduled"), program = made("program"), like = made("_like"),
-          check_together = made("check_together");
+          check_together = made("check_together"), extras = made("extras"),
+          extras_given = made("extras_given"), ema = made("ema"), at = made("at");
 
   static const Names& get() {
     static const Names* const names = new Names;
@@ -32,5 +33,8 @@ struct Names {
 //
 // values: by name; numbers: fusedopt.rules.base.numbers_of, of the rule's class.
 py::object renumbered(const py::object& rule, const py::dict& values, const py::tuple& numbers);
+
+// The values that a rule's schedules, but for that of its learning rate, give a step.
+py::dict values_in_step(const py::object& rule, const py::int_& step);
 
 }  // namespace fusedopt

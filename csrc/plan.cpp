@@ -191,39 +191,50 @@ bool Plan::reprogram(const py::list& programs, const py::list& numbers) {
   return true;
 }
 
-bool Plan::renumber(const py::object& rates, const py::list& given, const py::list& numbers,
-                    bool scheduled, const py::tuple& attributes) {
+bool Plan::renumber(const py::list& given) {
   const Use use(*this);
+  return policy_ && given.size() == programs_.size() && take_numbers(&given);
+}
+
+bool Plan::take_numbers(const py::list* given) {
   const Names& is = Names::get();
+  const py::object& rates = policy_->rates;
   const py::list old_groups = py::getattr(rates, is.groups);
   const py::list old_current = py::getattr(rates, is.current);
+  const py::object old_extras = py::getattr(rates, is.extras);
   const std::size_t count = programs_.size();
-  if (given.size() != count || attributes.size() % 3 != 0) return false;
-  const py::object extras = attributes.empty() ? py::none() : py::object(attributes[2]);
+  const py::int_ step(counts_[0] + 1);
   py::list groups(count), current(count);
-  bool any = scheduled;
+  py::object extras = old_extras;
+  bool any = false;
+  if (!given) {
+    const py::object as_given = py::getattr(rates, is.extras_given);
+    if (PyCallable_Check(py::getattr(as_given, is.ema).ptr())) {
+      extras = py::getattr(as_given, is.at)(step);
+      any = true;
+    }
+  }
   std::vector<Numbers> fresh;
   std::vector<double> rate(rate_, rate_ + count);
   for (std::size_t k = 0; k < count; ++k) {
     const py::tuple group = old_groups[k], now = old_current[k];
-    const py::dict values = given[k];
+    const py::dict values = given ? py::dict((*given)[k]) : values_in_step(group[1], step);
+    const auto other = [&](const py::tuple& before) -> py::object {
+      const py::object rule = renumbered(before[1], values, policy_->numbers[k]);
+      return rule ? with_rule(before, rule) : py::object();
+    };
     groups[k] = group;
     current[k] = now;
-    py::object rule = now[1];
     if (!values.empty()) {
       any = true;
-      const bool both = !scheduled && rule.is(group[1]);
-      rule = renumbered(rule, values, numbers[k]);
-      if (!rule) return false;
-      current[k] = with_rule(now, rule);
-      if (both) groups[k] = current[k];
-      if (!both && !scheduled) {
-        const py::object other = renumbered(group[1], values, numbers[k]);
-        if (!other) return false;
-        groups[k] = with_rule(group, other);
-      }
+      const py::object running = other(now);
+      const py::object own = !given ? group : group[1].is(now[1]) ? running : other(group);
+      if (!running || !own) return false;
+      groups[k] = own;
+      current[k] = running;
       if (values.contains(is.lr)) rate[k] = values[is.lr].cast<double>();
     }
+    const py::object rule = py::tuple(current[k])[1];
     fresh.push_back(numbers_[k].of(rule, extras));
     if (!values.contains(is.weight_decay)) continue;
     const py::tuple line = py::getattr(rule, is.decay_line);
@@ -231,15 +242,12 @@ bool Plan::renumber(const py::object& rates, const py::list& given, const py::li
     fresh[k].slope = line[1].cast<double>();
   }
   if (!any) return false;
-  std::vector<py::object> before{old_groups, old_current};  // see `reprogram`
-  for (std::size_t k = 0; k < attributes.size(); k += 3)
-    before.push_back(py::getattr(attributes[k], attributes[k + 1]));
+  // What is dropped is released last: see `reprogram`.
   numbers_.swap(fresh);
   std::copy(rate.begin(), rate.end(), rate_);
   py::setattr(rates, is.groups, groups);
   py::setattr(rates, is.current, current);
-  for (std::size_t k = 0; k < attributes.size(); k += 3)
-    py::setattr(attributes[k], attributes[k + 1], attributes[k + 2]);
+  py::setattr(rates, is.extras, extras);
   return true;
 }
 

@@ -45,13 +45,9 @@ class Plan {
   // plan. False where the programs would need other arrays; nothing has changed then.
   bool reprogram(const py::list& programs, const py::list& numbers);
 
-  // Other numbers for the groups' rules, by a caller who has not: see `renumbered`. False, and
-  // nothing has changed, where there is more to it. rates: fusedopt.step.rates.Rates, whose groups
-  // get the rules; scheduled: those of the step alone. attributes: (object, name, value), set in
-  // the same call, such as another description of what is around the rules. No code in Python runs
-  // between the first change and the last, so that no interrupt comes between them.
-  bool renumber(const py::object& rates, const py::list& given, const py::list& numbers,
-                bool scheduled, const py::tuple& attributes);
+  // Other numbers for the groups' rules, by name, from the next step on, by a caller who has not:
+  // see `renumbered`. False, and nothing has changed, where there is more to it.
+  bool renumber(const py::list& given);
 
   // One step, by a caller who has taken the plan. None where something does not fit; nothing was
   // written then. `flat`: the trees are lists of leaves already.
@@ -133,6 +129,9 @@ class Plan {
                 const std::vector<RandomKey>& keys, std::size_t k);
   void change_level();
   void watch(const Proxy* array, bool target);
+  // given: of each group; null: what schedules give the next step. No code in Python runs between
+  // the first change and the last, so that no interrupt comes between them.
+  bool take_numbers(const py::list* given);
   bool find_rates(const py::object& ask);
   std::vector<double> norms(double factor) const;
   // Runs no Python.

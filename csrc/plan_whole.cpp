@@ -23,7 +23,9 @@ py::object Plan::whole_step(const py::object& gradients, const py::object& hessi
   const DefaultControl control;
   const Use use(*this);
   const double factor = policy_ ? policy_->factor(grad_scale.ptr()) : 0.0;
-  if (factor == 0.0 || !collect(gradients, hessian, false)) return py::none();
+  if (factor == 0.0 || (policy_->scheduled && !take_numbers(nullptr)) ||
+      !collect(gradients, hessian, false))
+    return py::none();
   // A schedule of one's own is asked once a step, so not before gradients that Python must look at.
   if (!ask.is_none() && !read(false)) return py::none();
   if (!find_rates(ask)) return py::none();
@@ -52,7 +54,7 @@ py::object Plan::whole_step(const py::object& gradients, const py::object& hessi
   if (!found.skipped) count();
   const std::vector<double> rates(rate_, rate_ + programs_.size());
   py::object stats = py::none();
-  if (!policy.stats.empty() && !found.skipped) {
+  if (!policy.stats.is_none() && !found.skipped) {
     stats = stats_of(factor);
     if (!policy.measures) found.norms = norms(factor);
   }
@@ -106,22 +108,11 @@ void Plan::decide(double factor, Found& found) {
 }
 
 py::object Plan::stats_of(double factor) {
-  const py::str grad_norm("grad_norm"), update_ratio("update_ratio");
-  py::dict stats;
-  for (const Policy::Sums& sums : policy_->stats)
-    for (const std::size_t k : sums.leaves) {
-      double* const row = result_ + k * columns();
-      if (sums.gradient) row[0] = row[sums.gradient];
-      if (row[1] == 0) continue;
-      const double update = std::sqrt(row[sums.update]);
-      py::dict leaf;
-      leaf[grad_norm] = py::float_(std::sqrt(row[0]) / row[1] * factor);
-      leaf[update_ratio] = py::float_(update == 0 ? 0.0 : update / std::sqrt(row[sums.weight]));
-      for (const auto& [name, column] : sums.others)
-        leaf[name] = py::float_(row[column] / std::max(row[2], 1.0));
-      stats[policy_->path(k)] = leaf;
-    }
-  return stats;
+  const std::size_t count = own_.size() * columns();
+  for (const auto& [column, leaves] : policy_->gradient_sums)
+    for (const std::size_t k : leaves) result_[k * columns()] = result_[k * columns() + column];
+  const py::array_t<double> copy(static_cast<py::ssize_t>(count), result_);
+  return called(policy_->stats, py::make_tuple(copy, factor));
 }
 
 }  // namespace fusedopt

@@ -11,11 +11,16 @@ namespace fusedopt {
 
 Policy::Policy(const py::object& description)
     : refusal(description.attr("refusal")),
+      rates(description.attr("rates")),
+      stats(description.attr("stats")),
+      numbers(description.attr("numbers")),
       limits(description.attr("limits").cast<std::vector<double>>()),
+      gradient_sums(description.attr("gradient_sums").cast<decltype(gradient_sums)>()),
       by_group(description.attr("by_group").cast<bool>()),
       clips(description.attr("clips").cast<bool>()),
       skips(description.attr("skips").cast<bool>()),
       measures(description.attr("measures").cast<bool>()),
+      scheduled(description.attr("scheduled").cast<bool>()),
       held_(description.attr("info")),
       labels_(description.attr("labels")),
       paths_(description.attr("paths")),
@@ -27,25 +32,9 @@ Policy::Policy(const py::object& description)
     schedules.emplace_back();
     if (!formula.is_none()) schedules.back().emplace(formula);
   }
-  if (schedules.size() != labels_.size() || limits.size() != (by_group ? labels_.size() : 1))
+  if (schedules.size() != labels_.size() || numbers.size() != labels_.size() ||
+      limits.size() != (by_group ? labels_.size() : 1))
     throw py::value_error("policy: the lists differ in length");
-  for (const py::handle each : description.attr("stats")) {
-    const auto [names, leaves] =
-        each.cast<std::tuple<std::vector<std::string>, std::vector<std::size_t>>>();
-    Sums sums{leaves, 0, 0, 0, {}};
-    for (std::size_t j = 0; j < names.size(); ++j) {
-      const std::size_t column = FIRST_SUM + j;
-      if (names[j] == "update")
-        sums.update = column;
-      else if (names[j] == "weight")
-        sums.weight = column;
-      else if (names[j] == "gradient")
-        sums.gradient = column;
-      else
-        sums.others.emplace_back(names[j], column);
-    }
-    stats.push_back(std::move(sums));
-  }
 }
 
 double Policy::factor(PyObject* grad_scale) const {

@@ -29,13 +29,6 @@ class Policy {
   // touched.
   static constexpr std::size_t FIRST_SUM = 3;
 
-  // Leaves whose programs have the same sums, by their place among the results' columns.
-  struct Sums {
-    std::vector<std::size_t> leaves;
-    std::size_t update, weight, gradient;  // gradient: 0 where a pass of its own has found it
-    std::vector<std::pair<py::str, std::size_t>> others;
-  };
-
   explicit Policy(const py::object& description);
 
   // The inverse of the scale of the gradients; 0 where Python has to look at that.
@@ -44,13 +37,13 @@ class Policy {
   // The `StepInfo` of a step.
   py::object told(std::int64_t number, const std::vector<double>& rates, const Found& found,
                   const py::object& stats) const;
-  py::object path(std::size_t leaf) const { return paths_[leaf]; }
 
-  py::object refusal;
+  py::object refusal, rates, stats;
+  py::list numbers;
   std::vector<std::optional<Schedule>> schedules;
   std::vector<double> limits;
-  std::vector<Sums> stats;
-  bool by_group, clips, skips, measures;
+  std::vector<std::pair<std::size_t, std::vector<std::size_t>>> gradient_sums;
+  bool by_group, clips, skips, measures, scheduled;
 
  private:
   py::tuple paths(const std::vector<std::size_t>& leaves) const;

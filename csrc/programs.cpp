@@ -115,7 +115,8 @@ Numbers Numbers::of(const py::handle& rule, const py::handle& extras) const {
   for (std::size_t k = 0; k < folds.size(); ++k) {
     py::object fold = folds[k];
     for (const py::handle owner : {rule, extras}) {
-      if (!PyMethod_Check(fold.ptr()) || Py_TYPE(PyMethod_GET_SELF(fold.ptr())) != Py_TYPE(owner.ptr()))
+      if (!PyMethod_Check(fold.ptr()) ||
+          Py_TYPE(PyMethod_GET_SELF(fold.ptr())) != Py_TYPE(owner.ptr()))
         continue;
       fold = py::reinterpret_steal<py::object>(
           PyMethod_New(PyMethod_GET_FUNCTION(fold.ptr()), owner.ptr()));

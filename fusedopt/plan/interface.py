@@ -40,8 +40,12 @@ class Policy(NamedTuple):
     `Decision`. by_group: whether each group has its own norm. measures: whether gradients are read
     before the step; clips: whether a norm must be finite; skips: whether a step without one does
     nothing. narrow: whether gradients are multiplied in float32. refusal: gives the error of a step
-    whose gradients are not finite, from the numbers of these leaves. stats: the names of a
-    program's sums, and the leaves that have them; empty where none are told.
+    whose gradients are not finite, from the numbers of these leaves. stats: makes what
+    `StepInfo.stats` tells from a copy of the results and the inverse of the scale; None where none
+    are told. gradient_sums: with them the columns of results with sums of squares that no pass has
+    found before, and the leaves that have them. rates:
+    `fusedopt.step.rates.Rates`. numbers: of each group's rule `numbers_of` its class. scheduled:
+    whether other numbers than learning rates have schedules.
     """
 
     info: type
@@ -55,7 +59,11 @@ class Policy(NamedTuple):
     skips: bool
     narrow: bool
     refusal: Callable[[Sequence[int]], FloatingPointError]
-    stats: list[tuple[tuple[str, ...], list[int]]]
+    stats: Callable[[Any, float], Any] | None
+    gradient_sums: list[tuple[int, list[int]]]
+    rates: Any
+    numbers: list[Any]
+    scheduled: bool
 
 
 class Device(Protocol):

@@ -433,13 +433,11 @@ class Bounds(NamedTuple):
     zero: bool
 
 
-@functools.cache
 def numbers_of(cls: Any) -> tuple[dict[str, Bounds], tuple[str, ...]]:
-    """What the core needs to make a rule with other numbers of one that there is.
+    """Return what the core needs to make a rule with other numbers of one that there is.
 
-    The bounds of all hyperparameters that are numbers, or tuples of them, and may change between
-    steps; and how many hyperparameters a rule has of any kind, which are the first of its
-    attributes.
+    These are the bounds of all hyperparameters that are numbers, or tuples of them, and may change
+    between steps; and the names of the hyperparameters of any kind.
     """
     if cls.__post_init__ is not Rule.__post_init__:  # it has more to check, of the user's own
         return {}, ()

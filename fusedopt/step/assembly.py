@@ -24,7 +24,6 @@ from ..plan.options import Options, check_grad_scale, check_seed
 from ..plan.spec import HALFWAY, PlanSpec, results_for
 from ..rules.base import Rule, numbers_of
 from ..rules.groups import Group, RuleChoice, assign, at_step, check_successor
-from ..rules.hyperparameters import in_step
 from ..schedules import formula_of
 from ..system.interrupts import directly, uninterrupted
 from ..verification.plan import VerifiedPlan
@@ -53,7 +52,8 @@ class Assembly:
     `narrowest` is the narrowest type that gradients are computed in. `whole_step` is a single call
     for a whole step, of (grads, hessian, grad_scale, ask), which gives None where there is more to
     a step; None where there always is. `ask` finds the learning rates that only Python knows, or is
-    None. `exchanged` names the context in which the parameters are something else. `parted` are the leaves that have had their part of the step under way.
+    None. `exchanged` names the context in which the parameters are something else. `parted` are the
+    leaves that have had their part of the step under way.
     """
 
     def __init__(
@@ -83,8 +83,7 @@ class Assembly:
         wide = any(dtype == np.float64 for dtype in dtypes)
         self.narrowest = min(map(compute_dtype, dtypes), key=lambda d: d.itemsize)
         self.decides = options.decides(wide)
-        self._extras = options.extras(wide)
-        self.extras = self._extras.at(1)
+        self.rates.be_around(options.extras(wide))
         programs = [self.extras.program(group.rule) for group in self.current]
         self.results = results_for(programs, len(leaves))
         self.clipper = GradientClipper(
@@ -127,8 +126,13 @@ class Assembly:
 
     @property
     def current(self) -> list[Group]:
-        """The same with the values that schedules gave the step that was begun last."""
+        """The parameter groups with the values that schedules gave the step begun last."""
         return self.rates.current
+
+    @property
+    def extras(self) -> Extras:
+        """The work that is fused round the rules, with the values of that step."""
+        return self.rates.extras
 
     @property
     def rules(self) -> list[Any]:
@@ -207,15 +211,14 @@ class Assembly:
         self._one_phase = all(group.rule.program.phases == 1 for group in self.current)
         more = self.options.exact or self.state_file or not self._one_phase
         self._renumbers = hasattr(plan, "renumber") and not more
-        self._formulas: list[Any] | None = None  # of which the plan has been told
+        self._settled: tuple[list[Any], bool] | None = None  # what the plan has been told
         self.settle_rates()
 
     def settle_rates(self) -> None:
         """Take what a step needs to know of the rules' learning rates and schedules."""
         self.rates.settle()
-        self._numbers_of_rules = [numbers_of(type(group.rule)) for group in self.groups]
         numbers = any(group.rule.scheduled for group in self.groups)
-        self._scheduled = numbers or callable(self._extras.ema)  # but for learning rates
+        self._scheduled = numbers or callable(self.rates.extras_given.ema)
         formulas = [formula_of(group.rule.lr) for group in self.groups]
         known = all(
             formula is not None or not callable(group.rule.lr)
@@ -242,10 +245,10 @@ class Assembly:
         if not self._one_phase:  # Python has its part in them
             return None
         if hasattr(plan, "settle"):
-            if formulas != self._formulas:
+            if self._settled != (formulas, self._scheduled):
                 plan.settle(self._policy(formulas))
-                self._formulas = formulas
-            return self._scheduled_step if self._scheduled else plan.whole_step
+                self._settled = formulas, self._scheduled
+            return plan.whole_step
         simple = not (self.decides or options.stats or self.rates.scheduled or self._scheduled)
         return self._simple_step if simple and hasattr(plan, "step_alone") else None
 
@@ -263,20 +266,17 @@ class Assembly:
             skips=options.skip_nonfinite,
             narrow=self.narrowest == np.float32,
             refusal=self.clipper.refusal,
-            stats=list(self.info_builder.alike.items()) if options.stats else [],
+            stats=self.info_builder.stats if options.stats else None,
+            gradient_sums=self.info_builder.gradient_sums if options.stats else [],
+            rates=self.rates,
+            numbers=[numbers_of(type(group.rule)) for group in self.groups],
+            scheduled=self._scheduled,
         )
-
-    def _scheduled_step(self, grads: Any, hessian: Any, scale: Any, ask: Any) -> StepInfo | None:
-        """Take a whole step after the plan was given the values of its schedules."""
-        if not self._renumber_as_scheduled():
-            self.whole("step", lambda: self._use(*self._values), settled=False)
-        info: StepInfo | None = self.plan.whole_step(grads, hessian, scale, ask)
-        return info
 
     @property
     def _values(self) -> tuple[list[Group], Extras]:
         """The groups and what is beside them, with the values of the next step."""
-        return at_step(self.groups, self._upcoming), self._extras.at(self._upcoming)
+        return at_step(self.groups, self._upcoming), self.rates.extras_given.at(self._upcoming)
 
     def _simple_step(self, grads: Any, hessian: Any, grad_scale: Any, ask: Any) -> StepInfo | None:
         """Take a step that a plan makes by itself but does not tell of."""
@@ -329,20 +329,7 @@ class Assembly:
         """
         if not self._renumbers or self.exchanged or self.counters[0] == HALFWAY:
             return False
-        changed: bool = self.plan.renumber(self.rates, given, self._numbers_of_rules, False, ())
-        return changed
-
-    def _renumber_as_scheduled(self) -> bool:
-        """Do the same with the values that schedules give the next step."""
-        if not self._renumbers or self.counters[0] == HALFWAY:
-            return False
-        step, more = self._upcoming, ()
-        given = [
-            {name: in_step(rule, name, step) for name in rule.scheduled} for _, rule in self.groups
-        ]
-        if callable(self._extras.ema):
-            more = self, "extras", self._extras.at(step)
-        changed: bool = self.plan.renumber(self.rates, given, self._numbers_of_rules, True, more)
+        changed: bool = self.plan.renumber(given)
         return changed
 
     @property
@@ -355,7 +342,7 @@ class Assembly:
         if (current, extras) == before:
             return
         adopted = self.plan.adopt(current, extras)
-        self.rates.current, self.extras = list(current), extras
+        self.rates.current, self.rates.extras = list(current), extras
         # For 1000 tensors a new plan takes 20 ms, other rules in the old one 0.1.
         if adopted:
             self._spec = replace(self._spec, groups=self.current, extras=extras)
@@ -366,7 +353,7 @@ class Assembly:
             self.plan.synchronize()
             self.prepare(self.checked_arrays(self.tree)[0])
         except BaseException:
-            self.rates.current, self.extras = before
+            self.rates.current, self.rates.extras = before
             raise
 
     def rebind(self, params: Any) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from ..plan.extras import Extras
 from ..rules.groups import Group, at_step
 from ..rules.hyperparameters import Number
 
@@ -17,15 +18,21 @@ class Rates:
     """The learning rate of each parameter group in the step at hand, and the rule that it is of.
 
     groups: with the rules as they were given; current: with the values that schedules gave the step
-    that was begun last, but for learning rates. values, factors: float64, the groups' learning rates and the factors on their gradients, which a
-    plan reads. scheduled: whether a learning rate changes from step to step.
+    that was begun last, but for learning rates. extras_given, extras: the same of what is fused
+    round the rules. values, factors: float64, the groups' learning rates and the factors on their
+    gradients, which a plan reads. scheduled: whether a learning rate changes from step to step.
     """
 
     def __init__(self, groups: list[Group]) -> None:
         self.values, self.factors = np.ones(len(groups)), np.ones(len(groups))
         self._kept: np.ndarray | None = None
         self.groups, self.current = groups, at_step(groups, 1)
+        self.extras_given = self.extras = Extras()
         self.settle()
+
+    def be_around(self, extras: Extras) -> None:
+        """Take what is fused round the rules, as it was given."""
+        self.extras_given, self.extras = extras, extras.at(1)
 
     def settle(self) -> None:
         """Take the learning rates of the rules from the next step on."""

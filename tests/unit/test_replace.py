@@ -217,7 +217,9 @@ def test_whether_a_number_is_zero_is_all_that_selects(cls: type[fo.Rule]) -> Non
             assert pickle.loads(pickle.dumps(found)) == other
 
 
-@pytest.mark.parametrize("value", [1, np.float64(0.25), np.float32(0.25), True, "0.25", None, -0.25])
+@pytest.mark.parametrize(
+    "value", [1, np.float64(0.25), np.float32(0.25), True, "0.25", None, -0.25]
+)
 def test_only_plain_numbers_that_fit_are_taken_without_a_check(value: Any) -> None:
     rule = fo.AdamW()
     for values in ({"weight_decay": value}, {"betas": (0.5, value)}, {"lr": value}):

@@ -100,7 +100,7 @@ def test_a_step_is_that_of_a_new_optimizer(
             if rng.random() < 0.3:
                 picks[leaf] = kinds[rng.integers(len(kinds))]
         if rng.random() < 0.3:
-            leaf, how = rng.integers(len(SHAPES)), int(rng.integers(5))
+            leaf, how = int(rng.integers(len(SHAPES))), int(rng.integers(5))
             one.change(leaf, how)
             two.change(leaf, how)
         if rng.random() < 0.1:  # the same memory for two leaves' gradients

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from statistics import fmean
 from time import perf_counter
@@ -116,7 +116,7 @@ def _mean(so_far: gpt.Params | None, estimate: gpt.Params, count: int) -> gpt.Pa
     return so_far
 
 
-def _win_rate(setup: Setup, stats: dict[str, dict[str, float]]) -> float:
+def _win_rate(setup: Setup, stats: Mapping[str, dict[str, float]]) -> float:
     """The share of all elements whose update was not clipped."""
     sizes = {leaf.path: leaf.value.size for leaf in Tree(setup.params).leaves}
     wins = [sizes[path] * found["win_rate"] for path, found in stats.items()]
