@@ -44,7 +44,7 @@ def read_only(array: Any) -> str:
             " a.flags.writeable = True, or pass a copy and use that in its place"
         )
     if library == "mlx":
-        return "is read-only as DLPack gives it; pass np.asarray(x), by which MLX lets it be written"
+        return "is read-only by DLPack; pass np.asarray(x), by which MLX lets others write it"
     return (
         f"is an array of {library}, which lets nobody write it; keep the parameters as ndarrays"
         f" (np.array(x)), and give {library} copies of them after each step"
