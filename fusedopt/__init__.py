@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .loss_scale import LossScaler as LossScaler
     from .optimizer import Optimizer as Optimizer
     from .orthogonalize import orthogonalize as orthogonalize
+    from .plan.slow_weights import Lookahead as Lookahead
     from .rules import *  # noqa: F403
     from .runtime import info as info
     from .runtime import warmup as warmup
@@ -44,6 +45,7 @@ _HOMES = {
     "loss_scale": ("LossScaler",),
     "optimizer": ("Optimizer",),
     "orthogonalize": ("orthogonalize",),
+    "plan.slow_weights": ("Lookahead",),
     "runtime": ("info", "warmup"),
     "step.info": ("StepInfo",),
     "system.isa": ("get_isa", "get_threads", "set_isa", "set_threads"),

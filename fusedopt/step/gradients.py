@@ -11,7 +11,7 @@ from ..arrays.checks import GradientChecks
 from ..arrays.foreign import host_array
 from ..arrays.formats import TILE
 from ..arrays.rows import Rows, UniqueRows, as_rows, values_of
-from ..arrays.stored import LeafState
+from ..arrays.stored import SLOW, LeafState
 from ..arrays.trees import Tree
 from ..plan.interface import Plan
 from ..plan.spec import PlanSpec
@@ -181,6 +181,8 @@ def refuses_rows(rule: Rule, leaf_state: LeafState) -> str | None:
     if rule.program.phases > 1:
         what = "measures parameters" if rule.program.measures else "updates matrices"
         return f"{type(rule).__name__} {what} as a whole, not some of their rows"
+    if SLOW in leaf_state.states:
+        return "parameters return to their slow weights as a whole, not some of their rows"
     if not p.flags.c_contiguous:
         return "rows of a parameter that is not in C order are not dense"
     length = p.size // max(p.shape[0], 1)

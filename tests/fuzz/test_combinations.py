@@ -62,6 +62,7 @@ FACTORS: dict[str, list[Any]] = {
     "master": [None, "float32", "split16"],
     "copy_out": [False, True],
     "ema": [None, 0.5, fo.schedules.EmaDebiased(0.9)],
+    "slow_weights": [None, fo.Lookahead(k=2), fo.Lookahead(k=1, alpha=0.25, reset=True)],
     "stats": [False, True],
     "exact": [False, True],
     "state_path": [False, True],

@@ -12,7 +12,7 @@ import numpy as np
 from ...arrays.formats import PLAIN, compute_dtype
 from ...arrays.storage import Storage, own_states
 from ...arrays.storage import synchronize as take_parameter
-from ...arrays.stored import AVERAGE, ArraySpec, LeafState, Stored
+from ...arrays.stored import WEIGHTS, ArraySpec, LeafState, Stored
 from ...plan.options import Options, unsupported
 from ...rules.matrix import MatrixRule
 from .arrays import DeviceArray, DeviceQuantized, DeviceStored, stored
@@ -107,8 +107,8 @@ def allocate(
         leaf_state = storage.leaf_state(stored(p), own, states, copied)  # type: ignore[arg-type]
         leaf_state = replace(leaf_state, sides=sides)
         take_parameter(leaf_state)
-        if AVERAGE in states:
-            states[AVERAGE].data[...] = leaf_state.parameter.data  # there is nothing beside it yet
+        for name in states.keys() & WEIGHTS:
+            states[name].data[...] = leaf_state.parameter.data  # there is nothing beside it yet
         made.append(leaf_state)
     with on_device(parameters[0].device):
         synchronize()  # whatever stream has the first step
