@@ -119,17 +119,11 @@ class Shampoo(MatrixRule):
 
     @property
     def states(self) -> tuple[str, ...]:
-        return ("m", "v") if self._squares is not None else ("m",)
+        return ("m",) if self.grafting in ("sgd", "none") else ("m", "v")
 
     @property
     def nonnegative(self) -> frozenset[str]:
         return frozenset({"v"} & {*self.states})
-
-    @property
-    def _squares(self) -> tuple[float, float] | None:
-        """The coefficients of v and of the new square."""
-        b2 = self.betas[1]
-        return {"adagrad": (1.0, 1.0), "sgd": None, "none": None}.get(self.grafting, (b2, 1.0 - b2))
 
     @property
     def _outer(self) -> tuple[float, float]:
@@ -167,8 +161,8 @@ class Shampoo(MatrixRule):
             return gradient, mean, commit
         again = mean._replace(operands=("p", "g", "m", "turned"), phase=1)
         grafted: tuple[Operation, ...] = (again,)
-        if (squares := self._squares) is not None:
-            square = ("sophia_refresh_square", ("v", "turned"), lambda t, lr: squares)
+        if "v" in self.states:
+            square = ("sophia_refresh_square", ("v", "turned"), self._squares)
             divide = ("normalize", ("turned", "v"), self._division)
             grafted = Operation(*square, "other", 1), again, Operation(*divide, "other", 1)
         return gradient, mean, *grafted, commit._replace(phase=2)
@@ -176,6 +170,10 @@ class Shampoo(MatrixRule):
     def _mean(self, t: int, lr: float) -> tuple[float, ...]:
         b1 = self.betas[0]
         return b1, 1.0 - b1, 1.0 / correction(b1, t)
+
+    def _squares(self, t: int, lr: float) -> tuple[float, ...]:
+        b2 = self.betas[1]
+        return (1.0, 1.0) if self.grafting == "adagrad" else (b2, 1.0 - b2)
 
     def _division(self, t: int, lr: float) -> tuple[float, ...]:
         k = 1.0 / correction(self.betas[1], t) if self.grafting == "adam" else 1.0
