@@ -49,6 +49,10 @@ class MatrixRule(Rule):
     def matrices(self, shape: tuple[int, ...]) -> Stack:
         raise NotImplementedError
 
+    def reserve(self, shape: tuple[int, ...]) -> int:
+        """Return the bytes that `between` needs for a leaf, which must be free before a step."""
+        return 0
+
     def before(self, t: int, sides: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return new values of a leaf's side states, which are in `sides` in `between`.
 
@@ -69,7 +73,7 @@ class MatrixRule(Rule):
         phase: that which has just run. works: by name as `self.works`; the first axis is that of
         parameters of one shape; each lies at the beginning of one of the space's directions.
         members: of each of these parameters, None where it takes no part in the step. Must neither
-        raise nor need memory: the matrices before these have been updated by then.
+        raise nor need memory beyond `reserve`: the matrices before these have been updated by then.
         """
         raise NotImplementedError
 
