@@ -6,6 +6,13 @@
 
 namespace {
 
+// Whether the bytes of all values that a format has are looked up at once.
+#if defined(__AVX512VBMI__)
+constexpr bool LOOK_UPS = true;
+#else
+constexpr bool LOOK_UPS = false;
+#endif
+
 #if defined(FUSEDOPT_AVX512)
 
 template <class B>
@@ -253,12 +260,73 @@ inline __m512 values_of<E4M3>(__m128i codes) {
   return _mm512_mul_ps(_mm512_cvtph_ps(halves), all_of(256.0f));
 }
 
+#if defined(__AVX512VBMI__)
+
+// The bytes of the values of all codes of eight bits, the lowest ones first.
+template <class B>
+struct ValueBytes {
+  alignas(64) std::uint8_t bytes[4][256] = {};
+  constexpr ValueBytes() {
+    for (std::uint32_t code = 0; code < 256; ++code) {
+      std::uint32_t negative = 0;
+      const float value = B::value(B::number_of(code, negative));
+      const std::uint32_t bits = bits_of(value) | (negative & SIGN);
+      for (int k = 0; k < 4; ++k) bytes[k][code] = static_cast<std::uint8_t>(bits >> 8 * k);
+    }
+  }
+  // Whether a byte is the same for all of the codes [from, 256) as for those `from` before them.
+  constexpr bool repeats(int k, int from) const {
+    for (int code = from; code < 256; ++code)
+      if (bytes[k][code] != bytes[k][code - from]) return false;
+    return true;
+  }
+};
+template <class B>
+constexpr ValueBytes<B> VALUE_BYTES;
+
+// Byte k of the values of 64 codes. upper: the codes from 128 on.
+template <class B, int k>
+inline __m512i value_bytes(__m512i codes, __mmask64 upper) {
+  constexpr const std::uint8_t (&bytes)[256] = VALUE_BYTES<B>.bytes[k];
+  const auto half = [&](int from) {
+    return _mm512_permutex2var_epi8(_mm512_load_si512(bytes + from), codes,
+                                    _mm512_load_si512(bytes + from + 64));
+  };
+  if constexpr (VALUE_BYTES<B>.repeats(k, 1)) return _mm512_set1_epi8(static_cast<char>(bytes[0]));
+  if constexpr (VALUE_BYTES<B>.repeats(k, 128)) return half(0);
+  return _mm512_mask_mov_epi8(half(0), upper, half(128));
+}
+
+// Decodes 64 codes.
+template <class B>
+inline void decode_64(const std::uint8_t* from, float scale, float* to) {
+  // The order in which the values' bytes come together again.
+  const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+  const __m512i codes = _mm512_permutexvar_epi32(order, _mm512_loadu_si512(from));
+  const __mmask64 upper = _mm512_movepi8_mask(codes);
+  const __m512i a = value_bytes<B, 0>(codes, upper), b = value_bytes<B, 1>(codes, upper);
+  const __m512i c = value_bytes<B, 2>(codes, upper), d = value_bytes<B, 3>(codes, upper);
+  const __m512i low[] = {_mm512_unpacklo_epi8(a, b), _mm512_unpackhi_epi8(a, b)};
+  const __m512i high[] = {_mm512_unpacklo_epi8(c, d), _mm512_unpackhi_epi8(c, d)};
+  for (int k = 0; k < 2; ++k) {
+    const __m512 first = float_of(_mm512_unpacklo_epi16(low[k], high[k]));
+    const __m512 second = float_of(_mm512_unpackhi_epi16(low[k], high[k]));
+    _mm512_storeu_ps(to + 32 * k, _mm512_mul_ps(first, all_of(scale)));
+    _mm512_storeu_ps(to + 32 * k + 16, _mm512_mul_ps(second, all_of(scale)));
+  }
+}
+
+#endif
+
 // Decodes the elements of whole vectors, and returns their number. Of four bits, of which the
 // first element of a byte has the higher ones, all values there are fit a register.
 template <class B>
 inline std::size_t decode_vectors(const std::uint8_t* from, float scale, float* to, std::size_t n) {
   std::size_t i = 0;
   if constexpr (B::bits == 8) {
+#if defined(__AVX512VBMI__)
+    for (; i + 64 <= n; i += 64) decode_64<B>(from + i, scale, to + i);
+#endif
     for (; i + 16 <= n; i += 16) {
       const void* const source = from + i;
       const __m128i codes = _mm_loadu_si128(static_cast<const __m128i*>(source));
