@@ -110,12 +110,12 @@ inline void apply_direct(std::index_sequence<K...>, const Place* x, const void* 
   const Place parameter = x[0], gradient = x[1], copy = x[2 + sizeof...(K)];
   const Place own[sizeof...(K) + 1] = {x[2 + K]...};
   (void)own;
-  for (std::size_t at = 0; at < n; at += CHUNK) {
-    alignas(64) float p[CHUNK], g[CHUNK], states[sizeof...(K) + 1][CHUNK];
+  for (std::size_t at = 0; at < n; at += AT_ONCE) {
+    alignas(64) float p[AT_ONCE], g[AT_ONCE], states[sizeof...(K) + 1][AT_ONCE];
     P::load(parameter, at, p);
     Chunks<typename F::Gradient>::load(gradient, at, g);
     (StateChunks<F, K>::load(own[K], at, states[K]), ...);
-    for (std::size_t i = 0; i < CHUNK; ++i)
+    for (std::size_t i = 0; i < AT_ONCE; ++i)
       p[i] = updated<Rule, mode, true>(rule, factor, decay, p[i], g[i], states[K][i]...);
     // One branch for all of them: one for each takes a tenth longer.
     unsigned odd = P::template odd<false>(p) | C::template odd<false>(p);
