@@ -122,7 +122,16 @@ struct Computed {
   template <bool state, std::size_t N>
   static void put(const float (&from)[N], void* data, std::size_t at) {
     float* const to = static_cast<float*>(data) + at;
+#if defined(FUSEDOPT_AVX512)
+    // One operation less than GCC's own.
+    for (std::size_t i = 0; i < N; i += 16) {
+      const __m512 x = _mm512_loadu_ps(from + i);
+      const __mmask16 kept = _mm512_test_epi32_mask(bits_of(x), all_of(INFINITE));
+      _mm512_storeu_ps(to + i, state ? _mm512_maskz_mov_ps(kept, x) : x);
+    }
+#else
     for (std::size_t i = 0; i < N; ++i) to[i] = state ? normal_or_zero(from[i]) : from[i];
+#endif
   }
 };
 
