@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .rules import *  # noqa: F403
     from .runtime import info as info
     from .runtime import warmup as warmup
+    from .sam import SAM as SAM
     from .step.info import StepInfo as StepInfo
     from .system.isa import get_isa as get_isa
     from .system.isa import get_threads as get_threads
@@ -47,6 +48,7 @@ _HOMES = {
     "orthogonalize": ("orthogonalize",),
     "plan.slow_weights": ("Lookahead",),
     "runtime": ("info", "warmup"),
+    "sam": ("SAM",),
     "step.info": ("StepInfo",),
     "system.isa": ("get_isa", "get_threads", "set_isa", "set_threads"),
     "verification.plan": ("VerificationError",),

@@ -51,7 +51,7 @@ class GradientReader:
         """Refuse what the plan did not take, with the reason, or lay it out anew."""
         self._checks.check_unmoved()
         self._spec.check_unmoved()
-        fitted = self._fitted(grads, "grads")
+        fitted = self.fitted(grads, "grads")
         estimates = None if hessian is None else self.estimates(hessian, fitted)
         if not self._spec.zero_grads:
             return self.flat(fitted, estimates)
@@ -60,7 +60,7 @@ class GradientReader:
     def estimates(self, hessian: Any, grads: Sequence[Any]) -> list[np.ndarray | UniqueRows | None]:
         """The leaves of a tree of Hessian estimates, checked; grads: those that go with them, which
         are of the same rows."""
-        estimates = self._fitted(hessian, "hessian")
+        estimates = self.fitted(hessian, "hessian")
         for k, (leaf, rule, e) in enumerate(
             zip(self._tree.leaves, self._rules, estimates, strict=True)
         ):
@@ -150,7 +150,9 @@ class GradientReader:
         """The leaves of a tree that is like the parameters' own."""
         return list(map(host_array, self._tree.flatten(self._checks.opened(what, tree), what)))
 
-    def _fitted(self, tree: Any, what: str) -> list[np.ndarray | UniqueRows | None]:
+    def fitted(self, tree: Any, what: str) -> list[np.ndarray | UniqueRows | None]:
+        """The leaves of a tree of gradients or estimates as the plan takes them; raises where one
+        does not fit."""
         values = self.flatten(tree, what)
         return [
             self.fit_leaf(k, label, value)
