@@ -300,6 +300,14 @@ def test_functional_steps(rule: Any) -> None:
 
 
 @every_rule
+def test_matrices_alone_get_the_rule(rule: Any) -> None:
+    params = {name: np.ones((6, 9)) for name in ("w", "lm_head")} | {"b": np.ones(9)}
+    rules = rule.with_adamw(params, fo.AdamW(), lr=0.5)
+    assert rules == {"w": type(rule)(lr=0.5), "*": fo.AdamW()}
+    fo.Optimizer(params, rules).step({name: p.copy() for name, p in params.items()})
+
+
+@every_rule
 def test_vectors_are_refused(rule: Any) -> None:
     own = type(rule).__name__
     with pytest.raises(ValueError, match=rf"{own} updates arrays of two.*fo.{own}\(\)"):
