@@ -14,7 +14,7 @@ struct Names {
           decay_line = made("decay_line"), independent = made("independent"),
           scheduled = made("scheduled"), program = made("program"), like = made("_like"),
           check_together = made("check_together"), extras = made("extras"),
-          extras_given = made("extras_given"), ema = made("ema"), at = made("at");
+          extras_given = made("extras_given"), slow = made("slow"), at = made("at");
 
   static const Names& get() {
     static const Names* const names = new Names;

@@ -209,8 +209,11 @@ bool Plan::take_numbers(const py::list* given) {
   bool any = false;
   if (!given) {
     const py::object as_given = py::getattr(rates, is.extras_given);
-    if (PyCallable_Check(py::getattr(as_given, is.ema).ptr())) {
+    if (py::getattr(as_given, is.scheduled).cast<bool>()) {
       extras = py::getattr(as_given, is.at)(step);
+      // Slow weights have operations of their own in the steps in which they move.
+      const auto moves = [&is](const py::object& o) { return py::bool_(py::getattr(o, is.slow)); };
+      if (!moves(extras).equal(moves(old_extras))) return false;
       any = true;
     }
   }

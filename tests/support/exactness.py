@@ -42,10 +42,16 @@ def elementwise(rule: fo.Rule) -> fo.Rule:
         return rule
 
     def between(self: fo.Rule, phase: int, works: Any, workspace: Any, members: Any) -> None:
-        for work in works:
+        made = {op.operands[-1] for op in rule.operations() if op.loop == "peek"}
+        for name, work in zip(rule.works, works, strict=True):
+            if name not in made:  # by products alone
+                np.copyto(work, works[0])
             work *= 0.5
 
     def sides(self: fo.Rule, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        return {}
+
+    def before(self: fo.Rule, t: int, sides: Any) -> dict[str, np.ndarray]:
         return {}
 
     def textbook(self: fo.Rule, p: Any, g: Any, states: Any, *, t: int, lr: float) -> Any:
@@ -53,7 +59,7 @@ def elementwise(rule: fo.Rule) -> fo.Rule:
         delta, new = rule.textbook(p, g, (*states, *own), t=t, lr=lr)
         return delta, new[: len(states)]
 
-    members = {"between": between, "sides": sides, "textbook": textbook}
+    members = {"between": between, "before": before, "sides": sides, "textbook": textbook}
     cls = type("Elementwise" + type(rule).__name__, (type(rule),), members)
     stand_in: fo.Rule = cls(**{field.name: getattr(rule, field.name) for field in fields(rule)})
     return stand_in
