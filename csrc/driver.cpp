@@ -115,8 +115,9 @@ struct Direct {
 Direct direct(const Leaf& leaf) {
   const Step& step = leaf.steps[0];
   Direct result;
-  if (leaf.step_count != 1 || !step.direct) return result;
   const auto own = [&](int k) -> const Operand& { return leaf.operands[step.operands[k]]; };
+  // For small leaves it takes as long to look through all combinations as to take the step.
+  if (leaf.step_count != 1 || !step.direct || own(1).encode) return result;
   std::uint32_t rest = leaf.used;
   for (int k = 0; k < step.operand_count; ++k) rest &= ~(1u << step.operands[k]);
   for (int k = 0; k < leaf.operand_count; ++k) {
@@ -126,7 +127,7 @@ Direct direct(const Leaf& leaf) {
   }
   for (int c = 0; c < COMBINATIONS; ++c) {
     const Combination& formats = *(result.formats = &step.combinations[c]);
-    bool fits = step.direct[c] && own(1).decode == formats.gradient && !own(1).encode &&
+    bool fits = step.direct[c] && own(1).decode == formats.gradient &&
                 (result.copy ? result.copy->encode : nullptr) == formats.copy;
     for (int k = 0; k < step.operand_count; ++k) {
       const Conversion& format = result.format(k);
