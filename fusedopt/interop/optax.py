@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from ..arrays.formats import compute_dtype
 from ..rules.base import Rule
 from .common import Arrival, as_array, departures, refuse, take_over
 
@@ -30,7 +31,7 @@ PARTS = {
     "ScaleByLionState": Part(("lion",), {"mu": "m"}),
     "ScaleByRssState": Part(("adagrad",), {"sum_of_squares": "G"}),
     "ScaleByRmsState": Part(_RMS, {"nu": "v"}),
-    "ScaleByRmsWithCountState": Part(_RMS, {"nu": "v"}),
+    "ScaleByRmsWithCountState": Part((*_RMS, "schedulefreeadamw"), {"nu": "v"}),
     "ScaleByRStdDevState": _STDDEV,
     "ScaleByRStdDevWithCountState": _STDDEV,
     "ScaleByAdaDeltaState": Part(("adadelta",), {"e_g": "v", "e_x": "d"}),
@@ -41,11 +42,12 @@ PARTS = {
     "SophiaState": Part(("sophia",), {"mu": "m", "nu": "h"}),
     "MuonState": Part(("muon",), {"mu": "m"}),
     "TraceState": Part(("momentum", "nesterov", "rmsprop", "lars"), {"trace": "v"}),
+    "ScheduleFreeState": Part(("schedulefreesgd", "schedulefreeadamw"), {"z": "d"}),
     "ScaleByScheduleState": Part((), {}),
     "EmptyState": Part((), {}),
 }
-COUNTS = ("count", "count_m2", "t")
-"""Names that parts of a chain give to their number of steps."""
+COUNTS = {"count": 0, "count_m2": 0, "t": 0, "step_count": 1}
+"""Names that parts of a chain give to their number of steps, and where these begin."""
 _NOTHING = Part((), {})
 # Transformations that hold others; hyperparameters in them are the caller's.
 HOLDERS = {
@@ -53,6 +55,7 @@ HOLDERS = {
     "PartitionState": "inner_states",
     "InjectHyperparamsState": "inner_state",
     "InjectStatefulHyperparamsState": "inner_state",
+    "ScheduleFreeState": "base_optimizer_state",
 }
 FREE = ("lr", "weight_decay", "decay", "maximize", "norm", "gram", "ns_dtype", "split")
 """Hyperparameters that a chain may have in any form, those of Muon's products among them."""
@@ -63,10 +66,10 @@ def from_optax(opt: Optimizer, state: Any, *, step: int | None = None) -> None:
 
     state: what `init` or `update` returned, over parameters nested as here. Known are the states
     of scale_by_adam, _amsgrad, _lion, _rss, _rms, _stddev, _muon, of trace and schedules, Sophia,
-    and inside of masks, partitions (`optax.contrib.muon`) and inject_hyperparams. step: how many
-    steps were taken; to be given where no part of the state counts them. optax keeps no
-    hyperparameters in a state, so that only their form is checked: `Rule.like("optax", ...)` with
-    those of the chain. What `inject_hyperparams` holds is not read.
+    schedule_free, and inside of masks, partitions (`optax.contrib.muon`) and inject_hyperparams.
+    step: how many steps were taken; to be given where no part of the state counts them. optax
+    keeps no hyperparameters in a state, so that only their form is checked:
+    `Rule.like("optax", ...)` with those of the chain. What `inject_hyperparams` holds is not read.
 
     Raises ValueError that lists everything that does not fit; nothing has changed then.
     """
@@ -79,17 +82,25 @@ def from_optax(opt: Optimizer, state: Any, *, step: int | None = None) -> None:
 
     def take(node: Any) -> Any:
         kind = type(node).__name__
-        count = next((int(as_array(getattr(node, n))) for n in COUNTS if n in node._fields), None)
+        count = next(
+            (int(as_array(getattr(node, n))) - first for n, first in COUNTS.items()
+             if n in node._fields),
+            None,
+        )  # fmt: skip
         counts.extend([] if count is None else [count])
         for theirs, ours in PARTS.get(kind, _NOTHING).trees.items():
             tree = snapshot.tree.flatten(_unmasked(getattr(node, theirs)), f"{kind}.{theirs}")
-            for path, value in zip(snapshot.paths, tree, strict=True):
+            for path, p, value in zip(snapshot.paths, snapshot.parameters, tree, strict=True):
                 if value is None:
                     continue
                 name, sign = _own(rules[path], ours, kind)
                 if name in arrivals[path].states:
                     problems.append(f"{path}: {name} is there twice")
-                arrivals[path].states[name] = sign * as_array(value)
+                arrived = sign * as_array(value)
+                if kind == "ScheduleFreeState" and arrived.shape == p.shape:
+                    arrived = arrived.astype(compute_dtype(p.dtype)) - p
+                    problems.extend(f"{path}: {m}" for m in _weighted(rules[path], node))
+                arrivals[path].states[name] = arrived
                 problems.extend(f"{path}: {reason}" for reason in _unfit(rules[path], kind))
                 if count is not None:
                     own_counts[path] = count
@@ -122,7 +133,8 @@ def to_optax(opt: Optimizer, template: Any) -> Any:
     """
     problems = list(_unlike(opt))
     leaves = {path: (rule, leaf) for path, rule, leaf in departures(opt)}
-    params = opt.snapshot().tree
+    snapshot = opt.snapshot()
+    params, arrays = snapshot.tree, dict(zip(snapshot.paths, snapshot.parameters, strict=True))
     given: dict[str, set[str]] = {path: set() for path in leaves}
 
     def put(node: Any) -> Any:
@@ -143,8 +155,12 @@ def to_optax(opt: Optimizer, template: Any) -> Any:
                     new.append(value)
                     continue
                 problems.extend(f"{path}: {reason}" for reason in _unfit(rule, kind))
+                state = sign * leaf.states[name]
+                if kind == "ScheduleFreeState":
+                    state = arrays[path] + state
+                    changed |= _weights(rule, node, leaf.t)
                 with np.errstate(all="ignore"):
-                    new.append((sign * leaf.states[name]).astype(as_array(value).dtype))
+                    new.append(state.astype(as_array(value).dtype))
                 given[path].add(name)
                 seen.add(leaf.t)
             changed[theirs] = _filled(opt.params, old, iter(new))
@@ -152,7 +168,8 @@ def to_optax(opt: Optimizer, template: Any) -> Any:
             if len(seen) > 1:
                 problems.append(f"{kind} has one count, and leaves here saw {sorted(seen)} steps")
             count = min(seen, default=opt.step_count)
-            changed[name] = np.asarray(count, as_array(getattr(node, name)).dtype)
+            dtype = as_array(getattr(node, name)).dtype
+            changed[name] = np.asarray(count + COUNTS[name], dtype)
         return node._replace(**changed)
 
     made = _walked(template, put)
@@ -169,7 +186,7 @@ def _walked(node: Any, act: Callable[[Any], Any]) -> Any:
     if kind in HOLDERS:
         inner = HOLDERS[kind]
         held = node._replace(**{inner: _walked(getattr(node, inner), act)})
-        return act(held) if "count" in node._fields else held
+        return act(held) if kind in PARTS or "count" in node._fields else held
     if isinstance(node, dict):
         return {key: _walked(each, act) for key, each in node.items()}
     if hasattr(node, "_fields"):
@@ -189,6 +206,26 @@ def _own(rule: Rule, name: str, kind: str) -> tuple[str, int]:
     if kind == "TraceState" and rule.name in ("rmsprop", "lars"):
         return ("b" if rule.name == "rmsprop" else name), -1
     return ("u" if (rule.name, name) == ("adamax", "v") else name), 1
+
+
+def _weights(rule: Any, node: Any, t: int) -> dict[str, np.ndarray]:
+    """Return what a Schedule-Free state has of the weights of t steps; nothing of other rules."""
+    if rule.name not in PARTS["ScheduleFreeState"].rules:
+        return {}
+    found = {"max_lr": rule.lr, "weight_sum": rule.total(t) * rule.lr**rule.weight_lr_power}
+    return {
+        name: np.asarray(value if t else 0.0, as_array(getattr(node, name)).dtype)
+        for name, value in found.items()
+    }
+
+
+def _weighted(rule: Rule, node: Any) -> Iterator[str]:
+    """Return where steps had other weights than the rule gives them, by other learning rates."""
+    t = int(as_array(node.step_count)) - COUNTS["step_count"]
+    for name, here in _weights(rule, node, t).items():
+        there = as_array(getattr(node, name))
+        if not np.isclose(there, here, rtol=1e-2):  # optax adds up in the parameters' dtype
+            yield f"{name} of {t} steps {here} here, {there} there"
 
 
 def _unlike(opt: Optimizer) -> Iterator[str]:

@@ -39,7 +39,7 @@ class Engine:
 
     def __init__(self, optimizer: Any) -> None:
         groups = [group for group in optimizer.param_groups if group["params"]]
-        self._optimizer, self._groups = optimizer, groups
+        self._optimizer = optimizer
         self._seen = [optimizer._watched(group) for group in groups]
         # A tensor may have other memory now, and still be the same object.
         self._in_tensors = [any(map(has_tensor, values)) for values in self._seen]
@@ -76,6 +76,7 @@ class Engine:
         snapshot = self.opt.snapshot()
         self._paths: Sequence[str] = snapshot.paths
         self._counters: np.ndarray = snapshot.counters
+        self._steps = self._counters[1:]
         self._memories: Sequence[LeafState] = snapshot.leaf_states
         self._learning_rates = snapshot.rates
         self._plain = self._direct = all(leaf.plain for leaf in self._leaves)
@@ -88,7 +89,7 @@ class Engine:
         self._take_states(optimizer.state, rule_of)
         self._moved()
         self._rates: list[float] = []
-        self._use_rates()
+        self._use_rates(groups)
 
     def _tree(self, leaves: Sequence[Any]) -> dict[str, Any]:
         return {name: leaves[span] for name, span in self._spans.items()}
@@ -108,30 +109,34 @@ class Engine:
         state, groups = self._optimizer.state, self._optimizer.param_groups
         if state is not self._state or len(state) != self._entries:
             return False
-        groups = [group for group in groups if group["params"]]
-        if not all(map(operator.is_, groups, self._groups)) or len(groups) != len(self._groups):
+        with_params = [group for group in groups if group["params"]]
+        if len(with_params) != len(self._params):
             return False
-        for group, params in zip(groups, self._params, strict=True):
+        for group, params in zip(with_params, self._params, strict=True):
             found = group["params"]
             if len(found) != len(params) or not all(map(operator.is_, found, params)):
                 return False
         addresses = list(map(address_of, self.params)) if self._plain else self._located()
         if addresses != self._addresses:
             return False
-        if not all(self._takes(k, group) for k, group in enumerate(groups)):
-            return False
-        self._use_rates()
+        if self._shown is None or not same(groups, self._shown):
+            if not all(self._takes(k, group) for k, group in enumerate(with_params)):
+                return False
+            self._use_rates(with_params)
         return True
 
-    def _use_rates(self) -> None:
-        """Let the next step have the groups' learning rates."""
-        rates = [self._rate(group["lr"]) for group in self._groups]
+    def _use_rates(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Let the next step have the groups' learning rates, and note what the groups hold."""
+        rates = [self._rate(group["lr"]) for group in groups]
         if rates != self._rates:
             self._learning_rates.use(rates)
             self._rates = rates
             for rule, rate, span in zip(self._rules, rates, self._spans.values(), strict=True):
                 if "lr" in rule.settled:
                     self._begin(replace(rule, lr=rate), span)
+        # Tensors and schedules change without being replaced.
+        live = any(self._in_tensors) or not all(type(group["lr"]) is float for group in groups)
+        self._shown = None if live else list(map(dict, self._optimizer.param_groups))
 
     def _begin(self, rule: Rule, span: slice) -> None:
         """Fill the states, which begin with the learning rate, of parameters without a step."""
@@ -220,7 +225,7 @@ class Engine:
     ) -> StepInfo:
         if hessian is not None and len(hessian) != len(self.params):
             raise ValueError(f"hessian: expected {len(self.params)} tensors, got {len(hessian)}")
-        if self._direct and not any(g is not None and g.is_neg() for g in self._numbers(grads)):
+        if self._direct and not (self._single and self._any_negative(grads)):
             try:
                 estimates = None if hessian is None else self._tree(hessian)
                 return self.opt.step(self._tree(grads), grad_scale=grad_scale, hessian=estimates)
@@ -231,10 +236,13 @@ class Engine:
             self._tree(self._arrays(grads)), grad_scale=grad_scale, hessian=estimates
         )
 
-    def _numbers(self, grads: Sequence[Any]) -> Iterator[Any]:
-        """The gradients of single elements. Autograd may leave the real or imaginary part of a
-        conjugate there, which memory alone does not show; one of more elements has gaps then."""
-        return (grads[k] for k in self._single)
+    def _any_negative(self, grads: Sequence[Any]) -> bool:
+        """Return whether the gradient of a single element has the bit that says to negate it.
+
+        Autograd may leave the real or imaginary part of a conjugate there, which memory alone does
+        not show; one of more elements has gaps then.
+        """
+        return any(grads[k] is not None and grads[k].is_neg() for k in self._single)
 
     def _arrays(self, tensors: Sequence[Any]) -> list[Any]:
         return [leaf.gradient(g) for leaf, g in zip(self._leaves, tensors, strict=True)]
@@ -310,10 +318,10 @@ class Engine:
 
     def _show_counts(self) -> None:
         """Show the numbers of steps, and what follows from them."""
-        np.copyto(self._count, self._counters[1:], casting="unsafe")
+        np.copyto(self._count, self._steps, casting="unsafe")
         for name, of in self._optimizer._follows.items():
             for rule, span in zip(self._rules, self._spans.values(), strict=True):
-                counts, values = self._counters[1:][span], self._followed[name][span]
+                counts, values = self._steps[span], self._followed[name][span]
                 values.fill(of(rule, int(counts[0])))
                 for t in set(counts[counts != counts[0]].tolist()):
                     values[counts == t] = of(rule, t)
@@ -347,6 +355,14 @@ def base_of(lr: Any) -> float:
     if callable(lr):
         lr = lr.base if hasattr(lr, "base") else lr(1)
     return float(lr)
+
+
+def same(found: Any, known: Any) -> bool:
+    """Return whether groups are equal, as far as what a user has put there can be compared."""
+    try:
+        return bool(found == known)
+    except (RuntimeError, ValueError):  # arrays of several elements
+        return False
 
 
 def has_tensor(value: Any) -> bool:

@@ -175,6 +175,23 @@ def test_optax_masks_and_injected_hyperparameters() -> None:
     jax.tree.map(np.testing.assert_array_equal, returned, state)
 
 
+def test_schedule_free_of_optax_with_other_weights_is_refused() -> None:
+    optax = pytest.importorskip("optax")
+    params, grads = {"w": np.ones((4, 3))}, {"w": draw(0, (4, 3), np.float64)}
+    theirs = optax.contrib.schedule_free_sgd(0.5, warmup_steps=4)
+    state = theirs.init(params)
+    for _ in range(3):
+        _, state = theirs.update(grads, state, params)
+    opt = fo.Optimizer(copy.deepcopy(params), fo.ScheduleFreeSGD.like("optax", lr=0.5))
+    with pytest.raises(
+        ValueError, match=r"max_lr of 3 steps 0\.5 here, 0\.375 there; .*weight_sum"
+    ):
+        interop.from_optax(opt, state)
+    adan = fo.Optimizer(copy.deepcopy(params), fo.Adan.like("optax", lr=0.5))
+    with pytest.raises(ValueError, match="ScheduleFreeState is none of Adan"):
+        interop.to_optax(adan, theirs.init(params))
+
+
 def test_torchs_low_precision_and_groups() -> None:
     torch = pytest.importorskip("torch")
     tensors = [torch.ones(n, dtype=torch.bfloat16, requires_grad=True) for n in (3, 4, 5)]

@@ -403,6 +403,19 @@ def test_options_are_those_of_the_direct_call(options: dict[str, Any]) -> None:
     assert same_bits(ours, direct)
 
 
+def test_groups_hold_what_cannot_be_compared() -> None:
+    """Arrays of a user's own, put there anew before each step, are equal or not by element."""
+    ours, other = parameters(), parameters()
+    opt, plain = ft.AdamW(ours), ft.AdamW(other)
+    for step in range(4):
+        opt.param_groups[0]["seen"] = [torch.arange(3), torch.arange(3).numpy()][step % 2]
+        for each in (opt, plain):
+            each.param_groups[0]["weight_decay"] = 0.1 * (step // 2)
+        run(opt, ours, 1, step)
+        run(plain, other, 1, step)
+    assert same_bits(ours, other)
+
+
 def test_verify_checks_each_step() -> None:
     ours, other = parameters(), parameters()
     run(ft.AdamW(ours, verify=True), ours, 3)
