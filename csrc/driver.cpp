@@ -167,8 +167,8 @@ void run_span(const Leaf& leaf, const Span& span, Lanes* lanes) {
 class Summing {
  public:
   explicit Summing(const Leaf& leaf) : leaf_(leaf) {
-    for (std::uint32_t rest = leaf.summed; rest; rest &= rest - 1)
-      std::fill_n(lanes_[count_++], LANES, 0.0);
+    for (int k = 0; k < leaf.operand_count; ++k)
+      if (leaf.summed >> k & 1) std::fill_n(lanes_[count_++], LANES, of_nothing(leaf, k));
   }
   ~Summing() { finish(); }
 
@@ -198,9 +198,10 @@ class Summing {
       if (!(leaf_.summed >> k & 1)) continue;
       double* const sums = lanes_[next++];
       for (std::size_t half = LANES / 2; half; half /= 2)
-        for (std::size_t lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+        for (std::size_t lane = 0; lane < half; ++lane)
+          sums[lane] = of_both(leaf_, k, sums[lane], sums[lane + half]);
       reinterpret_cast<double*>(leaf_.operands[k].data)[segment_] = sums[0];
-      std::fill_n(sums, LANES, 0.0);
+      std::fill_n(sums, LANES, of_nothing(leaf_, k));
     }
   }
 

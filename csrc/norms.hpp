@@ -24,10 +24,11 @@ class Partials {
       put(operand->data, reinterpret_cast<char*>(values_.data() + at));
   }
   // In index order.
-  static double total(const Leaf& leaf, const Operand& operand) {
-    const double* const values = reinterpret_cast<const double*>(operand.data);
-    double total = 0;
-    for (std::size_t k = 0, count = sums_of(leaf); k < count; ++k) total += values[k];
+  static double total(const Leaf& leaf, int operand) {
+    const double* const values = reinterpret_cast<const double*>(leaf.operands[operand].data);
+    double total = of_nothing(leaf, operand);
+    for (std::size_t k = 0, count = sums_of(leaf); k < count; ++k)
+      total = of_both(leaf, operand, total, values[k]);
     return total;
   }
   void clear() {

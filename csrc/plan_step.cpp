@@ -78,11 +78,13 @@ bool Plan::update(bool flat) {
   bool begun = false;
   try {
     for (int batch = 0; batch < batch_count_; ++batch) run_batch(batch, flat, begun);
+    run_phase(active_of(-1), -1, &choice_);
+    begun = true;
+    if (!keep_.is_none()) called(keep_, py::tuple());
   } catch (...) {
     if (begun) counts_[0] = HALFWAY;
     throw;
   }
-  run_phase(active_of(-1), -1, &choice_);
   for (const std::size_t k : active_) ++counts_[k + 1];
   ++counts_[0];
   return true;
@@ -299,6 +301,7 @@ void Plan::take_measures() {
   for (const std::size_t k : active_)
     if (program(k).measures) members.push_back(k);
   run_phase(members, 0, &measure_choice_);
+  if (!combine_.is_none()) called(combine_, py::make_tuple(members));
   measured_scalars_.clear();
   for (const std::size_t k : members) {
     const auto first =
@@ -345,6 +348,7 @@ void Plan::run_phase(const std::vector<std::size_t>& members, int phase, ThreadC
     put(leaf.used, steps.used);
     put(leaf.written, steps.written);
     put(leaf.summed, steps.summed);
+    put(leaf.maxima, steps.maxima);
     put(leaf.rows, touched_[k].some());
     if (leaf.summed) partials_.add(leaf, operands);
   }
@@ -362,7 +366,7 @@ void Plan::take_sums(const std::vector<std::size_t>& members) {
       const int slot = program(k).first_sum() + j;
       if (leaf->summed >> slot & 1)
         result_[k * columns() + Policy::FIRST_SUM + static_cast<std::size_t>(j)] =
-            Partials::total(*leaf, leaf->operands[slot]);
+            Partials::total(*leaf, slot);
     }
     ++leaf;
   }

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..arrays.stored import AVERAGE
-from ..programs.arithmetic import Array
+from ..programs.arithmetic import Array, Pooling, alone
 from ..programs.program import Operation, Program
 from ..rules.base import Rule
 from ..rules.hyperparameters import Schedule
@@ -90,10 +90,12 @@ class Extras(NamedTuple):
         t: int,
         lr: float,
         factor: float,
+        pool: Pooling = alone,
     ) -> tuple[Array, tuple[Array, ...]]:
         """The textbook form: `Rule.reference` with everything around it.
 
-        states: as `states` names them, then side states. factor: on the gradient.
+        states: as `states` names them, then side states. factor: on the gradient. pool: see
+        `Rule.reference_over`.
         """
         if factor != 1.0:
             g = factor * g
@@ -103,7 +105,11 @@ class Extras(NamedTuple):
         kept, own = states[n:], states[:n]
         if self.ema is not None:
             kept = kept[1:]
-        new, own = rule.reference(p, g, (*own, *kept), t=t, lr=lr)
+        states_before = (*own, *kept)
+        if pool is alone:
+            new, own = rule.reference(p, g, states_before, t=t, lr=lr)
+        else:
+            new, own = rule.reference_over(p, g, states_before, t=t, lr=lr, pool=pool)
         if hessian is not None:
             own = rule.absorb(own, hessian)
         if self.ema is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import expm1, log
 from typing import Any
 
@@ -10,6 +11,19 @@ import numpy as np
 Array = Any
 """In a reference: an ndarray, or the array of `verification.running_error`, which carries the bound
 of its rounding."""
+
+
+Sums = tuple[Any, ...]
+"""What is measured: sums, and behind them maxima."""
+
+
+Pooling = Callable[[Sums], Sums]
+"""Makes of a leaf's sums those of all leaves with which it is taken together."""
+
+
+def alone(sums: Sums) -> Sums:
+    """The sums of a leaf with which no other is taken together."""
+    return sums
 
 
 def correction(beta: float, t: int) -> float:
@@ -57,6 +71,11 @@ def plain(x: Array) -> Array:
     if isinstance(x, (np.ndarray, np.generic)):
         return np.asarray(x, np.float64)
     return np.where(np.isfinite(x.error), x.value, np.nan)
+
+
+def total(x: Array) -> Array:
+    """The sum of all elements, which kernels take in float64."""
+    return np.sum(x) if isinstance(x, (np.ndarray, np.generic)) else x.total()
 
 
 def norm(x: Array) -> float:
