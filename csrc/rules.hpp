@@ -492,28 +492,28 @@ struct MARS {
   }
 };
 
-// m, s and the root of v are in units of the estimate d; w: the learning rate, k: that, or 1. eps
-// and the shrinking of the states when d grows come from the sums, over the whole optimizer.
+// m, s and the root of v are in units of the estimate d; u: the way that the parameter has come; w:
+// the learning rate, k: that, or 1. eps and the shrinking of the states when d grows come from the
+// sums, over the whole optimizer.
 template <class T>
 struct Prodigy {
   static constexpr const char *name = "prodigy", *measure_name = "prodigy_measure";
   static constexpr int states = 4, sums = 2, measured = 3;
-  T b1, one_b1, b2, one_b2, b3, w, k, first, decay, step, eps, shrink, shrink2;
-  void measure(T* sums, T p, T g, T, T, T s, T p0) const {
-    sums[0] = w * (g * (origin(p, p0) - p));
+  T b1, one_b1, b2, one_b2, b3, w, k, decay, step, eps, shrink, shrink2;
+  void measure(T* sums, T, T g, T, T, T s, T u) const {
+    sums[0] = w * (g * u);
     sums[1] = magnitude(b3 * s + k * g);
   }
-  T operator()(T p, T g, T& m, T& v, T& s, T& p0) const {
+  T operator()(T p, T g, T& m, T& v, T& s, T& u) const {
     m = b1 * m + one_b1 * g;
     v = b2 * v + one_b2 * (g * g);
     const T delta = ratio(step * m, root(v) + eps) + decay * p;
     m = shrink * m;
     v = shrink2 * v;
     s = shrink2 * (b3 * s + k * g);
-    p0 = origin(p, p0);
+    u = u + delta;
     return delta;
   }
-  T origin(T p, T p0) const { return first != T(0) ? p : p0; }
 };
 
 // m and s are in units of d; w: the learning rate, k: the share of it in s.
@@ -536,12 +536,12 @@ struct DAdaptAdam {
   }
 };
 
-// s is in units of d; k: 1 over the norm of the first gradient.
+// s and v are in units of d; k: 1 over the norm of the first gradient.
 template <class T>
 struct DAdaptSGD {
   static constexpr const char *name = "dadaptsgd", *measure_name = "dadaptsgd_measure";
   static constexpr int states = 2, sums = 4, measured = 2;
-  T lr, first, one_mu, d, k, shrink;
+  T lr, mu, one_mu, d, k, shrink;
   void measure(T* sums, T, T g, T s, T) const {
     const T x = lr * g;
     sums[0] = g * g;
@@ -549,11 +549,12 @@ struct DAdaptSGD {
     sums[2] = s * s;
     sums[3] = x * x;
   }
-  T operator()(T p, T g, T& s, T& p0) const {
-    s = s + k * (lr * g);
-    p0 = first != T(0) ? p : p0;
-    const T delta = one_mu * ((p - p0) + d * s);
-    s = shrink * s;
+  T operator()(T, T g, T& s, T& v) const {
+    const T x = k * (lr * g);
+    v = v + x;
+    const T delta = one_mu * (d * v);
+    s = shrink * (s + x);
+    v = shrink * (mu * v);
     return delta;
   }
 };

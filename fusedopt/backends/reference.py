@@ -137,7 +137,7 @@ class ReferencePlan(ExclusiveUse):
         for pool, members in pools.active(active):
             new |= together(members, pool.rule, found)
             if pool.rule.kept:
-                sides = new[members[0]][0][-len(pool.rule.kept) :]
+                sides = new[pools.widest(members)][0][-len(pool.rule.kept) :]
                 pools.renew(pool, tuple([float(side) for side in sides]))
         new |= {k: found(k) for k in active if k not in new}
         for k in active:

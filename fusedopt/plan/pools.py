@@ -35,7 +35,8 @@ class Pools:
     After a step has measured, and before it writes anything, `combine` gives each leaf the sums and
     maxima of its pool, and finds the numbers that the rule will keep; `keep` stores these when all
     else of the step has been written. They are side states of every leaf of the pool, with or
-    without a gradient, and are read from the first. `programs` are those of the groups.
+    without a gradient, and are read from one of the widest type. `programs` are those of the
+    groups.
     """
 
     def __init__(self, spec: PlanSpec) -> None:
@@ -92,26 +93,31 @@ class Pools:
             if members:
                 yield pool, members
 
+    def widest(self, leaves: Sequence[int]) -> int:
+        """Return the first of those leaves that are computed in the widest type."""
+        return max(leaves, key=lambda k: compute_dtype(self._spec.leaves[k].caller.dtype).itemsize)
+
     def renew(self, pool: Pool, numbers: tuple[float, ...]) -> None:
         """Let `keep` store other numbers of a pool."""
         self._fresh.append((pool, numbers))
 
     def keep(self) -> None:
-        """Store the numbers that rules keep, in the narrowest type of their pool's leaves."""
+        """Store the numbers that rules keep."""
         spec = self._spec
         for pool, numbers in self._fresh:
-            types = {compute_dtype(spec.leaves[k].caller.dtype) for k in pool.leaves}
-            with np.errstate(all="ignore"):
-                stored = np.array(numbers).astype(min(types, key=lambda dtype: dtype.itemsize))
             for k in pool.leaves:
-                for name, number in zip(pool.rule.kept, stored, strict=True):
-                    spec.leaves[k].sides[name].data[...] = number
+                for name, number in zip(pool.rule.kept, numbers, strict=True):
+                    side = spec.leaves[k].sides[name].data
+                    with np.errstate(all="ignore"):
+                        side[...] = number
+                    if abs(side) < np.finfo(side.dtype).smallest_normal:
+                        side[...] = 0
         if self._fresh and spec.state_file:
             spec.state_file.release()
         self._fresh = []
 
     def _kept(self, pool: Pool) -> tuple[float, ...]:
-        sides = self._spec.leaves[pool.leaves[0]].sides
+        sides = self._spec.leaves[self.widest(pool.leaves)].sides
         return tuple([float(sides[name].data) for name in pool.rule.kept])
 
 

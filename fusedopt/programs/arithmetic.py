@@ -14,11 +14,11 @@ of its rounding."""
 
 
 Sums = tuple[Any, ...]
-"""What is measured: sums, and behind them maxima."""
+"""The sums that a rule has measured, and behind them the maxima."""
 
 
 Pooling = Callable[[Sums], Sums]
-"""Makes of a leaf's sums those of all leaves with which it is taken together."""
+"""A function from a leaf's sums to those of all leaves with which it is taken together."""
 
 
 def alone(sums: Sums) -> Sums:
@@ -76,6 +76,12 @@ def plain(x: Array) -> Array:
 def total(x: Array) -> Array:
     """The sum of all elements, which kernels take in float64."""
     return np.sum(x) if isinstance(x, (np.ndarray, np.generic)) else x.total()
+
+
+def grown(estimate: Array, found: Array) -> Array:
+    """The larger of an estimate and one that was found, where that is finite."""
+    value = found if isinstance(found, (np.ndarray, np.generic)) else found.value
+    return np.maximum(estimate, found) if np.isfinite(value).all() else estimate
 
 
 def norm(x: Array) -> float:

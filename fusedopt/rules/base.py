@@ -240,7 +240,7 @@ class Rule:
     def textbook_over(
         self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float, pool: Pooling
     ) -> tuple[Array, tuple[Array, ...]]:
-        """The same of a rule whose `over` is more than a parameter.
+        """The textbook form of a rule whose `over` is more than a parameter.
 
         pool: makes the sums over all arrays of what was measured on this one.
         """

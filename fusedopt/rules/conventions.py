@@ -304,7 +304,6 @@ CONVENTIONS: Mapping[str, Mapping[str, Convention]] = {
             {
                 "lr": 1.0,
                 "betas": (0.9, 0.999),
-                "beta3": None,
                 "eps": 1e-8,
                 "d0": 1e-6,
                 "coef": 1.0,

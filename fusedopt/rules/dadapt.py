@@ -12,6 +12,7 @@ from ..programs.arithmetic import (
     Array,
     Pooling,
     correction,
+    grown,
     plain,
     ratio,
     textbook_correction,
@@ -137,14 +138,14 @@ class DAdaptAdam(Rule):
         s = b3 * s + (1 - b3) * lr * c * g
         product, size = pool((mine, total(np.abs(s))))
         r = b3 * r + (1 - b3) * product
-        new = np.maximum(d, d * ratio(r, (1 - b3) * size))
+        new = grown(d, d * ratio(r, (1 - b3) * size))
         m = b1 * m + (1 - b1) * lr * c * g
         v = b2 * v + (1 - b2) * (g * g)
-        delta = d * ratio(m, np.sqrt(v) + self.eps)
+        delta = ratio(d * m, np.sqrt(v) + self.eps)
         if self.decay == "scaled":
             delta = delta + d * lr * c * self.weight_decay * p
-        grown = d / new
-        return delta, (m * grown, v, s * grown, new, r * grown * grown)
+        k = d / new
+        return delta, (m * k, v, s * k, new, r * k * k)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,16 +165,17 @@ class DAdaptSGD(Rule):
     -----
     ::
 
-        s := s + (d lr / ||g_1||) g,  r := r + (d lr / ||g_1||) <g, s of the step before>
-        p := momentum p + (1 - momentum) (p0 - s),  d := max(d, 2 r / ||s||)
+        x = (d lr / ||g_1||) g
+        r := r + <x, s>,  s := s + x
+        v := v + x,  p := p - (1 - momentum) v,  v := momentum v
+        d := max(d, 2 r / ||s||)
 
-    p0 is the parameter before its first step. The norms and the product are over all parameters of
-    the optimizer that a `DAdaptSGD` updates: groups may differ in lr and weight decay alone; g_1 is
-    the first of their gradients that is not zero. lr is a factor on what is found, 1 or a schedule
-    with the peak 1.
+    p is so an average of the iterates p0 - s: momentum p + (1 - momentum) (p0 - s). The norms and
+    the product are over all parameters of the optimizer that a `DAdaptSGD` updates: groups may
+    differ in lr and weight decay alone; g_1 is the first of their gradients that is not zero. lr is
+    a factor on what is found, 1 or a schedule with the peak 1.
 
-    States: s, p0, and the numbers d, r and g0 = ||g_1||. s is kept over d, r over d^2; the
-    subtraction from p0 wants that in the parameter's own type.
+    States: s, v, and the numbers d, r and g0 = ||g_1||. s and v are kept over d, r over d^2.
 
     References
     ----------
@@ -202,16 +204,16 @@ class DAdaptSGD(Rule):
 
     @property
     def states(self) -> tuple[str, ...]:
-        return ("s", "p0")
+        return ("s", "v")
 
     def initial(self, state: str) -> float:
         return self.d0 if state == "d" else 0.0
 
     def scalars(self, t: int, lr: float, d: float, r: float, g0: float) -> tuple[float, ...]:
-        return lr, 1.0 if t == 1 else 0.0, 1.0 - self.momentum, d
+        return lr, self.momentum, 1.0 - self.momentum, d
 
     @staticmethod
-    def measure(p, g, s, p0, lr, first, one_mu, d):
+    def measure(p, g, s, v, lr, mu, one_mu, d):
         x = lr * g
         return g * g, x * s, s * s, x * x
 
@@ -229,23 +231,22 @@ class DAdaptSGD(Rule):
         return k, shrink, new, r * shrink * shrink, g0
 
     @staticmethod
-    def element(p, g, s, p0, lr, first, one_mu, d, k, shrink):
-        s = s + k * (lr * g)
-        origin = p if first != 0 else p0
-        return one_mu * ((p - origin) + d * s), shrink * s, origin
+    def element(p, g, s, v, lr, mu, one_mu, d, k, shrink):
+        x = k * (lr * g)
+        v = v + x
+        return one_mu * (d * v), shrink * (s + x), shrink * (mu * v)
 
     def textbook_over(
         self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float, pool: Pooling
     ) -> tuple[Array, tuple[Array, ...]]:
-        s, p0, d, r, g0 = states
-        p0 = p if t == 1 else p0
+        s, v, d, r, g0 = states
         mine = total(g * g), total(lr * g * s), total(s * s), total(lr * g * (lr * g))
         squares, product, before, added = pool(mine)
         g0 = g0 if plain(g0).any() else g0 + np.sqrt(squares)
         r = r + ratio(product, g0)
         size = np.sqrt(before + 2 * ratio(product, g0) + ratio(ratio(added, g0), g0))
-        new = np.maximum(d, 2 * d * ratio(r, size))
-        s = s + ratio(lr * g, g0)
-        grown = d / new
-        delta = (1 - self.momentum) * (p - p0 + d * s)
-        return delta, (s * grown, p0, new, r * grown * grown, g0)
+        new = grown(d, 2 * d * ratio(r, size))
+        x, k = ratio(lr * g, g0), d / new
+        s, v = s + x, v + x
+        delta = (1 - self.momentum) * (d * v)
+        return delta, (s * k, self.momentum * v * k, new, r * k * k, g0)
