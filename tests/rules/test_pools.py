@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ BACKENDS = ["native", "numba", "reference"]
 class Own(fo.CustomRule):
     """Steps by a mean product of all, and by the largest gradient that was ever seen."""
 
-    over = "group"
+    over: ClassVar[Any] = "group"
     maxima = 1
     kept = ("most", "calls")
 
@@ -46,7 +46,7 @@ class Own(fo.CustomRule):
 
 
 class OverAll(Own):
-    over = "optimizer"
+    over: ClassVar[Any] = "optimizer"
 
 
 class Largest(fo.CustomRule):
@@ -83,7 +83,7 @@ def stepped(rule: Any, steps: int = 3, dtype: Any = np.float32, **options: Any) 
     rng = np.random.default_rng(1)
     for t in range(steps):
         grads: dict[str, Any] = {
-            name: (0.1 * p + rng.standard_normal(p.shape)).astype(dtype)
+            name: (p + 0.1 * rng.standard_normal(p.shape)).astype(dtype)
             for name, p in opt.params.items()
         }
         if t == 1:
@@ -107,6 +107,7 @@ RULES: dict[str, Any] = {
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_the_same_bits_everywhere(rule: Any, dtype: Any) -> None:
     wanted = stepped(rule, dtype=dtype, backend="native", threads=1)
+    assert wanted.state["a"].get("d", 1.0) > 0.01, "or the estimate has not grown"
     for options in ({"threads": 2}, {"backend": "numba"}, {"verify": True}):
         opt = stepped(rule, dtype=dtype, **options)
         assert opt.fingerprint() == wanted.fingerprint(), options
@@ -131,7 +132,7 @@ def test_what_is_taken_together(backend: str) -> None:
     assert alone["z"] == pytest.approx(-1 + 0.5 * 8 * 8)
     assert [float(opt.state[k]["most"]) for k in ("x", "y", "z")] == [4.0, 4.0, 8.0]
     every = {name: p.copy() for name, p in params.items()}
-    opt = fo.Optimizer(every, {k: OverAll(lr=r.lr) for k, r in groups.items()}, backend=backend)
+    opt = fo.Optimizer(every, dict.fromkeys(groups, OverAll(lr=1.0)), backend=backend)
     opt.step(grads)
     assert every["y"] == pytest.approx(3 + 0.5 * 2 * 9 / 4)
     assert {float(state["most"]) for state in opt.state.values()} == {8.0}
@@ -194,13 +195,13 @@ def test_other_numbers_go_on_with_what_is_kept() -> None:
     opt.lr = 0.25
     grads = {name: np.zeros_like(p) for name, p in opt.params.items()}
     opt.step(grads)
-    assert float(opt.state["a"]["d"]) == kept
+    assert float(opt.state["a"]["d"]) == pytest.approx(kept, rel=1e-6)
     with pytest.raises(ValueError, match="group '\\*': Prodigy takes its sums over all groups"):
         fo.Optimizer(start(), {"a": fo.Prodigy(coef=2.0), "*": fo.Prodigy()})
 
 
 def test_leaves_of_two_types_have_it_in_both() -> None:
-    p = {"b": np.ones(4, np.float32), "a": np.ones(3)}
+    p: dict[str, Any] = {"b": np.ones(4, np.float32), "a": np.ones(3)}
     opt = fo.Optimizer(p, fo.Prodigy(d0=0.1), verify=True)
     for _ in range(4):
         opt.step({name: 2 * x for name, x in p.items()})
