@@ -498,7 +498,10 @@ class ShardedOptimizer:
 
     @_whole
     def averaged(self) -> Exchanged:
-        """The averages of `ema` on every rank, as `Optimizer.averaged`; here they are copies."""
+        """Return the averages of `ema`, or of Schedule-Free rules, on every rank.
+
+        As `Optimizer.averaged`; the averages of `ema` are copies here.
+        """
         context = self._local.averaged()  # which refuses it where there are none
         if self._local.assembly.options.ema is None:
             return Exchanged(self._ranks, context, self._whole, self._gather_parameters)

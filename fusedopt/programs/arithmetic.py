@@ -52,6 +52,11 @@ def capped(x: Array, limit: float) -> Array:
     return x if isinstance(x, np.ndarray) else x.capped(limit)
 
 
+def moved(x: Array, function: Callable[[np.ndarray], np.ndarray]) -> Array:
+    """`function` of an array, which only picks and moves elements, and adds zeros."""
+    return function(x) if isinstance(x, np.ndarray) else x.moved(function)
+
+
 def by_sign(sign: Array, negative: Array, zero: Array, positive: Array) -> Array:
     """Select from three arrays by each element of a result of `np.sign`; NaN selects `zero`."""
     if isinstance(sign, np.ndarray):
