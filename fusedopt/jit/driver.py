@@ -18,7 +18,7 @@ from . import scalar_codecs
 from .compiler import device, jit, kept
 from .tiles import LANES
 
-MAX_OPERANDS = 16
+MAX_OPERANDS = 20
 ARRAY, INPUT, SCRATCH, SUMS = range(4)
 
 OPERAND = np.dtype(

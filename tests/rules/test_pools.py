@@ -177,6 +177,24 @@ def test_all_or_nothing(rule: fo.Rule, backend: str, monkeypatch: pytest.MonkeyP
     assert opt.step_count == 4
 
 
+@pytest.mark.parametrize("backend", ["native", "numba"])
+def test_all_options_at_once_fit_the_rule_of_most_states(backend: str) -> None:
+    p: dict[str, Any] = {name: x.astype(np.float16) for name, x in start().items()}
+    plain = {name: x.copy() for name, x in p.items()}
+    copies = {name: x.copy() for name, x in p.items()}
+    rule, options = fo.Prodigy(d0=0.01), {"master": "float32", "clip_value": 1.0}
+    besides: Any = {"copy_out": copies, "ema": 0.9, "stats": True, "threads": 2}
+    slow = fo.Lookahead(k=7)
+    opt = fo.Optimizer(p, rule, backend=backend, slow_weights=slow, **options, **besides)
+    other = fo.Optimizer(plain, rule, **options)
+    for _ in range(3):
+        grads = {name: x.copy() for name, x in plain.items()}
+        opt.step(grads)
+        other.step(grads)
+    for name, x in plain.items():
+        assert x.tobytes() == p[name].tobytes() == copies[name].tobytes()
+
+
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_a_checkpoint_has_what_is_kept(rule: Any, tmp_path: Any) -> None:
     whole, first = stepped(rule), stepped(rule)
