@@ -42,8 +42,7 @@ void SquareSums::pass(const std::vector<Measured*>& inputs, int threads, ThreadC
   }
   partials_.place();
   run_unlocked(leaves_, elements, threads, nullptr, choice);
-  for (std::size_t k = 0; k < inputs.size(); ++k)
-    inputs[k]->sum = Partials::total(leaves_[k], 0);
+  for (std::size_t k = 0; k < inputs.size(); ++k) inputs[k]->sum = Partials::total(leaves_[k], 0);
 }
 
 void SquareSums::find(std::vector<Measured>& inputs, int threads, ThreadChoice* choice) {
