@@ -193,7 +193,10 @@ class Summing {
  public:
   explicit Summing(const Leaf& leaf) : leaf_(leaf) {
     for (int k = 0; k < leaf.operand_count; ++k)
-      if (leaf.summed >> k & 1) sums_[count_++] = reinterpret_cast<double*>(leaf.operands[k].data);
+      if (leaf.summed >> k & 1) {
+        maximum_[count_] = leaf.maxima >> k & 1;
+        sums_[count_++] = reinterpret_cast<double*>(leaf.operands[k].data);
+      }
   }
   ~Summing() { finish(); }
 
@@ -203,7 +206,7 @@ class Summing {
       const std::size_t segment = span.from / SEGMENT;
       if (segment != segment_) {
         finish();
-        for (int k = 0; k < count_; ++k) std::fill_n(lanes_[k], LANES, 0.0);
+        for (int k = 0; k < count_; ++k) std::fill_n(lanes_[k], LANES, of_nothing(maximum_[k]));
         segment_ = segment;
       }
       span.to = std::min(end, (segment + 1) * SEGMENT);
@@ -225,7 +228,8 @@ class Summing {
     for (int k = 0; k < count_; ++k) {
       double* const lanes = lanes_[k];
       for (std::size_t half = LANES / 2; half; half /= 2)
-        for (std::size_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+        for (std::size_t lane = 0; lane < half; ++lane)
+          lanes[lane] = of_both(maximum_[k], lanes[lane], lanes[lane + half]);
       sums_[k][segment_] = lanes[0];
     }
   }
@@ -235,6 +239,7 @@ class Summing {
   std::size_t segment_ = NONE;
   int count_ = 0;
   double* sums_[MAX_OPERANDS];
+  bool maximum_[MAX_OPERANDS];
   alignas(64) Lanes lanes_[MAX_OPERANDS];  // the first `count_`: small leaves have no time for all
 };
 

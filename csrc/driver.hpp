@@ -2,6 +2,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "table.h"
@@ -24,7 +25,7 @@ enum class Role : std::uint8_t {
   ARRAY,    // of the leaf, in place
   INPUT,    // one that comes with the step
   SCRATCH,  // a tile that lives as long as the tile's program
-  SUMS      // lanes; data gets one double for each segment
+  SUMS      // lanes of a sum or maximum; data gets one double for each segment
 };
 
 // One array of a leaf.
@@ -71,8 +72,20 @@ struct Leaf {
   int operand_count = 0, step_count = 0;
   std::uint32_t used = 0, written = 0, summed = 0;  // operands, as bits
   const Rows* rows = nullptr;                       // null: all
-  std::size_t start = 0;  // in the concatenation of all leaves; `run` finds it
+  std::size_t start = 0;     // in the concatenation of all leaves; `run` finds it
+  std::uint32_t maxima = 0;  // those of `summed` that are no sums but maxima
 };
+
+// What a sum, or a maximum, is of no elements.
+inline double of_nothing(bool maximum) {
+  return maximum ? -std::numeric_limits<double>::infinity() : 0.0;
+}
+
+// What it is of two parts. A NaN stays.
+inline double of_both(bool maximum, double a, double b) {
+  if (maximum) return b > a || b != b ? b : a;
+  return a + b;
+}
 
 // The number of doubles that a sum over a leaf takes.
 inline std::size_t sums_of(const Leaf& leaf) {

@@ -15,23 +15,25 @@ class Partials {
   void add(const Leaf& leaf, Operand* operands) {
     for (int k = 0; k < leaf.operand_count; ++k)
       if (leaf.summed >> k & 1) {
-        wanted_.push_back({&operands[k], size_});
+        wanted_.push_back({&operands[k], size_, (leaf.maxima >> k & 1) != 0});
         size_ += sums_of(leaf);
       }
   }
   // Of all that were added.
   void place() {
     values_.resize(size_);
-    for (const auto& [operand, at] : wanted_)
-      put(operand->data, reinterpret_cast<char*>(values_.data() + at));
+    for (const Wanted& wanted : wanted_)
+      put(wanted.operand->data, reinterpret_cast<char*>(values_.data() + wanted.at));
   }
   // Before each run: not all segments need be touched.
   void begin() { std::fill(values_.begin(), values_.end(), 0.0); }
   // The k-th sum that was added, its segments in index order.
   double total(std::size_t k) const {
+    const bool maximum = wanted_[k].maximum;
     const std::size_t end = k + 1 < wanted_.size() ? wanted_[k + 1].at : size_;
-    double total = 0;
-    for (std::size_t at = wanted_[k].at; at < end; ++at) total += values_[at];
+    double total = of_nothing(maximum);
+    for (std::size_t at = wanted_[k].at; at < end; ++at)
+      total = of_both(maximum, total, values_[at]);
     return total;
   }
   void clear() {
@@ -43,6 +45,7 @@ class Partials {
   struct Wanted {
     Operand* operand;
     std::size_t at;
+    bool maximum;
   };
   std::vector<Wanted> wanted_;
   std::vector<double> values_;

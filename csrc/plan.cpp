@@ -43,6 +43,8 @@ Plan::Plan(const py::object& description)
       rates_(description.attr("rates")),
       factors_(description.attr("factors")),
       counters_(description.attr("counters")),
+      combine_(description.attr("combine")),
+      keep_(description.attr("keep")),
       before_(description.attr("before")),
       between_(description.attr("between")),
       results_(description.attr("results")),

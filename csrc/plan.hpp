@@ -193,7 +193,7 @@ class Plan {
   Node tree_;
   std::vector<int> groups_, batches_;
   std::vector<Numbers> numbers_;
-  py::object rates_, factors_, counters_, before_, between_, results_, decide_;
+  py::object rates_, factors_, counters_, combine_, keep_, before_, between_, results_, decide_;
   const bool sided_;  // leaves have side states
   const bool zero_grads_;
   const int threads_;

@@ -78,11 +78,13 @@ bool Plan::update(bool flat) {
   bool begun = false;
   try {
     for (int batch = 0; batch < batch_count_; ++batch) run_batch(batch, flat, begun);
+    unlocked_if_long(elements_, [this] { run_phase(active_of(-1), -1, &choice_); });
+    begun = true;
+    if (!keep_.is_none()) called(keep_, py::tuple());
   } catch (...) {
     if (begun) counts_[0] = HALFWAY;
     throw;
   }
-  unlocked_if_long(elements_, [this] { run_phase(active_of(-1), -1, &choice_); });
   count();
   return true;
 }
@@ -362,6 +364,7 @@ void Plan::take_measures() {
   for (const std::size_t k : active_)
     if (program(k).measures) members.push_back(k);
   unlocked_if_long(elements_, [&] { run_phase(members, 0, &measure_choice_); });
+  if (!combine_.is_none()) called(combine_, py::make_tuple(members));
   measured_scalars_.clear();
   for (const std::size_t k : members) {
     const auto first =
@@ -417,6 +420,7 @@ void Plan::lay_out(const std::vector<std::size_t>& members, int phase) {
     put(leaf.used, steps.used);
     put(leaf.written, steps.written);
     put(leaf.summed, steps.summed);
+    put(leaf.maxima, steps.maxima);
     put(leaf.rows, touched_[k].some());
     if (leaf.summed) partials_.add(leaf, operands);
   }

@@ -49,10 +49,10 @@ Program::Program(const py::list& rows, int arrays, int works, int scratch, int s
   for (const py::handle row : rows) {
     const auto [name, mode, phase, input, measured, slots, outside] =
         row.cast<std::tuple<std::string, int, int, int, int, std::vector<int>, py::object>>();
-    const int index =
-        outside.is_none()
-            ? static_cast<int>(&operation_named(table, name) - table.operations)
-            : adopt(name, mode, static_cast<int>(slots.size()), outside.cast<Outside>());
+    const auto given = outside.is_none() ? Outside{} : outside.cast<Outside>();
+    const int index = outside.is_none()
+                          ? static_cast<int>(&operation_named(table, name) - table.operations)
+                          : adopt(name, mode, static_cast<int>(slots.size()), given);
     const Operation* const op = &operation(index);
     const bool peek = mode == PEEK || mode == PEEK_L2;
     if (mode < 0 || mode >= MODES || !op->compute[0].mode[mode] || phase < 0 ||
@@ -67,7 +67,11 @@ Program::Program(const py::list& rows, int arrays, int works, int scratch, int s
     }
     const auto [used, written] = masks(*op, peek, operands);
     const std::uint32_t summed = op->kind == SUM || op->kind == MEASURE ? written : 0;
-    ops.push_back({index, mode, phase, input, measured, operands, used, written & ~summed, summed});
+    std::uint32_t maxima = 0;
+    for (int k = op->written - std::get<1>(given); op->kind == MEASURE && k < op->written; ++k)
+      maxima |= 1u << operands[static_cast<std::size_t>(k)];
+    ops.push_back(
+        {index, mode, phase, input, measured, operands, used, written & ~summed, summed, maxima});
     scalar_count += op->scalars;
     phases = std::max(phases, phase + 1);
     takes_hessian = takes_hessian || input == HESSIAN;
@@ -82,8 +86,9 @@ Program::Program(const py::list& rows, int arrays, int works, int scratch, int s
 }
 
 int Program::adopt(const std::string& name, int mode, int operands, const Outside& outside) {
-  const auto& [measures, scalars, addresses] = outside;
-  if (mode < 0 || mode >= PEEK || operands < 2 + measures || measures < 0 || scalars < 2 ||
+  const auto& [measures, maxima, scalars, addresses] = outside;
+  if (mode < 0 || mode >= PEEK || operands < 2 + measures || measures < 0 || maxima < 0 ||
+      maxima > measures || scalars < 2 ||
       addresses.size() != static_cast<std::size_t>(COMPUTE_TYPES))
     throw py::value_error("operation '" + name + "' cannot be used so");
   foreign.emplace_back(name, Operation{});
@@ -238,6 +243,7 @@ Phase append_phase(const Program& program, int phase, int compute, const Scalars
       result.used |= op.used;
       result.written |= op.written;
       result.summed |= op.summed;
+      result.maxima |= op.maxima;
     }
     first += operation.scalars;
   }

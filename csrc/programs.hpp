@@ -29,7 +29,7 @@ struct Program {
     int index;                         // of a foreign one ~(its place)
     int mode, phase, input, measured;  // measured: the last scalars, which sums give
     std::vector<std::uint8_t> operands;
-    std::uint32_t used, written, summed;  // slots, as bits
+    std::uint32_t used, written, summed, maxima;  // slots, as bits
   };
   std::vector<Op> ops;
   std::deque<std::pair<std::string, Operation>> foreign;  // with their names, which do not move
@@ -37,10 +37,11 @@ struct Program {
   bool takes_hessian = false, filtered = false, measures = false;
 
   // Rows: (name, mode, phase, input that it needs or -1, measured, operand slots, foreign), the
-  // last of them None, or for a rule that is not in the table (sums that it adds to, scalars,
-  // addresses of its tile function in that mode, for each compute type); whoever passes these keeps
-  // the functions alive. arrays, scratch, sums: how many slots each of these have; works: how many
-  // of the arrays, the last ones, are work space. A program that measures has two phases.
+  // last of them None, or for a rule that is not in the table (sums that it adds to, how many of
+  // these, the last ones, are maxima, scalars, addresses of its tile function in that mode, for
+  // each compute type); whoever passes these keeps the functions alive. arrays, scratch, sums: how
+  // many slots each of these have; works: how many of the arrays, the last ones, are work space. A
+  // program that measures has two phases.
   Program(const py::list& rows, int arrays, int works, int scratch, int sums);
 
   // The operation of the instruction set in use, where it is in the table.
@@ -55,7 +56,7 @@ struct Program {
   int measured_sums = 0;
 
  private:
-  using Outside = std::tuple<int, int, std::vector<std::uintptr_t>>;
+  using Outside = std::tuple<int, int, int, std::vector<std::uintptr_t>>;
 
   // A rule compiled elsewhere, which writes all of its states, or its measurement.
   int adopt(const std::string& name, int mode, int operands, const Outside& outside);
@@ -112,7 +113,7 @@ class Scalars {
 struct Phase {
   std::size_t first = 0;
   int count = 0;
-  std::uint32_t used = 0, written = 0, summed = 0;
+  std::uint32_t used = 0, written = 0, summed = 0, maxima = 0;
 };
 
 // Appends them to `steps`; what needs an input that is not there is left out.

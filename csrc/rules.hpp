@@ -498,6 +498,73 @@ struct MARS {
   }
 };
 
+// m, s and the root of v are in units of the estimate d; u: the way that the parameter has come; w:
+// the learning rate, k: that, or 1. eps and the shrinking of the states when d grows come from the
+// sums, over the whole optimizer.
+template <class T>
+struct Prodigy {
+  static constexpr const char *name = "prodigy", *measure_name = "prodigy_measure";
+  static constexpr int states = 4, sums = 2, measured = 3;
+  T b1, one_b1, b2, one_b2, b3, w, k, decay, step, eps, shrink, shrink2;
+  void measure(T* sums, T, T g, T, T, T s, T u) const {
+    sums[0] = w * (g * u);
+    sums[1] = magnitude(b3 * s + k * g);
+  }
+  T operator()(T p, T g, T& m, T& v, T& s, T& u) const {
+    m = b1 * m + one_b1 * g;
+    v = b2 * v + one_b2 * (g * g);
+    const T delta = ratio(step * m, root(v) + eps) + decay * p;
+    m = shrink * m;
+    v = shrink2 * v;
+    s = shrink2 * (b3 * s + k * g);
+    u = u + delta;
+    return delta;
+  }
+};
+
+// m and s are in units of d; w: the learning rate, k: the share of it in s.
+template <class T>
+struct DAdaptAdam {
+  static constexpr const char *name = "dadaptadam", *measure_name = "dadaptadam_measure";
+  static constexpr int states = 3, sums = 2, measured = 1;
+  T b1, gain, b2, one_b2, b3, w, k, eps, decay, d, shrink;
+  void measure(T* sums, T, T g, T, T v, T s) const {
+    sums[0] = w * (g * ratio(s, root(v) + eps));
+    sums[1] = magnitude(b3 * s + k * g);
+  }
+  T operator()(T p, T g, T& m, T& v, T& s) const {
+    m = b1 * m + gain * g;
+    v = b2 * v + one_b2 * (g * g);
+    const T delta = ratio(d * m, root(v) + eps) + decay * p;
+    m = shrink * m;
+    s = shrink * (b3 * s + k * g);
+    return delta;
+  }
+};
+
+// s and v are in units of d; k: 1 over the norm of the first gradient.
+template <class T>
+struct DAdaptSGD {
+  static constexpr const char *name = "dadaptsgd", *measure_name = "dadaptsgd_measure";
+  static constexpr int states = 2, sums = 4, measured = 2;
+  T lr, mu, one_mu, d, k, shrink;
+  void measure(T* sums, T, T g, T s, T) const {
+    const T x = lr * g;
+    sums[0] = g * g;
+    sums[1] = x * s;
+    sums[2] = s * s;
+    sums[3] = x * x;
+  }
+  T operator()(T, T g, T& s, T& v) const {
+    const T x = k * (lr * g);
+    v = v + x;
+    const T delta = one_mu * (d * v);
+    s = shrink * (s + x);
+    v = shrink * (mu * v);
+    return delta;
+  }
+};
+
 // d is z - y, where y is the parameter; c: the share of z in the new average, k = 1 - c.
 template <class T>
 struct ScheduleFreeSGD {
@@ -528,13 +595,14 @@ struct ScheduleFreeAdamW {
 template <template <class> class...>
 struct List {};
 
-using Rules =
-    List<SGD, Momentum, Nesterov, AdaGrad, RMSProp, CenteredRMSProp, BufferedRMSProp,
-         BufferedCenteredRMSProp, Adam, NesterovAdam, AMSGrad, AdaMax, Adadelta, RAdam, Rprop,
-         AdaBelief, ADOPT, AdEMAMix, Grams, LaProp, Adan, Lion, Sophia, PaperSophia, Muon, LARS,
-         LAMB, CautiousAdamW, CautiousLion, Tiger, MARS, ScheduleFreeSGD, ScheduleFreeAdamW>;
+using Rules = List<SGD, Momentum, Nesterov, AdaGrad, RMSProp, CenteredRMSProp, BufferedRMSProp,
+                   BufferedCenteredRMSProp, Adam, NesterovAdam, AMSGrad, AdaMax, Adadelta, RAdam,
+                   Rprop, AdaBelief, ADOPT, AdEMAMix, Grams, LaProp, Adan, Lion, Sophia,
+                   PaperSophia, Muon, LARS, LAMB, CautiousAdamW, CautiousLion, Tiger, MARS, Prodigy,
+                   DAdaptAdam, DAdaptSGD, ScheduleFreeSGD, ScheduleFreeAdamW>;
 
-using Measured = List<LARS, LAMB, CautiousAdamW, CautiousLion, Tiger, MARS>;
+using Measured =
+    List<LARS, LAMB, CautiousAdamW, CautiousLion, Tiger, MARS, Prodigy, DAdaptAdam, DAdaptSGD>;
 
 // Those with loops over arrays as they are stored (direct.hpp): for all rules these would take half
 // as long to compile again as everything else does.

@@ -8,7 +8,7 @@ namespace fusedopt {
 // Codecs work on whole tiles of this many elements each: a few of them, decoded, are some KiB, so a
 // program's operands stay in the first-level cache between its operations.
 constexpr std::size_t TILE = 256;
-constexpr int MAX_OPERANDS = 16;
+constexpr int MAX_OPERANDS = 20;
 
 // Sums over a leaf are taken in float64, in LANES lanes: element i of a segment goes to lane
 // i % LANES, lanes are added pairwise at the segment's end, and segments in order. So no bit of a

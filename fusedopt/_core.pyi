@@ -13,7 +13,9 @@ Numbers: TypeAlias = tuple[tuple[Fold, ...], tuple[float, float, float]]
 class Program:
     def __init__(
         self,
-        rows: list[tuple[str, int, int, int, int, list[int], tuple[int, int, list[int]] | None]],
+        rows: list[
+            tuple[str, int, int, int, int, list[int], tuple[int, int, int, list[int]] | None]
+        ],
         arrays: int,
         works: int,
         scratch: int,

@@ -151,11 +151,13 @@ def _run(rule: Rule, backend: str, way: str, size: int, steps: int, seed: int) -
         with np.errstate(under="ignore"):
             return np.where(rng.random(shape) < 0.03, 0.0, wide).astype(dtype)
 
-    p = draw()
+    p = g = draw()
     optimizer = Optimizer(p, rule, backend=backend, **options)
     leaf_state, keys = optimizer.leaf_state("params")
     for t in range(1, max(steps, rule.branches) + 1):
-        g, h = draw(), draw() if rule.takes_hessian else None
+        # What a rule keeps grows by what gradients have in common.
+        g = draw() if t == 1 or not rule.kept else g
+        h = draw() if rule.takes_hessian else None
         before = [stored.values for stored in leaf_state.stored]
         optimizer.step(g, hessian=h)
         yield from judge(rule, before, leaf_state.stored, g, h, t=t, lr=rule.lr_at(t), keys=keys)

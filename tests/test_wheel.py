@@ -55,6 +55,9 @@ DIGESTS: dict[str, str] = {
     "cautiouslion": "05b54e846f828b18",
     "tiger": "17e08a4d64710941",
     "mars": "adb3e39c6cb75e40",
+    "prodigy": "871134f486a03460",
+    "dadaptadam": "bfd987e82365f7b8",
+    "dadaptsgd": "13a180c3461c5b66",
     "schedulefreeadamw": "4dc442cb9ad60f5d",
     "schedulefreesgd": "a1c2763de1ceb715",
 }

@@ -221,7 +221,10 @@ class Storage:
                 for s in states_of(rule)
             ]
             plain = PLAIN[compute_dtype(p.dtype).name]
-            wanted += [ArraySpec(plain, p, shape=shape) for shape in rule.sides(p.shape).values()]
+            wanted += [
+                ArraySpec(plain, p, rule.initial(name), shape=shape)
+                for name, shape in rule.sides(p.shape).items()
+            ]
         place = partial(_place, wanted, parameters)
         fresh = iter(allocate(wanted, block, *([place] if block is in_memory else [])))
         leaf_states = []

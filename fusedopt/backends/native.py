@@ -12,6 +12,7 @@ from ..arrays.formats import FLOAT32, FLOAT64, FORMATS, RandomKey
 from ..arrays.state_file import StateFile
 from ..plan.extras import EVERYTHING, Extras
 from ..plan.interface import Plan
+from ..plan.pools import Pools
 from ..plan.spec import INPUTS, PlanSpec
 from ..programs.program import MODES, Operation, Program
 from ..rules import RULES, Rule
@@ -57,12 +58,12 @@ def _compile(program: Program) -> Any:
     )
 
 
-def _foreign(program: Program, op: Operation) -> tuple[int, int, list[int]]:
-    """The sums, scalars and addresses of an operation that Numba compiles."""
+def _foreign(program: Program, op: Operation) -> tuple[int, int, int, list[int]]:
+    """The sums, maxima among them, scalars and addresses of an operation that Numba compiles."""
     from ..jit.operations import tile_function  # 0.5 s of import, for those with rules of their own
 
     addresses = [tile_function(program, op, dtype).address for dtype in (FLOAT32, FLOAT64)]
-    return len(op.sums), op.scalar_count, addresses
+    return len(op.sums), op.maxima, op.scalar_count, addresses
 
 
 def check_registry() -> None:
@@ -131,9 +132,10 @@ class PlanDescription(NamedTuple):
     each leaf the place of its group. batches: of each leaf -1, or the number of the batch of
     matrices whose products come between its phases. programs, numbers: of each group its program,
     and `Program.numbers`. beside: dense, what else no gradient may overlap. watched: the caller's
-    own arrays, and those whose memory they use. before(leaves), or None: called before anything is
-    written. between(batch, phase, leaves): called after each phase but the last. threads: the most
-    that a step may use; 0: all.
+    own arrays, and those whose memory they use. combine(leaves), keep(): those of `Pools`, or None:
+    called when leaves have been measured, and when all else has been written. before(leaves), or
+    None: called before anything is written. between(batch, phase, leaves): called after each phase
+    but the last. threads: the most that a step may use; 0: all.
     The rest is as in `PlanSpec`.
     """
 
@@ -151,6 +153,8 @@ class PlanDescription(NamedTuple):
     results: np.ndarray
     beside: list[np.ndarray]
     watched: list[np.ndarray]
+    combine: Callable[[Sequence[int]], None] | None
+    keep: Callable[[], None] | None
     before: Callable[[Sequence[int]], None] | None
     between: Callable[[int, int, Sequence[int]], None]
     sided: bool
@@ -160,8 +164,8 @@ class PlanDescription(NamedTuple):
     state_file: StateFile | None
 
 
-def _described(spec: PlanSpec, programs: Sequence[Program], matrices: Matrices) -> PlanDescription:
-    leaves, work = spec.leaves, matrices.work
+def _described(spec: PlanSpec, pools: Pools, matrices: Matrices) -> PlanDescription:
+    leaves, work, programs = spec.leaves, matrices.work, pools.programs
     return PlanDescription(
         tree=spec.tree,
         arrays=[
@@ -184,6 +188,8 @@ def _described(spec: PlanSpec, programs: Sequence[Program], matrices: Matrices) 
             *spec.beside,
         ],
         watched=spec.watch.arrays if spec.watch is not None else [],
+        combine=pools.combine if pools else None,
+        keep=pools.keep if pools else None,
         before=matrices.before if matrices.batches else None,
         between=matrices.between,
         sided=matrices.sided,
@@ -201,10 +207,10 @@ class NativePlan:
         matrices = Matrices(spec)
         self.work_bytes = matrices.work_bytes
         self._matrices = matrices
-        programs = [spec.extras.program(group.rule) for group in spec.groups]
+        self._pools = pools = Pools(spec)
         # The core's objects are unknown to the garbage collector: what it calls must not lead back
         # to this plan.
-        plan = core.Plan(_described(spec, programs, matrices))
+        plan = core.Plan(_described(spec, pools, matrices))
         self._reprogram, self.renumber = plan.reprogram, plan.renumber
         self.take, self.give, self.held = plan.take, plan.give, plan.held
         self.whole_step, self.settle, self._step = plan.whole_step, plan.settle, plan.step
@@ -224,10 +230,11 @@ class NativePlan:
 
     def adopt(self, groups: Sequence[Group], extras: Extras) -> bool:
         """Take other rules for the groups; False if a new plan is needed."""
-        programs = [extras.program(group.rule) for group in groups]
-        if not self._matrices.adopt(groups):
+        pools = self._pools.succeeded(groups, extras)
+        if not self._matrices.adopt(groups) or not self._reprogram(*_in_the_core(pools.programs)):
             return False
-        return bool(self._reprogram(*_in_the_core(programs)))
+        self._pools.take(pools)  # the core has the functions of the old ones
+        return True
 
 
 def _in_the_core(programs: Sequence[Program]) -> tuple[list[Any], list[Any]]:

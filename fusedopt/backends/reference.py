@@ -14,7 +14,9 @@ from ..arrays.rows import UniqueRows, selected, values_of, whole
 from ..arrays.stored import LeafState, Stored
 from ..plan.extras import NOTHING, Extras
 from ..plan.interface import ExclusiveUse, Plan
+from ..plan.pools import Pools, together
 from ..plan.spec import PlanSpec
+from ..programs.arithmetic import Pooling, alone
 from ..programs.program import narrowed
 from ..rules.base import Rule
 from ..rules.groups import Group
@@ -31,6 +33,7 @@ def reference_step(
     lr: float,
     factor: float = 1.0,
     extras: Extras = NOTHING,
+    pool: Pooling = alone,
 ) -> tuple[list[np.ndarray], list[tuple[Stored, tuple[np.ndarray, Any]]]]:
     """The new parameter and states, in the type that is computed in; and what is to be written,
     and where: these and the copies, encoded."""
@@ -40,8 +43,9 @@ def reference_step(
     estimate = None if hessian is None else hessian.astype(np.float64)
     with np.errstate(all="ignore"):
         new, after = extras.reference(
-            rule, p, g.astype(np.float64), tuple(states), estimate, t=t, lr=lr, factor=factor
-        )
+            rule, p, g.astype(np.float64), tuple(states), estimate,
+            t=t, lr=lr, factor=factor, pool=pool,
+        )  # fmt: skip
         narrow = [np.asarray(a).astype(dtype) for a in (new, *after)]
     for stored, state in zip(operands[1:], narrow[1:], strict=True):
         state[np.abs(state) < least_state(dtype, stored.format.dtype)] = 0
@@ -111,11 +115,12 @@ class ReferencePlan(ExclusiveUse):
                 spec.results[k, :2] = sum_of_squares(given)
             if not spec.decide():
                 return int(spec.counters[0])
-        self._check_scalars(active)
-        new = {}
-        for k in active:
+        pools = Pools(spec)
+        self._check_scalars(active, pools)
+
+        def found(k: int, pool: Pooling = alone) -> Any:
             group, shape = spec.group_of[k], spec.leaves[k].parameter.shape
-            new[k] = reference_step(
+            return reference_step(
                 spec.groups[group].rule,
                 spec.leaves[k],
                 whole(grads[k], shape),
@@ -125,7 +130,16 @@ class ReferencePlan(ExclusiveUse):
                 lr=float(spec.rates[group]),
                 factor=float(spec.factors[group]),
                 extras=spec.extras,
+                pool=pool,
             )
+
+        new: dict[int, Any] = {}
+        for pool, members in pools.active(active):
+            new |= together(members, pool.rule, found)
+            if pool.rule.kept:
+                sides = new[pools.widest(members)][0][-len(pool.rule.kept) :]
+                pools.renew(pool, tuple([float(side) for side in sides]))
+        new |= {k: found(k) for k in active if k not in new}
         for k in active:
             self._sum(k, grads[k], new[k][0])
         spec.check_unmoved()
@@ -136,16 +150,17 @@ class ReferencePlan(ExclusiveUse):
             if spec.zero_grads:
                 values_of(grads[k])[...] = 0
             spec.counters[k + 1] += 1
+        pools.keep()
         spec.counters[0] += 1
         return int(spec.counters[0])
 
-    def _check_scalars(self, active: Sequence[int]) -> None:
+    def _check_scalars(self, active: Sequence[int], pools: Pools) -> None:
         """Refuse numbers that the other backends refuse."""
         spec = self._spec
         types = [compute_dtype(leaf.caller.dtype) for leaf in spec.leaves]
         kinds = {(spec.group_of[k], int(spec.counters[k + 1]) + 1, types[k]) for k in active}
         for g, t, dtype in kinds:
-            lr, program = float(spec.rates[g]), spec.extras.program(spec.groups[g].rule)
+            lr, program = float(spec.rates[g]), pools.programs[g]
             for op in program.operations:
                 narrowed(program.scalars(op, t, lr, float(spec.factors[g])), dtype, op, t, lr)
 

@@ -13,11 +13,12 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ..arrays.formats import SEGMENT, TILE
+from ..programs import elements
 from . import scalar_codecs
 from .compiler import device, jit, kept
 from .tiles import LANES
 
-MAX_OPERANDS = 16
+MAX_OPERANDS = 20
 ARRAY, INPUT, SCRATCH, SUMS = range(4)
 
 OPERAND = np.dtype(
@@ -57,6 +58,7 @@ LEAF = np.dtype(
         ("used", np.int64),  # operands, as bits
         ("written", np.int64),
         ("summed", np.int64),
+        ("maxima", np.int64),  # those of `summed` that are no sums but maxima
         # Of rows that alone are touched, each with its place in the inputs; length 0: all are.
         ("row", np.int64),  # the first of these among all leaves'
         ("length", np.int64),  # elements of each
@@ -195,6 +197,18 @@ def _turn(lanes: Any, by: int) -> None:
             lanes[k] = np.concatenate((lanes[k, by:], lanes[k, :by]))
 
 
+maximum = device(elements.maximum)
+
+
+@jit
+def _begin(leaf: Any, lanes: Any) -> None:
+    """Set the lanes to what a sum, or a maximum, is of no elements."""
+    lanes[:] = 0
+    for k in range(leaf.operands):
+        if (leaf.maxima >> k) & 1:
+            lanes[k] = -np.inf
+
+
 @jit
 def _finish(leaf: Any, operands: Any, lanes: Any, partials: Any, segment: int) -> None:
     """Put the sums of a segment, of which -1 is none, in their places."""
@@ -205,10 +219,11 @@ def _finish(leaf: Any, operands: Any, lanes: Any, partials: Any, segment: int) -
             half = LANES // 2
             while half:
                 for lane in range(half):
-                    lanes[k, lane] += lanes[k, lane + half]
+                    a, b = lanes[k, lane], lanes[k, lane + half]
+                    lanes[k, lane] = maximum(a, b) if (leaf.maxima >> k) & 1 else a + b
                 half //= 2
             partials[np.int64(operands[leaf.operand + k].data) + segment] = lanes[k, 0]
-    lanes[:] = 0
+    _begin(leaf, lanes)
 
 
 @jit
@@ -250,7 +265,7 @@ def _run_leaf(
     partials: Any,
 ) -> None:
     length, segment = leaf.length, -1
-    workspace[1][:] = 0
+    _begin(leaf, workspace[1])
     if not length:
         if leaf.summed:
             segment = _run_summing(

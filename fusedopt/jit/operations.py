@@ -31,7 +31,9 @@ def tile_function(program: Program, op: Operation, dtype: np.dtype) -> Any:
         states = operands - sums - 2
         if op.kernel is None:
             check_measure(element, states, scalars, sums)
-        return tiles.measure_tile(element, sums, states, scalars, program.mode(op), dtype)
+        return tiles.measure_tile(
+            element, sums, op.maxima, states, scalars, program.mode(op), dtype
+        )
     if op.loop == "sum":
         return tiles.sum_tile(element, operands, scalars, dtype)
     if op.loop in ("filter", "other"):

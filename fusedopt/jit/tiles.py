@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays.formats import FLOAT64, Format
+from ..programs import elements
 from ..programs.program import loop_lines
 from . import scalar_codecs
 from .block_codecs import BLOCKS, element_functions, negative_bits, positive_bits, scaling
@@ -116,11 +117,12 @@ def entry(operands, scalars, n):
 
 @functools.cache
 def measure_tile(
-    element: Any, sums: int, states: int, scalars: int, mode: str, dtype: np.dtype
+    element: Any, sums: int, maxima: int, states: int, scalars: int, mode: str, dtype: np.dtype
 ) -> Any:
     """The tile function of what a rule measures: (lanes of each sum, parameter, gradient, states).
 
-    All that the element sees is float64; the gradient is made in the compute type, as for the rule.
+    maxima: how many of the sums, the last ones, are maxima. All that the element sees is float64;
+    the gradient is made in the compute type, as for the rule.
     """
     names = ["p", "g", *(f"s{k}" for k in range(states))]
     constants = [f"c{k}" for k in range(scalars)]
@@ -133,7 +135,8 @@ def measure_tile(
         before,
         f"{', '.join(f'a{k}' for k in range(sums))}, = element("
         f"{', '.join(f'f64({name})' for name in operands)})",
-        *(f"sums[{k}, lane] += a{k}" for k in range(sums)),
+        *(f"sums[{k}, lane] += a{k}" for k in range(sums - maxima)),
+        *(f"sums[{k}, lane] = maximum(sums[{k}, lane], a{k})" for k in range(sums - maxima, sums)),
     ]
     unpacked = _unpacked(names, ["factor", "decay", *constants], first=sums)
     source = _MEASURE.format(
@@ -141,7 +144,8 @@ def measure_tile(
         body="\n".join(f"            {line}" for line in body if line),
     )
     namespace = {"element": element, "T": dtype.type, "f64": np.float64, "np": np}
-    return entry(TILE_FUNCTION, source, {**namespace, "LANES": LANES, "SUMS": sums})
+    namespace |= {"maximum": elements.maximum, "LANES": LANES, "SUMS": sums}
+    return entry(TILE_FUNCTION, source, namespace)
 
 
 def _unpacked(names: list[str], scalars: list[str], first: int = 0) -> list[str]:

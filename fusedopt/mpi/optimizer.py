@@ -148,6 +148,12 @@ class ShardedOptimizer:
             self._copy_out = options.pop("copy_out", None)
             groups, group_of = assign(self._tree.leaves, rule)
             rules = [groups[k].rule for k in group_of]
+            for each in rules if shard is not None else ():
+                if each.over != "parameter":
+                    raise ValueError(
+                        f"rule: {type(each).__name__} takes sums over all parameters of a step,"
+                        " which are shared out among ranks; take shard=None, or fo.AdamW"
+                    )
             self._whole, self._copies = self._checked(params, rules)
             reports.mine = _summary(self._tree, self._whole, rules, self._copies, options)
         _check_equal(reports.all)

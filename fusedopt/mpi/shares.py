@@ -104,7 +104,7 @@ def _ends(loads: Sequence[float], rest: float) -> list[float]:
 
 def _unit(p: np.ndarray, rule: Rule) -> tuple[int, int]:
     """The number of elements at whose multiples a leaf may be cut; that of a row, if it is kept."""
-    if p.ndim == 0 or p.size == 0 or rule.matrices(p.shape) is not None:
+    if p.ndim == 0 or p.size == 0 or rule.program.phases > 1:
         return max(p.size, 1), 0
     row = p.size // p.shape[0]
     if memory_order(p) != "C" or row > LONGEST_ROW:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..arrays.stored import AVERAGE, SLOW
-from ..programs.arithmetic import Array
+from ..programs.arithmetic import Array, Pooling, alone
 from ..programs.program import Operation, Program
 from ..rules.base import Rule
 from ..rules.hyperparameters import Schedule
@@ -119,10 +119,12 @@ class Extras(NamedTuple):
         t: int,
         lr: float,
         factor: float,
+        pool: Pooling = alone,
     ) -> tuple[Array, tuple[Array, ...]]:
         """The textbook form: `Rule.reference` with everything around it.
 
-        states: as `states` names them, then side states. factor: on the gradient.
+        states: as `states` names them, then side states. factor: on the gradient. pool: see
+        `Rule.reference_over`.
         """
         if factor != 1.0:
             g = factor * g
@@ -130,7 +132,11 @@ class Extras(NamedTuple):
             g = np.minimum(np.maximum(g, -self.clip_value), self.clip_value)
         names, n = self.states(rule), len(rule.states)
         beside = dict(zip(names[n:], states[n:], strict=False))
-        new, own = rule.reference(p, g, (*states[:n], *states[len(names) :]), t=t, lr=lr)
+        held = (*states[:n], *states[len(names) :])
+        if pool is alone:
+            new, own = rule.reference(p, g, held, t=t, lr=lr)
+        else:
+            new, own = rule.reference_over(p, g, held, t=t, lr=lr, pool=pool)
         if hessian is not None:
             own = rule.absorb(own, hessian)
         if self.slow:

@@ -13,6 +13,19 @@ Array = Any
 of its rounding."""
 
 
+Sums = tuple[Any, ...]
+"""The sums that a rule has measured, and behind them the maxima."""
+
+
+Pooling = Callable[[Sums], Sums]
+"""A function from a leaf's sums to those of all leaves with which it is taken together."""
+
+
+def alone(sums: Sums) -> Sums:
+    """The sums of a leaf with which no other is taken together."""
+    return sums
+
+
 def correction(beta: float, t: int) -> float:
     """1 - beta^t without cancellation."""
     return -expm1(t * log(beta)) if beta else 1.0
@@ -70,6 +83,17 @@ def plain(x: Array) -> Array:
     if isinstance(x, (np.ndarray, np.generic)):
         return np.asarray(x, np.float64)
     return np.where(np.isfinite(x.error), x.value, np.nan)
+
+
+def total(x: Array) -> Array:
+    """The sum of all elements, which kernels take in float64."""
+    return np.sum(x) if isinstance(x, (np.ndarray, np.generic)) else x.total()
+
+
+def grown(estimate: Array, found: Array) -> Array:
+    """The larger of an estimate and one that was found, where that is finite."""
+    value = found if isinstance(found, (np.ndarray, np.generic)) else found.value
+    return np.maximum(estimate, found) if np.isfinite(value).all() else estimate
 
 
 def norm(x: Array) -> float:

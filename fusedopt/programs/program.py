@@ -48,9 +48,10 @@ class Operation(NamedTuple):
     the last operand, "measure" adds to sums of the leaf what the rule will read of them, "filter"
     makes its first operand of the gradient times its factor, "sum" adds up, and "other" writes its
     first operand. measured: how many of the scalars, the last ones, come from those sums and not
-    from `scalars`. needs: run only where this input was given. written: the number of a rule's
-    states that are written, the first ones; None: all. scalars: a method of the rule, or of what is
-    around it, or a function that knows no hyperparameters. element: the kernel in Python, where
+    from `scalars`. maxima: how many of the sums of "measure", the last ones, are maxima instead.
+    needs: run only where this input was given. written: the number of a rule's states that are
+    written, the first ones; None: all. scalars: a method of the rule, or of what is around it, or a
+    function that knows no hyperparameters. element: the kernel in Python, where
     elements.py does not have it under the kernel's name. kernel: None where the core has none, and
     is given the compiled element.
     """
@@ -64,6 +65,7 @@ class Operation(NamedTuple):
     written: int | None = None
     element: Element | None = None
     measured: int = 0
+    maxima: int = 0
 
     @property
     def sums(self) -> tuple[str, ...]:
@@ -135,8 +137,10 @@ class Governed(Protocol):
     def decay_line(self) -> tuple[float, float]:
         """(a, b): the loop around the rule multiplies the parameter with a + b lr."""
 
-    def measured(self, t: int, lr: float, sums: tuple[float, ...]) -> tuple[float, ...]:
-        """The scalars that come from the sums of a leaf."""
+    def from_sums(
+        self, t: int, lr: float, sums: tuple[float, ...], *kept: float
+    ) -> tuple[float, ...]:
+        """The scalars that come from sums, and from the numbers that the rule keeps."""
 
 
 class Program:
@@ -173,9 +177,9 @@ class Program:
 
     def _renumber(self, rule: Governed, operations: tuple[Operation, ...]) -> None:
         self.operations = operations
-        self.measured = rule.measured
+        self.measured: Callable[..., tuple[float, ...]] = rule.from_sums
         folds: tuple[Any, ...] = tuple([op.scalars for op in operations])
-        self.folds = (*folds, rule.measured) if self.measures else folds
+        self.folds = (*folds, rule.from_sums) if self.measures else folds
         self.head = head_of(rule)
         self.numbers = self.folds, self.head
 
@@ -186,6 +190,23 @@ class Program:
         new = object.__new__(Program)
         new.__dict__.update(self.__dict__)
         new._renumber(rule, operations)
+        return new
+
+    def recalling(self, recall: Callable[[], tuple[float, ...]]) -> Program:
+        """Return the program of a rule that keeps numbers, which `recall` gives."""
+
+        def recalled(fold: Callable[..., tuple[float, ...]]) -> Callable[..., tuple[float, ...]]:
+            return lambda *known: fold(*known, *recall())
+
+        new = object.__new__(Program)
+        new.__dict__.update(self.__dict__)
+        new.operations = tuple(
+            op._replace(scalars=recalled(op.scalars)) if op.loop in ("rule", "measure") else op
+            for op in self.operations
+        )
+        new.measured = recalled(self.measured)
+        new.folds = (*[op.scalars for op in new.operations], new.measured)
+        new.numbers = new.folds, self.head
         return new
 
     @property
@@ -229,4 +250,4 @@ def _decay(rule: Governed) -> str:
 
 def _forms(operations: Sequence[Operation]) -> tuple[Any, ...]:
     """Return what is the same of operations whatever numbers a rule has."""
-    return tuple([(op[:2], op[3:7], op.measured) for op in operations])
+    return tuple([(op[:2], op[3:7], op[8:]) for op in operations])

@@ -30,6 +30,8 @@ from .lamb import LAMB as LAMB
 from .cautious import CautiousAdamW as CautiousAdamW, CautiousLion as CautiousLion
 from .tiger import Tiger as Tiger
 from .mars import MARS as MARS
+from .prodigy import Prodigy as Prodigy
+from .dadapt import DAdaptAdam as DAdaptAdam, DAdaptSGD as DAdaptSGD
 from .schedule_free import ScheduleFreeAdamW as ScheduleFreeAdamW
 from .schedule_free import ScheduleFreeSGD as ScheduleFreeSGD
 from .muon import Muon as Muon

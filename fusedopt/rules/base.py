@@ -12,7 +12,7 @@ import numpy as np
 from ..arrays.devices import device_of
 from ..arrays.storage import StateDtype, Storage
 from ..linalg.newton_schulz import Stack
-from ..programs.arithmetic import Array, unless_opposed
+from ..programs.arithmetic import Array, Pooling, alone, unless_opposed
 from ..programs.elements import Element
 from ..programs.program import MEASURE, Operation, Program
 from .conventions import CONVENTIONS, Convention, hyperparameters_of
@@ -76,6 +76,16 @@ class Rule:
     """The step by which the examples have taken every branch of `scalars`."""
     settled: ClassVar[tuple[str, ...]] = ()
     """Hyperparameters that say what the states hold, so that no step may change them."""
+
+    over: ClassVar[Literal["parameter", "group", "optimizer"]] = "parameter"
+    """The arrays over which `measure` is taken: a parameter, those of its group, or those of all
+    groups of the optimizer with a rule of this class."""
+
+    maxima: ClassVar[int] = 0
+    """How many of what `measure` returns, the last ones, are maxima and no sums."""
+
+    kept: ClassVar[tuple[str, ...]] = ()
+    """Numbers that a rule over more than a parameter keeps from step to step, as side states."""
 
     scales_decay: ClassVar[bool] = False
     """Whether weight decay may have the form "scaled"."""
@@ -176,7 +186,7 @@ class Rule:
         return frozenset()
 
     def initial(self, state: str) -> float:
-        """The value with which a state array is filled."""
+        """The value with which a state array is filled, or a number that is kept begins."""
         return 0.0
 
     @property
@@ -184,8 +194,11 @@ class Rule:
         """The name of the struct in csrc/rules.hpp; None where Numba compiles the element."""
         return self.name
 
-    def scalars(self, t: int, lr: float) -> tuple[float, ...]:
-        """The struct's fields, folded in float64, for the leaf's t-th step (1 first)."""
+    def scalars(self, *known: Any) -> tuple[float, ...]:
+        """(t, lr) -> the struct's fields, folded in float64, for the leaf's t-th step (1 first).
+
+        The numbers of `kept`, as they are before the step, come behind t and lr.
+        """
         raise TypeError(f"{type(self).__name__} defines no scalars")
 
     @property
@@ -197,38 +210,67 @@ class Rule:
         self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float
     ) -> tuple[Array, tuple[Array, ...]]:
         """The delta to subtract and the new states, as the source's equation writes them."""
+        return self.textbook_over(p, g, states, t=t, lr=lr, pool=alone)
+
+    def textbook_over(
+        self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float, pool: Pooling
+    ) -> tuple[Array, tuple[Array, ...]]:
+        """The textbook form of a rule whose `over` is more than a parameter.
+
+        pool: makes the sums over all arrays of what was measured on this one.
+        """
         raise TypeError(f"{type(self).__name__} defines no textbook form")
 
     @property
     def measure(self) -> Element | None:
         """The addends of an element, or None for a rule that reads no sums.
 
-        (p, g, states, scalars) -> a tuple, whose members are each added up over the leaf before the
-        step; all in float64, and without the scalars that come from the sums.
+        (p, g, states, scalars) -> a tuple, whose members are each added up over the arrays that
+        `over` says before the step, but for the last `maxima`, of which the largest is found; all
+        in float64, and without the scalars that come from the sums.
         """
         return None
 
-    def measured(self, t: int, lr: float, sums: tuple[float, ...]) -> tuple[float, ...]:
-        """The struct's last fields, behind `scalars`, from the sums over the leaf."""
+    def measured(self, *known: Any) -> tuple[float, ...]:
+        """(t, lr, sums) -> the struct's last fields, behind `scalars`, from sums over the arrays.
+
+        The numbers that are kept come behind the sums, and their new values behind the fields. They
+        are to depend on neither t nor lr: both may be any leaf's.
+        """
         raise TypeError(f"{type(self).__name__} measures nothing")
 
     def operations(self) -> tuple[Operation, ...]:
         """The program of one step."""
         operands = ("p", "g", *self.states)
-        rule = Operation(self.kernel, operands, self.scalars, element=self.element)
+        fold = self.folded if self.kept else self.scalars
+        rule = Operation(self.kernel, operands, fold, element=self.element)
         if self.measure is None:
             return (rule,)
-        ones = [1.0] * (len(operands) + len(self.scalars(1, 0.1)))
+        ones = [1.0] * (len(operands) + len(fold(1, 0.1)))
         sums = tuple(f"{MEASURE}{k}" for k in range(len(self.measure(*ones))))
         measure = Operation(
             rule.kernel and f"{rule.kernel}_measure",
             (*sums, *operands),
-            self.scalars,
+            fold,
             loop="measure",
             element=self.measure,
+            maxima=self.maxima,
         )
-        count = len(self.measured(1, 0.1, (1.0,) * len(sums)))
+        count = len(self.from_sums(1, 0.1, (1.0,) * len(sums)))
         return measure, rule._replace(phase=1, measured=count)
+
+    def folded(self, t: int, lr: float, *kept: float) -> tuple[float, ...]:
+        """`scalars` with the numbers that are kept, or those that they begin as."""
+        return self.scalars(t, lr, *(kept or map(self.initial, self.kept)))
+
+    def from_sums(
+        self, t: int, lr: float, sums: tuple[float, ...], *kept: float
+    ) -> tuple[float, ...]:
+        """`measured` without the new values of the numbers that are kept."""
+        if not self.kept:
+            return self.measured(t, lr, sums)
+        found = self.measured(t, lr, sums, *(kept or map(self.initial, self.kept)))
+        return found[: len(found) - len(self.kept)]
 
     def sums(self) -> tuple[Operation, ...]:
         """Return the counts of elements that `stats` adds to its own.
@@ -268,10 +310,11 @@ class Rule:
     def sides(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the states of another shape than their parameter's.
 
-        They have the compute type, whatever `state_dtype` says, begin as zero, and come after the
-        other states, in `init` too; `MatrixRule.before` and `between` update them.
+        They have the compute type, whatever `state_dtype` says, begin as `initial` says, and come
+        after the other states, in `init` too. They are the numbers of `kept`, or what
+        `MatrixRule.before` and `between` update.
         """
-        return {}
+        return dict.fromkeys(self.kept, ())
 
     def matrices(self, shape: tuple[int, ...]) -> Stack | None:
         """Return the number of matrices, rows and columns as which a `MatrixRule` treats a leaf."""
@@ -358,6 +401,12 @@ class Rule:
         states : tuple of array
             The new states.
         """
+        return self.reference_over(p, g, states, t=t, lr=lr, pool=alone)
+
+    def reference_over(
+        self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float, pool: Pooling
+    ) -> tuple[Array, tuple[Array, ...]]:
+        """`reference` of a parameter whose sums are taken together with those of others."""
         if self.maximize:
             g = -g
         # Not from `decay_line`, which it is there to check.
@@ -366,7 +415,10 @@ class Rule:
             g = g + lam * p
         if lam and self.decay == "decoupled_first":
             p = p * (1.0 - lr * lam)
-        delta, states = self.textbook(p, g, states, t=t, lr=lr)
+        if self.over == "parameter":
+            delta, states = self.textbook(p, g, states, t=t, lr=lr)
+        else:
+            delta, states = self.textbook_over(p, g, states, t=t, lr=lr, pool=pool)
         if lam and self.decay == "decoupled":
             return p - delta - lr * lam * p, states
         if lam and self.decay == "cautious":

@@ -299,6 +299,26 @@ CONVENTIONS: Mapping[str, Mapping[str, Convention]] = {
         "optax": Convention({"lr": REQUIRED, "betas": (0.9, 0.99), "weight_decay": 1e-3}),
         "keras": Convention({"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.0}),
     },
+    "prodigy": {
+        "optax": Convention(
+            {
+                "lr": 1.0,
+                "betas": (0.9, 0.999),
+                "eps": 1e-8,
+                "d0": 1e-6,
+                "coef": 1.0,
+                "weight_decay": 0.0,
+                "safeguard": False,
+            },
+            {"bias_correction": True},
+        )
+    },
+    "dadaptadam": {
+        "optax": Convention(
+            {"lr": 1.0, "betas": (0.9, 0.999), "eps": 1e-8, "d0": 1e-6, "weight_decay": 0.0},
+            {"bias_correction": True},
+        )
+    },
     "schedulefreesgd": {
         "optax": Convention(
             {"lr": 1.0, "momentum": 0.9, "weight_decay": 0.0, "weight_lr_power": 2.0}

@@ -10,7 +10,7 @@ from typing import Any, dataclass_transform
 
 import numpy as np
 
-from ..programs.arithmetic import Array, plain
+from ..programs.arithmetic import Array, Pooling, Sums, plain
 from ..programs.element_source import inexact, on_arrays
 from .base import Rule
 
@@ -55,7 +55,14 @@ class CustomRule(Rule):
     and `measured(t, lr, sums)` makes scalars of the sums, which `element` takes behind the others.
     Each step measures all parameters before it writes anything. `measure` computes in float64
     and sees the gradient with clipping and weight decay of the form "l2"; 1.0 adds up to the number
-    of elements. A parameter is then updated as a whole: `Rows` are refused.
+    of elements. A parameter is then updated as a whole: `Rows` are refused. With the class
+    attribute `maxima` = 1 the last of these values is no sum but the largest, with 2 the last two.
+    `over` = "group" takes all over the parameter group, "optimizer" over all groups of this rule.
+
+    `kept` names numbers that a rule over more than a parameter keeps from step to step: `scalars`
+    and `measured` take them as further arguments, `measured` returns their new values behind the
+    scalars, and `initial` gives the first ones. Groups that share them may differ in `lr`,
+    `weight_decay`, `decay` and `maximize` alone.
 
     `nonnegative` names states that are never negative, `initial` gives the value that states start
     with, `textbook` the reference for `verify` and the backend "reference"; by default that is
@@ -130,12 +137,20 @@ class CustomRule(Rule):
     @functools.cached_property
     def _states(self) -> tuple[str, ...]:
         where = type(self).__name__
-        scalars = _numbers(f"{where}.scalars", self.scalars(1, 0.1))
+        self._check_attributes()
+        scalars = _numbers(f"{where}.scalars", self.folded(1, 0.1))
         if self.measure is not None:
             ahead = self._parameters("measure", len(scalars), "`scalars` returns")
             sums = self.measure(*[1.0] * (2 + len(ahead) + len(scalars)))
             sums = _numbers(f"{where}.measure", sums)
-            scalars += _numbers(f"{where}.measured", self.measured(1, 0.1, (1.0,) * len(sums)))
+            if not 0 <= self.maxima <= len(sums):
+                raise ValueError(
+                    f"{where}.maxima: expected at most the {len(sums)} values of `measure`, got"
+                    f" {self.maxima!r}"
+                )
+            begun = tuple(map(self.initial, self.kept))
+            found = self.measured(1, 0.1, (1.0,) * len(sums), *begun)
+            scalars += _numbers(f"{where}.measured", found)[: len(found) - len(begun)]
         origin = "`scalars` returns" if self.measure is None else "`scalars` and `measured` return"
         states = self._parameters("element", len(scalars), origin)
         if self.measure is not None and ahead != states:
@@ -147,6 +162,24 @@ class CustomRule(Rule):
             if state in _RESERVED:
                 raise ValueError(f"{where}.element: a state cannot be called {state!r}")
         return states
+
+    def _check_attributes(self) -> None:
+        """Raise ValueError where what a class says of its sums does not fit."""
+        where = type(self).__name__
+        if self.over not in ("parameter", "group", "optimizer"):
+            raise ValueError(
+                f"{where}.over: expected 'parameter', 'group' or 'optimizer', got {self.over!r}"
+            )
+        if self.measure is None and (self.over != "parameter" or self.maxima or self.kept):
+            raise ValueError(f"{where}: `over`, `maxima` and `kept` are for rules that `measure`")
+        if self.kept and self.over == "parameter":
+            raise ValueError(
+                f"{where}.kept: numbers are kept over a group or an optimizer; take a state of the"
+                " parameter's shape, or over = 'group'"
+            )
+        for name in self.kept:
+            if name in _RESERVED:
+                raise ValueError(f"{where}.kept: a number cannot be called {name!r}")
 
     def _parameters(self, name: str, scalars: int, origin: str) -> tuple[str, ...]:
         """Return the states that a function names between g and as many scalars."""
@@ -165,16 +198,23 @@ class CustomRule(Rule):
             )
         return tuple(names[2 : 2 + count])
 
-    def textbook(
-        self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float
+    def textbook_over(
+        self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float, pool: Pooling
     ) -> tuple[Array, tuple[Array, ...]]:
-        scalars = self.scalars(t, lr)
+        count = len(self.states)
+        states, sides = states[:count], states[count:]
+        kept = [plain(side).item() for side in sides]
+        scalars = self.scalars(t, lr, *kept)
         try:
             if self.measure is not None:
                 arrays = map(plain, (p, g, *states))
                 addends = on_arrays(self.measure)(*arrays, *scalars)
-                scalars += self.measured(
-                    t, lr, tuple(float(np.sum(np.broadcast_to(x, p.shape))) for x in addends)
+                found = self.measured(t, lr, pool(self._measured_of(addends, p.shape)), *kept)
+                scalars += found[: len(found) - len(kept)]
+                # In arrays that know their rounding where the others do.
+                sides = tuple(
+                    0.0 * side + number
+                    for side, number in zip(sides, found[len(found) - len(kept) :], strict=True)
                 )
             result = on_arrays(self.element)(p, g, *states, *scalars)
         except (TypeError, ValueError) as error:
@@ -184,7 +224,16 @@ class CustomRule(Rule):
                 f" `textbook`, which returns the delta and a tuple of the states, in plain NumPy"
                 f" without branches: np.where, np.maximum, np.minimum, np.sign"
             ) from error
-        return (result[0], tuple(result[1:])) if self.states else (result, ())
+        return (result[0], (*result[1:], *sides)) if self.states else (result, sides)
+
+    def _measured_of(self, addends: tuple[Array, ...], shape: tuple[int, ...]) -> Sums:
+        """The sums and maxima of what the elements of an array add."""
+        whole = [np.broadcast_to(x, shape) for x in addends]
+        sums = len(whole) - self.maxima
+        return (
+            *[float(np.sum(x)) for x in whole[:sums]],
+            *[float(np.max(x, initial=-np.inf)) for x in whole[sums:]],
+        )
 
     def note(self, shape: tuple[int, ...]) -> str:
         called = sorted(set(inexact(self.element)))

@@ -426,6 +426,12 @@ class Assembly:
                 "step_part: clip_norm, skip_nonfinite and exact need all gradients of a step at"
                 " once; call step() with them"
             )
+        for rule in self.rules:
+            if rule.over != "parameter":
+                raise ValueError(
+                    f"step_part: {type(rule).__name__} takes sums over all gradients of a step;"
+                    " call step() with them"
+                )
 
         def step() -> StepInfo:
             if self.accumulated:

@@ -11,6 +11,7 @@ from ..arrays.formats import RandomKey, Values, least_state
 from ..arrays.order import flattened
 from ..arrays.stored import Stored
 from ..plan.extras import NOTHING, Extras
+from ..programs.arithmetic import Pooling, alone
 from ..rules.base import Rule
 from .running_error import Bounded
 
@@ -100,12 +101,13 @@ def judge(
     factor: float = 1.0,
     extras: Extras = NOTHING,
     rows: np.ndarray | None = None,
+    pool: Pooling = alone,
 ) -> list[Worst]:
     """Compares a step's parameter and states with the reference's.
 
     before: what they held, in the type that is computed in. after: as they are stored. keys: of
     the random bits. copies: other arrays that got the new parameter. factor: on the gradient.
-    rows: what alone may have changed, if given.
+    rows: what alone may have changed, if given. pool: see `Rule.reference_over`.
     """
     dtype, order = before[0].dtype, after[0].order
     whole = rule.program.matrices  # a matrix, which the reference needs in its shape
@@ -118,7 +120,7 @@ def judge(
     estimate = None if hessian is None else lift(hessian)
     with np.errstate(all="ignore"):  # the float64 values that rules measure may be anything
         new, new_states = extras.reference(
-            rule, p, lift(g), tuple(states), estimate, t=t, lr=lr, factor=factor
+            rule, p, lift(g), tuple(states), estimate, t=t, lr=lr, factor=factor, pool=pool
         )
     kept = (
         state.stored(least_state(dtype, stored.format.dtype))

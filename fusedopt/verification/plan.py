@@ -13,9 +13,11 @@ from ..arrays.rows import UniqueRows, selected, whole
 from ..arrays.trees import Leaf
 from ..plan.extras import Extras
 from ..plan.interface import Backend, ExclusiveUse
+from ..plan.pools import Pools, together
 from ..plan.spec import PlanSpec
+from ..programs.arithmetic import Pooling, alone
 from ..rules.groups import Group
-from .judge import judge
+from .judge import Worst, judge
 
 NORM_BOUND = 1e-11
 """Bound on the relative difference between a norm and the reference's. A lane adds 1024 squares,
@@ -52,9 +54,18 @@ class VerifiedPlan(ExclusiveUse):
             self._check_norms(grads)
             if number == self._spec.counters[0]:  # skipped
                 return number
-            for k, g in enumerate(grads):
-                if g is not None:
-                    self._check(k, g, hessian[k] if hessian is not None else None)
+            active = [k for k, g in enumerate(grads) if g is not None]
+
+            def found(k: int, pool: Pooling = alone) -> list[Worst]:
+                return self._judged(k, grads[k], hessian[k] if hessian is not None else None, pool)
+
+            pooled = {
+                k: worst
+                for pool, members in Pools(self._spec).active(active)
+                for k, worst in together(members, pool.rule, found).items()
+            }
+            for k in active:
+                self._check(k, pooled[k] if k in pooled else found(k))
         except BaseException:
             self.accept()
             raise
@@ -106,7 +117,7 @@ class VerifiedPlan(ExclusiveUse):
                     f" {expected!r}"
                 )
 
-    def _check(self, k: int, g: Any, hessian: Any) -> None:
+    def _judged(self, k: int, g: Any, hessian: Any, pool: Pooling) -> list[Worst]:
         spec = self._spec
         group = spec.group_of[k]
         rule = spec.groups[group].rule
@@ -114,11 +125,14 @@ class VerifiedPlan(ExclusiveUse):
         before = [stored.values for stored in spec.leaves[k].stored]
         after, t = self._copies.leaves[k], int(self._copies.counters[k + 1])
         shape, rows = after.parameter.shape, g.rows if isinstance(g, UniqueRows) else None
-        found = judge(
+        return judge(
             rule, before, after.stored, whole(g, shape), whole(hessian, shape),
             t=t, lr=lr, keys=spec.keys[k], copies=after.mirrors, factor=factor,
-            extras=spec.extras, rows=rows,
+            extras=spec.extras, rows=rows, pool=pool,
         )  # fmt: skip
+
+    def _check(self, k: int, found: Sequence[Worst]) -> None:
+        rule, t = self._spec.groups[self._spec.group_of[k]].rule, self._copies.counters[k + 1]
         for worst in found:
             if worst.share > 1.0:
                 raise VerificationError(f"{self._leaves[k].label}: {worst}, in step {t} of {rule}")

@@ -164,6 +164,13 @@ class Bounded(NDArrayOperatorsMixin):
             error = (self.error + rounding).sum(axis, keepdims=keepdims)
             return self._like(total, error, self.lost.sum(axis, keepdims=keepdims))
 
+    def total(self) -> Bounded:
+        """All elements added up in float64."""
+        with np.errstate(all="ignore"):
+            rounding = self.value.size * 2.0**-53 * np.abs(self.value)
+            error = np.sum(self.error + rounding)
+            return self._like(np.sum(self.value), error, np.sum(self.lost))
+
     def _like(
         self, value: np.ndarray, error: np.ndarray | float, lost: np.ndarray | float
     ) -> Bounded:

@@ -32,6 +32,7 @@ FUNCTIONS = {
         "nesterov": "sgd",
         "schedulefreesgd": "schedule_free_sgd",
         "schedulefreeadamw": "schedule_free_adamw",
+        "dadaptadam": "dadapt_adamw",
     },
 }
 
@@ -49,6 +50,11 @@ NAMES: dict[str, dict[str, str | tuple[str, ...] | None]] = {
     "optax": {
         "lr": "learning_rate",
         "betas": ("b1", "b2"),
+        "prodigy.betas": "betas",
+        "dadaptadam.betas": "betas",
+        "d0": "estim_lr0",
+        "coef": "estim_lr_coef",
+        "safeguard": "safeguard_warmup",
         "ademamix.betas": ("b1", "b2", "b3"),
         "adan.betas": ("b1", "b2", "b3"),
         "signum.momentum": "beta",
@@ -83,14 +89,15 @@ COEFFICIENTS = (3.0, -4.0, 1.75)
 
 # torch.optim.Muon iterates in bfloat16, keras.optimizers.Muon takes the norm in float32, and
 # torch.optim.NAdam keeps the product of its momenta there, whatever the parameters are. What
-# optax's radam finds of r - 4 is rounded a thousand times more than r. An element may be off by
-# this share of the tensor's largest movement; the worst that was seen is 0.044, 2.5e-7, 1.3e-8 and
-# 3.6e-13.
+# optax's radam finds of r - 4 is rounded a thousand times more than r. Most of D-Adaptation's
+# product cancels. An element may be off by this share of the tensor's largest movement; the worst
+# that was seen is 0.044, 2.5e-7, 1.3e-8, 3.6e-13 and 1e-14.
 LOOSE = {
     ("torch", "muon"): 0.06,
     ("keras", "muon"): 1e-6,
     ("torch", "nadam"): 1e-7,
     ("optax", "radam"): 1e-12,
+    ("optax", "dadaptadam"): 1e-13,
 }
 
 
@@ -260,6 +267,12 @@ CASES = [
     optax("lars", lr=1.0),
     optax("lars", "decay", lr=2.0, momentum=0.8, trust=0.02, eps=1e-3, weight_decay=0.3),
     optax("lars", "nesterov", lr=1.0, trust=0.01, nesterov=True, schedule=True),
+    optax("prodigy"),
+    optax("prodigy", "decay", lr=0.5, betas=(0.8, 0.9), d0=0.01, weight_decay=0.3, eps=1e-4),
+    optax("prodigy", "schedule", lr=1.0, d0=0.01, coef=2.0, safeguard=True, schedule=True),
+    optax("dadaptadam"),
+    optax("dadaptadam", "decay", lr=0.5, betas=(0.8, 0.9), d0=0.01, weight_decay=0.3, eps=1e-4),
+    optax("dadaptadam", "schedule", lr=1.0, d0=0.01, schedule=True),
     optax("lamb", lr=0.01),
     optax("lamb", "decay", lr=0.01, betas=(0.8, 0.95), eps=1e-4, weight_decay=0.3),
     optax("lamb", "eps-root", lr=0.01, eps_root=1e-6, schedule=True),

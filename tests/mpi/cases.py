@@ -161,6 +161,15 @@ def only_data_parallel(comm: MPI.Comm) -> None:
 
 
 @case
+def rules_that_measure(comm: MPI.Comm) -> None:
+    check(comm, {"embed": fo.LARS(lr=0.1), "*": fo.LAMB()})
+    check(comm, fo.Prodigy(d0=0.01), sharding={"shard": None})
+    raises(
+        ValueError, "Prodigy takes sums", lambda: ShardedOptimizer(parameters(), fo.Prodigy(), comm)
+    )
+
+
+@case
 def soap(comm: MPI.Comm) -> None:
     check(comm, {"head": fo.SOAP(lr=1e-3), "*": fo.Adam()})
 

@@ -134,6 +134,22 @@ DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
         "scale": "match_rms_adamw",
         **NS,
     },
+    ("optax", "prodigy"): {
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "d0": 1e-6,
+        "coef": 1.0,
+        "weight_decay": 0.0,
+        "safeguard": False,
+        "bias_correction": True,
+    },
+    ("optax", "dadaptadam"): {
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "d0": 1e-6,
+        "weight_decay": 0.0,
+        "bias_correction": True,
+    },
 }
 
 
@@ -170,7 +186,8 @@ def test_an_unknown_library_is_refused_and_the_known_are_named() -> None:
         fo.Adam.like("jaxopt", lr=0.1)
 
 
-ASKED = [n for lib, n in DEFAULTS if lib == "optax" and not n.startswith("schedulefree")]
+OPTIONAL = ("schedulefree", "prodigy", "dadapt")
+ASKED = [n for lib, n in DEFAULTS if lib == "optax" and not n.startswith(OPTIONAL)]
 
 
 @pytest.mark.parametrize("name", ASKED)

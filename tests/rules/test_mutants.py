@@ -63,6 +63,9 @@ MUTANTS = {
         "m = b2 * m + one_b2 * g;\n    const T c = b1 * m + one_b1 * g;",
         "lion",
     ),
+    "states in units of the old estimate": Mutant(
+        "rules.hpp", "v = shrink2 * v;", "v = shrink * v;", "prodigy"
+    ),
     "no maximum": Mutant("rules.hpp", "x = maximum(x, k * v);", "x = k * v;", "adam"),
     "no clipping from below": Mutant("rules.hpp", "(x < -limit ? -limit : x)", "x", "sophia"),
     "the factor forgotten": Mutant("kernels.cpp", "factor * g :", "g :", "momentum"),

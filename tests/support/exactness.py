@@ -71,8 +71,9 @@ def apart(rule: fo.Rule) -> fo.Rule:
         return rule
     sums = (2.0,) * rule.program.measures
 
-    def measured(self: fo.Rule, t: int, lr: float, _: Any) -> tuple[float, ...]:
-        return rule.measured(t, lr, sums)
+    def measured(self: fo.Rule, t: int, lr: float, _: Any, *kept: float) -> tuple[float, ...]:
+        found = rule.measured(t, lr, sums, *kept)
+        return (*found[: len(found) - len(kept)], *kept)
 
     cls = type("Apart" + type(rule).__name__, (type(rule),), {"measured": measured})
     stand_in: fo.Rule = cls(**{field.name: getattr(rule, field.name) for field in fields(rule)})
@@ -178,7 +179,10 @@ def stepped(
     """The parameter and states of each case after an optimizer's steps over all of them."""
     parameters = [c.p.copy(order="K") if copy else c.p for c in cases]
     optimizer = fo.Optimizer(parameters, rule, **{"backend": "native", **options})
-    live = [tuple(states.values()) for states in optimizer.state.values()]
+    live = [
+        tuple(state for name, state in states.items() if name not in rule.kept)
+        for states in optimizer.state.values()
+    ]
     for states, c in zip(live, cases, strict=True):
         for state, start in zip(states[: len(rule.states)], c.states, strict=True):
             state[...] = start
@@ -191,8 +195,9 @@ def stepped(
 
 def updated(rule: fo.Rule, c: Case) -> Result:
     """Step one case with `fo.update`, on the case's own arrays."""
+    kept = rule.init(c.p)[len(rule.states) :] if rule.kept else ()
     for k in range(STEPS):
-        fo.update(rule, k + 1, c.p, c.grads[k], *c.states, hessian=c.hessians[k])
+        fo.update(rule, k + 1, c.p, c.grads[k], *c.states, *kept, hessian=c.hessians[k])
     return (c.p, *c.states)
 
 

@@ -17,6 +17,7 @@ from ...jit import unavailable
 from ...jit.operations import tile_function
 from ...plan.extras import Extras
 from ...plan.interface import ExclusiveUse, Plan
+from ...plan.pools import Pools
 from ...plan.spec import HALFWAY, INPUTS, PlanSpec
 from ...programs.program import Program, narrowed
 from ...rules.groups import Group
@@ -43,7 +44,7 @@ class NumbaBackend:
         return f"Numba {numba.__version__}, {llvmlite.binding.get_host_cpu_name()}"
 
     def plan(self, spec: PlanSpec) -> Plan:
-        return NumbaPlan(spec, [spec.extras.program(group.rule) for group in spec.groups])
+        return NumbaPlan(spec)
 
     def sums_of_squares(self, arrays: Sequence[Any]) -> Sequence[tuple[float, float]] | None:
         from .tables import sums_of_dense
@@ -66,13 +67,15 @@ def selected_size(gradient: Any) -> int:
 
 @dataclass(frozen=True)
 class Op:
-    """One operation of a program for one compute type. used, written, summed: slots, as bits."""
+    """One operation of a program for one compute type. used, written, summed, maxima: slots, as
+    bits."""
 
     run: int
     slots: list[int]
     used: int
     written: int
     summed: int
+    maxima: int
     phase: int
     needs: str | None
 
@@ -92,8 +95,9 @@ def _compiled(program: Program, dtype: np.dtype) -> list[Op]:
             changed = places[-1:]
         used, written = (sum(1 << k for k in bits) for bits in (places, changed))
         summed = written if op.sums else 0
+        maxima = sum(1 << k for k in changed[len(changed) - op.maxima :])
         run = tile_function(program, op, dtype).address
-        ops.append(Op(run, places, used, written - summed, summed, op.phase, op.needs))
+        ops.append(Op(run, places, used, written - summed, summed, maxima, op.phase, op.needs))
     return ops
 
 
@@ -104,9 +108,10 @@ Folded = list[np.ndarray]
 class NumbaPlan(ExclusiveUse):
     """One optimizer on Numba's kernels."""
 
-    def __init__(self, spec: PlanSpec, programs: Sequence[Program]) -> None:
+    def __init__(self, spec: PlanSpec) -> None:
         super().__init__()
-        self._spec, self._programs = spec, programs
+        self._spec, self._pools = spec, Pools(spec)
+        self._programs = programs = self._pools.programs
         self._matrices = Matrices(spec)
         self.work_bytes = self._matrices.work_bytes
         self._dtypes = [compute_dtype(m.parameter.format.dtype) for m in spec.leaves]
@@ -117,10 +122,12 @@ class NumbaPlan(ExclusiveUse):
 
     def adopt(self, groups: Sequence[Group], extras: Extras) -> bool:
         """Take other rules for the groups; False if a new plan is needed."""
-        programs = [extras.program(group.rule) for group in groups]
+        pools = self._pools.succeeded(groups, extras)
+        programs = pools.programs
         pairs = zip(programs, self._programs, strict=True)
         if not all(new.fits(old) for new, old in pairs) or not self._matrices.adopt(groups):
             return False
+        self._pools = pools
         self._ops = {(g, dtype): _compiled(programs[g], dtype) for g, dtype in self._ops}
         self._programs = programs
         return True
@@ -194,6 +201,7 @@ class NumbaPlan(ExclusiveUse):
         measuring = [k for k in active if self._programs[spec.group_of[k]].measures]
         if measuring:
             self._run(measuring, 0, scalars, grads)
+            self._pools.combine(measuring)
             scalars.update({k: self._with_measured(k, scalars[k]) for k in measuring})
         batches = self._matrices.batches
         if batches:
@@ -210,6 +218,8 @@ class NumbaPlan(ExclusiveUse):
                 begun = True
                 self._run(members, None, scalars, grads)
             self._run([k for k in active if k not in batches], None, scalars, grads)
+            begun = True
+            self._pools.keep()
         except BaseException:
             if begun:
                 spec.counters[0] = HALFWAY
@@ -285,7 +295,7 @@ class NumbaPlan(ExclusiveUse):
         from .tables import Table
 
         table = Table(self._operands)
-        made: dict[Any, tuple[tuple[int, int], int, int, int]] = {}
+        made: dict[Any, tuple[tuple[int, int], int, int, int, int]] = {}
         summed = {}
         for k in members:
             first, count = self._starts[k], self._counts[k]
@@ -293,14 +303,14 @@ class NumbaPlan(ExclusiveUse):
             key = id(scalars[k]), refreshed
             if key not in made:
                 made[key] = self._steps(table, k, phase, refreshed, scalars[k])
-            steps, used, written, sums = made[key]
+            steps, used, written, sums, maxima = made[key]
             if written >> PARAMETER & 1:
                 mirrors = len(self._spec.leaves[k].mirrors)
                 copies = ((1 << mirrors) - 1) << (count - mirrors)
                 zeroed = int(self._spec.zero_grads) << GRADIENT
                 used, written = used | copies, written | copies | zeroed
             n = self._spec.leaves[k].parameter.size
-            leaf = table.add_leaf(n, first, count, steps, used, written, sums, grads[k])
+            leaf = table.add_leaf(n, first, count, steps, used, written, sums, maxima, grads[k])
             summed[k] = leaf, sums
         self._spec.check_unmoved()
         total = table.run(self._spec.threads)
@@ -313,14 +323,16 @@ class NumbaPlan(ExclusiveUse):
 
     def _steps(
         self, table: Any, k: int, phase: int | None, refreshed: bool, scalars: Folded
-    ) -> tuple[tuple[int, int], int, int, int]:
-        """Add a program's steps: the first and their count; operands used, written, summed."""
-        numbers, used, written, summed = [0], 0, 0, 0
+    ) -> tuple[tuple[int, int], int, int, int, int]:
+        """Add a program's steps: the first and their count; operands used, written, summed, and
+        which of the last are maxima."""
+        numbers, used, written, summed, maxima = [0], 0, 0, 0, 0
         g = self._spec.group_of[k]
         if phase is None:
             phase = self._programs[g].phases - 1
         for op, values in zip(self._ops[g, self._dtypes[k]], scalars, strict=True):
             if op.phase == phase and (op.needs is None or refreshed):
                 numbers.append(table.add_step(op.run, values, op.slots))
-                used, written, summed = used | op.used, written | op.written, summed | op.summed
-        return (numbers[-1] - len(numbers) + 2, len(numbers) - 1), used, written, summed
+                used, written = used | op.used, written | op.written
+                summed, maxima = summed | op.summed, maxima | op.maxima
+        return (numbers[-1] - len(numbers) + 2, len(numbers) - 1), used, written, summed, maxima

@@ -40,7 +40,7 @@ class Table:
         self._elements = self._partials = 0
         self._rows: list[np.ndarray] = []
         self._row_count = 0
-        self._places: dict[tuple[int, int], tuple[int, int]] = {}
+        self._places: dict[tuple[int, int], tuple[int, int, bool]] = {}
 
     def add_step(self, run: int, scalars: np.ndarray, slots: Sequence[int]) -> int:
         """The number of a new step. The scalars must live until the run."""
@@ -57,10 +57,11 @@ class Table:
         used: int,
         written: int,
         summed: int,
+        maxima: int,
         gradient: Any,
     ) -> int:
         """The number of a new leaf. first, count: of its operands. steps: the first, and how many.
-        used, written, summed: operands, as bits. gradient: says which rows are touched."""
+        used, written, summed, maxima: operands, as bits. gradient: says which rows are touched."""
         number, whole = len(self._leaves), elements
         row, length = self._row_count, 0
         if isinstance(gradient, UniqueRows):
@@ -70,21 +71,33 @@ class Table:
             self._rows.append(rows)
             self._row_count += len(rows)
         self._leaves.append(
-            (self._elements, elements, first, count, *steps, used, written, summed, row, length)
+            (
+                self._elements,
+                elements,
+                first,
+                count,
+                *steps,
+                used,
+                written,
+                summed,
+                maxima,
+                row,
+                length,
+            )
         )
         self._elements += elements
         for k in range(count):
             if summed >> k & 1:
                 size = -(-whole // SEGMENT)
                 self._operands[first + k]["data"] = self._partials
-                self._places[number, k] = self._partials, size
+                self._places[number, k] = self._partials, size, bool(maxima >> k & 1)
                 self._partials += size
         return number
 
     def run(self, threads: int | None) -> Callable[[int, int], float]:
         """Run the operations, on at most `threads` threads.
 
-        Returns a function that gives a sum from the numbers of its leaf and operand.
+        Returns a function that gives a sum, or maximum, from the numbers of its leaf and operand.
         """
         partials = np.zeros(max(1, self._partials))
         if self._elements:
@@ -104,7 +117,9 @@ class Table:
             )
 
         def total(leaf: int, operand: int) -> float:
-            at, size = self._places[leaf, operand]
+            at, size, largest = self._places[leaf, operand]
+            if largest:
+                return float(np.max(partials[at : at + size], initial=-np.inf))
             # In index order, which np.sum is not, nor, compensated, Python's.
             return float(np.cumsum(partials[at : at + size])[-1]) if size else 0.0
 
@@ -148,7 +163,7 @@ def _squares(
         take_input(operands[2 * k + 1], values_of(a), dtype)
         run = tiles.sum_tile(ELEMENTS["squares"], 2, 1, dtype).address
         step = table.add_step(run, constants[k], (0, 1))
-        table.add_leaf(elements_of(a), 2 * k, 2, (step, 1), 3, 0, 1, a)
+        table.add_leaf(elements_of(a), 2 * k, 2, (step, 1), 3, 0, 1, 0, a)
     total = table.run(threads)
     return [(total(k, 0), scale) for k, scale in enumerate(scales)]
 
