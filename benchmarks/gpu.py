@@ -51,7 +51,7 @@ SHARE_OF_COPY = 0.92
 HOST_SECONDS = 20e-6
 """The target for the host's time to queue a step of 1000 tensors."""
 
-RULES = {name: cls for name, cls in fo.RULES.items() if not cls().program.measures}
+RULES = {name: cls for name, cls in fo.RULES.items() if not cls().host_only}
 """The rules that the backend has."""
 
 Lines = Iterator[Row]

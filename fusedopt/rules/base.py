@@ -329,6 +329,11 @@ class Rule:
         """Return how parameters of this shape are updated, where that depends on the shape."""
         return None
 
+    @property
+    def host_only(self) -> bool:
+        """Whether there is no form of the rule for arrays on a device."""
+        return self.measure is not None
+
     def refuses(self, p: np.ndarray) -> str | None:
         """Return why this rule cannot update this parameter, with the remedy, or None."""
         return None

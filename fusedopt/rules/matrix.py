@@ -139,9 +139,13 @@ class MatrixRule(Rule):
         """Do the same as `between`, for one leaf, with arrays of a library on a device.
 
         works: by name, changed in place. sides: the leaf's side states. Returns new values of
-        these, which are not written. A rule without this method is refused on devices.
+        these, which are not written. A rule without this method is refused there.
         """
         raise NotImplementedError
+
+    @property
+    def host_only(self) -> bool:
+        return type(self).on_device is MatrixRule.on_device
 
     def refuses(self, p: np.ndarray) -> str | None:
         if p.ndim > 1:

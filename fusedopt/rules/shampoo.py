@@ -73,10 +73,12 @@ class Shampoo(MatrixRule):
     References
     ----------
     Gupta, Koren, Singer 2018, arXiv 1802.09568; Shi et al. 2023, arXiv 2309.06497, and its code
-    (https://github.com/facebookresearch/optimizers), whose defaults these are but for the grafting
-    (that of its examples) and the frequency (1 there, 100 in its examples). It has the gradient of
-    a step in the roots of that step, not of the next, adds eps only where an eigenvalue is less,
-    splits blocks off at full length, and gives each dimension of a filter its own factor.
+    (https://github.com/facebookresearch/optimizers), whose defaults these are but for lr and
+    grafting (those of its examples) and the frequency (1 there, 100 in its examples). It has the
+    gradient of a step in the roots of that step, not of the next, adds eps only where an eigenvalue
+    is less, splits blocks off at full length, makes a vector of a matrix that has no more elements
+    than a block's side, and gives each dimension of a filter its own factor. Of equal blocks and
+    gradients, all steps are equal but those in which it computes roots.
 
     Examples
     --------
@@ -214,7 +216,7 @@ class Shampoo(MatrixRule):
                 np.copyto(s, d)
         norms = [_norm(*pair) for _, *pair, _ in self._blocks(turned, 1, workspace, members)]
         blocks = self._blocks(work, 0, workspace, members)
-        for norm, (_, block, spare, _) in zip(norms, blocks, strict=True):
+        for (_, block, spare, _), norm in zip(blocks, norms, strict=True):
             own = _norm(block, spare)
             block *= block.dtype.type(norm / own if own else 0.0)
 

@@ -166,7 +166,7 @@ def variants_of(
             yield Variant(steps, program.temporaries, dtype, tuple(formats), mirrors)
 
 
-RULES = {name: cls for name, cls in fo.RULES.items() if not cls().program.measures}
+RULES = {name: cls for name, cls in fo.RULES.items() if not cls().host_only}
 """The rules that the backend has."""
 
 

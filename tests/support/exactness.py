@@ -81,8 +81,8 @@ def apart(rule: fo.Rule) -> fo.Rule:
 
 
 def on_devices(rules: dict[str, fo.Rule]) -> dict[str, fo.Rule]:
-    """Return the rules that the backend "cuda" has: those that measure nothing."""
-    return {name: rule for name, rule in rules.items() if not rule.program.measures}
+    """Return the rules that the backend "cuda" has."""
+    return {name: rule for name, rule in rules.items() if not rule.host_only}
 
 
 RULES = {

@@ -14,7 +14,6 @@ from ...arrays.storage import Storage, own_states
 from ...arrays.storage import synchronize as take_parameter
 from ...arrays.stored import WEIGHTS, ArraySpec, LeafState, Stored
 from ...plan.options import Options, unsupported
-from ...rules.matrix import MatrixRule
 from .arrays import DeviceArray, DeviceQuantized, DeviceStored, stored
 from .buffers import Memory as Bytes
 from .buffers import on_device, synchronize
@@ -65,10 +64,11 @@ def check_options(options: Options, state_path: Any) -> None:
 
 def check_rule(rule: Rule) -> None:
     """ValueError for a rule that there is on the host alone."""
+    name = type(rule).__name__
     if rule.program.measures:
-        raise ValueError(unsupported(f"{type(rule).__name__}, which measures", "take fo.AdamW"))
-    if isinstance(rule, MatrixRule) and type(rule).on_device is MatrixRule.on_device:
-        raise ValueError(unsupported(type(rule).__name__, "take fo.Muon or fo.SOAP"))
+        raise ValueError(unsupported(f"{name}, which measures", "take fo.AdamW"))
+    if rule.host_only:
+        raise ValueError(unsupported(name, "take fo.Muon or fo.SOAP"))
 
 
 def check_state(label: str, state: Any) -> Stored:
