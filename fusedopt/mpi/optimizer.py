@@ -33,6 +33,8 @@ from ..step.summary import digest
 from ..system import threads as limits
 from ..system.interrupts import Uninterrupted
 from .checkpoint import SharedState
+from .fused import FusedStep
+from .memory import places_of
 from .norms import Norms
 from .ranks import Ranks
 from .reduction import Kind, Reduction
@@ -154,7 +156,9 @@ class ShardedOptimizer:
         self.params, self.rule = params, rule
         size = self._ranks.size
         self._shares = cut(self._whole, rules, size)
-        self._ranks.share_from_first([flat(p) for p in self._whole])
+        self._common = self._find_common()
+        private = zip(self._whole, self._common[0], strict=True)
+        self._ranks.share_from_first([flat(p) for p, common in private if not common])
         options.setdefault("threads", _threads(self._ranks))
         with self._ranks.together():
             self._local = self._make(rule, rules, options)
@@ -168,6 +172,11 @@ class ShardedOptimizer:
             fast=reduction == "fast",
             bucket_bytes=bucket_bytes,
         )
+        self._fused: FusedStep | None = None
+        if shard is not None and size > 1 and FusedStep.serves(self._local.assembly):
+            self._fused = FusedStep(
+                self._local.assembly, self._reduction, self._shares, self._ranks.rank
+            )
         self._accumulated: list[int] = []
         self._norms: Norms | None = None
         local = self._local
@@ -249,6 +258,30 @@ class ShardedOptimizer:
             kinds = [v if v is None else self._reduction.kinds(v) for v in (values, estimates)]
             reports.mine = (*common, *kinds)
         gradients, hessians = self._agreed(reports.all)
+        leaves: set[int] = set()
+        if self._fused is not None and not (hessians or self._local.assembly.accumulated):
+            leaves = self._fused.leaves(gradients)
+        if leaves:
+            info = self._fused_step(values, gradients, leaves, grad_scale, lr)
+        else:
+            info = self._step_of_shares(values, gradients, estimates, hessians, grad_scale, lr)
+        self._accumulated = []
+        if info.skipped:
+            return info
+        if self._zero_grads and values is not None:
+            self._zero(grads)
+        return info if info.stats is None else self._with_stats(info)
+
+    def _step_of_shares(
+        self,
+        values: Any,
+        gradients: Any,
+        estimates: Any,
+        hessians: Any,
+        grad_scale: float,
+        lr: StepRate | None,
+    ) -> StepInfo:
+        """Reduce all gradients, update this rank's share, and gather the parameters."""
         share: Any = ACCUMULATED
         if gradients:
             reduced, share = self._reduced(values, gradients, "grads")
@@ -258,13 +291,39 @@ class ShardedOptimizer:
         estimate = self._reduced(estimates, hessians, "hessian")[1] if hessians else None
         with self._ranks.together(changing=True):
             info = self._local.step(share, grad_scale=grad_scale, hessian=estimate, lr=lr)
-        self._accumulated = []
-        if info.skipped:
-            return info
-        self._gather_parameters()
-        if self._zero_grads and values is not None:
-            self._zero(grads)
-        return info if info.stats is None else self._with_stats(info)
+        if not info.skipped:
+            self._gather_parameters()
+        return info
+
+    def _fused_step(
+        self, values: Any, kinds: Any, leaves: set[int], grad_scale: float, lr: StepRate | None
+    ) -> StepInfo:
+        """Update pieces of this rank's share while their gradients are in the cache."""
+        fused, assembly, begun = self._fused, self._local.assembly, False
+        assert fused is not None
+
+        def step() -> StepInfo:
+            nonlocal begun
+            begun = True
+            with self._ranks.together():
+                fused.prepare()
+                elements = self._reduction.elements(values, list(zip(*kinds, strict=True)))
+            rest = [None if k in leaves else g for k, g in enumerate(values)]
+            others = [[None if k in leaves else kind for k, kind in enumerate(of)] for of in kinds]
+            shares = self._reduction.reduce(rest, others, "grads")
+            with self._ranks.together(changing=True):
+                fused.run(elements, leaves)
+                number = assembly.reader.summed(shares, None)
+            self._gather_parameters()
+            return assembly.told(number)
+
+        try:
+            return assembly.one_step("step", grad_scale, step, lr)
+        except Exception as error:
+            if not begun:  # the others are where ranks tell each other
+                with self._ranks.together():
+                    raise error
+            raise
 
     @_whole
     def accumulate(self, grads: Any) -> int:
@@ -348,11 +407,31 @@ class ShardedOptimizer:
         if self._shard is None:
             return
         requests = []
-        for arrays in (self._whole, self._copies):
-            for a, c in zip(arrays, self._shares, strict=True):
-                if a is not None:
+        for arrays, common in zip((self._whole, self._copies), self._common, strict=True):
+            for a, c, here in zip(arrays, self._shares, common, strict=True):
+                if a is not None and not here:
                     requests += self._ranks.begin_share(flat(a), c.bounds[:-1], c.sizes)
         self._ranks.wait(requests)
+        self._wait_for_common()
+
+    def _wait_for_common(self) -> None:
+        """Wait until all ranks have done what they do to arrays in common memory."""
+        if any(map(any, self._common)):
+            self._ranks.wait([self._ranks.comm.Ibarrier()])
+
+    def _find_common(self) -> tuple[list[bool], ...]:
+        """Whether each parameter, and each copy, is the same memory on all ranks."""
+        arrays = [*self._whole, *self._copies]
+        of_ranks = self._ranks.gather(places_of(self._ranks, arrays))
+        found = [len({*of}) == 1 and of[0] is not None for of in zip(*of_ranks, strict=True)]
+        if self._ranks.size == 1:
+            found = [False] * len(arrays)
+        if any(found) and self._shard is None:
+            raise ValueError(
+                "shard=None: every rank updates all parameters, and these are in memory that the"
+                " ranks have in common; give arrays of each rank's own"
+            )
+        return found[: len(self._whole)], found[len(self._whole) :]
 
     def _gather_shares(
         self, shares: Sequence[Any], kinds: Sequence[Sequence[Kind | None]]
@@ -456,6 +535,7 @@ class ShardedOptimizer:
             self._tree, self.params, self._whole, self._copies = tree, params, whole, copies
             self._reduction.rebind(whole)
             self._watch()
+        self._common = self._find_common()
 
     @_whole
     def catch_up(self, rows: Mapping[str, np.ndarray] | None = None) -> None:
