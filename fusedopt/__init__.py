@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from .loss_scale import LossScaler as LossScaler
     from .optimizer import Optimizer as Optimizer
     from .orthogonalize import orthogonalize as orthogonalize
+    from .plan.slow_weights import Lookahead as Lookahead
     from .rules import *  # noqa: F403
     from .runtime import info as info
     from .runtime import warmup as warmup
+    from .sam import SAM as SAM
     from .step.info import StepInfo as StepInfo
     from .system.isa import get_isa as get_isa
     from .system.isa import get_threads as get_threads
@@ -44,7 +46,9 @@ _HOMES = {
     "loss_scale": ("LossScaler",),
     "optimizer": ("Optimizer",),
     "orthogonalize": ("orthogonalize",),
+    "plan.slow_weights": ("Lookahead",),
     "runtime": ("info", "warmup"),
+    "sam": ("SAM",),
     "step.info": ("StepInfo",),
     "system.isa": ("get_isa", "get_threads", "set_isa", "set_threads"),
     "verification.plan": ("VerificationError",),

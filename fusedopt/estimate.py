@@ -17,6 +17,7 @@ from .arrays.stored import WINDOW
 from .arrays.trees import Tree
 from .linalg.newton_schulz import Stack, Workspace, batches, stacks
 from .plan.extras import Extras
+from .plan.slow_weights import Lookahead
 from .rules.groups import RuleChoice, assign, at_step
 from .rules.hyperparameters import Schedule
 
@@ -57,6 +58,7 @@ def estimate(
     rounding: Rounding = "nearest",
     master: Master | None = None,
     ema: float | Schedule | None = None,
+    slow_weights: Lookahead | None = None,
     state_path: str | os.PathLike[str] | None = None,
 ) -> Estimate:
     """Estimate the memory of `Optimizer(params, rule, ...)` on the native backend.
@@ -67,13 +69,13 @@ def estimate(
         As for the optimizer; anything with a shape and a dtype serves in an array's place.
     rule : Rule, mapping or callable
         As for the optimizer, and so are the other arguments.
-    state_dtype, rounding, master, ema, state_path
+    state_dtype, rounding, master, ema, slow_weights, state_path
         As for the optimizer. With a `state_path`, which is not looked at, states are on disk.
 
     Returns
     -------
     Estimate
-        Numbers of bytes. Masters and averages count as states.
+        Numbers of bytes. Masters, averages and slow weights count as states.
 
     Raises
     ------
@@ -96,7 +98,10 @@ def estimate(
             raise ValueError(f"{leaf.label}: {reason}")
         n, own = int(np.prod(shape, dtype=np.int64)), groups[k].rule
         parameters += n * dtype.itemsize
-        formats = [storage.state(own, name, dtype, n) for name in Extras(ema=ema).states(own)]
+        formats = [
+            storage.state(own, name, dtype, n)
+            for name in Extras(ema=ema, slow=slow_weights).states(own)
+        ]
         states += sum(f.nbytes(n) for f in formats)
         for side in own.sides(shape).values():
             states += math.prod(side) * compute_dtype(dtype).itemsize

@@ -11,6 +11,7 @@ import numpy as np
 
 from .arrays.storage import Master, Rounding, StateDtype
 from .plan.options import ClipNorm, Options
+from .plan.slow_weights import Lookahead
 from .rules.groups import RateChoice, RuleChoice, with_hyperparameters, with_rates
 from .rules.hyperparameters import Schedule
 from .step import exchange
@@ -55,6 +56,8 @@ class Optimizer(Persistent):
         Arrays like the parameters, or None, into which the same pass writes the new parameters.
     ema : float or schedule, optional
         Keep averages: average := average + (1 - ema) (parameter - average). See `averaged`.
+    slow_weights : Lookahead, optional
+        Keep slow weights, to which the parameters return every k steps.
     stats : bool
         Measure what `StepInfo.stats` tells, in the same passes.
     exact : bool
@@ -105,6 +108,7 @@ class Optimizer(Persistent):
         master: Master | None = None,
         copy_out: Any = None,
         ema: float | Schedule | None = None,
+        slow_weights: Lookahead | None = None,
         stats: bool = False,
         exact: bool = False,
         state_path: str | os.PathLike[str] | None = None,
@@ -118,7 +122,7 @@ class Optimizer(Persistent):
         self._rule = rule
         options = Options(
             clip_norm, clip_value, skip_nonfinite, zero_grads, state_dtype, rounding, master,
-            copy_out, ema, stats, exact, seed, backend, threads, verify, wait,
+            copy_out, ema, slow_weights, stats, exact, seed, backend, threads, verify, wait,
         )  # fmt: skip
         self._assembly = Assembly(params, rule, options, state_path, self._first_tiles)
 

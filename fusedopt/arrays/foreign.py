@@ -43,6 +43,8 @@ def read_only(array: Any) -> str:
             "is read-only, and is to be updated in place; make it writable with"
             " a.flags.writeable = True, or pass a copy and use that in its place"
         )
+    if library == "mlx":
+        return "is read-only by DLPack; pass np.asarray(x), by which MLX lets others write it"
     return (
         f"is an array of {library}, which lets nobody write it; keep the parameters as ndarrays"
         f" (np.array(x)), and give {library} copies of them after each step"
@@ -65,6 +67,8 @@ def remedy(given: Any, use: str) -> str:
     if use == "read":
         if library == "torch":
             return "pass it dense and on the host, with x.to_dense() or x.cpu()"
+        if library == "mlx":  # which evaluates in the thread that made it alone
+            return "evaluate it with mx.eval(x) first; of bfloat16 pass x.astype(mx.float32)"
         return f"pass {'x.numpy()' if hasattr(given, 'numpy') else 'np.asarray(x)'}"
     if library == "tinygrad":
         return (

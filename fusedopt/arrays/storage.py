@@ -24,7 +24,7 @@ from .formats import (
     RandomKey,
     compute_dtype,
 )
-from .stored import AVERAGE, ArraySpec, Block, LeafState, Stored, allocate, in_memory
+from .stored import WEIGHTS, ArraySpec, Block, LeafState, Stored, allocate, in_memory
 
 StateDtype = str | Mapping[str, str] | None
 Master = Literal["float32", "split16"]
@@ -141,7 +141,7 @@ class Storage:
 
     def state(self, rule: StateSpec, name: str, dtype: np.dtype, size: int) -> Format:
         """Return the format of a state, for a parameter of this dtype and size."""
-        if name == AVERAGE:
+        if name in WEIGHTS:
             return PLAIN[compute_dtype(dtype).name]
         chosen = self.state_dtype
         if isinstance(chosen, Mapping):
@@ -203,7 +203,7 @@ class Storage:
         states_of: Callable[[Any], tuple[str, ...]] = own_states,
         block: Block = in_memory,
     ) -> list[LeafState]:
-        """The memory of each leaf; masters begin as their parameters, and so do averages.
+        """The memory of each leaf; masters, averages and slow weights begin as their parameters.
 
         copies: of each leaf the array that gets a copy of the new parameter, or None. states_of:
         the names of a rule's states, and of those kept beside them. block: where what is new lies.
@@ -216,7 +216,7 @@ class Storage:
                 wanted.append(ArraySpec(format, p, beside=beside, filled=True))
             wanted += [
                 ArraySpec(
-                    self.state(rule, s, p.dtype, p.size), p, rule.initial(s), filled=s == AVERAGE
+                    self.state(rule, s, p.dtype, p.size), p, rule.initial(s), filled=s in WEIGHTS
                 )
                 for s in states_of(rule)
             ]
@@ -231,8 +231,8 @@ class Storage:
             sides = {name: next(fresh) for name in rule.sides(p.shape)}
             leaf_state = replace(self.leaf_state(Stored.plain(p), own, states, copied), sides=sides)
             synchronize(leaf_state)
-            if AVERAGE in states:
-                states[AVERAGE].data[...] = leaf_state.parameter.values
+            for name in states.keys() & WEIGHTS:
+                states[name].data[...] = leaf_state.parameter.values
             leaf_states.append(leaf_state)
         return leaf_states
 

@@ -20,6 +20,12 @@ WINDOW = 32 << 20
 AVERAGE = "average"
 """The state that holds a parameter's average."""
 
+SLOW = "slow_weights"
+"""The state that holds a parameter's slow weights."""
+
+WEIGHTS = (SLOW, AVERAGE)
+"""States that begin as their parameter, in the type that it is computed in."""
+
 
 @dataclass(frozen=True, eq=False)
 class Stored:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..arrays.formats import compute_dtype, least_state
 from ..arrays.storage import synchronize
-from ..arrays.stored import AVERAGE, LeafState, Stored
+from ..arrays.stored import WEIGHTS, LeafState, Stored
 from ..rules import Muon, Rule
 
 if TYPE_CHECKING:
@@ -124,8 +124,9 @@ def _stored(leaf_state: LeafState, states: Mapping[str, Any]) -> LeafState:
     fresh = {
         name: _encoded(leaf_state, leaf_state.states[name].copy(), a) for name, a in states.items()
     }
-    if AVERAGE in leaf_state.states:
-        fresh[AVERAGE] = _encoded(leaf_state, leaf_state.states[AVERAGE].copy(), leaf_state.caller)
+    for name, state in leaf_state.states.items():
+        if name in WEIGHTS:
+            fresh[name] = _encoded(leaf_state, state.copy(), leaf_state.caller)
     trial = replace(leaf_state, states=fresh, extra=extra)
     synchronize(trial)
     return trial

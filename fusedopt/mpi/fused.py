@@ -52,6 +52,7 @@ class FusedStep:
         self._counters = np.zeros(1 + len(self._pieces), np.int64)
         self._leaf_of = np.array([span.leaf for span in self._pieces], int)
         self._planned: Any = None
+        self._plan: Any = None
 
     @property
     def nbytes(self) -> int:

@@ -157,7 +157,7 @@ class ShardedOptimizer:
         size = self._ranks.size
         self._shares = cut(self._whole, rules, size)
         self._common = self._find_common()
-        private = zip(self._whole, self._common[0], strict=True)
+        private = zip(self._whole, self._common, strict=False)
         self._ranks.share_from_first([flat(p) for p, common in private if not common])
         options.setdefault("threads", _threads(self._ranks))
         with self._ranks.together():
@@ -407,20 +407,20 @@ class ShardedOptimizer:
         if self._shard is None:
             return
         requests = []
-        for arrays, common in zip((self._whole, self._copies), self._common, strict=True):
-            for a, c, here in zip(arrays, self._shares, common, strict=True):
-                if a is not None and not here:
-                    requests += self._ranks.begin_share(flat(a), c.bounds[:-1], c.sizes)
+        arrays = [*self._whole, *self._copies]
+        for a, c, common in zip(arrays, 2 * self._shares, self._common, strict=True):
+            if a is not None and not common:
+                requests += self._ranks.begin_share(flat(a), c.bounds[:-1], c.sizes)
         self._ranks.wait(requests)
         self._wait_for_common()
 
     def _wait_for_common(self) -> None:
         """Wait until all ranks have done what they do to arrays in common memory."""
-        if any(map(any, self._common)):
+        if any(self._common):
             self._ranks.wait([self._ranks.comm.Ibarrier()])
 
-    def _find_common(self) -> tuple[list[bool], ...]:
-        """Whether each parameter, and each copy, is the same memory on all ranks."""
+    def _find_common(self) -> list[bool]:
+        """Whether each parameter, and then each copy, is the same memory on all ranks."""
         arrays = [*self._whole, *self._copies]
         of_ranks = self._ranks.gather(places_of(self._ranks, arrays))
         found = [len({*of}) == 1 and of[0] is not None for of in zip(*of_ranks, strict=True)]
@@ -431,7 +431,7 @@ class ShardedOptimizer:
                 "shard=None: every rank updates all parameters, and these are in memory that the"
                 " ranks have in common; give arrays of each rank's own"
             )
-        return found[: len(self._whole)], found[len(self._whole) :]
+        return found
 
     def _gather_shares(
         self, shares: Sequence[Any], kinds: Sequence[Sequence[Kind | None]]
@@ -568,14 +568,21 @@ class ShardedOptimizer:
     def lookahead(self) -> Exchanged:
         """Move the parameters of all ranks to p - mu v, as `Optimizer.lookahead`."""
         context = self._local.lookahead()
-        return Exchanged(self._ranks, context, self._whole, self._gather_parameters)
+        return Exchanged(
+            self._ranks, context, self._whole, self._gather_parameters, self._wait_for_common
+        )
 
     @_whole
     def averaged(self) -> Exchanged:
-        """The averages of `ema` on every rank, as `Optimizer.averaged`; here they are copies."""
+        """Return the averages of `ema`, or of Schedule-Free rules, on every rank.
+
+        As `Optimizer.averaged`; the averages of `ema` are copies here.
+        """
         context = self._local.averaged()  # which refuses it where there are none
         if self._local.assembly.options.ema is None:
-            return Exchanged(self._ranks, context, self._whole, self._gather_parameters)
+            return Exchanged(
+                self._ranks, context, self._whole, self._gather_parameters, self._wait_for_common
+            )
         averages, requests = [], []
         leaf_states = self._local.assembly.leaf_states
         for p, c, leaf_state in zip(self._whole, self._shares, leaf_states, strict=True):
@@ -595,7 +602,13 @@ class ShardedOptimizer:
                     p[...] = average
 
         return GatheredAverages(
-            self._ranks, context, self._whole, move, self.params, self._tree.build(averages)
+            self._ranks,
+            context,
+            self._whole,
+            move,
+            self._wait_for_common,
+            self.params,
+            self._tree.build(averages),
         )
 
     # ---------------------------------------------------------------- checkpoints
@@ -727,7 +740,8 @@ class Exchanged(Uninterrupted):
     """A context in which the parameters of all ranks are something else.
 
     context: that of this rank's optimizer. parameters: those that `move` writes; after the context
-    they have their own bits again. value: what the context gives.
+    they have their own bits again. settle: waits for all ranks where they share parameters. value:
+    what the context gives.
     """
 
     def __init__(
@@ -736,14 +750,16 @@ class Exchanged(Uninterrupted):
         context: Exchange,
         parameters: Sequence[np.ndarray],
         move: Callable[[], None],
+        settle: Callable[[], None],
         value: Any = None,
     ) -> None:
         super().__init__(self._enter, self._leave, helped=ranks.helped)
         self._context, self._parameters, self._move = context, parameters, move
-        self._value = value
+        self._settle, self._value = settle, value
 
     def _enter(self) -> Any:
         backup = [p.copy(order="K") for p in self._parameters]
+        self._settle()
         self._context.__enter__()
         self._backup = backup
         try:
@@ -754,8 +770,10 @@ class Exchanged(Uninterrupted):
         return self._value
 
     def _leave(self) -> None:
+        self._settle()
         for p, original in zip(self._parameters, self._backup, strict=True):
             p[...] = original
+        self._settle()
         self._context.__exit__(None, None, None)
 
 
@@ -771,10 +789,11 @@ class GatheredAverages(Exchanged):
         context: Exchange,
         parameters: Sequence[np.ndarray],
         move: Callable[[], None],
+        settle: Callable[[], None],
         value: Any,
         averages: Any,
     ) -> None:
-        super().__init__(ranks, context, parameters, move, value)
+        super().__init__(ranks, context, parameters, move, settle, value)
         self.params = averages
 
 

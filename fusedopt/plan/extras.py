@@ -7,32 +7,47 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..arrays.stored import AVERAGE
+from ..arrays.stored import AVERAGE, SLOW
 from ..programs.arithmetic import Array
 from ..programs.program import Operation, Program
 from ..rules.base import Rule
 from ..rules.hyperparameters import Schedule
+from .slow_weights import Lookahead
 
 
 class Extras(NamedTuple):
     """clip_value: every element of the gradient is kept within +- this. ema: how much of the
-    average of a parameter a step keeps. stats: sum up what `StepInfo.stats` tells; norms: with the
-    gradient's norm, which no other pass finds."""
+    average of a parameter a step keeps. slow: the share of the way to the parameter that its slow
+    weights take, where it then returns to; 0 where a step leaves them alone, None where there are
+    none. stats: sum up what `StepInfo.stats` tells; norms: with the gradient's norm, which no other
+    pass finds."""
 
     clip_value: float | None = None
     ema: float | Schedule | None = None
+    slow: float | Lookahead | None = None
     stats: bool = False
     norms: bool = False
 
+    @property
+    def scheduled(self) -> bool:
+        """Whether steps differ in what is done."""
+        return callable(self.ema) or isinstance(self.slow, Lookahead)
+
     def at(self, step: int) -> Extras:
-        """Return what is done in a step, where `ema` is a schedule."""
-        if not callable(self.ema):
+        """Return what is done in a step."""
+        if not self.scheduled:
             return self
-        return self._replace(ema=check_ema(f"ema at step {step}", self.ema(step)))
+        ema, slow = self.ema, self.slow
+        if callable(ema):
+            ema = check_ema(f"ema at step {step}", ema(step))
+        if isinstance(slow, Lookahead):
+            slow = slow.share(step)
+        return self._replace(ema=ema, slow=slow)
 
     def states(self, rule: Rule) -> tuple[str, ...]:
         """The rule's states and those that are added."""
-        return (*rule.states, *([AVERAGE] if self.ema is not None else []))
+        kept = [SLOW] * (self.slow is not None) + [AVERAGE] * (self.ema is not None)
+        return (*rule.states, *kept)
 
     @property
     def _kept(self) -> float:
@@ -61,6 +76,13 @@ class Extras(NamedTuple):
                 op._replace(operands=tuple("clipped" if o == "g" else o for o in op.operands))
                 for op in own
             )
+        if self.slow:
+            assert isinstance(self.slow, float)  # that of a step: see `at`
+            share = (self.slow,)
+            after += [
+                Operation("lerp", (SLOW, "p"), lambda t, lr: share, "other", last),
+                Operation("keep", ("p", SLOW), _nothing, "other", last),
+            ]
         if self.stats:
             temporaries.append("before")
             before.append(Operation("keep", ("before", "p"), _nothing, "other", last))
@@ -99,17 +121,16 @@ class Extras(NamedTuple):
             g = factor * g
         if self.clip_value is not None:
             g = np.minimum(np.maximum(g, -self.clip_value), self.clip_value)
-        n = len(rule.states)
-        kept, own = states[n:], states[:n]
-        if self.ema is not None:
-            kept = kept[1:]
-        new, own = rule.reference(p, g, (*own, *kept), t=t, lr=lr)
+        names, n = self.states(rule), len(rule.states)
+        beside = dict(zip(names[n:], states[n:], strict=False))
+        new, own = rule.reference(p, g, (*states[:n], *states[len(names) :]), t=t, lr=lr)
         if hessian is not None:
             own = rule.absorb(own, hessian)
-        if self.ema is None:
-            return new, own
-        average = states[n] + (1.0 - self._kept) * (new - states[n])  # which keeps a constant
-        return new, (*own[:n], average, *own[n:])
+        if self.slow:
+            new = beside[SLOW] = beside[SLOW] + self.slow * (new - beside[SLOW])
+        if self.ema is not None:  # a form that keeps a constant
+            beside[AVERAGE] = beside[AVERAGE] + (1.0 - self._kept) * (new - beside[AVERAGE])
+        return new, (*own[:n], *beside.values(), *own[n:])
 
 
 def check_ema(where: str, value: Any) -> float:
@@ -131,5 +152,5 @@ def _one(t: int, lr: float) -> tuple[float, ...]:
 
 
 NOTHING = Extras()
-EVERYTHING = Extras(clip_value=1.0, ema=0.5, stats=True, norms=True)
+EVERYTHING = Extras(clip_value=1.0, ema=0.5, slow=0.5, stats=True, norms=True)
 """For whoever checks that all of it is there."""

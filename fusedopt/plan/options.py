@@ -15,6 +15,7 @@ from ..arrays.storage import Master, Rounding, StateDtype, Storage
 from ..rules.hyperparameters import Schedule
 from ..system.threads import check_threads
 from .extras import Extras, check_ema
+from .slow_weights import Lookahead
 
 ClipNorm = float | Mapping[str, float | None] | None
 
@@ -31,6 +32,7 @@ class Options(NamedTuple):
     master: Master | None
     copy_out: Any
     ema: float | Schedule | None
+    slow_weights: Lookahead | None
     stats: bool
     exact: bool
     seed: int
@@ -56,6 +58,27 @@ class Options(NamedTuple):
             positive("clip_value", self.clip_value)
         if self.ema is not None and not callable(self.ema):
             check_ema("ema", self.ema)
+        slow = self.slow_weights
+        if slow is not None:
+            if not isinstance(slow, Lookahead):
+                raise TypeError(
+                    f"slow_weights: expected fo.Lookahead(k=5, alpha=0.5), got {slow!r}"
+                )
+            if slow.reset and self.rounding == "stochastic":
+                raise ValueError(
+                    "slow_weights, rounding: with reset=True random bits would repeat; leave out"
+                    " one of reset and 'stochastic'"
+                )
+            if slow.reset and not self.wait:
+                raise ValueError(
+                    "slow_weights, wait: reset=True has to know whether a step was taken; leave one"
+                    " of them out"
+                )
+            if self.exact:
+                raise ValueError(
+                    "slow_weights, exact: parameters with slow weights take no gradients of some"
+                    " rows; leave out exact"
+                )
         check_seed(self.seed)
         threads = None if self.threads is None else check_threads("threads", self.threads)
         return self._replace(threads=threads)
@@ -86,7 +109,9 @@ class Options(NamedTuple):
         """Return what is done beside the rules."""
         clip_value = None if self.clip_value is None else float(self.clip_value)
         ema = self.ema if self.ema is None or callable(self.ema) else float(self.ema)
-        return Extras(clip_value, ema, self.stats, self.stats and not self.decides(wide))
+        return Extras(
+            clip_value, ema, self.slow_weights, self.stats, self.stats and not self.decides(wide)
+        )
 
 
 def unsupported(what: str, remedy: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import expm1, log
 from typing import Any
 
@@ -36,6 +37,11 @@ def rescaling(sums: np.ndarray) -> np.ndarray:
 def capped(x: Array, limit: float) -> Array:
     """x, whose magnitude never exceeds `limit`, as whoever bounds its rounding is to know."""
     return x if isinstance(x, np.ndarray) else x.capped(limit)
+
+
+def moved(x: Array, function: Callable[[np.ndarray], np.ndarray]) -> Array:
+    """`function` of an array, which only picks and moves elements, and adds zeros."""
+    return function(x) if isinstance(x, np.ndarray) else x.moved(function)
 
 
 def by_sign(sign: Array, negative: Array, zero: Array, positive: Array) -> Array:

@@ -36,6 +36,7 @@ from .muon import Muon as Muon
 from .normuon import NorMuon as NorMuon
 from .adamuon import AdaMuon as AdaMuon
 from .soap import SOAP as SOAP
+from .shampoo import Shampoo as Shampoo
 
 RULES: dict[str, type[Rule]] = {
     found.name: found

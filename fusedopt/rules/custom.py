@@ -15,7 +15,7 @@ from ..programs.element_source import inexact, on_arrays
 from .base import Rule
 
 _RESERVED = {
-    *("hessian", "work", "master", "low", "compensation", "average"),
+    *("hessian", "work", "master", "low", "compensation", "average", "slow_weights"),
     *("clipped", "before", "update", "weight", "gradient"),
 }
 """Names that an optimizer gives to arrays of its own."""

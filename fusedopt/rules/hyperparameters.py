@@ -18,16 +18,18 @@ Schedule = Callable[[int], float]
 
 @dataclass(frozen=True)
 class Number:
-    """A number in [low, high)."""
+    """A number in [low, high), or in [low, high] if closed."""
 
     low: float = 0.0
     high: float = math.inf
     integer: bool = False
+    closed: bool = False
 
     def __str__(self) -> str:
         kind = "an integer" if self.integer else "a number"
-        bound = f">= {self.low:g}" if self.high == math.inf else f"in [{self.low:g}, {self.high:g})"
-        return f"{kind} {bound}"
+        end = "]" if self.closed else ")"
+        bound = f"in [{self.low:g}, {self.high:g}{end}"
+        return f"{kind} >= {self.low:g}" if self.high == math.inf else f"{kind} {bound}"
 
     def accept(self, where: str, value: Any) -> float | int:
         if type(value) is float and not self.integer and self.low <= value < self.high:
@@ -35,7 +37,8 @@ class Number:
         kind: Any = numbers.Integral if self.integer else numbers.Real
         if isinstance(value, bool) or not isinstance(value, kind):
             raise TypeError(f"{where}: expected {self}, got {value!r}")
-        if not self.low <= value < self.high:  # NaN compares false
+        inside = self.low <= value < self.high or (self.closed and value == self.high)
+        if not inside:  # NaN compares false
             raise ValueError(f"{where}: expected {self}, got {value!r}")
         try:
             # NumPy's float32 scalars would drag the folding of constants down to float32.
@@ -96,6 +99,7 @@ Share = Annotated[float, Number(high=1.0)]
 # Any: they are given as numbers or schedules, and are numbers where a step reads them (`Rule.at`).
 NonNegative = Annotated[Any, Number()]
 Fraction = Annotated[Any, Number(high=1.0)]
+UpToOne = Annotated[Any, Number(high=1.0, closed=True)]
 Betas = Annotated[tuple[Any, Any], Numbers(2, Number(high=1.0))]
 ThreeBetas = Annotated[tuple[Any, Any, Any], Numbers(3, Number(high=1.0))]
 Power = Annotated[Any, Number(high=16.0)]  # which leaves products of step numbers finite

@@ -79,7 +79,7 @@ class MatrixRule(Rule):
         """Do the same as `between`, for one leaf, with arrays of a library on a device.
 
         works: by name, changed in place. sides: the leaf's side states. Returns new values of
-        these, which are not written.
+        these, which are not written. A rule without this method is refused on devices.
         """
         raise NotImplementedError
 
@@ -96,3 +96,44 @@ class MatrixRule(Rule):
 def through(u: Array, function: Callable[[np.ndarray], Any], gain: float) -> Any:
     """`function` of a reference's array, which amplifies rounding up to `gain` times."""
     return function(u) if isinstance(u, np.ndarray) else u.through(function, gain)
+
+
+def one(t: int, lr: float) -> tuple[float, ...]:
+    """The scalars of an operation that takes the gradient as it is."""
+    return (1.0,)
+
+
+def multiply(
+    left: np.ndarray | None, x: np.ndarray, right: np.ndarray | None, spare: np.ndarray
+) -> None:
+    """x := left x right, None standing for the identity; spare: of x's shape, overwritten."""
+    if left is None:
+        np.copyto(spare, x)
+    else:
+        np.matmul(left, x, out=spare)
+    if right is None:
+        np.copyto(x, spare)
+    else:
+        np.matmul(spare, right, out=x)
+
+
+def accumulate(
+    moment: np.ndarray, x: np.ndarray, spare: np.ndarray, keep: float, gain: float
+) -> None:
+    """moment := keep moment + gain x x^T, by as many rows at a time as there is room for.
+
+    spare: with as many elements as x, contiguous, overwritten.
+    """
+    n, width = x.shape
+    for k in range(0, n, width):
+        part, rows = x[k : k + width], moment[k : k + width]
+        product = spare.reshape(-1)[: rows.size].reshape(rows.shape)
+        np.matmul(part, x.T, out=product)
+        product *= gain
+        rows *= keep
+        rows += product
+        # What is below the smallest normal number becomes zero, as in all states, in place.
+        np.abs(rows, out=product)
+        np.less(product, np.finfo(moment.dtype).smallest_normal, out=product)
+        np.subtract(1.0, product, out=product)
+        rows *= product

@@ -14,7 +14,7 @@ from ..programs.arithmetic import Array, correction, ratio, textbook_correction
 from ..programs.program import Operation
 from .base import DecayForm
 from .hyperparameters import Betas, Count, Fraction, LearningRate, NonNegative
-from .matrix import DeviceAlgebra, MatrixRule, Member, through
+from .matrix import DeviceAlgebra, MatrixRule, Member, accumulate, multiply, one, through
 from .momentum import Momentum
 from .muon import muon
 from .sgd import SGD
@@ -122,7 +122,7 @@ class SOAP(MatrixRule):
     def operations(self) -> tuple[Operation, ...]:
         matrices = ("p", "g", "m", "work")
         return (
-            Operation("sgd", ("p", "g", "turned"), _one, "peek", element=SGD.element),
+            Operation("sgd", ("p", "g", "turned"), one, "peek", element=SGD.element),
             Operation("momentum", matrices, self._mean, "peek", element=Momentum.element),
             Operation("sophia_refresh_square", ("v", "turned"), self._squares, "other", 1),
             Operation("normalize", ("work", "v"), self._division, "other", 1),
@@ -172,12 +172,15 @@ class SOAP(MatrixRule):
                     continue
                 left, right = (member.sides.get(name) for name in ("QL", "QR"))
                 if number == 1:
-                    self._accumulate(matrix, spare, member.sides)
+                    keep, gain = self.shampoo_beta, 1.0 - self.shampoo_beta
+                    for name, u in (("L", matrix), ("R", matrix.T)):
+                        if name in member.sides:
+                            accumulate(member.sides[name], u, spare, keep, gain)
                 if phase == 0 and left is not None:
                     left = left.T
                 if phase == 1 and right is not None:
                     right = right.T
-                _multiply(left, matrix, right, spare)
+                multiply(left, matrix, right, spare)
             workspace.closed(work, x)
 
     def on_device(
@@ -199,27 +202,6 @@ class SOAP(MatrixRule):
                 x = x @ (right if phase == 0 else right.swapaxes(0, 1))
             u[...] = x.reshape(u.shape)
         return new
-
-    def _accumulate(
-        self, g: np.ndarray, spare: np.ndarray, sides: Mapping[str, np.ndarray]
-    ) -> None:
-        """L and R, by as many rows at a time as there is room for."""
-        for name, x in (("L", g), ("R", g.T)):
-            if name not in sides:
-                continue
-            n, width = x.shape
-            for k in range(0, n, width):
-                part, moment = x[k : k + width], sides[name][k : k + width]
-                product = spare.reshape(-1)[: moment.size].reshape(moment.shape)
-                np.matmul(part, x.T, out=product)
-                product *= 1.0 - self.shampoo_beta
-                moment *= self.shampoo_beta
-                moment += product
-                # What is below the smallest normal number becomes zero, as in all states, in place.
-                np.abs(moment, out=product)
-                np.less(product, np.finfo(moment.dtype).smallest_normal, out=product)
-                np.subtract(1.0, product, out=product)
-                moment *= product
 
     def textbook(
         self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float
@@ -260,24 +242,6 @@ class SOAP(MatrixRule):
     def _rotated(x: Array, left: Array | None, right: Array | None) -> Array:
         x = x if left is None else left.T @ x
         return x if right is None else x @ right
-
-
-def _one(t: int, lr: float) -> tuple[float, ...]:
-    return (1.0,)
-
-
-def _multiply(
-    left: np.ndarray | None, x: np.ndarray, right: np.ndarray | None, spare: np.ndarray
-) -> None:
-    """x := left x right, None standing for the identity."""
-    if left is None:
-        np.copyto(spare, x)
-    else:
-        np.matmul(left, x, out=spare)
-    if right is None:
-        np.copyto(x, spare)
-    else:
-        np.matmul(spare, right, out=x)
 
 
 def eigenbasis(moment: np.ndarray) -> np.ndarray:

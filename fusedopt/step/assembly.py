@@ -207,7 +207,7 @@ class Assembly:
         """Take what a step needs to know of the rules' learning rates and schedules."""
         self.rates.settle(self.groups)
         numbers = any(group.rule.scheduled for group in self.groups)
-        self._scheduled = numbers or callable(self._extras.ema)  # but for learning rates
+        self._scheduled = numbers or self._extras.scheduled  # but for learning rates
         formulas = [formula_of(group.rule.lr) for group in self.groups]
         known = all(
             formula is not None or not callable(group.rule.lr)
@@ -229,6 +229,8 @@ class Assembly:
 
     def _whole_step(self, formulas: list[Any]) -> Any:
         options, plan = self.options, self.plan
+        if options.slow_weights is not None and options.slow_weights.reset:
+            return None
         if options.exact or options.verify or self.state_file or self._shared_out:
             return None
         if not self._one_phase:  # Python has its part in them
@@ -479,17 +481,36 @@ class Assembly:
         lr: StepRate | None = None,
     ) -> StepInfo:
         """Call a function that takes a step, with the step's learning rates and factors."""
+
         def begun() -> StepInfo:
             if self._scheduled:
                 self._use(*self._values)
             self.clipper.begin(scale)
+            before = int(self.counters[0])
             try:
                 self.rates.begin(self._upcoming, lr)
-                return step()
+                info = step()
+                if self.counters[0] > before:
+                    self._reset_states()
+                return info
             finally:
                 self.rates.end()
 
         return self.whole(what, begun, settled=False)
+
+    def _reset_states(self) -> None:
+        """Begin anew, if asked, after a step in which parameters returned to slow weights."""
+        slow = self.options.slow_weights
+        if slow is None or not slow.reset or not slow.share(int(self.counters[0])):
+            return
+        step, self.counters[0] = self.counters[0], HALFWAY  # for want of memory, for example
+        for rule, leaf_state in zip(self.rules, self.leaf_states, strict=True):
+            for name in rule.states:
+                leaf_state.states[name].fill(rule.initial(name))
+            for side in leaf_state.sides.values():
+                side.fill(0.0)
+        self.counters[1:] = 0
+        self.counters[0] = step
 
     def told(self, number: int) -> StepInfo:
         """Return the information of a step that has just been taken."""

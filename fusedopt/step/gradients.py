@@ -11,7 +11,7 @@ from ..arrays.checks import GradientChecks
 from ..arrays.foreign import host_array
 from ..arrays.formats import TILE
 from ..arrays.rows import Rows, UniqueRows, as_rows, values_of
-from ..arrays.stored import LeafState
+from ..arrays.stored import SLOW, LeafState
 from ..arrays.trees import Tree
 from ..plan.interface import Plan
 from ..plan.spec import PlanSpec
@@ -51,7 +51,7 @@ class GradientReader:
         """Refuse what the plan did not take, with the reason, or lay it out anew."""
         self._checks.check_unmoved()
         self._spec.check_unmoved()
-        fitted = self._fitted(grads, "grads")
+        fitted = self.fitted(grads, "grads")
         estimates = None if hessian is None else self.estimates(hessian, fitted)
         if not self._spec.zero_grads:
             return self.flat(fitted, estimates)
@@ -60,7 +60,7 @@ class GradientReader:
     def estimates(self, hessian: Any, grads: Sequence[Any]) -> list[np.ndarray | UniqueRows | None]:
         """The leaves of a tree of Hessian estimates, checked; grads: those that go with them, which
         are of the same rows."""
-        estimates = self._fitted(hessian, "hessian")
+        estimates = self.fitted(hessian, "hessian")
         for k, (leaf, rule, e) in enumerate(
             zip(self._tree.leaves, self._rules, estimates, strict=True)
         ):
@@ -150,7 +150,9 @@ class GradientReader:
         """The leaves of a tree that is like the parameters' own."""
         return list(map(host_array, self._tree.flatten(self._checks.opened(what, tree), what)))
 
-    def _fitted(self, tree: Any, what: str) -> list[np.ndarray | UniqueRows | None]:
+    def fitted(self, tree: Any, what: str) -> list[np.ndarray | UniqueRows | None]:
+        """The leaves of a tree of gradients or estimates as the plan takes them; raises where one
+        does not fit."""
         values = self.flatten(tree, what)
         return [
             self.fit_leaf(k, label, value)
@@ -181,6 +183,8 @@ def refuses_rows(rule: Rule, leaf_state: LeafState) -> str | None:
     if rule.program.phases > 1:
         what = "measures parameters" if rule.program.measures else "updates matrices"
         return f"{type(rule).__name__} {what} as a whole, not some of their rows"
+    if SLOW in leaf_state.states:
+        return "parameters return to their slow weights as a whole, not some of their rows"
     if not p.flags.c_contiguous:
         return "rows of a parameter that is not in C order are not dense"
     length = p.size // max(p.shape[0], 1)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from ..arrays.storage import Storage
-from ..arrays.stored import AVERAGE, LeafState
+from ..arrays.stored import WEIGHTS, LeafState
 from ..rules.base import Rule
 from .assembly import Assembly
 
@@ -44,8 +44,8 @@ def table(
     for path, p, rule, leaf_state in zip(paths, parameters, rules, leaf_states, strict=True):
         states = [storage.describe(rule, name, p) for name in rule.states]
         states += [f"{name} {s.shape} {s.data.dtype}" for name, s in leaf_state.sides.items()]
-        if AVERAGE in leaf_state.states:
-            states.append(f"{AVERAGE} {leaf_state.states[AVERAGE].format.name}")
+        held = leaf_state.states
+        states += [f"{name} {held[name].format.name}" for name in held if name in WEIGHTS]
         if leaf_state.extra:
             states.append(f"{leaf_state.extra[0]} {leaf_state.extra[1].dtype}")
         shown = ", ".join(states) or "-"

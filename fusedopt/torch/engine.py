@@ -247,7 +247,7 @@ class Engine:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Put the averages of `ema` in the place of the parameters."""
+        """Put the averages of `ema`, or of Schedule-Free rules, in the place of the parameters."""
         with self.opt.averaged():
             self._written()
             yield

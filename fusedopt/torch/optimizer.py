@@ -189,7 +189,10 @@ class Base(torch.optim.Optimizer):
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Put the averages of `ema` in the place of the parameters, inside of a `with` block."""
+        """Put averages in the place of the parameters, inside of a `with` block.
+
+        These are the averages of `ema`, or those that Schedule-Free rules make by themselves.
+        """
         with self._bound().averaged():
             yield
 

@@ -109,6 +109,10 @@ class Bounded(NDArrayOperatorsMixin):
 
         return self._map(select, negative, zero, positive)
 
+    def moved(self, function: Callable[[np.ndarray], np.ndarray]) -> Bounded:
+        """`function`, which picks and moves elements and adds zeros, of the array."""
+        return self._map(function)
+
     def through(self, function: Callable[[np.ndarray], np.ndarray], gain: float) -> Bounded:
         """`function` of the value, for one that amplifies rounding up to `gain` times."""
         error = MATRIX_FACTOR * gain * self._unit
@@ -248,8 +252,8 @@ def _gain(a: Bounded) -> np.ndarray:
 
 def _matmul(a: Bounded, b: Bounded) -> Bounded:
     x, y = np.abs(a.value), np.abs(b.value)
-    error = x @ (b.error + x.shape[1] * b._unit * y) + a.error @ (y + b.error)
-    lost = (x + a.error) @ b.lost + a.lost @ (y + b.reach) + x.shape[1] * a._least
+    error = x @ (b.error + x.shape[-1] * b._unit * y) + a.error @ (y + b.error)
+    lost = (x + a.error) @ b.lost + a.lost @ (y + b.reach) + x.shape[-1] * a._least
     # Partial sums that pass the largest number may end as anything.
     value, passes = a.value @ b.value, x @ y > a._largest
     value = np.where(passes & np.isfinite(value), np.clip(value, -a._largest, a._largest), value)

@@ -107,7 +107,8 @@ def test_formats_and_all_that_a_step_does_besides(way: str, besides: str) -> Non
         each["c"] = np.asfortranarray(each["c"])
     copies = {}
     if besides != "nothing":
-        options = {**options, besides: 0.25, "ema": 0.9}
+        slow = fo.Lookahead(k=2, reset=besides == "clip_norm")
+        options = {**options, besides: 0.25, "ema": 0.9, "slow_weights": slow}
         copies = {k: np.zeros_like(a, np.float16) for k, a in params.items()}
     found = [trees(params, grads, b, copies, **options) for b in ("cuda", "native")]
     assert_same(found[0][0], found[1][0], way)

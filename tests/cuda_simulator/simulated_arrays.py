@@ -307,6 +307,10 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         lambda: fo.Optimizer(OnDevice(host()), fo.LARS()),
         ValueError, "LARS, which measures: is not supported by the backend 'cuda'; take fo.AdamW",
     ),
+    "matrices": (
+        lambda: fo.Optimizer(OnDevice(host().reshape(2, 2)), fo.Shampoo()),
+        ValueError, "Shampoo: is not supported by the backend 'cuda'; take fo.SOAP",
+    ),
     "shape": (
         lambda: fo.Optimizer(OnDevice(host()), fo.SGD()).step(OnDevice(host(3))),
         ValueError, r"expected the shape \(4,\)",

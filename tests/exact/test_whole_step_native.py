@@ -186,6 +186,8 @@ def optimizers(draw: st.DrawFn) -> tuple[dict[str, np.ndarray], Any, dict[str, A
         options["clip_value"] = 0.5
     if draw(st.booleans()):
         options["ema"] = 0.9
+    if draw(st.booleans()):
+        options["slow_weights"] = fo.Lookahead(k=2)
     return params, dict(zip(("a*", "b*"), rules, strict=True)) if several else rules[0], options
 
 
@@ -193,7 +195,7 @@ def outcome(optimizer: fo.Optimizer, grads: Any, scale: Any) -> tuple[str, str]:
     """What a step returned or raised, with every bit of its numbers, and every bit of the rest."""
     try:
         result = repr(optimizer.step(grads, grad_scale=scale))
-    except FloatingPointError as error:
+    except (FloatingPointError, ValueError) as error:
         result = str(error)
     return result, optimizer.fingerprint()
 

@@ -41,6 +41,7 @@ RULES: dict[str, Callable[[], fo.Rule]] = {
     "muon": lambda: fo.Muon(),
     "normuon": lambda: fo.NorMuon(),
     "soap": lambda: fo.SOAP(),
+    "shampoo": lambda: fo.Shampoo(precondition_frequency=2, max_precond_dim=100),
 }
 DTYPES: dict[str, list[Any]] = {
     "float32": [np.float32] * 3,
@@ -61,6 +62,7 @@ FACTORS: dict[str, list[Any]] = {
     "master": [None, "float32", "split16"],
     "copy_out": [False, True],
     "ema": [None, 0.5, fo.schedules.EmaDebiased(0.9)],
+    "slow_weights": [None, fo.Lookahead(k=2), fo.Lookahead(k=1, alpha=0.25, reset=True)],
     "stats": [False, True],
     "exact": [False, True],
     "state_path": [False, True],
@@ -70,7 +72,7 @@ REFUSED = (TypeError, ValueError, RuntimeError, FloatingPointError)
 
 
 def matrices(case: Case) -> bool:
-    return case["rule"] in ("muon", "normuon", "soap")
+    return case["rule"] in ("muon", "normuon", "soap", "shampoo")
 
 
 class Twin:
@@ -279,7 +281,11 @@ def possible(case: Case) -> bool:
 def is_close(case: Case) -> bool:
     """Whether the model's rounding leads nowhere else: no code flips, and no basis turns."""
     plain = case["state_dtype"] is None and case["master"] is None and case["rounding"] != "kahan"
-    return plain and case["dtype"] in ("float32", "float64") and case["rule"] != "soap"
+    return (
+        plain
+        and case["dtype"] in ("float32", "float64")
+        and case["rule"] not in ("soap", "shampoo")
+    )
 
 
 def compare(case: Case, folder: Path) -> None:

@@ -50,7 +50,11 @@ def by_jax(array: np.ndarray) -> Any:
     return pytest.importorskip("jax").numpy.array(array)
 
 
-GIVEN: list[Callable[[np.ndarray], Any]] = [Exchanged, Interfaced, by_torch, by_jax]
+def by_mlx(array: np.ndarray) -> Any:
+    return pytest.importorskip("mlx.core").array(array)
+
+
+GIVEN: list[Callable[[np.ndarray], Any]] = [Exchanged, Interfaced, by_torch, by_jax, by_mlx]
 WRITABLE: list[Callable[[np.ndarray], Any]] = [Exchanged, Interfaced, by_torch]
 
 
@@ -183,6 +187,28 @@ def test_buffers_of_other_numbers_than_arrays() -> None:
         fo.Optimizer([x], fo.SGD())
     fo.Optimizer(np.asarray(x), fo.SGD(lr=1.0)).step(np.ones(2))
     assert list(x) == [0.0, 1.0]
+
+
+def test_remedies_for_mlx() -> None:
+    mx = pytest.importorskip("mlx.core")
+    x = mx.array(np.ones((2, 3), np.float32))
+    with pytest.raises(ValueError, match=r"pass np\.asarray\(x\)"):
+        fo.Optimizer([x], fo.SGD())
+    opt = fo.Optimizer([np.asarray(x)], fo.SGD(lr=0.25))
+    gradient = x * 1.0
+    with pytest.raises(TypeError, match=r"evaluate it with mx\.eval\(x\) first"):
+        opt.step([gradient])
+    mx.eval(gradient)
+    opt.step([gradient])
+    assert (np.array(x) == 0.75).all()
+    half = mx.ones((2, 3), dtype=mx.bfloat16)
+    mx.eval(half)
+    with pytest.raises(TypeError, match=r"of bfloat16 pass x\.astype\(mx\.float32\)"):
+        opt.step([half])
+    half = half.astype(mx.float32)
+    mx.eval(half)
+    opt.step([half])
+    assert (np.array(x) == 0.5).all()
 
 
 def test_a_remedy_for_tinygrad() -> None:

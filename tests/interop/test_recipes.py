@@ -83,6 +83,20 @@ def test_the_mlp_is_its_own_adam() -> None:
         assert np.allclose(p, q, rtol=1e-9)
 
 
+def test_mlx_is_its_own_adam() -> None:
+    found = run(recipe("MLX"))
+    mx = found["mx"]
+    optimizers = pytest.importorskip("mlx.optimizers")
+
+    params = {"w": mx.ones((3, 2)), "b": mx.zeros(2)}
+    opt = optimizers.Adam(0.1, bias_correction=True)
+    for _ in range(50):
+        params = opt.apply_gradients(found["gradient"](params), params)
+        mx.eval(params)
+    for name, p in found["params"].items():
+        assert np.allclose(np.array(p), np.array(params[name]), rtol=1e-4, atol=1e-6)
+
+
 def test_pennylane_is_its_own_adam() -> None:
     found = run(recipe("PennyLane"))
     opt = found["qml"].AdamOptimizer(0.05)

@@ -460,6 +460,7 @@ def states_are_shared_out(comm: MPI.Comm) -> None:
 
 KEPT: tuple[tuple[Any, dict[str, Any]], ...] = (
     (MIXED, {"ema": 0.9}),
+    (MIXED, {"slow_weights": fo.Lookahead(k=2)}),
     ({"head": fo.SOAP(), "block.*.w": fo.Muon(), "*": fo.Adam()}, {}),
     (fo.AdamW(), {"state_dtype": "dynamic4", "rounding": "stochastic", "seed": 5}),
     (fo.AdamW(), {"dtype": ml_dtypes.bfloat16, "master": "float32", "state_dtype": "float8"}),

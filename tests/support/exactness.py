@@ -48,12 +48,15 @@ def elementwise(rule: fo.Rule) -> fo.Rule:
     def sides(self: fo.Rule, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         return {}
 
+    def before(self: fo.Rule, t: int, sides: Any) -> dict[str, np.ndarray]:
+        return {}
+
     def textbook(self: fo.Rule, p: Any, g: Any, states: Any, *, t: int, lr: float) -> Any:
         own = (np.zeros(shape) for shape in rule.sides(p.shape).values())
         delta, new = rule.textbook(p, g, (*states, *own), t=t, lr=lr)
         return delta, new[: len(states)]
 
-    members = {"between": between, "sides": sides, "textbook": textbook}
+    members = {"between": between, "before": before, "sides": sides, "textbook": textbook}
     cls = type("Elementwise" + type(rule).__name__, (type(rule),), members)
     stand_in: fo.Rule = cls(**{field.name: getattr(rule, field.name) for field in fields(rule)})
     return stand_in

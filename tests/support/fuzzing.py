@@ -67,6 +67,7 @@ OPTIONS: dict[str, list[Any]] = {
     "rounding": ["nearest", "nearest", "stochastic", "kahan"],
     "master": [None, None, "float32", "split16"],
     "ema": [None, None, 0.5],
+    "slow_weights": [None, None, fo.Lookahead(k=2)],
     "stats": [False, True],
     "exact": [False, False, True],
     "seed": [0, 5],

@@ -106,6 +106,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "clipped": {"clip_norm": 1.0},
     "measured": {"stats": True, "ema": 0.5},
     "zeroing": {"zero_grads": True},
+    "looking ahead": {"slow_weights": fo.Lookahead(k=1, reset=True)},
     "masters": {"master": "float32"},
     "verified": {"verify": True},
 }
@@ -118,7 +119,7 @@ def test_a_step(options: dict[str, Any], backend: str) -> None:
 
 
 @BACKEND
-@pytest.mark.parametrize("rule", [fo.Muon(), fo.NorMuon(), fo.AdaMuon(), fo.SOAP()])
+@pytest.mark.parametrize("rule", [fo.Muon(), fo.NorMuon(), fo.AdaMuon(), fo.SOAP(), fo.Shampoo()])
 def test_a_step_of_matrices(rule: fo.Rule, backend: str) -> None:
     check(lambda: matrices(rule, backend), step)
 

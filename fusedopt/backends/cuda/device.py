@@ -12,8 +12,9 @@ import numpy as np
 from ...arrays.formats import PLAIN, compute_dtype
 from ...arrays.storage import Storage, own_states
 from ...arrays.storage import synchronize as take_parameter
-from ...arrays.stored import AVERAGE, ArraySpec, LeafState, Stored
+from ...arrays.stored import WEIGHTS, ArraySpec, LeafState, Stored
 from ...plan.options import Options, unsupported
+from ...rules.matrix import MatrixRule
 from .arrays import DeviceArray, DeviceQuantized, DeviceStored, stored
 from .buffers import Memory as Bytes
 from .buffers import on_device, synchronize
@@ -66,6 +67,8 @@ def check_rule(rule: Rule) -> None:
     """ValueError for a rule that there is on the host alone."""
     if rule.program.measures:
         raise ValueError(unsupported(f"{type(rule).__name__}, which measures", "take fo.AdamW"))
+    if isinstance(rule, MatrixRule) and type(rule).on_device is MatrixRule.on_device:
+        raise ValueError(unsupported(type(rule).__name__, "take fo.SOAP"))
 
 
 def check_state(label: str, state: Any) -> Stored:
@@ -104,8 +107,8 @@ def allocate(
         leaf_state = storage.leaf_state(stored(p), own, states, copied)  # type: ignore[arg-type]
         leaf_state = replace(leaf_state, sides=sides)
         take_parameter(leaf_state)
-        if AVERAGE in states:
-            states[AVERAGE].data[...] = leaf_state.parameter.data  # there is nothing beside it yet
+        for name in states.keys() & WEIGHTS:
+            states[name].data[...] = leaf_state.parameter.data  # there is nothing beside it yet
         made.append(leaf_state)
     with on_device(parameters[0].device):
         synchronize()  # whatever stream has the first step

@@ -422,6 +422,62 @@ def test_averages_take_the_place_of_parameters() -> None:
     assert same_bits(params, after)
 
 
+SCHEDULE_FREE = (
+    fo.ScheduleFreeSGD(lr=0.5, warmup_steps=20, weight_decay=0.01),
+    fo.ScheduleFreeAdamW(lr=0.02, warmup_steps=20, weight_decay=0.01),
+)
+
+
+@pytest.mark.parametrize("rule", SCHEDULE_FREE, ids=lambda rule: rule.name)
+def test_schedule_free_is_trained_evaluated_and_resumed(rule: fo.Rule) -> None:
+    """A regression, whose loss at the averages falls; resumed, it has the bits of the whole run."""
+    source = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 5, generator=source)
+    y = x @ torch.randn(5, 3, generator=source) + 0.1 * torch.randn(64, 3, generator=source)
+
+    def made() -> tuple[Any, Any]:
+        torch.manual_seed(1)
+        model = torch.nn.Linear(5, 3)
+        return model, ft.Optimizer(model.parameters(), rule)
+
+    def loss(model: Any) -> Any:
+        return torch.nn.functional.mse_loss(model(x), y)
+
+    def train(model: Any, opt: Any, steps: int) -> None:
+        for _ in range(steps):
+            opt.zero_grad()
+            loss(model).backward()
+            opt.step()
+
+    whole, opt = made()
+    began = loss(whole).item()
+    train(whole, opt, 150)
+    params, trained = list(whole.parameters()), copy.deepcopy(list(whole.parameters()))
+    with opt.averaged():
+        for p, before in zip(params, trained, strict=True):  # y = (1 - beta) z + beta x, d = z - y
+            d = opt.state[p]["d"]
+            assert torch.allclose(p, before - d * (1 / 0.9 - 1), rtol=1e-5, atol=1e-6)
+        assert not same_bits(params, trained)
+        evaluated = loss(whole).item()
+    assert same_bits(params, trained)
+    assert evaluated < 0.05 * began
+
+    half, opt = made()
+    train(half, opt, 70)
+    with opt.averaged():  # which leaves nothing behind
+        pass
+    file = io.BytesIO()
+    torch.save({"opt": opt.state_dict(), "model": half.state_dict()}, file)
+    parts = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    resumed, opt = made()
+    resumed.load_state_dict(parts["model"])
+    opt.load_state_dict(parts["opt"])
+    train(resumed, opt, 80)
+    assert same_bits(list(resumed.parameters()), params)
+    with opt.averaged():
+        assert loss(resumed).item() == evaluated
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("way", ["state_dict", "torch.save", "pickle", "deepcopy"])
 def test_a_resumed_run_has_the_same_bits(way: str, options: dict[str, Any]) -> None:
