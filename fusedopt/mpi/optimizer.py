@@ -127,6 +127,11 @@ class ShardedOptimizer:
     -----
     Results depend on the ranks' gradients and not on how leaves are shared out. Matrices that a
     rule treats as a whole stay whole.
+
+    Parameters and gradients from `shared_arrays` are not copied: see there. With both, a step that
+    need not know all gradients before it begins (no `clip_norm`, `skip_nonfinite`, `stats`,
+    `exact`) keeps no average of them either. A rank may write its gradients again when its step
+    returns. Between steps any rank may read parameters in common memory; none may write them alone.
     """
 
     def __init__(
@@ -713,10 +718,11 @@ class ShardedOptimizer:
         """A table of this rank's share, and the memory that it takes."""
         ranks = self._ranks
         whole = sum(p.size for p in self._whole)
+        buckets = self._reduction.nbytes + (self._fused.nbytes if self._fused else 0)
         own = whole if self._shard is None else sum(c.sizes[ranks.rank] for c in self._shares)
         return (
             f"{self._local.describe()}\nrank {ranks.rank} of {ranks.size} updates {own} of {whole}"
-            f" elements (shard={self._shard!r}); {self._reduction.nbytes} bytes of buckets, and of"
+            f" elements (shard={self._shard!r}); {buckets} bytes of buckets, and of"
             f" reduced gradients at most {self._reduced_bytes()}"
         )
 
@@ -763,6 +769,7 @@ class Exchanged(Uninterrupted):
         self._context.__enter__()
         self._backup = backup
         try:
+            self._settle()  # every rank has its backup
             self._move()
         except BaseException:
             self._leave()

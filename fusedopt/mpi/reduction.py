@@ -24,13 +24,19 @@ WIDEST = 8
 class Kind(NamedTuple):
     """The kind of gradient that one rank has for one leaf.
 
-    dtype: of the gradient. counts: of `Rows`, the number of rows in each rank's share; None of an
-    array. place: of an array in memory from which all ranks read it.
+    scalar: the type of an element, which ranks know by name; a dtype arrives as another object than
+    NumPy's own, which the core does not take. counts: of `Rows`, the number of rows in each rank's
+    share; None of an array. place: of an array in memory from which all ranks read it.
     """
 
-    dtype: np.dtype
+    scalar: type
     counts: tuple[int, ...] | None = None
     place: Place | None = None
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the gradient."""
+        return np.dtype(self.scalar)
 
 
 class Span(NamedTuple):
@@ -107,7 +113,7 @@ class Reduction:
 
     def _kind(self, k: int, g: Any, place: Place | None) -> Kind:
         if not isinstance(g, UniqueRows):
-            return Kind(g.dtype, place=place)
+            return Kind(g.dtype.type, place=place)
         cut = self._cuts[k]
         if cut.owner is None and not cut.row:
             raise ValueError(
@@ -115,7 +121,7 @@ class Reduction:
                 " ranks; give the whole gradient"
             )
         ends = np.searchsorted(g.rows, self._row_bounds(k))
-        return Kind(g.values.dtype, tuple(np.diff(ends).tolist()))
+        return Kind(g.values.dtype.type, tuple(np.diff(ends).tolist()))
 
     def _row_bounds(self, k: int) -> np.ndarray:
         p = self._parameters[k]
@@ -261,7 +267,7 @@ class Reduction:
         return requests
 
     def _left_to_mpi(self, k: int, kinds: Sequence[Kind | None]) -> bool:
-        wanted = Kind(compute_dtype(self._parameters[k].dtype))
+        wanted = Kind(compute_dtype(self._parameters[k].dtype).type)
         return self._fast and all(kind == wanted for kind in kinds)
 
     def _reduce_to(
