@@ -6,6 +6,13 @@
 
 namespace {
 
+// Whether the bytes of all values that a format has are looked up at once.
+#if defined(__AVX512VBMI__)
+constexpr bool LOOK_UPS = true;
+#else
+constexpr bool LOOK_UPS = false;
+#endif
+
 #if defined(FUSEDOPT_AVX512)
 
 template <class B>
@@ -18,6 +25,7 @@ inline __m512 float_of(__m512i bits) { return _mm512_castsi512_ps(bits); }
 inline __m512 magnitude(__m512 x) { return float_of(_mm512_and_si512(bits_of(x), all_of(~SIGN))); }
 
 struct UnsignedSixteen {
+  static __m512i codes(__m512i numbers, const __m512 (&)[4]) { return numbers; }
   static __m512i code(__m512i number, __m512i) { return number; }
   static __m512i number_of(__m512i code, __m512i& negative) {
     negative = _mm512_setzero_si512();
@@ -33,49 +41,86 @@ inline __m512 magnitude_from(__m512 x, double least) {
 
 inline __mmask16 not_zero(__m512 x) { return _mm512_test_epi32_mask(bits_of(x), all_of(~SIGN)); }
 
-// A float's first 12 bits, rounded to the nearest, ties to even.
-inline __m512i first_bits(__m512 y) {
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits_of(y), 20), all_of(1u));
-  const __m512i near = _mm512_add_epi32(_mm512_add_epi32(bits_of(y), all_of(0x7ffffu)), odd);
-  return _mm512_srli_epi32(near, 20);
+// Byte `which` of each of 64 numbers.
+#if defined(__AVX512VBMI__)
+struct EveryFourth {
+  alignas(64) std::uint8_t index[64] = {};
+  constexpr explicit EveryFourth(int first) {
+    for (int i = 0; i < 64; ++i) index[i] = static_cast<std::uint8_t>(first + 4 * (i % 32));
+  }
+};
+template <int which>
+inline __m512i bytes_of(const __m512i (&x)[4]) {
+  static constexpr EveryFourth each(which);
+  const __m512i index = _mm512_load_si512(each.index);
+  const __m512i upper = _mm512_permutex2var_epi8(x[2], index, x[3]);
+  return _mm512_inserti64x4(_mm512_permutex2var_epi8(x[0], index, x[1]),
+                            _mm512_castsi512_si256(upper), 1);
 }
+#else
+template <int which>
+inline __m512i bytes_of(const __m512i (&x)[4]) {
+  const auto byte = [&](int k) {
+    return _mm512_and_si512(_mm512_srli_epi32(x[k], 8 * which), all_of(0xffu));
+  };
+  const __m512i packed = _mm512_packus_epi16(_mm512_packus_epi32(byte(0), byte(1)),
+                                             _mm512_packus_epi32(byte(2), byte(3)));
+  const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+  return _mm512_permutexvar_epi32(order, packed);
+}
+#endif
+
+// Bytes whose highest bits are the signs of 64 numbers.
+inline __m512i signs_of(const __m512 (&x)[4]) {
+  const __m512i bits[] = {bits_of(x[0]), bits_of(x[1]), bits_of(x[2]), bits_of(x[3])};
+  return bytes_of<3>(bits);
+}
+
+// Rounds y, a magnitude, to four significant bits, ties to even, the first of which stands for
+// `power`: the sum has room for no more. In the lowest byte of the result these bits and eight
+// times the power's biased exponent are added up, and 4 + 8 * 20. (The product is exact.)
+inline __m512i four_places(__m512 power, __m512 y) {
+  const __m512i sum = bits_of(_mm512_fmadd_ps(power, all_of(1572864.0f), y));
+  return _mm512_add_epi32(sum, _mm512_srli_epi32(sum, 20));
+}
+// What is too much there where numbers begin with the bits alone at that biased exponent.
+constexpr std::uint32_t too_much(std::uint32_t exponent) { return 8 * (exponent + 20) + 4; }
+inline __m512 exponent_of(__m512 x) { return _mm512_and_ps(x, float_of(all_of(INFINITE))); }
 
 template <>
 struct Sixteen<E4M3> {
+  static constexpr std::uint32_t EXCESS = too_much(121);
   static __m512i number(__m512 y) {
-    const __m512i normal = _mm512_sub_epi32(first_bits(y), all_of(120u << 3));
-    const __m512 shifted = _mm512_add_ps(y, all_of(16384.0f));
-    const __m512i denormal = _mm512_sub_epi32(bits_of(shifted), bits_of(all_of(16384.0f)));
-    const __mmask16 small = _mm512_cmp_ps_mask(y, all_of(0.015625f), _CMP_LT_OQ);
-    return _mm512_mask_mov_epi32(normal, small, denormal);
+    return _mm512_and_si512(_mm512_sub_epi32(rounded(y), all_of(EXCESS)), all_of(0xffu));
   }
   // As a float16 a number is 2^8 times too small.
   static __m512 value(__m512i number) {
     const __m256i halves = _mm512_cvtepi32_epi16(_mm512_slli_epi32(number, 7));
     return _mm512_mul_ps(_mm512_cvtph_ps(halves), all_of(256.0f));
   }
-  // The sum's last place is the distance of numbers near y, so y is rounded to whole ones.
-  static __m512i nearest(__m512, __m512 scaled) {
-    const __m512 y = magnitude(scaled);
-    const __m512 power =
-        _mm512_max_ps(_mm512_and_ps(y, float_of(all_of(INFINITE))), all_of(0.015625f));
-    const __m512i sum = bits_of(_mm512_add_ps(_mm512_mul_ps(power, all_of(1572864.0f)), y));
-    const __m512i ones = _mm512_sub_epi32(sum, bits_of(power));
-    const __m512i before = _mm512_srli_epi32(bits_of(power), 20);
-    constexpr std::uint32_t none = (20u << 23) + (1u << 22) + (121u << 3);
-    const __m512i number = _mm512_sub_epi32(_mm512_add_epi32(ones, before), all_of(none));
-    return code(number, _mm512_srli_epi32(bits_of(scaled), 24));
+  static __m512i nearest(__m512, __m512 scaled) { return rounded(scaled); }
+  static __m512i codes(__m512i numbers, const __m512 (&scaled)[4]) {
+    const __m512i exact = _mm512_sub_epi8(numbers, _mm512_set1_epi8(static_cast<char>(EXCESS)));
+    const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
+    return _mm512_or_si512(exact, _mm512_and_si512(signs_of(scaled), sign));
   }
   static __m512i code(__m512i number, __m512i negative) {
     return _mm512_or_si512(number, _mm512_and_si512(negative, all_of(0x80u)));
+  }
+
+ private:
+  static __m512i rounded(__m512 x) {
+    // Denormals have the distance of the smallest normal numbers.
+    return four_places(_mm512_max_ps(exponent_of(x), all_of(0.015625f)), magnitude(x));
   }
 };
 
 template <>
 struct Sixteen<E5M3> : UnsignedSixteen {
   static __m512i number(__m512 y) {
-    const __m512i offset = all_of(E5M3::OFFSET);
-    return _mm512_sub_epi32(_mm512_max_epu32(first_bits(y), offset), offset);
+    const __m512 least = magnitude_from(y, E5M3::SMALLEST);
+    const __m512i places = four_places(exponent_of(least), least);
+    return _mm512_and_si512(_mm512_sub_epi32(places, all_of(EXCESS)), all_of(0xffu));
   }
   static __m512 value(__m512i number) {
     const __mmask16 some = _mm512_test_epi32_mask(number, number);
@@ -84,36 +129,41 @@ struct Sixteen<E5M3> : UnsignedSixteen {
   }
   static __m512i nearest(__m512 x, __m512 scaled) {
     const __m512 y = magnitude_from(scaled, E5M3::SMALLEST);
-    return _mm512_maskz_sub_epi32(not_zero(x), first_bits(y), all_of(E5M3::OFFSET));
+    return _mm512_maskz_sub_epi32(not_zero(x), four_places(exponent_of(y), y), all_of(EXCESS));
   }
+
+ private:
+  static constexpr std::uint32_t EXCESS = too_much(112);
 };
 
 // Each cell [2^2k, 2^(2k+2)) of 2^-31 to 2 holds at most one of the thresholds at which a decade
-// begins; counted among these are what is not rounded to zero, and what is rounded to 1. By cell
-// the threshold, and the lines at and above it (0 to 15) and below it (16 to 31); by exponent the
-// power of ten.
+// begins; counted among these are what is not rounded to zero, and what is rounded to 1. From
+// `first[cell]` less the bits of a number the places are left, of the upper six bits, by which a
+// float's mantissa is to be shifted: 23 - I in decade I. By these places (modulo 16) the slope, in
+// units of the decade's number of values; by exponent the power of ten.
 template <int FIRST, int TOP>
 struct DecadeTables {
   using Map = Dynamic<FIRST, TOP>;
-  alignas(64) float threshold[16] = {}, slope[32] = {}, first[32] = {}, ten[16] = {};
+  alignas(64) std::uint32_t first[16] = {};
+  alignas(64) float slope[16] = {}, ten[16] = {};
 
   template <int... I>
   constexpr DecadeTables(float least, std::integer_sequence<int, I...>) {
-    for (int cell = 0; cell < 16; ++cell) threshold[cell] = static_cast<float>(FINITE);
-    float steep = 0.0f, number = 0.0f, cell_begin = 1.0f / (1u << 31);
-    int cell = 0;
-    const auto go_on = [&](float until, float next_steep, float next_number) {
-      for (; cell < 16 && cell_begin < until; ++cell, cell_begin *= 4) {
-        slope[cell + 16] = steep, first[cell + 16] = number;
-        const bool changes = until < 4 * cell_begin;
-        if (changes) threshold[cell] = until, steep = next_steep, number = next_number;
-        slope[cell] = steep, first[cell] = number;
+    std::uint32_t cell = 0, places = 24 - FIRST;
+    const auto begin = [](std::uint32_t k) { return (48 + k) << 24; };
+    const auto go_on = [&](std::uint32_t until) {
+      for (; cell < 16 && begin(cell) < until; ++cell) {
+        const std::uint32_t end = begin(cell + 1);
+        first[cell] = (places << 26) - 1 + (until < end ? until : end);
+        places -= until < end;
       }
     };
-    go_on(least, Map::template slope<FIRST>, 1 << FIRST);
-    ((I > FIRST ? go_on(Map::template threshold<I>, Map::template slope<I>, 1 << I) : void()), ...);
-    // Up to 1 the place is about one half.
-    go_on(Map::ALL, (2 << TOP) * static_cast<float>(1.0 / 9.0) + 0.5f, 2 << TOP);
+    go_on(bits_of(least));
+    ((I > FIRST ? go_on(bits_of(Map::template threshold<I>)) : void()), ...);
+    go_on(bits_of(Map::ALL));
+    go_on(bits_of(2.0f));
+    ((slope[(23 - I) % 16] = I < FIRST ? 0.0f : Map::template slope<I> / (1 << I)), ...);
+    slope[(23 - TOP - 1) % 16] = 0.1125f / Map::ALL;  // a little more than 1
     ((ten[(I + 127) % 16] = I < FIRST ? 0.0f : Map::template ten<I>), ...);
     ten[(TOP + 1 + 127) % 16] = 10.0f;  // more than 1
   }
@@ -121,21 +171,18 @@ struct DecadeTables {
 
 template <int FIRST, int TOP>
 struct SixteenPlaces {
-  // The number as a float that is to be truncated, of magnitudes from 2^-31 on.
-  static __m512 place(const DecadeTables<FIRST, TOP>& tables, __m512 y) {
-    const __m512i cell = _mm512_srli_epi32(bits_of(y), 24);  // its fifth bit is set
-    const __m512 threshold = _mm512_permutexvar_ps(cell, _mm512_load_ps(tables.threshold));
-    const __mmask16 below = _mm512_cmp_ps_mask(y, threshold, _CMP_LT_OQ);
-    const __m512i line =
-        _mm512_mask_or_epi32(_mm512_and_si512(cell, all_of(15u)), below, cell, all_of(16u));
-    const __m512 slope = looked_up(tables.slope, line), first = looked_up(tables.first, line);
-    const __m512 ninth = _mm512_mul_ps(first, all_of(static_cast<float>(1.0 / 9.0)));
+  // Of magnitudes from 2^-31 on.
+  static __m512i number(const DecadeTables<FIRST, TOP>& tables, __m512 y) {
+    const __m512i cell = _mm512_srli_epi32(bits_of(y), 24);
+    const __m512i first = _mm512_permutexvar_epi32(cell, _mm512_load_si512(tables.first));
+    const __m512i places = _mm512_srli_epi32(_mm512_sub_epi32(first, bits_of(y)), 26);
+    const __m512 slope = _mm512_permutexvar_ps(places, _mm512_load_ps(tables.slope));
+    const __m512 ninth = all_of(static_cast<float>(1.0 / 9.0));
     const __m512 inside = _mm512_sub_ps(_mm512_mul_ps(y, slope), ninth);
-    const __m512 last = _mm512_sub_ps(first, all_of(0.5f));
-    return _mm512_add_ps(first, _mm512_min_ps(inside, last));
-  }
-  static __m512 looked_up(const float* table, __m512i which) {
-    return _mm512_permutex2var_ps(_mm512_load_ps(table), which, _mm512_load_ps(table + 16));
+    // From 1 to 2 within the decade; between its end and the next one's threshold it is more.
+    const __m512i line = bits_of(_mm512_add_ps(inside, all_of(1.0f)));
+    const __m512i last = _mm512_min_epu32(line, all_of(bits_of(2.0f) - 1));
+    return _mm512_srlv_epi32(_mm512_and_si512(last, all_of(0xffffffu)), places);
   }
   // Where the exponent has no power of ten, zero.
   static __m512 value(const DecadeTables<FIRST, TOP>& tables, __m512i number) {
@@ -149,15 +196,67 @@ struct SixteenPlaces {
   }
 };
 
+// Where a format has few numbers, each has a cell of its own for the least magnitude that it is the
+// nearest to: the first four bits of the magnitude plus 1/16. `first[cell]` plus the bits of a
+// magnitude in the cell has its number for the upper six bits.
+template <class B>
+struct NumberTables {
+  static constexpr float SHIFT = 0.0625f;
+  alignas(64) std::uint32_t first[32] = {};
+  static constexpr std::uint32_t cell(std::uint32_t bits) {
+    return bits_of(float_of(bits) + SHIFT) >> 21;
+  }
+  static constexpr std::uint32_t least(std::uint32_t number) {
+    std::uint32_t low = 0, high = bits_of(1.0f);
+    while (low < high) {
+      const std::uint32_t middle = low + (high - low) / 2;
+      if (B::number(float_of(middle)) < number)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    return low;
+  }
+  constexpr NumberTables() {
+    for (std::uint32_t number = 1; number <= B::most; ++number)
+      for (std::uint32_t at = cell(least(number)); at < bits_of(2.0f) >> 21; ++at)
+        first[at % 32] = (number << 26) - least(number);
+  }
+  constexpr bool distinct() const {
+    for (std::uint32_t number = 1; number < B::most; ++number)
+      if (cell(least(number)) == cell(least(number + 1))) return false;
+    return cell(0) == cell(least(1));
+  }
+};
+
 template <int BITS, int BLOCK>
 struct Sixteen<SignedDynamic<BITS, BLOCK>> {
   using B = SignedDynamic<BITS, BLOCK>;
   using Places = SixteenPlaces<0, BITS - 2>;
   static constexpr DecadeTables<0, BITS - 2> tables{static_cast<float>(B::SMALLEST / 2),
                                                     std::make_integer_sequence<int, BITS - 1>()};
-  static __m512 place(__m512 y) { return Places::place(tables, magnitude_from(y, LEAST)); }
-  static __m512i number(__m512 y) { return _mm512_cvttps_epi32(place(y)); }
+  static __m512i number(__m512 y) {
+    if constexpr (BITS == 4) {
+      static constexpr NumberTables<B> numbers;
+      static_assert(numbers.distinct(), "one cell, one threshold");
+      const __m512 from = magnitude_from(y, B::SMALLEST / 4);
+      const __m512 shifted = _mm512_add_ps(from, all_of(numbers.SHIFT));
+      const __m512i first = _mm512_permutex2var_epi32(_mm512_load_si512(numbers.first),
+                                                      _mm512_srli_epi32(bits_of(shifted), 21),
+                                                      _mm512_load_si512(numbers.first + 16));
+      return _mm512_srli_epi32(_mm512_add_epi32(first, bits_of(from)), 26);
+    } else {
+      return Places::number(tables, magnitude_from(y, 1.0 / (1u << 31)));
+    }
+  }
   static __m512 value(__m512i number) { return Places::value(tables, number); }
+  static __m512i nearest(__m512, __m512 scaled) { return number(scaled); }
+  static __m512i codes(__m512i numbers, const __m512 (&scaled)[4]) {
+    const __m512i middle = _mm512_set1_epi8(static_cast<char>(B::MIDDLE));
+    const __mmask64 negative = _mm512_movepi8_mask(signs_of(scaled));
+    const __m512i above = _mm512_add_epi8(middle, numbers);
+    return _mm512_mask_subs_epu8(above, negative, middle, numbers);
+  }
   static __m512i code(__m512i number, __m512i negative) {
     const __m512i last = _mm512_add_epi32(all_of(B::most), negative);
     const __m512i turned = _mm512_xor_si512(_mm512_min_epu32(number, last), negative);
@@ -167,14 +266,6 @@ struct Sixteen<SignedDynamic<BITS, BLOCK>> {
     negative = _mm512_sub_epi32(code, all_of(B::MIDDLE));
     return _mm512_abs_epi32(negative);
   }
-  static __m512i nearest(__m512, __m512 scaled) {
-    const __m512 sign = _mm512_and_ps(scaled, float_of(all_of(SIGN)));
-    const __m512i number = _mm512_cvttps_epi32(_mm512_or_ps(place(scaled), sign));
-    return _mm512_add_epi32(number, all_of(B::MIDDLE));
-  }
-
- private:
-  static constexpr double LEAST = 1.0 / (1u << 31);
 };
 
 template <>
@@ -183,17 +274,17 @@ struct Sixteen<UnsignedDynamic8> : UnsignedSixteen {
   static constexpr DecadeTables<1, 7> tables{static_cast<float>(UnsignedDynamic8::SMALLEST),
                                              std::make_integer_sequence<int, 8>()};
   // What is less than the least value, but not zero, becomes the least value.
-  static __m512 place(__m512 y) {
-    return Places::place(tables, magnitude_from(y, UnsignedDynamic8::SMALLEST));
-  }
-  static __m512i number(__m512 y) {
-    return _mm512_sub_epi32(_mm512_cvttps_epi32(place(y)), all_of(1u));
-  }
+  static __m512i number(__m512 y) { return _mm512_sub_epi32(place(y), all_of(1u)); }
   static __m512 value(__m512i number) {
     return Places::value(tables, _mm512_add_epi32(number, all_of(1u)));
   }
   static __m512i nearest(__m512 x, __m512 scaled) {
-    return _mm512_maskz_sub_epi32(not_zero(x), _mm512_cvttps_epi32(place(scaled)), all_of(1u));
+    return _mm512_maskz_sub_epi32(not_zero(x), place(scaled), all_of(1u));
+  }
+
+ private:
+  static __m512i place(__m512 y) {
+    return Places::number(tables, magnitude_from(y, UnsignedDynamic8::SMALLEST));
   }
 };
 
@@ -201,7 +292,7 @@ template <>
 struct Sixteen<UnsignedDynamic4> : UnsignedSixteen {
   static __m512i number(__m512 y) {
     const __m512 least = magnitude_from(y, UnsignedDynamic4::SMALLEST);
-    const __m512 near = _mm512_add_ps(_mm512_mul_ps(least, all_of(16.0f)), all_of(0.5f));
+    const __m512 near = _mm512_fmadd_ps(least, all_of(16.0f), all_of(0.5f));  // an exact product
     return _mm512_sub_epi32(_mm512_cvttps_epi32(near), all_of(1u));
   }
   static __m512 value(__m512i number) {
@@ -253,12 +344,73 @@ inline __m512 values_of<E4M3>(__m128i codes) {
   return _mm512_mul_ps(_mm512_cvtph_ps(halves), all_of(256.0f));
 }
 
+#if defined(__AVX512VBMI__)
+
+// The bytes of the values of all codes of eight bits, the lowest ones first.
+template <class B>
+struct ValueBytes {
+  alignas(64) std::uint8_t bytes[4][256] = {};
+  constexpr ValueBytes() {
+    for (std::uint32_t code = 0; code < 256; ++code) {
+      std::uint32_t negative = 0;
+      const float value = B::value(B::number_of(code, negative));
+      const std::uint32_t bits = bits_of(value) | (negative & SIGN);
+      for (int k = 0; k < 4; ++k) bytes[k][code] = static_cast<std::uint8_t>(bits >> 8 * k);
+    }
+  }
+  // Whether a byte is the same for all of the codes [from, 256) as for those `from` before them.
+  constexpr bool repeats(int k, int from) const {
+    for (int code = from; code < 256; ++code)
+      if (bytes[k][code] != bytes[k][code - from]) return false;
+    return true;
+  }
+};
+template <class B>
+constexpr ValueBytes<B> VALUE_BYTES;
+
+// Byte k of the values of 64 codes. upper: the codes from 128 on.
+template <class B, int k>
+inline __m512i value_bytes(__m512i codes, __mmask64 upper) {
+  constexpr const std::uint8_t (&bytes)[256] = VALUE_BYTES<B>.bytes[k];
+  const auto half = [&](int from) {
+    return _mm512_permutex2var_epi8(_mm512_load_si512(bytes + from), codes,
+                                    _mm512_load_si512(bytes + from + 64));
+  };
+  if constexpr (VALUE_BYTES<B>.repeats(k, 1)) return _mm512_set1_epi8(static_cast<char>(bytes[0]));
+  if constexpr (VALUE_BYTES<B>.repeats(k, 128)) return half(0);
+  return _mm512_mask_mov_epi8(half(0), upper, half(128));
+}
+
+// Decodes 64 codes.
+template <class B>
+inline void decode_64(const std::uint8_t* from, float scale, float* to) {
+  // The order in which the values' bytes come together again.
+  const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+  const __m512i codes = _mm512_permutexvar_epi32(order, _mm512_loadu_si512(from));
+  const __mmask64 upper = _mm512_movepi8_mask(codes);
+  const __m512i a = value_bytes<B, 0>(codes, upper), b = value_bytes<B, 1>(codes, upper);
+  const __m512i c = value_bytes<B, 2>(codes, upper), d = value_bytes<B, 3>(codes, upper);
+  const __m512i low[] = {_mm512_unpacklo_epi8(a, b), _mm512_unpackhi_epi8(a, b)};
+  const __m512i high[] = {_mm512_unpacklo_epi8(c, d), _mm512_unpackhi_epi8(c, d)};
+  for (int k = 0; k < 2; ++k) {
+    const __m512 first = float_of(_mm512_unpacklo_epi16(low[k], high[k]));
+    const __m512 second = float_of(_mm512_unpackhi_epi16(low[k], high[k]));
+    _mm512_storeu_ps(to + 32 * k, _mm512_mul_ps(first, all_of(scale)));
+    _mm512_storeu_ps(to + 32 * k + 16, _mm512_mul_ps(second, all_of(scale)));
+  }
+}
+
+#endif
+
 // Decodes the elements of whole vectors, and returns their number. Of four bits, of which the
 // first element of a byte has the higher ones, all values there are fit a register.
 template <class B>
 inline std::size_t decode_vectors(const std::uint8_t* from, float scale, float* to, std::size_t n) {
   std::size_t i = 0;
   if constexpr (B::bits == 8) {
+#if defined(__AVX512VBMI__)
+    for (; i + 64 <= n; i += 64) decode_64<B>(from + i, scale, to + i);
+#endif
     for (; i + 16 <= n; i += 16) {
       const void* const source = from + i;
       const __m128i codes = _mm_loadu_si128(static_cast<const __m128i*>(source));
@@ -281,33 +433,32 @@ inline std::size_t decode_vectors(const std::uint8_t* from, float scale, float* 
   return i;
 }
 
-// Four times sixteen codes as bytes; what is less than zero becomes zero.
-inline __m512i bytes_of(__m512i a, __m512i b, __m512i c, __m512i d) {
-  const __m512i packed = _mm512_packus_epi16(_mm512_packus_epi32(a, b), _mm512_packus_epi32(c, d));
-  const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
-  return _mm512_permutexvar_epi32(order, packed);
-}
-
 // Encodes the elements of whole vectors, and returns their number. `random` is null where
 // the nearest code is wanted.
 template <class B>
 inline std::size_t encode_vectors(const float* from, float scale_factor,
                                   const std::uint16_t* random, std::uint8_t* to, std::size_t n) {
-  const __m512 factor = all_of(scale_factor);
-  const auto codes = [&](std::size_t i) {
-    const __m512 x = _mm512_loadu_ps(from + i), scaled = _mm512_mul_ps(x, factor);
-    if (!random) return Sixteen<B>::nearest(x, scaled);
-    const __m512i number = stochastic_number<B>(x, magnitude(scaled), random + i);
-    return Sixteen<B>::code(number, _mm512_srai_epi32(bits_of(scaled), 31));
-  };
+  using S = Sixteen<B>;
   std::size_t i = 0;
   for (; i + 64 <= n; i += 64) {
-    const __m512i bytes = bytes_of(codes(i), codes(i + 16), codes(i + 32), codes(i + 48));
+    __m512 scaled[4];
+    __m512i numbers[4], codes;
+    for (std::size_t k = 0; k < 4; ++k) {
+      const __m512 x = _mm512_loadu_ps(from + i + 16 * k);
+      scaled[k] = _mm512_mul_ps(x, all_of(scale_factor));
+      if (!random) {
+        numbers[k] = S::nearest(x, scaled[k]);
+      } else {
+        const __m512i number = stochastic_number<B>(x, magnitude(scaled[k]), random + i + 16 * k);
+        numbers[k] = S::code(number, _mm512_srai_epi32(bits_of(scaled[k]), 31));
+      }
+    }
+    codes = random ? bytes_of<0>(numbers) : S::codes(bytes_of<0>(numbers), scaled);
     if constexpr (B::bits == 8) {
-      _mm512_storeu_si512(to + i, bytes);
+      _mm512_storeu_si512(to + i, codes);
     } else {
       // The first of two has the higher four bits.
-      const __m512i pairs = _mm512_maddubs_epi16(bytes, _mm512_set1_epi16(0x0110));
+      const __m512i pairs = _mm512_maddubs_epi16(codes, _mm512_set1_epi16(0x0110));
       void* const target = to + i / 2;
       _mm256_storeu_si256(static_cast<__m256i*>(target), _mm512_cvtepi16_epi8(pairs));
     }

@@ -14,25 +14,17 @@ namespace {
 
 using namespace fusedopt;
 
-inline std::uint32_t bits_of(float x) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-inline float float_of(std::uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
+constexpr std::uint32_t bits_of(float x) { return __builtin_bit_cast(std::uint32_t, x); }
+constexpr float float_of(std::uint32_t bits) { return __builtin_bit_cast(float, bits); }
 // Selections that stay such, all bits or none: GCC makes branches of `c ? a : b` where `a` takes
 // some work, and then does not vectorise the loop, or does it badly.
-inline std::uint32_t mask(bool condition) { return 0u - static_cast<std::uint32_t>(condition); }
-inline float select(bool condition, float yes, float no) {
+constexpr std::uint32_t mask(bool condition) { return 0u - static_cast<std::uint32_t>(condition); }
+constexpr float select(bool condition, float yes, float no) {
   return float_of((bits_of(yes) & mask(condition)) | (bits_of(no) & ~mask(condition)));
 }
 // Below 2^31, by way of signed integers: older instruction sets convert no others.
-inline float whole(std::uint32_t x) { return static_cast<float>(static_cast<std::int32_t>(x)); }
-inline std::uint32_t truncated(float x) {
+constexpr float whole(std::uint32_t x) { return static_cast<float>(static_cast<std::int32_t>(x)); }
+constexpr std::uint32_t truncated(float x) {
   return static_cast<std::uint32_t>(static_cast<std::int32_t>(x));
 }
 
@@ -287,7 +279,7 @@ void encode_pairs(const void* tile, void* data, void* aux, std::size_t n, std::u
 struct Unsigned {
   static constexpr std::uint8_t zero = 0;
   static std::uint32_t code(std::uint32_t number, std::uint32_t) { return number; }
-  static std::uint32_t number_of(std::uint32_t code, std::uint32_t&) { return code; }
+  static constexpr std::uint32_t number_of(std::uint32_t code, std::uint32_t&) { return code; }
 };
 
 // 1 + 4 + 3 bits, as in the OCP standard (e4m3fn), never its NaN.
@@ -303,14 +295,14 @@ struct E4M3 {
     const std::uint32_t denormal = bits_of(y + 16384.0f) - bits_of(16384.0f);
     return magnitude < bits_of(0.015625f) ? denormal : normal;
   }
-  static float value(std::uint32_t number) {
+  static constexpr float value(std::uint32_t number) {
     const std::uint32_t normal = (number << 20) + (120u << 23);
     return float_of(number < 8 ? bits_of(whole(number) * 0.001953125f) : normal);
   }
   static std::uint32_t code(std::uint32_t number, std::uint32_t negative) {
     return number | (negative & 0x80u);
   }
-  static std::uint32_t number_of(std::uint32_t code, std::uint32_t& negative) {
+  static constexpr std::uint32_t number_of(std::uint32_t code, std::uint32_t& negative) {
     negative = 0u - (code >> 7);
     return code & 0x7fu;
   }
@@ -328,7 +320,7 @@ struct E5M3 : Unsigned {
     const std::uint32_t near = (magnitude + 0x7ffff + (magnitude >> 20 & 1)) >> 20;
     return near > OFFSET ? near - OFFSET : 0;
   }
-  static float value(std::uint32_t number) {
+  static constexpr float value(std::uint32_t number) {
     return select(number == 0, 0.0f, float_of((number + OFFSET) << 20));
   }
 };
@@ -357,7 +349,7 @@ struct Dynamic {
   using Above = std::make_integer_sequence<int, TOP - FIRST>;
 
   template <int... I>
-  static std::uint32_t number(float y, std::integer_sequence<int, I...>) {
+  static constexpr std::uint32_t number(float y, std::integer_sequence<int, I...>) {
     constexpr float lowest = slope<FIRST>;
     float steep = lowest, first = 1 << FIRST;
     ((steep = select(y >= threshold<FIRST + 1 + I>, slope<FIRST + 1 + I>, steep)), ...);
@@ -371,16 +363,16 @@ struct Dynamic {
     return (found & ~all) | ((2u << TOP) & all);
   }
   // The number of the value nearest to y, for y in [0, 1].
-  static std::uint32_t number(float y) { return number(y, Above()); }
+  static constexpr std::uint32_t number(float y) { return number(y, Above()); }
 
   template <int... I>
-  static float power_of(std::uint32_t number, std::integer_sequence<int, I...>) {
+  static constexpr float power_of(std::uint32_t number, std::integer_sequence<int, I...>) {
     constexpr float lowest = ten<FIRST>;
     float power = lowest;
     ((power = select(number >= 2u << (FIRST + I), ten<FIRST + 1 + I>, power)), ...);
     return power;
   }
-  static float value(std::uint32_t number) {
+  static constexpr float value(std::uint32_t number) {
     const float mantissa = float_of((bits_of(whole(number) + 0.5f) & 0x7fffffu) | bits_of(1.0f));
     const float inside = power_of(number, Above()) * (mantissa * 0.9f - 0.8f);
     return select(number >= 2u << TOP, 1.0f, inside);
@@ -396,15 +388,17 @@ struct SignedDynamic {
   static constexpr std::uint8_t zero = BITS == 8 ? MIDDLE : MIDDLE * 0x11;
   static constexpr double LARGEST = 1, SMALLEST = 0.55 * Map::power(2 - BITS);
   static constexpr double OPPOSITE = 1 - 0.45 / (1 << (BITS - 2));  // the last value below 1
-  static std::uint32_t number(float y) {
+  static constexpr std::uint32_t number(float y) {
     return Map::number(y) & ~mask(y < static_cast<float>(SMALLEST / 2));
   }
-  static float value(std::uint32_t number) { return select(number == 0, 0.0f, Map::value(number)); }
+  static constexpr float value(std::uint32_t number) {
+    return select(number == 0, 0.0f, Map::value(number));
+  }
   static std::uint32_t code(std::uint32_t number, std::uint32_t negative) {
     const std::uint32_t last = most + negative;
     return ((number < last ? number : last) ^ negative) + (MIDDLE - negative);
   }
-  static std::uint32_t number_of(std::uint32_t code, std::uint32_t& negative) {
+  static constexpr std::uint32_t number_of(std::uint32_t code, std::uint32_t& negative) {
     const std::uint32_t place = code - MIDDLE;
     negative = 0u - (place >> 31);
     return (place ^ negative) - negative;
@@ -418,7 +412,7 @@ struct UnsignedDynamic8 : Unsigned {
   using Map = Dynamic<1, 7>;
   static constexpr double LARGEST = 1, OPPOSITE = LARGEST, SMALLEST = 3.25 * Map::power(-7);
   static std::uint32_t number(float y) { return Map::number(y) - 1; }
-  static float value(std::uint32_t number) {
+  static constexpr float value(std::uint32_t number) {
     return select(number == 0, 0.0f, Map::value(number + 1));
   }
 };
@@ -432,7 +426,7 @@ struct UnsignedDynamic4 : Unsigned {
     const std::uint32_t sixteenths = truncated(y * 16.0f + 0.5f);
     return (sixteenths < 1 ? 1 : sixteenths > 16 ? 16 : sixteenths) - 1;
   }
-  static float value(std::uint32_t number) { return whole(number + 1) * 0.0625f; }
+  static constexpr float value(std::uint32_t number) { return whole(number + 1) * 0.0625f; }
 };
 
 }  // namespace
@@ -479,27 +473,30 @@ inline float decoded(std::uint32_t code, float scale) {
 }
 
 template <class B, class T>
+inline void decode_block(const std::uint8_t* __restrict codes, float scale, T* __restrict to,
+                         std::size_t count) {
+  std::size_t first = 0;
+#if defined(FUSEDOPT_AVX512)
+  if constexpr (sizeof(T) == sizeof(float)) first = decode_vectors<B>(codes, scale, to, count);
+#endif
+  if constexpr (B::bits == 8) {
+    for (std::size_t i = first; i < count; ++i) to[i] = static_cast<T>(decoded<B>(codes[i], scale));
+  } else {
+    for (std::size_t i = first / 2; i < count / 2; ++i) {  // the first in the high nibble
+      to[2 * i] = static_cast<T>(decoded<B>(codes[i] >> 4, scale));
+      to[2 * i + 1] = static_cast<T>(decoded<B>(codes[i] & 15u, scale));
+    }
+    if (count % 2) to[count - 1] = static_cast<T>(decoded<B>(codes[count / 2] >> 4, scale));
+  }
+}
+
+template <class B, class T>
 void decode_blocks(const void* data, const void* aux, void* out, std::size_t n) {
   const float* const scales = static_cast<const float*>(aux);
   for (std::size_t at = 0, k = 0; at < n; at += B::block, ++k) {
     const std::size_t count = n - at < B::block ? n - at : B::block;
-    const std::uint8_t* __restrict codes = static_cast<const std::uint8_t*>(data) + bytes_of<B>(at);
-    T* __restrict to = static_cast<T*>(out) + at;
-    const float scale = scales[k];
-    std::size_t first = 0;
-#if defined(FUSEDOPT_AVX512)
-    if constexpr (sizeof(T) == sizeof(float)) first = decode_vectors<B>(codes, scale, to, count);
-#endif
-    if constexpr (B::bits == 8) {
-      for (std::size_t i = first; i < count; ++i)
-        to[i] = static_cast<T>(decoded<B>(codes[i], scale));
-    } else {
-      for (std::size_t i = first / 2; i < count / 2; ++i) {  // the first in the high nibble
-        to[2 * i] = static_cast<T>(decoded<B>(codes[i] >> 4, scale));
-        to[2 * i + 1] = static_cast<T>(decoded<B>(codes[i] & 15u, scale));
-      }
-      if (count % 2) to[count - 1] = static_cast<T>(decoded<B>(codes[count / 2] >> 4, scale));
-    }
+    decode_block<B>(static_cast<const std::uint8_t*>(data) + bytes_of<B>(at), scales[k],
+                    static_cast<T*>(out) + at, count);
   }
 }
 

@@ -99,47 +99,72 @@ void run_tiles(const Leaf& leaf, const Span& span, Lanes* lanes) {
   }
 }
 
-// A rule's loop over a leaf's arrays as they are stored; null where the program is more than a
-// rule, or has no loop for these formats. copy: of the parameter, or null.
-TileFunction direct(const Leaf& leaf, const Operand*& copy) {
+// A rule's loop over a leaf's arrays as they are stored. copy: of the parameter, or null.
+struct Direct {
+  DirectFunction run = nullptr;
+  const Combination* formats = nullptr;
+  const Operand* copy = nullptr;
+
+  // Of operand k of the rule.
+  const Conversion& format(int k) const {
+    return k == 0 ? formats->parameter : formats->state[k > 2];
+  }
+};
+
+// None where the program is more than a rule, or has no loop for these formats.
+Direct direct(const Leaf& leaf) {
   const Step& step = leaf.steps[0];
-  if (leaf.step_count != 1 || !step.direct) return nullptr;
+  Direct result;
+  if (leaf.step_count != 1 || !step.direct) return result;
   const auto own = [&](int k) -> const Operand& { return leaf.operands[step.operands[k]]; };
   std::uint32_t rest = leaf.used;
   for (int k = 0; k < step.operand_count; ++k) rest &= ~(1u << step.operands[k]);
-  copy = nullptr;
   for (int k = 0; k < leaf.operand_count; ++k) {
     if (!(rest >> k & 1)) continue;
-    if (copy || leaf.operands[k].source != step.operands[0]) return nullptr;
-    copy = &leaf.operands[k];
+    if (result.copy || leaf.operands[k].source != step.operands[0]) return result;
+    result.copy = &leaf.operands[k];
   }
-  const auto has = [](const Operand& operand, const Conversion& format) {
-    return operand.decode == format.decode && operand.encode == format.encode;
-  };
   for (int c = 0; c < COMBINATIONS; ++c) {
-    const Combination& formats = step.combinations[c];
-    bool fits = step.direct[c] && has(own(0), formats.parameter) &&
-                has(own(1), {formats.gradient, nullptr}) &&
-                (copy ? copy->encode : nullptr) == formats.copy;
-    for (int k = 2; k < step.operand_count; ++k) fits = fits && has(own(k), formats.state);
-    if (fits) return step.direct[c];
+    const Combination& formats = *(result.formats = &step.combinations[c]);
+    bool fits = step.direct[c] && own(1).decode == formats.gradient && !own(1).encode &&
+                (result.copy ? result.copy->encode : nullptr) == formats.copy;
+    for (int k = 0; k < step.operand_count; ++k) {
+      const Conversion& format = result.format(k);
+      fits = fits && (k == 1 || (own(k).decode == format.decode &&
+                                 (format.tiled || own(k).encode == format.encode)));
+    }
+    if (fits) {
+      result.run = step.direct[c];
+      break;
+    }
   }
-  return nullptr;
+  return result;
 }
 
-// Whole chunks; returns where they end.
-std::size_t run_direct(const Leaf& leaf, const Span& span, TileFunction run, const Operand* copy) {
+// Whole chunks, or whole tiles; returns where they end.
+std::size_t run_direct(const Leaf& leaf, const Span& span, const Direct& direct) {
   const Step& step = leaf.steps[0];
-  const std::size_t n = (span.to - span.from) / CHUNK * CHUNK;
-  void* operands[MAX_OPERANDS + 2] = {};
-  for (int k = 0; k < step.operand_count; ++k)
-    operands[k] = element(leaf.operands[step.operands[k]], span.from, span);
-  void** const last = operands + step.operand_count;
-  const Operand& parameter = leaf.operands[step.operands[0]];
-  if (parameter.aux) last[0] = beside(parameter, span.from);
-  if (copy) last[1] = element(*copy, span.from, span);
-  if (n) run(operands, step.scalars, n);
-  return span.from + n;
+  char (*const scratch)[BATCH * sizeof(double)] = decoded;
+  const auto tiled = [&](int k) { return k != 1 && direct.format(k).tiled; };
+  bool tiles = false;
+  for (int k = 0; k < step.operand_count; ++k) tiles = tiles || tiled(k);
+  const std::size_t unit = tiles ? TILE : CHUNK;
+  const std::size_t end = span.from + (span.to - span.from) / unit * unit;
+  Place places[MAX_OPERANDS + 1];
+  for (std::size_t at = span.from, n; at < end; at += n) {
+    n = tiles ? std::min(BATCH, end - at) : end - at;
+    for (int k = 0; k < step.operand_count; ++k) {
+      const Operand& operand = leaf.operands[step.operands[k]];
+      places[k] = {element(operand, at, span), operand.aux ? beside(operand, at) : nullptr,
+                   scratch[k]};
+    }
+    if (direct.copy)
+      places[step.operand_count] = {element(*direct.copy, at, span), nullptr, nullptr};
+    direct.run(places, step.scalars, n);
+    for (int k = 0; k < step.operand_count; ++k)
+      if (tiled(k)) encode(leaf.operands[step.operands[k]], span, scratch[k], at, n);
+  }
+  return end;
 }
 
 void run_span(const Leaf& leaf, const Span& span, Lanes* lanes) {
@@ -156,9 +181,8 @@ void run_span(const Leaf& leaf, const Span& span, Lanes* lanes) {
   // With nothing to decode or encode and nothing to keep in cache between operations, a tile may be
   // long.
   if (in_place) return run_step(leaf.steps[0], data, span.to - span.from);
-  const Operand* copy = nullptr;
-  if (const TileFunction run = direct(leaf, copy))
-    run_tiles(leaf, {run_direct(leaf, span, run, copy), span.to, span.ahead}, lanes);
+  if (const Direct loop = direct(leaf); loop.run)
+    run_tiles(leaf, {run_direct(leaf, span, loop), span.to, span.ahead}, lanes);
   else
     run_tiles(leaf, span, lanes);
 }

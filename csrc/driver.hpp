@@ -54,7 +54,7 @@ struct Step {
   const void* scalars = nullptr;
   const std::uint8_t* operands = nullptr;
   int operand_count = 0;
-  const TileFunction* direct = nullptr;  // of each combination of formats; null: of none
+  const DirectFunction* direct = nullptr;  // of each combination of formats; null: of none
   const Combination* combinations = nullptr;
 };
 

@@ -48,6 +48,8 @@ inline T updated(const Rule& rule, T factor, T decay, T w, T g, S&... states) {
     return delta;
   else if constexpr (mode == DECOUPLED)
     return w - (decay * w + delta);
+  else if constexpr (mode == CAUTIOUS)
+    return w - (opposed(delta, w) ? delta : decay * w + delta);
   else
     return w - delta;
 }
@@ -96,39 +98,42 @@ void rule_tile(void* const* x, const void* scalars, std::size_t n) {
   unpack_rule<Rule, T, mode>(x, scalars, n, std::make_index_sequence<Rule::states>());
 }
 
-// Operands: the parameter, the gradient, the states, what is stored beside the parameter, and a
-// copy of it, where there are any. n: a multiple of CHUNK.
-template <class Rule, Mode mode, class Formats, std::size_t... K>
-inline void apply_direct(std::index_sequence<K...>, void* const* x, const void* scalars,
+// n: a multiple of CHUNK.
+template <class Rule, Mode mode, bool scaled, class F, std::size_t... K>
+inline void apply_direct(std::index_sequence<K...>, const Place* x, const void* scalars,
                          std::size_t n) {
   static_assert(written<Rule>(0) == Rule::states, "all states are stored");
-  using P = typename Formats::Parameter;
-  using S = typename Formats::State;
-  using C = typename Formats::Copy;
+  using P = Chunks<typename F::Parameter>;
+  using C = Chunks<typename F::Copy>;
   const float* const fields = static_cast<const float*>(scalars);
   Rule rule;
   std::memcpy(&rule, fields + 2, sizeof rule);
   const float factor = fields[0], decay = fields[1];
-  void *const beside = x[2 + sizeof...(K)], *const copy = x[3 + sizeof...(K)];
-  for (std::size_t at = 0; at < n; at += CHUNK) {
-    alignas(64) float p[CHUNK], g[CHUNK], states[sizeof...(K) + 1][CHUNK];
-    load_chunk<P>(x[0], beside, at, p);
-    load_chunk<typename Formats::Gradient>(x[1], nullptr, at, g);
-    (load_chunk<S>(x[2 + K], nullptr, at, states[K]), ...);
-    for (std::size_t i = 0; i < CHUNK; ++i)
-      p[i] = updated<Rule, mode, true>(rule, factor, decay, p[i], g[i], states[K][i]...);
+  const Place parameter = x[0], gradient = x[1], copy = x[2 + sizeof...(K)];
+  const Place own[sizeof...(K) + 1] = {x[2 + K]...};
+  (void)own;
+  for (std::size_t at = 0; at < n; at += AT_ONCE) {
+    alignas(64) float p[AT_ONCE], g[AT_ONCE], states[sizeof...(K) + 1][AT_ONCE];
+    P::load(parameter, at, p);
+    Chunks<typename F::Gradient>::load(gradient, at, g);
+    (StateChunks<F, K>::load(own[K], at, states[K]), ...);
+    for (std::size_t i = 0; i < AT_ONCE; ++i)
+      p[i] = updated<Rule, mode, scaled>(rule, factor, decay, p[i], g[i], states[K][i]...);
     // One branch for all of them: one for each takes a tenth longer.
-    unsigned odd = odd_chunk<P, false>(p) | odd_chunk<C, false>(p);
-    ((odd |= odd_chunk<S, true>(states[K])), ...);
-    store_chunk<P, false>(p, odd, x[0], beside, at);
-    (store_chunk<S, true>(states[K], odd, x[2 + K], nullptr, at), ...);
-    store_chunk<C, false>(p, odd, copy, nullptr, at);
+    unsigned odd = P::template odd<false>(p) | C::template odd<false>(p);
+    ((odd |= StateChunks<F, K>::template odd<true>(states[K])), ...);
+    P::template store<false>(p, odd, parameter, at);
+    (StateChunks<F, K>::template store<true>(states[K], odd, own[K], at), ...);
+    C::template store<false>(p, odd, copy, at);
   }
 }
 
-template <class Rule, Mode mode, class Formats>
-void direct_tile(void* const* x, const void* scalars, std::size_t n) {
-  apply_direct<Rule, mode, Formats>(std::make_index_sequence<Rule::states>(), x, scalars, n);
+template <class Rule, Mode mode, class F>
+void direct_loop(const Place* x, const void* scalars, std::size_t n) {
+  if (*static_cast<const float*>(scalars) == 1.0f)
+    apply_direct<Rule, mode, false, F>(std::make_index_sequence<Rule::states>(), x, scalars, n);
+  else
+    apply_direct<Rule, mode, true, F>(std::make_index_sequence<Rule::states>(), x, scalars, n);
 }
 
 // A struct without fields has a size all the same.
@@ -234,7 +239,7 @@ void measure_tile(void* const* x, const void* scalars, std::size_t n) {
 template <class Wide, class T>
 constexpr Functions measures() {
   return {{measure_tile<Wide, T, PLAIN>, measure_tile<Wide, T, L2>, measure_tile<Wide, T, PLAIN>,
-           measure_tile<Wide, T, FIRST>}};
+           measure_tile<Wide, T, FIRST>, measure_tile<Wide, T, PLAIN>}};
 }
 
 template <class Rule, class T, int... M>
@@ -243,10 +248,9 @@ constexpr Functions modes(std::integer_sequence<int, M...>) {
 }
 
 template <class Rule, Mode mode, class F>
-constexpr TileFunction direct_function() {
-  if constexpr (by_instructions<typename F::Parameter> && by_instructions<typename F::State> &&
-                by_instructions<typename F::Copy>)
-    return direct_tile<Rule, mode, F>;
+constexpr DirectFunction direct_function() {
+  if constexpr (worthwhile<Rule, F>)
+    return direct_loop<Rule, mode, F>;
   else
     return nullptr;
 }

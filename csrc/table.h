@@ -27,6 +27,7 @@ enum Mode : std::uint8_t {
   L2,         // g += c * p before the rule, then p -= delta
   DECOUPLED,  // p -= c * p + delta
   FIRST,      // p *= c before the rule, then p -= delta: PyTorch's order
+  CAUTIOUS,   // p -= c * p + delta, or only delta where that has the other sign
   PEEK,       // out = delta; neither p nor a state is written
   PEEK_L2,    // the same with g += c * p before the rule
   MODES
@@ -44,15 +45,21 @@ struct Functions {
   TileFunction mode[MODES];
 };
 
+// Where an array lies: its elements as they are stored, what is stored beside them, and tiles to
+// which a loop writes the new ones, in float32, where it leaves storing them to their codec.
+struct Place {
+  void *data, *aux, *tiles;
+};
+
 // A rule's loop over arrays as they are stored, in one combination of formats. Operands: the
-// parameter, the gradient, the states, what is stored beside the parameter, a copy of it; null for
-// the last two where the combination has none. n: a multiple of CHUNK.
-constexpr int COMBINATIONS = 4;
-constexpr std::size_t CHUNK = 32;
+// parameter, the gradient, the states, a copy of the parameter. n: a multiple of CHUNK.
+using DirectFunction = void (*)(const Place* operands, const void* scalars, std::size_t n);
+constexpr int COMBINATIONS = 8;
+constexpr std::size_t CHUNK = 64;
 static_assert(TILE % CHUNK == 0, "only the last tile of a leaf ends within a chunk");
 
 struct DirectFunctions {
-  TileFunction mode[MODES][COMBINATIONS];  // null where there is none
+  DirectFunction mode[MODES][COMBINATIONS];  // null where there is none
 };
 
 enum Kind : std::uint8_t {
@@ -79,15 +86,17 @@ struct Operation {
 using Decode = void (*)(const void* data, const void* aux, void* tile, std::size_t n);
 using Encode = void (*)(const void* tile, void* data, void* aux, std::size_t n, std::uint64_t key);
 
-// The conversions of an array's format; null for the compute type.
+// The conversions of an array's format; null for the compute type. tiled: a loop over arrays as
+// they are stored leaves tiles for `encode`, whichever that is.
 struct Conversion {
   Decode decode;
   Encode encode;
+  bool tiled = false;
 };
 
 // Formats of a rule's operands; copy: of a copy of the parameter, null where there is none.
 struct Combination {
-  Conversion parameter, state;
+  Conversion parameter, state[2];  // the first state, and others
   Decode gradient;
   Encode copy;
 };

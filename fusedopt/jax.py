@@ -60,10 +60,9 @@ class Transformation(optax.GradientTransformationExtraArgs):  # type: ignore[mis
 
     Notes
     -----
-    `update` returns what is to be added to the parameters, which XLA fuses with the addition where
-    it computes it itself. From one pass of fusedopt it is written and read again: with the tensors
-    of GPT-2 small such a step took 272 ms, optax's own 130, and `step` 82 (two cores of an Intel
-    Xeon, family 6, model 167).
+    `update` returns what is to be added to the parameters. XLA cannot fuse the addition with a call
+    of FFI, so that a fused `update` and the addition would move as many bytes as XLA's own code,
+    and take as long; `benchmarks/jax_step.py` shows it.
     """
 
     step: Callable[[Any, Any, Any], tuple[Any, Any]]

@@ -309,7 +309,7 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     ),
     "matrices": (
         lambda: fo.Optimizer(OnDevice(host().reshape(2, 2)), fo.Shampoo()),
-        ValueError, "Shampoo: is not supported by the backend 'cuda'; take fo.SOAP",
+        ValueError, "Shampoo: is not supported by the backend 'cuda'; take fo.Muon or fo.SOAP",
     ),
     "shape": (
         lambda: fo.Optimizer(OnDevice(host()), fo.SGD()).step(OnDevice(host(3))),
