@@ -80,6 +80,17 @@ def write_index(
     replace_file(path, fill, token)
 
 
+def is_index_of(path: str | os.PathLike[str], token: str) -> bool:
+    """Return whether a file is the index of the set with this token."""
+    try:
+        file = File(path)
+        if file.read(0, len(START)) != START:
+            return False
+        return bool(json.loads(file.read(0, MOST))["token"] == token)
+    except (OSError, ValueError, KeyError):
+        return False
+
+
 def open_tensors(path: str | os.PathLike[str]) -> Tensors:
     """Open what `safetensors_file.write` put into one file, or ranks into a set.
 

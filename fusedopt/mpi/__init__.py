@@ -4,6 +4,7 @@
 ranks.
 """
 
+from .memory import shared_arrays
 from .optimizer import ShardedOptimizer
 
-__all__ = ["ShardedOptimizer"]
+__all__ = ["ShardedOptimizer", "shared_arrays"]

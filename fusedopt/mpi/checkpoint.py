@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..arrays.file_array import FileArray
-from ..arrays.file_set import Tensors, write_index
+from ..arrays.file_set import Tensors, is_index_of, write_index
 from ..arrays.order import axes_of, memory_order, turned_back, turned_shape
 from ..arrays.safetensors_file import check_target, part_name, write
 from ..arrays.stored import LeafState
@@ -140,8 +140,11 @@ class SharedState:
                 if ranks.rank == 0:
                     table = {**self.described(of_ranks), "metadata": metadata}
                     write_index(path, token, ranks.size, self._shapes(of_ranks), table)
-        except Exception:
-            Path(own).unlink(missing_ok=True)
+        except Exception as error:
+            # A rank that died or is late may have written the index, or may yet do it; one that
+            # failed may have failed after that. What no index names, the next save removes.
+            if not (isinstance(error, TimeoutError) or is_index_of(path, token)):
+                Path(own).unlink(missing_ok=True)
             raise
 
     def _shapes(self, of_ranks: Sequence[Mapping[int, Held]]) -> dict[str, tuple[int, ...]]:

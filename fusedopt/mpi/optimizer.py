@@ -33,6 +33,8 @@ from ..step.summary import digest
 from ..system import threads as limits
 from ..system.interrupts import Uninterrupted
 from .checkpoint import SharedState
+from .fused import FusedStep
+from .memory import places_of
 from .norms import Norms
 from .ranks import Ranks
 from .reduction import Kind, Reduction
@@ -125,6 +127,11 @@ class ShardedOptimizer:
     -----
     Results depend on the ranks' gradients and not on how leaves are shared out. Matrices that a
     rule treats as a whole stay whole.
+
+    Parameters and gradients from `shared_arrays` are not copied: see there. With both, a step that
+    need not know all gradients before it begins (no `clip_norm`, `skip_nonfinite`, `stats`,
+    `exact`) keeps no average of them either. A rank may write its gradients again when its step
+    returns. Between steps any rank may read parameters in common memory; none may write them alone.
     """
 
     def __init__(
@@ -160,7 +167,9 @@ class ShardedOptimizer:
         self.params, self.rule = params, rule
         size = self._ranks.size
         self._shares = cut(self._whole, rules, size)
-        self._ranks.share_from_first([flat(p) for p in self._whole])
+        self._common = self._find_common()
+        private = zip(self._whole, self._common, strict=False)
+        self._ranks.share_from_first([flat(p) for p, common in private if not common])
         options.setdefault("threads", _threads(self._ranks))
         with self._ranks.together():
             self._local = self._make(rule, rules, options)
@@ -174,6 +183,11 @@ class ShardedOptimizer:
             fast=reduction == "fast",
             bucket_bytes=bucket_bytes,
         )
+        self._fused: FusedStep | None = None
+        if shard is not None and size > 1 and FusedStep.serves(self._local.assembly):
+            self._fused = FusedStep(
+                self._local.assembly, self._reduction, self._shares, self._ranks.rank
+            )
         self._accumulated: list[int] = []
         self._norms: Norms | None = None
         local = self._local
@@ -255,6 +269,30 @@ class ShardedOptimizer:
             kinds = [v if v is None else self._reduction.kinds(v) for v in (values, estimates)]
             reports.mine = (*common, *kinds)
         gradients, hessians = self._agreed(reports.all)
+        leaves: set[int] = set()
+        if self._fused is not None and not (hessians or self._local.assembly.accumulated):
+            leaves = self._fused.leaves(gradients)
+        if leaves:
+            info = self._fused_step(values, gradients, leaves, grad_scale, lr)
+        else:
+            info = self._step_of_shares(values, gradients, estimates, hessians, grad_scale, lr)
+        self._accumulated = []
+        if info.skipped:
+            return info
+        if self._zero_grads and values is not None:
+            self._zero(grads)
+        return info if info.stats is None else self._with_stats(info)
+
+    def _step_of_shares(
+        self,
+        values: Any,
+        gradients: Any,
+        estimates: Any,
+        hessians: Any,
+        grad_scale: float,
+        lr: StepRate | None,
+    ) -> StepInfo:
+        """Reduce all gradients, update this rank's share, and gather the parameters."""
         share: Any = ACCUMULATED
         if gradients:
             reduced, share = self._reduced(values, gradients, "grads")
@@ -264,13 +302,39 @@ class ShardedOptimizer:
         estimate = self._reduced(estimates, hessians, "hessian")[1] if hessians else None
         with self._ranks.together(changing=True):
             info = self._local.step(share, grad_scale=grad_scale, hessian=estimate, lr=lr)
-        self._accumulated = []
-        if info.skipped:
-            return info
-        self._gather_parameters()
-        if self._zero_grads and values is not None:
-            self._zero(grads)
-        return info if info.stats is None else self._with_stats(info)
+        if not info.skipped:
+            self._gather_parameters()
+        return info
+
+    def _fused_step(
+        self, values: Any, kinds: Any, leaves: set[int], grad_scale: float, lr: StepRate | None
+    ) -> StepInfo:
+        """Update pieces of this rank's share while their gradients are in the cache."""
+        fused, assembly, begun = self._fused, self._local.assembly, False
+        assert fused is not None
+
+        def step() -> StepInfo:
+            nonlocal begun
+            begun = True
+            with self._ranks.together():
+                fused.prepare()
+                elements = self._reduction.elements(values, list(zip(*kinds, strict=True)))
+            rest = [None if k in leaves else g for k, g in enumerate(values)]
+            others = [[None if k in leaves else kind for k, kind in enumerate(of)] for of in kinds]
+            shares = self._reduction.reduce(rest, others, "grads")
+            with self._ranks.together(changing=True):
+                fused.run(elements, leaves)
+                number = assembly.reader.summed(shares, None)
+            self._gather_parameters()
+            return assembly.told(number)
+
+        try:
+            return assembly.one_step("step", grad_scale, step, lr)
+        except Exception as error:
+            if not begun:  # the others are where ranks tell each other
+                with self._ranks.together():
+                    raise error
+            raise
 
     @_whole
     def accumulate(self, grads: Any) -> int:
@@ -354,11 +418,31 @@ class ShardedOptimizer:
         if self._shard is None:
             return
         requests = []
-        for arrays in (self._whole, self._copies):
-            for a, c in zip(arrays, self._shares, strict=True):
-                if a is not None:
-                    requests += self._ranks.begin_share(flat(a), c.bounds[:-1], c.sizes)
+        arrays = [*self._whole, *self._copies]
+        for a, c, common in zip(arrays, 2 * self._shares, self._common, strict=True):
+            if a is not None and not common:
+                requests += self._ranks.begin_share(flat(a), c.bounds[:-1], c.sizes)
         self._ranks.wait(requests)
+        self._wait_for_common()
+
+    def _wait_for_common(self) -> None:
+        """Wait until all ranks have done what they do to arrays in common memory."""
+        if any(self._common):
+            self._ranks.wait([self._ranks.comm.Ibarrier()])
+
+    def _find_common(self) -> list[bool]:
+        """Whether each parameter, and then each copy, is the same memory on all ranks."""
+        arrays = [*self._whole, *self._copies]
+        of_ranks = self._ranks.gather(places_of(self._ranks, arrays))
+        found = [len({*of}) == 1 and of[0] is not None for of in zip(*of_ranks, strict=True)]
+        if self._ranks.size == 1:
+            found = [False] * len(arrays)
+        if any(found) and self._shard is None:
+            raise ValueError(
+                "shard=None: every rank updates all parameters, and these are in memory that the"
+                " ranks have in common; give arrays of each rank's own"
+            )
+        return found
 
     def _gather_shares(
         self, shares: Sequence[Any], kinds: Sequence[Sequence[Kind | None]]
@@ -462,6 +546,7 @@ class ShardedOptimizer:
             self._tree, self.params, self._whole, self._copies = tree, params, whole, copies
             self._reduction.rebind(whole)
             self._watch()
+        self._common = self._find_common()
 
     @_whole
     def catch_up(self, rows: Mapping[str, np.ndarray] | None = None) -> None:
@@ -494,7 +579,9 @@ class ShardedOptimizer:
     def lookahead(self) -> Exchanged:
         """Move the parameters of all ranks to p - mu v, as `Optimizer.lookahead`."""
         context = self._local.lookahead()
-        return Exchanged(self._ranks, context, self._whole, self._gather_parameters)
+        return Exchanged(
+            self._ranks, context, self._whole, self._gather_parameters, self._wait_for_common
+        )
 
     @_whole
     def averaged(self) -> Exchanged:
@@ -504,7 +591,9 @@ class ShardedOptimizer:
         """
         context = self._local.averaged()  # which refuses it where there are none
         if self._local.assembly.options.ema is None:
-            return Exchanged(self._ranks, context, self._whole, self._gather_parameters)
+            return Exchanged(
+                self._ranks, context, self._whole, self._gather_parameters, self._wait_for_common
+            )
         averages, requests = [], []
         leaf_states = self._local.assembly.leaf_states
         for p, c, leaf_state in zip(self._whole, self._shares, leaf_states, strict=True):
@@ -524,7 +613,13 @@ class ShardedOptimizer:
                     p[...] = average
 
         return GatheredAverages(
-            self._ranks, context, self._whole, move, self.params, self._tree.build(averages)
+            self._ranks,
+            context,
+            self._whole,
+            move,
+            self._wait_for_common,
+            self.params,
+            self._tree.build(averages),
         )
 
     # ---------------------------------------------------------------- checkpoints
@@ -629,10 +724,11 @@ class ShardedOptimizer:
         """A table of this rank's share, and the memory that it takes."""
         ranks = self._ranks
         whole = sum(p.size for p in self._whole)
+        buckets = self._reduction.nbytes + (self._fused.nbytes if self._fused else 0)
         own = whole if self._shard is None else sum(c.sizes[ranks.rank] for c in self._shares)
         return (
             f"{self._local.describe()}\nrank {ranks.rank} of {ranks.size} updates {own} of {whole}"
-            f" elements (shard={self._shard!r}); {self._reduction.nbytes} bytes of buckets, and of"
+            f" elements (shard={self._shard!r}); {buckets} bytes of buckets, and of"
             f" reduced gradients at most {self._reduced_bytes()}"
         )
 
@@ -656,7 +752,8 @@ class Exchanged(Uninterrupted):
     """A context in which the parameters of all ranks are something else.
 
     context: that of this rank's optimizer. parameters: those that `move` writes; after the context
-    they have their own bits again. value: what the context gives.
+    they have their own bits again. settle: waits for all ranks where they share parameters. value:
+    what the context gives.
     """
 
     def __init__(
@@ -665,17 +762,20 @@ class Exchanged(Uninterrupted):
         context: Exchange,
         parameters: Sequence[np.ndarray],
         move: Callable[[], None],
+        settle: Callable[[], None],
         value: Any = None,
     ) -> None:
         super().__init__(self._enter, self._leave, helped=ranks.helped)
         self._context, self._parameters, self._move = context, parameters, move
-        self._value = value
+        self._settle, self._value = settle, value
 
     def _enter(self) -> Any:
         backup = [p.copy(order="K") for p in self._parameters]
+        self._settle()
         self._context.__enter__()
         self._backup = backup
         try:
+            self._settle()  # every rank has its backup
             self._move()
         except BaseException:
             self._leave()
@@ -683,8 +783,10 @@ class Exchanged(Uninterrupted):
         return self._value
 
     def _leave(self) -> None:
+        self._settle()
         for p, original in zip(self._parameters, self._backup, strict=True):
             p[...] = original
+        self._settle()
         self._context.__exit__(None, None, None)
 
 
@@ -700,10 +802,11 @@ class GatheredAverages(Exchanged):
         context: Exchange,
         parameters: Sequence[np.ndarray],
         move: Callable[[], None],
+        settle: Callable[[], None],
         value: Any,
         averages: Any,
     ) -> None:
-        super().__init__(ranks, context, parameters, move, value)
+        super().__init__(ranks, context, parameters, move, settle, value)
         self.params = averages
 
 

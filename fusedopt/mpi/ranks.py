@@ -63,23 +63,28 @@ class Ranks:
             raise RuntimeError(f"this optimizer cannot go on: {self.lost}; load a checkpoint")
 
     def wait(self, requests: Sequence[Any]) -> None:
-        """Wait for requests; TimeoutError if they are not done in time.
+        """Wait for requests; TimeoutError if they are not done in time, or cannot be.
 
-        MPI has no time limit of its own: a request whose other side has died would wait for ever.
+        MPI has no time limit of its own: a request whose other side has died may wait for ever.
         """
         if not requests:
             return
         deadline = time.monotonic() + self.timeout
-        while not self.mpi.Request.Testall(requests):
+        while True:
+            try:
+                if self.mpi.Request.Testall(requests):
+                    return
+            except self.mpi.Exception as error:
+                self._lose(f"rank {self.rank} had {error} from MPI instead of an answer of another")
             if time.monotonic() > deadline:
-                self._lose()
+                self._lose(f"rank {self.rank} waited {self.timeout:g} s for another rank")
             os.sched_yield()  # to the other ranks, where they outnumber the processors
 
-    def _lose(self) -> None:
+    def _lose(self, how: str) -> None:
         if not self.lost:
             # MPI_Finalize would wait for the lost rank too.
             atexit.register(self.comm.Abort, 1)
-        self.lost = f"rank {self.rank} waited {self.timeout:g} s for another rank"
+        self.lost = how
         raise TimeoutError(
             f"{self.lost}, which has died, hangs, or does not call the same methods; parameters and"
             " states may be of no one step: start again from a checkpoint (ShardedOptimizer"

@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..arrays.formats import SEGMENT, compute_dtype
 from ..arrays.rows import Rows, UniqueRows, unique_rows
+from ..system.extension import core, reason
+from .memory import Place, array_at, places_of
 from .ranks import Ranks
 from .shares import Cut, flat
 
 PIECE = 4 * SEGMENT
-"""Elements that are added and divided while they are in the cache."""
+"""Elements that NumPy adds and divides while they are in the cache."""
+
+WIDEST = 8
+"""Bytes of the widest element of a gradient."""
 
 
 class Kind(NamedTuple):
     """The kind of gradient that one rank has for one leaf.
 
-    dtype: of the gradient. counts: of `Rows`, the number of rows in each rank's share; None of an
-    array.
+    scalar: the type of an element, which ranks know by name; a dtype arrives as another object than
+    NumPy's own, which the core does not take. counts: of `Rows`, the number of rows in each rank's
+    share; None of an array. place: of an array in memory from which all ranks read it.
     """
 
-    dtype: np.dtype
+    scalar: type
     counts: tuple[int, ...] | None = None
+    place: Place | None = None
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the gradient."""
+        return np.dtype(self.scalar)
 
 
 class Span(NamedTuple):
@@ -33,6 +45,15 @@ class Span(NamedTuple):
     leaf: int
     start: int
     stop: int
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return self.stop - self.start
+
+
+Round = list[list[Span]]
+"""The spans of each rank's share that a round brings it."""
 
 
 class Reduction:
@@ -47,7 +68,7 @@ class Reduction:
     mean : bool
         Divide the sums by the number of ranks.
     fast : bool
-        Leave the order of additions to MPI, where all ranks have gradients of the computing type.
+        Leave the order of additions to MPI, where all ranks send gradients of the computing type.
     bucket_bytes : int
         Memory for what is received, two rounds of it.
     """
@@ -64,17 +85,21 @@ class Reduction:
         bucket_bytes: int,
     ) -> None:
         self._ranks, self._labels, self._cuts = ranks, labels, cuts
-        self._parameters, self._mean, self._fast = parameters, mean, fast
+        self._parameters, self._fast = parameters, fast
+        self._divisor = float(ranks.size) if mean else 1.0
         others = max(ranks.size - 1, 1)
-        self._room = max(bucket_bytes // (2 * others) // 8 // SEGMENT, 1) * SEGMENT  # elements
-        self._staging = np.empty((2, others, 8 * self._room if ranks.size > 1 else 0), np.uint8)
+        self._room = max(bucket_bytes // (2 * others * WIDEST) // SEGMENT, 1) * SEGMENT
+        # Pages are there once something is received.
+        self._received = np.empty(
+            (2, others, WIDEST * self._room if ranks.size > 1 else 0), np.uint8
+        )
         self._kept: dict[tuple[str, int], np.ndarray] = {}
-        self._rounds: dict[tuple[int, ...], list[list[list[Span]]]] = {}
+        self._rounds: dict[tuple[int, ...], list[Round]] = {}
 
     @property
     def nbytes(self) -> int:
         """Bytes of the buckets."""
-        return self._staging.nbytes
+        return self._received.nbytes
 
     def rebind(self, parameters: Sequence[np.ndarray]) -> None:
         """Take other parameters of the same shapes."""
@@ -82,11 +107,13 @@ class Reduction:
 
     def kinds(self, values: Sequence[Any]) -> list[Kind | None]:
         """Return the kind of this rank's gradient for each leaf, for the others to know."""
-        return [None if g is None else self._kind(k, g) for k, g in enumerate(values)]
+        places = places_of(self._ranks, values)
+        given = zip(values, places, strict=True)
+        return [None if g is None else self._kind(k, g, at) for k, (g, at) in enumerate(given)]
 
-    def _kind(self, k: int, g: Any) -> Kind:
+    def _kind(self, k: int, g: Any, place: Place | None) -> Kind:
         if not isinstance(g, UniqueRows):
-            return Kind(g.dtype)
+            return Kind(g.dtype.type, place=place)
         cut = self._cuts[k]
         if cut.owner is None and not cut.row:
             raise ValueError(
@@ -94,7 +121,7 @@ class Reduction:
                 " ranks; give the whole gradient"
             )
         ends = np.searchsorted(g.rows, self._row_bounds(k))
-        return Kind(g.values.dtype, tuple(np.diff(ends).tolist()))
+        return Kind(g.values.dtype.type, tuple(np.diff(ends).tolist()))
 
     def _row_bounds(self, k: int) -> np.ndarray:
         p = self._parameters[k]
@@ -112,7 +139,7 @@ class Reduction:
         kinds: what `kinds` returned on each rank. A rank that has None for a leaf counts as zero.
         Raises ValueError, on all ranks alike, where some give rows and others whole arrays.
         """
-        given = [[kinds[rank][k] for rank in range(self._ranks.size)] for k in range(len(values))]
+        given = list(zip(*kinds, strict=True))
         sparse = [k for k in range(len(values)) if self._is_sparse(k, given[k])]
         dense = [k for k, of in enumerate(given) if any(of) and k not in sparse]
         shares: list[Any] = [None] * len(values)
@@ -140,31 +167,7 @@ class Reduction:
 
     # ---------------------------------------------------------------- arrays
 
-    def _reduce_dense(
-        self,
-        values: Sequence[Any],
-        given: Sequence[Sequence[Kind | None]],
-        leaves: Sequence[int],
-        shares: Sequence[np.ndarray | None],
-    ) -> None:
-        rounds = self._rounds.get(tuple(leaves))
-        if rounds is None:
-            rounds = self._rounds[tuple(leaves)] = self._plan(leaves)
-        under_way: list[Any] = []
-        for number in range(len(rounds) + 1):
-            # The next bucket travels while the last one is added up.
-            begun = (
-                self._begin(number, rounds[number], values, given, shares)
-                if number < len(rounds)
-                else []
-            )
-            if number:
-                self._ranks.wait(under_way)
-                for at, span in _places(rounds[number - 1][self._ranks.rank]):
-                    self._add((number - 1) % 2, at, span, values, given[span.leaf], shares)
-            under_way = begun
-
-    def _plan(self, leaves: Sequence[int]) -> list[list[list[Span]]]:
+    def _plan(self, leaves: Sequence[int]) -> list[Round]:
         """Return for each round the spans of each rank's share that it brings."""
         of_ranks = [list(self._buckets(leaves, rank)) for rank in range(self._ranks.size)]
         count = max(map(len, of_ranks))
@@ -188,36 +191,84 @@ class Reduction:
         if bucket:
             yield bucket
 
+    def _reduce_dense(
+        self,
+        values: Sequence[Any],
+        given: Sequence[Sequence[Kind | None]],
+        leaves: Sequence[int],
+        shares: Sequence[np.ndarray | None],
+    ) -> None:
+        rank = self._ranks.rank
+        rounds = self._rounds.get(tuple(leaves))
+        if rounds is None:
+            rounds = self._rounds[tuple(leaves)] = self._plan(leaves)
+        elements = self.elements(values, given)
+
+        def share_of(span: Span) -> np.ndarray:
+            share, begin = shares[span.leaf], self._cuts[span.leaf].bounds[rank]
+            assert share is not None
+            return share[span.start - begin : span.stop - begin]
+
+        under_way: list[Any] = []
+        for number in range(len(rounds) + 1):
+            # The next bucket travels while the last one is added up.
+            begun = (
+                self._begin(number, rounds[number], elements, given, share_of)
+                if number < len(rounds)
+                else []
+            )
+            if number:
+                self._ranks.wait(under_way)
+                for at, span in _places(rounds[number - 1][rank]):
+                    self._add(number - 1, at, span, elements, given[span.leaf], share_of(span))
+            under_way = begun
+
+    def elements(
+        self, values: Sequence[Any], given: Sequence[Sequence[Kind | None]]
+    ) -> list[list[np.ndarray | None]]:
+        """Return of each leaf the flat arrays of those ranks whose gradients are to be had here."""
+        found: list[list[np.ndarray | None]] = []
+        for k, (g, kinds) in enumerate(zip(values, given, strict=True)):
+            of_ranks: list[np.ndarray | None] = [
+                array_at(kind.place, kind.dtype, self._parameters[k].size)
+                if kind is not None and kind.place is not None
+                else None
+                for kind in kinds
+            ]
+            if isinstance(g, np.ndarray):
+                of_ranks[self._ranks.rank] = flat(g)
+            found.append(of_ranks)
+        return found
+
     def _begin(
         self,
         number: int,
-        spans: Sequence[Sequence[Span]],
-        values: Sequence[Any],
+        spans: Round,
+        elements: Sequence[Sequence[np.ndarray | None]],
         given: Sequence[Sequence[Kind | None]],
-        shares: Sequence[np.ndarray | None],
+        share_of: Callable[[Span], np.ndarray],
     ) -> list[Any]:
         """Begin a round: send each rank its spans, and receive one's own from all."""
         ranks, comm, requests = self._ranks, self._ranks.comm, []
         for rank in range(ranks.size):
             for at, span in _places(spans[rank]):
-                kinds = given[span.leaf]
-                mine = values[span.leaf]
-                sent = None if mine is None else flat(mine)[span.start : span.stop].view(np.uint8)
+                kinds, mine = given[span.leaf], elements[span.leaf][ranks.rank]
+                sent = None if mine is None else mine[span.start : span.stop].view(np.uint8)
                 if self._left_to_mpi(span.leaf, kinds):
-                    out = self._out(span, shares) if rank == ranks.rank else None
+                    out = share_of(span) if rank == ranks.rank else None
                     requests.append(self._reduce_to(rank, sent, out, kinds))
                 elif rank == ranks.rank:
                     for source, kind in enumerate(kinds):
-                        if kind is not None and source != rank:
-                            slot = self._slot(number % 2, source, at, span, kind)
+                        if _is_sent(kind) and source != rank:
+                            slot = self._slot(number, source, at, span, kind)
                             requests.append(comm.Irecv(slot.view(np.uint8), source=source))
-                elif sent is not None:
+                elif _is_sent(kinds[ranks.rank]):
                     requests.append(comm.Isend(sent, dest=rank))
         return requests
 
     def _left_to_mpi(self, k: int, kinds: Sequence[Kind | None]) -> bool:
-        wanted = compute_dtype(self._parameters[k].dtype)
-        return self._fast and all(kind is not None and kind.dtype == wanted for kind in kinds)
+        wanted = Kind(compute_dtype(self._parameters[k].dtype).type)
+        return self._fast and all(kind == wanted for kind in kinds)
 
     def _reduce_to(
         self, rank: int, sent: Any, out: np.ndarray | None, kinds: Sequence[Kind | None]
@@ -228,48 +279,50 @@ class Reduction:
         received = None if out is None else [out, dtype]
         return self._ranks.comm.Ireduce([sent, dtype], received, op=mpi.SUM, root=rank)
 
-    def _slot(self, parity: int, source: int, at: int, span: Span, kind: Kind) -> np.ndarray:
+    def _slot(self, number: int, source: int, at: int, span: Span, kind: Any) -> np.ndarray:
         """Return the memory in which a rank's part of a span is received."""
         place = source - (source > self._ranks.rank)
-        room = self._staging[parity, place, 8 * at :]
-        return room[: (span.stop - span.start) * kind.dtype.itemsize].view(kind.dtype)
-
-    def _out(self, span: Span, shares: Sequence[np.ndarray | None]) -> np.ndarray:
-        share, begin = shares[span.leaf], self._cuts[span.leaf].bounds[self._ranks.rank]
-        assert share is not None
-        return share[span.start - begin : span.stop - begin]
+        room = self._received[number % 2, place, WIDEST * at :]
+        return room[: span.size * kind.dtype.itemsize].view(kind.dtype)
 
     def _add(
         self,
-        parity: int,
+        number: int,
         at: int,
         span: Span,
-        values: Sequence[Any],
+        elements: Sequence[Sequence[np.ndarray | None]],
         kinds: Sequence[Kind | None],
-        shares: Sequence[np.ndarray | None],
+        out: np.ndarray,
     ) -> None:
         """Add up a span in the order of the ranks."""
-        out = self._out(span, shares)
-        parts = []
-        if not self._left_to_mpi(span.leaf, kinds):
-            for source, kind in enumerate(kinds):
-                if kind is not None and source == self._ranks.rank:
-                    parts.append(flat(values[span.leaf])[span.start : span.stop])
-                elif kind is not None:
-                    parts.append(self._slot(parity, source, at, span, kind))
+        if self._left_to_mpi(span.leaf, kinds):
+            parts = [out]
+        else:
+            parts = [
+                self._slot(number, source, at, span, kind)
+                if (here := elements[span.leaf][source]) is None
+                else here[span.start : span.stop]
+                for source, kind in enumerate(kinds)
+                if kind is not None
+            ]
+        self.average(parts, out)
+
+    def average(self, parts: Sequence[np.ndarray], out: np.ndarray) -> None:
+        """Add up flat arrays of any dtype, from the first to the last, in that of `out`; divide."""
+        if reason is None and core.average_arrays(list(parts), out, self._divisor):
+            return
         with np.errstate(all="ignore"):
             for a in range(0, out.size, PIECE):
                 piece = out[a : a + PIECE]
-                _add_up(piece, [part[a : a + PIECE] for part in parts])
+                first, *others = (part[a : a + PIECE].astype(out.dtype) for part in parts)
+                piece[...] = first
+                for other in others:
+                    np.add(piece, other, out=piece)
                 self._divide(piece)
 
     def _divide(self, sums: np.ndarray) -> None:
-        size = self._ranks.size
-        if self._mean and size > 1:
-            if size & (size - 1) == 0:  # the same bits, and faster
-                np.multiply(sums, sums.dtype.type(1 / size), out=sums)
-            else:
-                np.divide(sums, sums.dtype.type(size), out=sums)
+        if self._divisor != 1.0:
+            np.divide(sums, sums.dtype.type(self._divisor), out=sums)
 
     # ---------------------------------------------------------------- rows
 
@@ -317,18 +370,12 @@ def _places(spans: Sequence[Span]) -> Iterator[tuple[int, Span]]:
     at = 0
     for span in spans:
         yield at, span
-        at += span.stop - span.start
+        at += span.size
 
 
-def _add_up(out: np.ndarray, parts: Sequence[np.ndarray]) -> None:
-    """The sum of arrays of any dtype, from the first to the last, in that of the result."""
-    wide = [part.astype(out.dtype, copy=False) for part in parts]
-    if len(wide) == 1:
-        out[...] = wide[0]
-    elif wide:
-        np.add(wide[0], wide[1], out=out)
-        for part in wide[2:]:
-            np.add(out, part, out=out)
+def _is_sent(kind: Kind | None) -> bool:
+    """Return whether a rank's gradient travels in messages."""
+    return kind is not None and kind.place is None
 
 
 def _between(rows: UniqueRows, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:

@@ -412,9 +412,9 @@ class Assembly:
         scale = check_grad_scale(grad_scale, self.narrowest)
 
         def step() -> StepInfo:
-            return self._told(self._stepped(grads, hessian))
+            return self.told(self._stepped(grads, hessian))
 
-        return self._one_step("step", scale, step, lr)
+        return self.one_step("step", scale, step, lr)
 
     def step_part(
         self, paths: Sequence[str], grads: Sequence[Any], grad_scale: float, last: bool
@@ -444,17 +444,19 @@ class Assembly:
                 self.counters[0] -= 1
                 self.parted += leaves
             self.settle_simple()
-            return self._told(number)
+            return self.told(number)
 
-        return self._one_step("step_part", check_grad_scale(grad_scale, self.narrowest), step)
+        return self.one_step("step_part", check_grad_scale(grad_scale, self.narrowest), step)
 
-    def _one_step(
+    def one_step(
         self,
         what: str,
         scale: float,
         step: Callable[[], StepInfo],
         lr: StepRate | None = None,
     ) -> StepInfo:
+        """Call a function that takes a step, with the step's learning rates and factors."""
+
         def begun() -> StepInfo:
             if self._scheduled:
                 self._use(*self._values)
@@ -485,7 +487,8 @@ class Assembly:
         self.counters[1:] = 0
         self.counters[0] = step
 
-    def _told(self, number: int) -> StepInfo:
+    def told(self, number: int) -> StepInfo:
+        """Return the information of a step that has just been taken."""
         return self.info_builder.info(number, self.rates.used())
 
     def _stepped(self, grads: Any, hessian: Any) -> int:

@@ -25,7 +25,7 @@ import pytest
 from mpi4py import MPI
 
 import fusedopt as fo
-from fusedopt.mpi import ShardedOptimizer, checkpoint
+from fusedopt.mpi import ShardedOptimizer, checkpoint, shared_arrays
 from interrupting import FromOutside, interrupted_at
 
 Case = Callable[[MPI.Comm], None]
@@ -114,16 +114,27 @@ def check(
     grad_dtype: Any = np.float32,
     steps: int = 3,
     sharding: dict[str, Any] | None = None,
+    common: bool = False,
     **options: Any,
 ) -> tuple[Any, Any]:
-    """A sharded run against one of an Optimizer that is given the average, bit for bit."""
+    """A sharded run against one of an Optimizer that is given the average, bit for bit.
+
+    common: parameters and gradients are in memory of all ranks.
+    """
     params, expected = parameters(dtype), parameters(dtype)
+    if common:
+        params = shared_arrays(params, comm)
+        own = shared_arrays(gradients(params, comm.rank, 0, grad_dtype), comm, each=True)
     sharding = {"bucket_bytes": BUCKET, **(sharding or {})}
     opt = ShardedOptimizer(params, rule, comm, **sharding, **options)
     whole = fo.Optimizer(expected, rule, **options)
     for step in range(steps):
         trees = [gradients(params, rank, step, grad_dtype) for rank in range(comm.size)]
-        info = opt.step(trees[comm.rank])
+        mine = trees[comm.rank]
+        if common:
+            mapped(np.copyto, own, mine)
+            mine = own
+        info = opt.step(mine)
         told = whole.step(average(trees, expected, sharding.get("reduce", "mean") == "mean"))
         equal(params, expected)
         assert info._replace(stats=None) == told._replace(stats=None), (info, told)
@@ -227,6 +238,82 @@ def other_backends(comm: MPI.Comm) -> None:
 @case
 def verified(comm: MPI.Comm) -> None:
     check(comm, fo.AdamW(), steps=1, verify=True, rounding="stochastic", state_dtype="bfloat16")
+
+
+IN_COMMON: tuple[tuple[Any, dict[str, Any]], ...] = (
+    (fo.AdamW(lr=fo.schedules.Cosine(1e-2, 10), weight_decay=0.1), {}),
+    (MIXED, {"ema": 0.9}),
+    (fo.AdamW(), {"clip_norm": 0.3, "stats": True}),
+    (fo.Adam(), {"dtype": np.float64, "grad_dtype": np.float64, "clip_value": 0.5}),
+    (fo.AdamW(), {"dtype": ml_dtypes.bfloat16, "master": "float32"}),
+    (
+        fo.AdamW(),
+        {
+            "dtype": ml_dtypes.bfloat16, "grad_dtype": ml_dtypes.bfloat16,
+            "rounding": "stochastic", "state_dtype": {"m": "dynamic8", "v": "dynamic4"}, "seed": 3,
+        },
+    ),
+    (fo.SGD(), {"sharding": {"reduction": "fast"}}),  # where nothing is left to MPI
+    (fo.SGD(), {"sharding": {"reduce": "sum"}}),
+)  # fmt: skip
+
+
+@case
+def memory_in_common(comm: MPI.Comm) -> None:
+    for rule, options in IN_COMMON:
+        opt, whole = check(comm, rule, common=True, **options)
+        assert opt.fingerprint() == whole.fingerprint()
+        everywhere = comm.allgather(opt.params["head"].tobytes())
+        assert len(set(everywhere)) == 1
+    private = gradients(opt.params, comm.rank, 5)  # goes with parameters in common too
+    opt.step(private)
+    whole.step(average([gradients(opt.params, r, 5) for r in range(comm.size)], opt.params, False))
+    equal(opt.params, whole.params)
+
+
+@case
+def contexts_with_memory_in_common(comm: MPI.Comm) -> None:
+    params, expected = shared_arrays(parameters(), comm), parameters()
+    rule = fo.Nesterov(form="lookahead")
+    opt = ShardedOptimizer(params, rule, comm, ema=0.5)
+    whole = fo.Optimizer(expected, rule, ema=0.5)
+    for step in range(2):
+        trees = [gradients(params, rank, step) for rank in range(comm.size)]
+        opt.step(trees[comm.rank])
+        whole.step(average(trees, expected))
+        with opt.lookahead(), whole.lookahead():
+            equal(params, expected)
+        with opt.averaged(), whole.averaged():
+            equal(params, expected)
+        equal(params, expected)
+    opt.save("in.common")
+    opt.step(gradients(params, comm.rank, 9))
+    opt.load("in.common")
+    equal(params, expected)
+    assert opt.fingerprint() == whole.fingerprint()
+
+
+@case
+def memory_in_common_that_is_refused(comm: MPI.Comm) -> None:
+    params = shared_arrays({"w": np.full((300, 100), comm.rank, np.float32)}, comm)
+    assert not params["w"].any(), "rank 0's values are everybody's"
+    if comm.size == 1:
+        return
+    raises(
+        ValueError, "every rank updates all",
+        lambda: ShardedOptimizer(params, fo.SGD(), comm, shard=None),
+    )  # fmt: skip
+    opt = ShardedOptimizer(params, fo.SGD(), comm)
+    grads = shared_arrays(params, comm, each=True)
+    before = params["w"].copy()
+    wrong = {"w": grads["w"][1:]} if comm.rank else grads
+    raises(ValueError, "grads['w']", lambda: opt.step(wrong))
+    equal(params, {"w": before})
+    comm.Barrier()
+    grads["w"][...] = 1.0 + comm.rank
+    opt.step(grads)
+    mean = np.float32((1 + comm.size) / 2)
+    np.testing.assert_allclose(params["w"], before - np.float32(1e-2) * mean, rtol=1e-6)
 
 
 @case

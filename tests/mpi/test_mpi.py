@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import fusedopt as fo
+from mpi_places import PLACES
 from mpi_ranks import run_ranks
 
 HERE = Path(__file__).parent
+QUICK = ("between steps", "step, in the reduction", "save, before the index")
 
 
 @pytest.mark.parametrize(
@@ -41,13 +45,23 @@ def check_cases(ranks: int, folder: Path, *names: str) -> int:
     return len(found[0])
 
 
-def test_a_rank_that_dies_is_an_error_on_the_others(tmp_path: Path) -> None:
-    script = str(HERE / "dying.py")
-    done = run_ranks(3, [script], launcher=["-disable-auto-cleanup"], cwd=tmp_path)
+@pytest.mark.parametrize(
+    "place", [*QUICK, *(pytest.param(p, marks=pytest.mark.slow) for p in PLACES if p not in QUICK)]
+)
+def test_a_rank_that_is_killed_is_an_error_on_the_others(place: str, tmp_path: Path) -> None:
+    program = [str(HERE / "guarded.py"), str(HERE / "killed.py"), place]
+    done = run_ranks(3, program, launcher=["-disable-auto-cleanup"], cwd=tmp_path)
     assert done.returncode != 0
-    told = {path.name: path.read_text().splitlines() for path in tmp_path.iterdir()}
+    victim = PLACES[place].victim
+    told = {path.name: path.read_text().splitlines() for path in tmp_path.glob("rank*")}
     expected = ["TimeoutError True", "RuntimeError True"]
-    assert told == {"rank0": expected, "rank2": expected}
+    assert told == {f"rank{rank}": expected for rank in range(3) if rank != victim}
+    # The checkpoint is that of the first step or, from where its index was written, the second.
+    opt = fo.Optimizer({"w": np.zeros((700, 256), np.float32)}, fo.AdamW())
+    opt.load(tmp_path / "kept")
+    assert opt.step_count == (2 if place == "save, after the index" else 1)
+    expected_digest = (tmp_path / f"digest{opt.step_count}").read_text()
+    assert opt.fingerprint() == expected_digest
 
 
 def test_mpi_is_not_imported_unasked() -> None:
