@@ -41,6 +41,12 @@ class Optimizer(Persistent):
         each parameter group on its own. A norm that is NaN or infinite raises.
     clip_value : float, optional
         Keep every element of the unscaled gradients within +- this value instead.
+    clip_leaf : float, optional
+        Multiply each array's gradient by min(1, clip_leaf / its own norm), unscaled.
+    clip_adaptive : float, optional
+        Keep the norm of each row of a gradient within this share of that of the parameter's row.
+    centralize : bool
+        Subtract from each row of a gradient its mean.
     skip_nonfinite : bool
         Skip a step with a NaN or infinity in any gradient, and say so in its `StepInfo`.
     zero_grads : bool
@@ -86,6 +92,11 @@ class Optimizer(Persistent):
 
     Notes
     -----
+    A row is what one index of the first axis selects, of an array with one axis all of it; arrays
+    with one axis are not centralised. Gradients are centralised first, and then clipped by
+    `clip_adaptive`, `clip_leaf` and `clip_norm`, in this order; `grad_norm` tells of what reaches
+    `clip_norm`. The first three are on the host and take no `Rows`.
+
     With `wait=False`, `StepInfo.grad_norm` and `clip_scale` are arrays of the device, whose
     `float()` waits. Where a norm is not finite the device takes neither that step nor a later one;
     the next step that knows, or whatever else waits, raises FloatingPointError, and counters are
@@ -101,6 +112,9 @@ class Optimizer(Persistent):
         *,
         clip_norm: ClipNorm = None,
         clip_value: float | None = None,
+        clip_leaf: float | None = None,
+        clip_adaptive: float | None = None,
+        centralize: bool = False,
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
         state_dtype: StateDtype = None,
@@ -121,8 +135,9 @@ class Optimizer(Persistent):
         self.params = params
         self._rule = rule
         options = Options(
-            clip_norm, clip_value, skip_nonfinite, zero_grads, state_dtype, rounding, master,
-            copy_out, ema, slow_weights, stats, exact, seed, backend, threads, verify, wait,
+            clip_norm, clip_value, clip_leaf, clip_adaptive, centralize, skip_nonfinite,
+            zero_grads, state_dtype, rounding, master, copy_out, ema, slow_weights, stats, exact,
+            seed, backend, threads, verify, wait,
         )  # fmt: skip
         self._assembly = Assembly(params, rule, options, state_path, self._first_tiles)
 

@@ -827,6 +827,12 @@ def _check_choices(
             raise ValueError(f"{name}: expected one of {known}, got {value!r}")
     if not isinstance(bucket_bytes, int) or isinstance(bucket_bytes, bool) or bucket_bytes < 1:
         raise ValueError(f"bucket_bytes: expected an integer >= 1, got {bucket_bytes!r}")
+    for name in ("clip_leaf", "clip_adaptive", "centralize"):
+        if options.get(name):
+            raise ValueError(
+                f"{name}: is not supported by ShardedOptimizer, whose ranks have parts of arrays;"
+                " leave it out"
+            )
     if shard == "states" and options.get("master") is not None:
         raise ValueError(
             f"shard='states': with master={options['master']!r} masters are shared out too; give"

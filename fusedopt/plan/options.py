@@ -20,11 +20,17 @@ from .slow_weights import Lookahead
 ClipNorm = float | Mapping[str, float | None] | None
 
 
+FLAGS = ("centralize", "skip_nonfinite", "zero_grads", "stats", "exact", "verify", "wait")
+
+
 class Options(NamedTuple):
     """The options of an optimizer, as `Optimizer` takes them."""
 
     clip_norm: ClipNorm
     clip_value: float | None
+    clip_leaf: float | None
+    clip_adaptive: float | None
+    centralize: bool
     skip_nonfinite: bool
     zero_grads: bool
     state_dtype: StateDtype
@@ -43,7 +49,7 @@ class Options(NamedTuple):
 
     def checked(self) -> Options:
         """Raise TypeError or ValueError where a value does not fit."""
-        for name in ("skip_nonfinite", "zero_grads", "stats", "exact", "verify", "wait"):
+        for name in FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         if self.clip_norm is not None and self.clip_value is not None:
@@ -54,8 +60,14 @@ class Options(NamedTuple):
                     positive(f"clip_norm[{label!r}]", limit)
         elif self.clip_norm is not None:
             positive("clip_norm", self.clip_norm)
-        if self.clip_value is not None:
-            positive("clip_value", self.clip_value)
+        for name in ("clip_value", "clip_leaf", "clip_adaptive"):
+            if getattr(self, name) is not None:
+                positive(name, getattr(self, name))
+        if self.transforms and self.exact:
+            raise ValueError(
+                "clip_leaf, clip_adaptive, centralize: take no gradients of some rows, which exact"
+                " is for; leave out exact"
+            )
         if self.ema is not None and not callable(self.ema):
             check_ema("ema", self.ema)
         slow = self.slow_weights
@@ -97,6 +109,12 @@ class Options(NamedTuple):
                 f" {list(labels)}; got {dict(self.clip_norm)!r}"
             )
         return {k: None if x is None else float(x) for k, x in self.clip_norm.items()}
+
+    @property
+    def transforms(self) -> bool:
+        """Whether gradients are transformed leaf by leaf before anything else."""
+        clips = self.clip_leaf is not None or self.clip_adaptive is not None
+        return clips or self.centralize
 
     def decides(self, wide: bool) -> bool:
         """Return whether gradients are read before the step.

@@ -30,6 +30,7 @@ from ..verification.plan import VerifiedPlan
 from .accumulate import ACCUMULATED, Accumulator
 from .checkpoint import Snapshot
 from .clipping import GradientClipper
+from .gradient_transforms import GradientTransforms
 from .gradients import GradientReader
 from .info import StepInfo, StepInfoBuilder
 from .lazy_rows import LazyRows
@@ -96,6 +97,15 @@ class Assembly:
             options.skip_nonfinite,
         )
         self.clipper.begin(1.0)
+        self._transforms = None
+        if options.transforms:
+            self._transforms = GradientTransforms(
+                self.backend,
+                options.clip_leaf,
+                options.clip_adaptive,
+                options.centralize,
+                lambda: self.clipper.factor,
+            )
         self.parted: list[int] = []
         self._shared_out = False
         self.exchanged = ""
@@ -205,7 +215,13 @@ class Assembly:
         elif self.options.exact:
             self.lazy_rows = LazyRows(self.tree, spec, plan)
         self.reader = GradientReader(
-            self.tree, gradient_checks, self.device.unique_rows, spec, plan, self.lazy_rows
+            self.tree,
+            gradient_checks,
+            self.device.unique_rows,
+            spec,
+            plan,
+            self.lazy_rows,
+            self._transforms,
         )
         self.info_builder = StepInfoBuilder(self.tree, spec, self.clipper)
         self._one_phase = all(group.rule.program.phases == 1 for group in self.current)
@@ -240,7 +256,7 @@ class Assembly:
 
     def _whole_step(self, formulas: list[Any]) -> Any:
         options, plan = self.options, self.plan
-        if options.slow_weights is not None and options.slow_weights.reset:
+        if options.transforms or (options.slow_weights and options.slow_weights.reset):
             return None
         if options.exact or options.verify or self.state_file or self._shared_out:
             return None

@@ -16,6 +16,7 @@ from ..arrays.trees import Tree
 from ..plan.interface import Plan
 from ..plan.spec import PlanSpec
 from ..rules.base import Rule
+from .gradient_transforms import GradientTransforms
 from .lazy_rows import LazyRows
 
 
@@ -23,7 +24,8 @@ class GradientReader:
     """Reader of gradients, which runs an optimizer's plan or finds why it refuses them.
 
     gradient_checks: of the tree's leaves. unique_rows: checks `Rows`, see `arrays.rows`. lazy_rows:
-    of rows that miss steps, where these are to be replayed.
+    of rows that miss steps, where these are to be replayed. transforms: of the gradients of a step,
+    before anything else.
     """
 
     def __init__(
@@ -34,15 +36,16 @@ class GradientReader:
         spec: PlanSpec,
         plan: Plan,
         lazy_rows: LazyRows | None = None,
+        transforms: GradientTransforms | None = None,
     ) -> None:
         self._unique_rows = unique_rows
         self._tree, self._checks, self._spec, self._plan = tree, gradient_checks, spec, plan
         self._rules = [spec.groups[k].rule for k in spec.group_of]
-        self._lazy_rows = lazy_rows
+        self._lazy_rows, self._transforms = lazy_rows, transforms
 
     def step(self, grads: Any, hessian: Any) -> int:
         """One step; its number."""
-        if self._lazy_rows is not None:  # which wants to see the leaves
+        if self._lazy_rows is not None or self._transforms is not None:  # which want the leaves
             return self.explained(grads, hessian)
         number = self._plan.step(grads, hessian)
         return self.explained(grads, hessian) if number is None else number
@@ -114,7 +117,11 @@ class GradientReader:
         if self._lazy_rows is not None:
             self._lazy_rows.check(grads)
         before = int(self._spec.counters[0])
-        number = self._plan.step_leaves(grads, hessian)
+        taken = grads
+        if self._transforms is not None:
+            callers = [leaf_state.caller for leaf_state in self._spec.leaves]
+            taken = self._transforms(self._labels("grads"), callers, grads)
+        number = self._plan.step_leaves(taken, hessian)
         if number is None:
             raise RuntimeError(
                 "the core refused arrays that passed the checks; if another thread has changed them"
@@ -122,6 +129,10 @@ class GradientReader:
             )
         if self._lazy_rows is not None and number > before:
             self._lazy_rows.record(grads, hessian)
+        if self._spec.zero_grads and number > before:
+            for given, own in zip(grads, taken, strict=True):
+                if own is not given:  # the step has zeroed a new array
+                    given[...] = 0
         return int(number)
 
     def _zeroing(self, fitted: Any, estimates: Any, given: Sequence[Any]) -> int:

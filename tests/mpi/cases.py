@@ -525,6 +525,10 @@ def ranks_that_do_not_agree(comm: MPI.Comm) -> None:
         return
     params = {"w": np.zeros((300, 7 + comm.rank), np.float32)}
     raises(ValueError, "expected the same parameters", lambda: ShardedOptimizer(params, fo.SGD()))
+    for name in ("clip_leaf", "clip_adaptive", "centralize"):
+        options: dict[str, Any] = {name: name == "centralize" or 0.5}
+        refused = functools.partial(ShardedOptimizer, params, fo.SGD(), **options)
+        raises(ValueError, f"{name}: is not supported by ShardedOptimizer", refused)
     params = {"w": np.full((300, 100), comm.rank, np.float32)}
     opt = ShardedOptimizer(params, fo.SGD(), comm)
     assert not params["w"].any(), "rank 0's values are everybody's"

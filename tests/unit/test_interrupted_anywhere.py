@@ -106,6 +106,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "clipped": {"clip_norm": 1.0},
     "measured": {"stats": True, "ema": 0.5},
     "zeroing": {"zero_grads": True},
+    "transforming": {"clip_leaf": 0.1, "centralize": True},
     "looking ahead": {"slow_weights": fo.Lookahead(k=1, reset=True)},
     "masters": {"master": "float32"},
     "verified": {"verify": True},

@@ -47,6 +47,9 @@ def check_options(options: Options, state_path: Any) -> None:
     """ValueError, with the name, for what there is on the host alone."""
     asked = {
         "stats with wait=False": options.stats and not options.wait,
+        "clip_leaf": options.clip_leaf is not None,
+        "clip_adaptive": options.clip_adaptive is not None,
+        "centralize": options.centralize,
         "exact": options.exact,
         "verify": options.verify,
         "state_path": state_path is not None,
