@@ -2,16 +2,18 @@
 
 Run it in an environment that holds the libraries (torch, jax, optax, keras) and NumPy:
 
-    cd tests && python -m golden.record
+    cd tests && python -m golden.record [RULE ...]
 
-The tests read only the file. Each case names the library's own function and arguments, and
-the hyperparameters, in fusedopt's names, that are to give the same trajectory.
+With names of rules only their cases are recorded, and the others stay as they are. The tests read
+only the file. Each case names the library's own function and arguments, and the hyperparameters,
+in fusedopt's names, that are to give the same trajectory.
 """
 
 import importlib
 import json
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from golden import problem
 from golden.cases import CASES, Case
 
 FILE = Path(__file__).with_name("libraries.json")
+
+KEY = ("library", "rule", "variant")
 
 Step = Callable[[int, problem.Tree], problem.Tree]
 
@@ -129,14 +133,17 @@ def record(case: Case) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(rules: Sequence[str]) -> None:
     """Write the file, one line for every value of a case."""
+    known = {tuple(entry[name] for name in KEY): entry for entry in json.loads(FILE.read_text())}
     entries = []
     for case in CASES:
-        lines = [f'"{name}": {json.dumps(value)}' for name, value in record(case).items()]
+        anew = not rules or case.rule in rules
+        entry = record(case) if anew else known[tuple(getattr(case, name) for name in KEY)]
+        lines = [f'"{name}": {json.dumps(value)}' for name, value in entry.items()]
         entries.append("{" + ",\n ".join(lines) + "}")
     FILE.write_text("[\n" + ",\n".join(entries) + "\n]\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

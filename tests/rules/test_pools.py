@@ -182,7 +182,8 @@ def test_all_options_at_once_fit_the_rule_of_most_states(backend: str) -> None:
     p: dict[str, Any] = {name: x.astype(np.float16) for name, x in start().items()}
     plain = {name: x.copy() for name, x in p.items()}
     copies = {name: x.copy() for name, x in p.items()}
-    rule, options = fo.Prodigy(d0=0.01), {"master": "float32", "clip_value": 1.0}
+    rule = fo.Prodigy(d0=0.01)
+    options: Any = {"master": "float32", "clip_value": 1.0}
     besides: Any = {"copy_out": copies, "ema": 0.9, "stats": True, "threads": 2}
     slow = fo.Lookahead(k=7)
     opt = fo.Optimizer(p, rule, backend=backend, slow_weights=slow, **options, **besides)
