@@ -52,7 +52,7 @@ class SAM:
     References
     ----------
     Foret et al. 2020, "Sharpness-Aware Minimization for Efficiently Improving Generalization",
-    algorithm 1; Kwon et al. 2021, "ASAM", with T_w = |w|.
+    algorithm 1; Kwon et al. 2021, "ASAM", with the absolute values of w as T_w.
 
     Examples
     --------
