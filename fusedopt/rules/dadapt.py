@@ -113,7 +113,8 @@ class DAdaptAdam(Rule):
         product, size = sums
         b3 = sqrt(self.betas[1])
         r = b3 * r + (1.0 - b3) * product
-        found = d * r / ((1.0 - b3) * size) if size else 0.0
+        size *= 1.0 - b3
+        found = d * r / size if size else 0.0
         new = found if d < found < inf else d
         shrink = d / new
         return shrink, new, r * shrink * shrink
