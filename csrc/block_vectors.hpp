@@ -78,9 +78,9 @@ inline __m512i signs_of(const __m512 (&x)[4]) {
 
 // Rounds y, a magnitude, to four significant bits, ties to even, the first of which stands for
 // `power`: the sum has room for no more. In the lowest byte of the result these bits and eight
-// times the power's biased exponent are added up, and 4 + 8 * 20. (The product is exact.)
+// times the power's biased exponent are added up, and 4 + 8 * 20.
 inline __m512i four_places(__m512 power, __m512 y) {
-  const __m512i sum = bits_of(_mm512_fmadd_ps(power, all_of(1572864.0f), y));
+  const __m512i sum = bits_of(_mm512_add_ps(_mm512_mul_ps(power, all_of(1572864.0f)), y));
   return _mm512_add_epi32(sum, _mm512_srli_epi32(sum, 20));
 }
 // What is too much there where numbers begin with the bits alone at that biased exponent.
@@ -292,7 +292,7 @@ template <>
 struct Sixteen<UnsignedDynamic4> : UnsignedSixteen {
   static __m512i number(__m512 y) {
     const __m512 least = magnitude_from(y, UnsignedDynamic4::SMALLEST);
-    const __m512 near = _mm512_fmadd_ps(least, all_of(16.0f), all_of(0.5f));  // an exact product
+    const __m512 near = _mm512_add_ps(_mm512_mul_ps(least, all_of(16.0f)), all_of(0.5f));
     return _mm512_sub_epi32(_mm512_cvttps_epi32(near), all_of(1u));
   }
   static __m512 value(__m512i number) {
