@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -29,6 +30,14 @@ if core:
     check_registry()
 
 
+def _calls_inside() -> int:
+    """Return how many calls, this one's caller the first, lie between here and the user's code."""
+    frame, count = sys._getframe(1), 0
+    while frame.f_back and frame.f_globals["__name__"].partition(".")[0] == "fusedopt":
+        frame, count = frame.f_back, count + 1
+    return count
+
+
 def get_backend(name: str = "auto", arrays: Iterable[Any] = ()) -> Backend:
     """A backend by name; "auto" takes FUSEDOPT_BACKEND, else "cuda" where one of these arrays is on
     a CUDA device, else the first that can be used.
@@ -46,7 +55,7 @@ def get_backend(name: str = "auto", arrays: Iterable[Any] = ()) -> Backend:
                 "fusedopt runs on its NumPy reference, which is slow:"
                 f" {BACKENDS['native'].unavailable()}. {BACKENDS['numba'].unavailable()}",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=_calls_inside() + 1,
             )
     if name not in BACKENDS:
         raise ValueError(f"backend: expected one of auto, {', '.join(BACKENDS)}; got {name!r}")
