@@ -165,8 +165,9 @@ class Bounded(NDArrayOperatorsMixin):
             return self._like(total, error, self.lost.sum(axis, keepdims=keepdims))
 
     def wide(self) -> Bounded:
-        """Return the elements for arithmetic in float64."""
-        return Bounded(self.value, self.error, np.dtype(np.float64), self.lost)
+        """Return the elements for arithmetic in float64, with constants in their own type."""
+        error = self.error + 2 * self._unit * np.abs(self.value)
+        return Bounded(self.value, error, np.dtype(np.float64), self.lost)
 
     def total(self) -> Bounded:
         """All elements added up in float64."""
