@@ -45,20 +45,14 @@ py::object value_of(const py::handle& each, const py::int_& step) {
 
 }  // namespace
 
-py::dict values_in_step(const py::object& rule, const py::int_& step) {
-  py::dict values;
-  const py::tuple names = py::getattr(rule, Names::get().scheduled);
-  for (const py::handle name : names) {
-    const py::object value = py::getattr(rule, name);
-    if (!PyTuple_CheckExact(value.ptr())) {
-      values[name] = value_of(value, step);
-      continue;
-    }
-    py::tuple each(py::len(value));
-    for (std::size_t k = 0; k < each.size(); ++k) each[k] = value_of(py::tuple(value)[k], step);
-    values[name] = each;
-  }
-  return values;
+py::object value_in_step(const py::object& rule, const py::str& name, std::int64_t step) {
+  const py::object value = py::getattr(rule, name);
+  const py::int_ number(step);
+  if (!PyTuple_CheckExact(value.ptr())) return value_of(value, number);
+  const py::tuple old(value);
+  py::tuple each(old.size());
+  for (std::size_t k = 0; k < each.size(); ++k) each[k] = value_of(old[k], number);
+  return each;
 }
 
 py::object renumbered(const py::object& rule, const py::dict& values, const py::tuple& numbers) {

@@ -2,6 +2,8 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
+
 namespace fusedopt {
 
 namespace py = pybind11;
@@ -34,7 +36,7 @@ struct Names {
 // values: by name; numbers: fusedopt.rules.base.numbers_of, of the rule's class.
 py::object renumbered(const py::object& rule, const py::dict& values, const py::tuple& numbers);
 
-// The values that a rule's schedules, but for that of its learning rate, give a step.
-py::dict values_in_step(const py::object& rule, const py::int_& step);
+// The value that a schedule of Python's gives a step, or a tuple with schedules.
+py::object value_in_step(const py::object& rule, const py::str& name, std::int64_t step);
 
 }  // namespace fusedopt

@@ -203,43 +203,38 @@ bool Plan::take_numbers(const py::list* given) {
   const py::object& rates = policy_->rates;
   const py::list old_groups = py::getattr(rates, is.groups);
   const py::list old_current = py::getattr(rates, is.current);
-  const py::object old_extras = py::getattr(rates, is.extras);
   const std::size_t count = programs_.size();
-  const py::int_ step(counts_[0] + 1);
-  py::list groups(count), current(count);
-  py::object extras = old_extras;
-  bool any = false;
-  if (!given) {
-    const py::object as_given = py::getattr(rates, is.extras_given);
-    if (py::getattr(as_given, is.scheduled).cast<bool>()) {
-      extras = py::getattr(as_given, is.at)(step);
-      // Slow weights have operations of their own in the steps in which they move.
-      const auto moves = [&is](const py::object& o) { return py::bool_(py::getattr(o, is.slow)); };
-      if (!moves(extras).equal(moves(old_extras))) return false;
-      any = true;
-    }
+  const std::int64_t step = counts_[0] + 1;
+  py::list groups(given ? count : 0), current(count);
+  py::object extras = py::none(), old_extras;  // where they change
+  bool any = !given;
+  if (!given && policy_->moving) {
+    old_extras = py::getattr(rates, is.extras);
+    extras = py::getattr(py::getattr(rates, is.extras_given), is.at)(step);
+    // Slow weights have operations of their own in the steps in which they move.
+    const auto moves = [&is](const py::object& o) { return py::bool_(py::getattr(o, is.slow)); };
+    if (!moves(extras).equal(moves(old_extras))) return false;
   }
   std::vector<Numbers> fresh;
   std::vector<double> rate(rate_, rate_ + count);
   for (std::size_t k = 0; k < count; ++k) {
     const py::tuple group = old_groups[k], now = old_current[k];
-    const py::dict values = given ? py::dict((*given)[k]) : values_in_step(group[1], step);
+    const py::dict values = given ? py::dict((*given)[k]) : policy_->values(k, group[1], step);
     const auto other = [&](const py::tuple& before) -> py::object {
       const py::object rule = renumbered(before[1], values, policy_->numbers[k]);
       return rule ? with_rule(before, rule) : py::object();
     };
-    groups[k] = group;
-    current[k] = now;
+    py::object own = group, running = now;
     if (!values.empty()) {
       any = true;
-      const py::object running = other(now);
-      const py::object own = !given ? group : group[1].is(now[1]) ? running : other(group);
+      running = other(now);
+      if (given) own = group[1].is(now[1]) ? running : other(group);
       if (!running || !own) return false;
-      groups[k] = own;
-      current[k] = running;
       if (values.contains(is.lr)) rate[k] = values[is.lr].cast<double>();
     }
-    const py::object rule = py::tuple(current[k])[1];
+    if (given) groups[k] = own;
+    current[k] = running;
+    const py::object rule = py::tuple(running)[1];
     fresh.push_back(numbers_[k].of(rule, extras));
     if (!values.contains(is.weight_decay)) continue;
     const py::tuple line = py::getattr(rule, is.decay_line);
@@ -250,9 +245,9 @@ bool Plan::take_numbers(const py::list* given) {
   // What is dropped is released last: see `reprogram`.
   numbers_.swap(fresh);
   std::copy(rate.begin(), rate.end(), rate_);
-  py::setattr(rates, is.groups, groups);
+  if (given) py::setattr(rates, is.groups, groups);
   py::setattr(rates, is.current, current);
-  py::setattr(rates, is.extras, extras);
+  if (old_extras) py::setattr(rates, is.extras, extras);
   return true;
 }
 

@@ -23,7 +23,7 @@ py::object Plan::whole_step(const py::object& gradients, const py::object& hessi
   const DefaultControl control;
   const Use use(*this);
   const double factor = policy_ ? policy_->factor(grad_scale.ptr()) : 0.0;
-  if (factor == 0.0 || (policy_->scheduled && !take_numbers(nullptr)) ||
+  if (factor == 0.0 || (policy_->changes() && !take_numbers(nullptr)) ||
       !collect(gradients, hessian, false))
     return py::none();
   // A schedule of one's own is asked once a step, so not before gradients that Python must look at.

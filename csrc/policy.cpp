@@ -7,6 +7,8 @@
 #include <tuple>
 #include <utility>
 
+#include "hyperparameters.hpp"
+
 namespace fusedopt {
 
 Policy::Policy(const py::object& description)
@@ -20,7 +22,7 @@ Policy::Policy(const py::object& description)
       clips(description.attr("clips").cast<bool>()),
       skips(description.attr("skips").cast<bool>()),
       measures(description.attr("measures").cast<bool>()),
-      scheduled(description.attr("scheduled").cast<bool>()),
+      moving(description.attr("moving").cast<bool>()),
       held_(description.attr("info")),
       labels_(description.attr("labels")),
       paths_(description.attr("paths")),
@@ -32,9 +34,25 @@ Policy::Policy(const py::object& description)
     schedules.emplace_back();
     if (!formula.is_none()) schedules.back().emplace(formula);
   }
-  if (schedules.size() != labels_.size() || numbers.size() != labels_.size() ||
-      limits.size() != (by_group ? labels_.size() : 1))
+  for (const py::handle each : description.attr("scheduled")) {
+    numbers_.emplace_back();
+    for (const auto& [name, formula] : py::reinterpret_borrow<py::dict>(each)) {
+      scheduled_ = true;
+      numbers_.back().emplace_back(py::reinterpret_borrow<py::str>(name), std::nullopt);
+      if (!formula.is_none()) numbers_.back().back().second.emplace(formula);
+    }
+  }
+  if (numbers_.size() != labels_.size() || schedules.size() != labels_.size() ||
+      numbers.size() != labels_.size() || limits.size() != (by_group ? labels_.size() : 1))
     throw py::value_error("policy: the lists differ in length");
+}
+
+py::dict Policy::values(std::size_t group, const py::object& rule, std::int64_t step) const {
+  py::dict found;
+  for (const auto& [name, schedule] : numbers_[group])
+    found[name] = schedule ? py::object(py::float_((*schedule)(static_cast<double>(step))))
+                           : value_in_step(rule, name, step);
+  return found;
 }
 
 double Policy::factor(PyObject* grad_scale) const {

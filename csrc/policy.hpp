@@ -43,7 +43,12 @@ class Policy {
   std::vector<std::optional<Schedule>> schedules;
   std::vector<double> limits;
   std::vector<std::pair<std::size_t, std::vector<std::size_t>>> gradient_sums;
-  bool by_group, clips, skips, measures, scheduled;
+  bool by_group, clips, skips, measures, moving;
+
+  // Whether a step differs from the one before in more than learning rates and gradients.
+  bool changes() const { return moving || scheduled_; }
+  // The values that a group's schedules, but for that of its learning rate, give a step.
+  py::dict values(std::size_t group, const py::object& rule, std::int64_t step) const;
 
  private:
   py::tuple paths(const std::vector<std::size_t>& leaves) const;
@@ -53,7 +58,9 @@ class Policy {
   PyTypeObject* info_;
   py::object held_;
   py::list labels_, paths_;
-  bool narrow_;
+  // Of each group its scheduled numbers, and how the core finds them where it can.
+  std::vector<std::vector<std::pair<py::str, std::optional<Schedule>>>> numbers_;
+  bool narrow_, scheduled_ = false;
 };
 
 }  // namespace fusedopt

@@ -154,8 +154,8 @@ class Adam(Rule):
     @functools.cached_property
     def _folded(self) -> tuple[float, ...]:
         b1, b2 = self.betas
-        logs = (log(b) if b else -inf for b in self.betas)
-        return b1, 1.0 - b1, b2, 1.0 - b2, *logs
+        log_b1, log_b2 = log(b1) if b1 else -inf, log(b2) if b2 else -inf
+        return b1, 1.0 - b1, b2, 1.0 - b2, log_b1, log_b2
 
     def textbook(
         self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float

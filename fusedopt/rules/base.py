@@ -372,12 +372,12 @@ class Rule:
     def decay_line(self) -> tuple[float, float]:
         """(a, b): the loop around the rule multiplies the parameter with a + b lr."""
         lam = self.weight_decay
+        if self.decay in ("decoupled", "cautious"):
+            return 0.0, lam
         if self.decay == "scaled":
             return 0.0, 0.0
         if self.decay == "l2":
             return lam, 0.0
-        if self.decay in ("decoupled", "cautious"):
-            return 0.0, lam
         if self.decay == "decoupled_first":
             return 1.0, -lam
         base = self.lr.base if callable(self.lr) else self.lr  # type: ignore[attr-defined]

@@ -227,21 +227,24 @@ class Assembly:
         self._one_phase = all(group.rule.program.phases == 1 for group in self.current)
         more = self.options.exact or self.state_file or not self._one_phase
         self._renumbers = hasattr(plan, "renumber") and not more
-        self._settled: tuple[list[Any], bool] | None = None  # what the plan has been told
+        self._settled: tuple[list[Any], list[Any]] | None = None  # what the plan has been told
         self.settle_rates()
 
     def settle_rates(self) -> None:
         """Take what a step needs to know of the rules' learning rates and schedules."""
         self.rates.settle()
-        numbers = any(group.rule.scheduled for group in self.groups)
-        self._scheduled = numbers or self.rates.extras_given.scheduled
+        numbers = [
+            {name: formula_of(getattr(group.rule, name)) for name in group.rule.scheduled}
+            for group in self.groups
+        ]
+        self._scheduled = any(numbers) or self.rates.extras_given.scheduled
         formulas = [formula_of(group.rule.lr) for group in self.groups]
         known = all(
             formula is not None or not callable(group.rule.lr)
             for formula, group in zip(formulas, self.groups, strict=True)
         )
         self.ask = None if known else self.rates.begin
-        self._whole: Any = self._whole_step(formulas)
+        self._whole: Any = self._whole_step(formulas, numbers)
         self.settle_simple()
 
     def settle_simple(self) -> None:
@@ -254,7 +257,7 @@ class Assembly:
         self._shared_out = True
         self.settle_rates()
 
-    def _whole_step(self, formulas: list[Any]) -> Any:
+    def _whole_step(self, formulas: list[Any], numbers: list[dict[str, Any]]) -> Any:
         options, plan = self.options, self.plan
         if options.transforms or (options.slow_weights and options.slow_weights.reset):
             return None
@@ -263,14 +266,14 @@ class Assembly:
         if not self._one_phase:  # Python has its part in them
             return None
         if hasattr(plan, "settle"):
-            if self._settled != (formulas, self._scheduled):
-                plan.settle(self._policy(formulas))
-                self._settled = formulas, self._scheduled
+            if self._settled != (formulas, numbers):
+                plan.settle(self._policy(formulas, numbers))
+                self._settled = formulas, numbers
             return plan.whole_step
         simple = not (self.decides or options.stats or self.rates.scheduled or self._scheduled)
         return self._simple_step if simple and hasattr(plan, "step_alone") else None
 
-    def _policy(self, formulas: list[Any]) -> Policy:
+    def _policy(self, formulas: list[Any], numbers: list[dict[str, Any]]) -> Policy:
         options = self.options
         return Policy(
             info=StepInfo,
@@ -288,7 +291,8 @@ class Assembly:
             gradient_sums=self.info_builder.gradient_sums if options.stats else [],
             rates=self.rates,
             numbers=[numbers_of(type(group.rule)) for group in self.groups],
-            scheduled=self._scheduled,
+            scheduled=numbers,
+            moving=self.rates.extras_given.scheduled,
         )
 
     @property
@@ -635,8 +639,11 @@ class Assembly:
 
 
 def _same_rate(a: Group, b: Group) -> bool:
-    """Whether groups have the same learning rate, and schedules of the same other numbers."""
-    return a.rule.lr is b.rule.lr and a.rule.scheduled == b.rule.scheduled
+    """Whether groups have the same learning rate, and the same schedules of other numbers."""
+    names = ("lr", *a.rule.scheduled)
+    return a.rule.scheduled == b.rule.scheduled and all(
+        getattr(a.rule, name) is getattr(b.rule, name) for name in names
+    )
 
 
 def _state_file(

@@ -180,6 +180,22 @@ def test_a_checkpoint_compares_what_a_schedule_prints() -> None:
 
 
 @pytest.mark.parametrize("backend", HOST)
+def test_one_schedule_in_the_place_of_another(backend: str) -> None:
+    first, second = fo.schedules.Cosine(0.5, steps=9), fo.schedules.Cosine(0.25, steps=9)
+    p, q = np.ones(5), np.ones(5)
+    opt = fo.Optimizer(p, fo.AdamW(weight_decay=first), backend=backend)
+    plain = fo.Optimizer(q, fo.AdamW(weight_decay=0.5), backend=backend)
+    for t in range(1, 6):
+        schedule = first if t < 4 else second
+        if t == 4:
+            opt.replace(weight_decay=schedule)
+        plain.replace(weight_decay=schedule(t))
+        opt.step(p / 2)
+        plain.step(q / 2)
+        assert p.tobytes() == q.tobytes()
+
+
+@pytest.mark.parametrize("backend", HOST)
 def test_rows_that_missed_steps_have_the_values_of_these(backend: str) -> None:
     rule = fo.AdamW(weight_decay=Near(0.1), betas=(Near(0.9), Near(0.99)), lr=0.01)
     table = rng.standard_normal((6, 4)).astype(np.float32)
