@@ -65,6 +65,7 @@ double exact_sum(const std::vector<double>& values) {
 
 double combined(const std::vector<SquareSum>& leaves) {
   std::vector<double> values;
+  values.reserve(leaves.size());
   bool scaled = false, infinite = false;
   for (const auto& [sum, scale] : leaves) {
     // Zeros were looked at again, in vain; their scales are not to show either.

@@ -223,13 +223,22 @@ class Summing {
       for (int k = 0; k < count_; ++k) std::rotate(lanes_[k], lanes_[k] + by, lanes_[k] + LANES);
   }
 
+  // The lanes pairwise into the first.
+  template <bool maximum>
+  static void fold(double* lanes) {
+    for (std::size_t half = LANES / 2; half; half /= 2)
+      for (std::size_t lane = 0; lane < half; ++lane)
+        lanes[lane] = of_both(maximum, lanes[lane], lanes[lane + half]);
+  }
+
   void finish() {
     if (segment_ == NONE) return;
     for (int k = 0; k < count_; ++k) {
       double* const lanes = lanes_[k];
-      for (std::size_t half = LANES / 2; half; half /= 2)
-        for (std::size_t lane = 0; lane < half; ++lane)
-          lanes[lane] = of_both(maximum_[k], lanes[lane], lanes[lane + half]);
+      if (maximum_[k])
+        fold<true>(lanes);
+      else
+        fold<false>(lanes);
       sums_[k][segment_] = lanes[0];
     }
   }

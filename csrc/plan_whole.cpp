@@ -79,6 +79,7 @@ bool Plan::find_rates(const py::object& ask) {
 
 std::vector<double> Plan::norms(double factor) const {
   std::vector<std::vector<SquareSum>> sums(policy_->limits.size());
+  for (auto& each : sums) each.reserve(own_.size());
   for (std::size_t k = 0; k < own_.size(); ++k) {
     const double* const row = result_ + k * columns();
     sums[policy_->by_group ? static_cast<std::size_t>(groups_[k]) : 0].push_back({row[0], row[1]});
