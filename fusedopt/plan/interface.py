@@ -45,8 +45,8 @@ class Policy(NamedTuple):
     are told. gradient_sums: with them the columns of results with sums of squares that no pass has
     found before, and the leaves that have them. rates:
     `fusedopt.step.rates.Rates`. numbers: of each group's rule `numbers_of` its class. scheduled:
-    of each group the other numbers that have schedules, with their formulas or None; moving: whether
-    what is around the rules differs from step to step.
+    of each group the other numbers that have schedules, with their formulas or None; moving:
+    whether what is around the rules differs from step to step.
     """
 
     info: type

@@ -165,7 +165,9 @@ def test_all_rules_race(whole: tuple[Any, Path, str]) -> None:
         steps = [step for step, _, _ in ran.held_out]
         assert steps == list(range(0, 41, 2))
         assert ran.held_out[0][2] == result.outcomes[0].held_out[0][2]
-        assert ran.loss < ran.held_out[0][2] - 0.1
+        # An estimate of the rate begins at a millionth, and has 40 steps to grow.
+        least = 0.0 if fo.RULES[ran.rule].kept else 0.1
+        assert ran.loss < ran.held_out[0][2] - least
         assert ran.lr == best(result.tried[ran.rule])
         assert ran.step_times.fused_s > 0
         assert ran.step_times.naive_s > 0

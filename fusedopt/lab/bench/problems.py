@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,7 +83,8 @@ def rule_of(name: str) -> fo.Rule:
     # Without momentum, PyTorch's default, its SGD would keep no buffer.
     settings = {"momentum": 0.9} if name in ("momentum", "nesterov") else {}
     rule: fo.Rule = cls.like("torch", **settings) if "torch" in cls.conventions else cls()
-    return rule
+    # An estimate of the rate has no end where all gradients are the same.
+    return replace(rule, lr=0.0) if cls.kept else rule
 
 
 def elementwise_rules() -> list[str]:

@@ -140,7 +140,8 @@ def _rates(race: Race) -> list[str]:
     note = (
         f"Held-out loss after {race.options.search_steps} steps at each peak rate that was tried:"
         f" values a factor of {FACTOR} apart round a known one, and on where the best was at an"
-        " edge. The schedule rises in a twentieth of the steps and falls along a cosine to a tenth."
+        " edge; of a rule that finds its rate itself, the factor 1 on it. The schedule rises in a"
+        " twentieth of the steps and falls along a cosine to a tenth."
     )
     return [f"<p>{note}</p>", _table(("Rule", "Rate", "Loss by rate"), rows, numbers=3)]
 

@@ -153,7 +153,10 @@ def _forecast(options: RaceOptions, book: RateBook) -> tuple[float, float]:
 
 
 def _next_rate(book: RateBook, rule: str) -> float | None:
-    return next_rate(peak_rate(rule), book.tried.get(rule, {}))
+    tried = book.tried.get(rule, {})
+    if fo.RULES[rule].kept:  # which finds its rate itself, in more steps than a search has
+        return None if tried else peak_rate(rule)
+    return next_rate(peak_rate(rule), tried)
 
 
 def _minutes(seconds: float) -> str:
