@@ -93,7 +93,8 @@ class Matrices:
             for k, member in zip(made.members, members, strict=True):
                 for name, value in self._fresh.pop(k, {}).items():
                     assert member is not None
-                    np.copyto(member.sides[name], value)
+                    with np.errstate(over="ignore"):  # of what leaves the type there are no roots
+                        np.copyto(member.sides[name], value)
         with np.errstate(all="ignore"):
             workspace = self._workspaces[made.dtype]
             self._rule(made.members[0]).between(phase, self._works[batch], workspace, members)

@@ -310,11 +310,13 @@ def _norm(x: np.ndarray, spare: np.ndarray) -> float:
 
 def inverse_roots(moments: np.ndarray, c: float, eps: float) -> np.ndarray:
     """The inverse fourth roots of symmetric matrices over c, plus eps, in float64; NaN where one is
-    not finite."""
+    not finite. Eigenvalues that float32 has no normal numbers for count as zero, which has none."""
     roots = np.empty(moments.shape)
     for at in np.ndindex(moments.shape[:-2]):
         a = moments[at].astype(np.float64)
         q = eigenbasis(a)
         values = np.sum(q * (a @ q), axis=0) / c
-        roots[at] = ratio(q, (np.maximum(values, 0.0) + eps) ** 0.25) @ q.T
+        values = np.maximum(values, 0.0) + eps
+        values[values < 2.0**-126] = 0.0
+        roots[at] = ratio(q, values**0.25) @ q.T
     return roots
