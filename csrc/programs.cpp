@@ -165,9 +165,10 @@ bool Scalars::use_factor(const Program& program, const Numbers& numbers, double 
   for (const Program::Op& op : program.ops) {
     const Operation& operation = program.operation(op.index);
     const bool decays = operation.kind == RULE || operation.kind == MEASURE;
-    if (decays || operation.kind == FILTER)
+    if (decays || operation.kind == FILTER) {
       put(first, decays && program.filtered ? 1.0 : factor * numbers.factor);
-    finite = finite && is_finite(first);
+      finite = finite && is_finite(first);
+    }
     first += operation.scalars;
   }
   return finite;

@@ -60,14 +60,31 @@ def redundant(cases: Iterable[pytest.Function]) -> Iterable[pytest.Function]:
     """Yield the cases whose values, one by one, are all shown by the cases that are left.
 
     The order is that of a checksum, so that each test shows other combinations, always the same.
-    The variants of a rule count as one value: over all tests each is shown by some.
+    The variants of a rule count as one value, and each test shows a third of the rules: over all
+    tests each rule is shown by many, and each variant by some.
     """
     shown: set[tuple[str, object]] = set()
-    for item in sorted(cases, key=lambda case: zlib.crc32(case.nodeid.encode())):
-        values = {
-            (name, type(value).__name__ if isinstance(value, fo.Rule) else id(value))
-            for name, value in item.callspec.params.items()
-        }
-        if values <= shown:
+    for number, item in enumerate(sorted(cases, key=lambda case: checksum(case.nodeid))):
+        test = item.nodeid.partition("[")[0]
+        values: set[tuple[str, object]] = set()
+        for name, value in item.callspec.params.items():
+            rule = rule_of(value)
+            if rule is None:
+                values.add((name, id(value)))
+            elif checksum(test + rule) % 3 == 0:
+                values.add((name, rule))
+        if number and values <= shown:
             yield item
         shown |= values
+
+
+def checksum(text: str) -> int:
+    """A number that looks like any other, always the same."""
+    return zlib.crc32(text.encode())
+
+
+def rule_of(value: object) -> str | None:
+    """The name of the rule that a value is, or names."""
+    if isinstance(value, fo.Rule) or (isinstance(value, type) and issubclass(value, fo.Rule)):
+        return value.name
+    return value if isinstance(value, str) and value in fo.RULES else None

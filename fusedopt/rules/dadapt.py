@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf, sqrt
+from math import sqrt
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,6 @@ import numpy as np
 from ..programs.arithmetic import (
     Array,
     Pooling,
-    correction,
     grown,
     plain,
     ratio,
@@ -20,12 +19,13 @@ from ..programs.arithmetic import (
     wide,
 )
 from ..programs.elements import magnitude, quotient
-from .base import DecayForm, Rule
-from .hyperparameters import Betas, Fraction, LearningRate, NonNegative, Normal
+from .base import DecayForm
+from .estimated_rate import EstimatedRate, corrected
+from .hyperparameters import Betas, Fraction, NonNegative
 
 
 @dataclass(frozen=True, kw_only=True)
-class DAdaptAdam(Rule):
+class DAdaptAdam(EstimatedRate):
     """Adam whose learning rate is found from a lower bound on the distance to the solution.
 
     Parameters
@@ -74,15 +74,12 @@ class DAdaptAdam(Rule):
 
     name = "dadaptadam"
     year = 2023
-    over = "optimizer"
     kept = ("d", "r")
     scales_decay = True
     examples = ({}, {"bias_correction": True, "betas": (0.8, 0.9)})
 
-    lr: LearningRate = 1.0
     betas: Betas = (0.9, 0.999)
     eps: NonNegative = 1e-8
-    d0: Normal = 1e-6
     bias_correction: bool = False
     decay: DecayForm = "scaled"
 
@@ -94,13 +91,10 @@ class DAdaptAdam(Rule):
     def nonnegative(self) -> frozenset[str]:
         return frozenset(("v",))
 
-    def initial(self, state: str) -> float:
-        return self.d0 if state == "d" else 0.0
-
     def scalars(self, t: int, lr: float, d: float, r: float) -> tuple[float, ...]:
         b1, b2 = self.betas
         b3 = sqrt(b2)
-        w = lr * sqrt(correction(b2, t)) / correction(b1, t) if self.bias_correction else lr
+        w = corrected(lr, self.betas, t) if self.bias_correction else lr
         means = b1, (1.0 - b1) * w, b2, 1.0 - b2, b3
         return *means, w, (1.0 - b3) * w, self.eps, d * w * self.scaled_decay, d
 
@@ -116,8 +110,7 @@ class DAdaptAdam(Rule):
         r = b3 * r + (1.0 - b3) * product
         size *= 1.0 - b3
         found = d * r / size if size else 0.0
-        new = found if d < found < inf else d
-        shrink = d / new
+        new, shrink = self.larger(d, found)
         return shrink, new, r * shrink * shrink
 
     @staticmethod
@@ -153,7 +146,7 @@ class DAdaptAdam(Rule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DAdaptSGD(Rule):
+class DAdaptSGD(EstimatedRate):
     """SGD with momentum whose learning rate is found from the distance to the solution.
 
     Parameters
@@ -198,20 +191,14 @@ class DAdaptSGD(Rule):
 
     name = "dadaptsgd"
     year = 2023
-    over = "optimizer"
     kept = ("d", "r", "g0")
     examples = ({}, {"momentum": 0.0, "lr": 0.5})
 
-    lr: LearningRate = 1.0
     momentum: Fraction = 0.9
-    d0: Normal = 1e-6
 
     @property
     def states(self) -> tuple[str, ...]:
         return ("s", "v")
-
-    def initial(self, state: str) -> float:
-        return self.d0 if state == "d" else 0.0
 
     def scalars(self, t: int, lr: float, d: float, r: float, g0: float) -> tuple[float, ...]:
         return lr, self.momentum, 1.0 - self.momentum, d
@@ -230,8 +217,7 @@ class DAdaptSGD(Rule):
         r = r + k * product
         size = before + 2.0 * k * product + k * k * added  # ||s + k lr g||^2
         found = 2.0 * d * r / sqrt(size) if size > 0.0 else 0.0
-        new = found if d < found < inf else d
-        shrink = d / new
+        new, shrink = self.larger(d, found)
         return k, shrink, new, r * shrink * shrink, g0
 
     @staticmethod

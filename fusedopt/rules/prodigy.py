@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf, sqrt
+from math import sqrt
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,6 @@ import numpy as np
 from ..programs.arithmetic import (
     Array,
     Pooling,
-    correction,
     grown,
     ratio,
     textbook_correction,
@@ -19,12 +18,13 @@ from ..programs.arithmetic import (
     wide,
 )
 from ..programs.elements import magnitude, moments, quotient
-from .base import DecayForm, Rule
-from .hyperparameters import Betas, LearningRate, NonNegative, Normal
+from .base import DecayForm
+from .estimated_rate import EstimatedRate, corrected
+from .hyperparameters import Betas, NonNegative
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prodigy(Rule):
+class Prodigy(EstimatedRate):
     """Adam whose learning rate is found from the distance that the parameters have come.
 
     Parameters
@@ -79,7 +79,6 @@ class Prodigy(Rule):
 
     name = "prodigy"
     year = 2023
-    over = "optimizer"
     kept = ("d", "r")
     scales_decay = True
     examples = (
@@ -88,10 +87,8 @@ class Prodigy(Rule):
         {"safeguard": True, "coef": 0.5},
     )
 
-    lr: LearningRate = 1.0
     betas: Betas = (0.9, 0.999)
     eps: NonNegative = 1e-8
-    d0: Normal = 1e-6
     coef: NonNegative = 1.0
     bias_correction: bool = False
     safeguard: bool = False
@@ -105,12 +102,9 @@ class Prodigy(Rule):
     def nonnegative(self) -> frozenset[str]:
         return frozenset(("v",))
 
-    def initial(self, state: str) -> float:
-        return self.d0 if state == "d" else 0.0
-
     def scalars(self, t: int, lr: float, d: float, r: float) -> tuple[float, ...]:
         b1, b2 = self.betas
-        w = lr * sqrt(correction(b2, t)) / correction(b1, t) if self.bias_correction else lr
+        w = corrected(lr, self.betas, t) if self.bias_correction else lr
         k = 1.0 if self.safeguard else w
         step = d * w
         means = b1, 1.0 - b1, b2, 1.0 - b2, sqrt(b2)
@@ -126,8 +120,7 @@ class Prodigy(Rule):
         product, size = sums
         r = sqrt(self.betas[1]) * r + product
         found = self.coef * r / size if size else 0.0
-        new = found if d < found < inf else d
-        shrink = d / new
+        new, shrink = self.larger(d, found)
         return self.eps * (new / d), shrink, shrink * shrink, new, r * shrink * shrink
 
     @staticmethod

@@ -181,7 +181,7 @@ def test_optax_masks_and_injected_hyperparameters() -> None:
 
 def test_schedule_free_of_optax_with_other_weights_is_refused() -> None:
     optax = pytest.importorskip("optax")
-    params, grads = {"w": np.ones((4, 3))}, {"w": draw(0, (4, 3), np.float64)}
+    params, grads = {"w": np.ones((4, 3), np.float32)}, {"w": draw(0, (4, 3), np.float32)}
     theirs = optax.contrib.schedule_free_sgd(0.5, warmup_steps=4)
     state = theirs.init(params)
     for _ in range(3):

@@ -379,6 +379,7 @@ def test_options_that_do_not_go(options: dict[str, Any], message: str) -> None:
         TrainOptions(**options)
 
 
+@pytest.mark.slow
 def test_the_command(story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "run.ckpt"
     arguments = ["train", "--data", str(story), "--steps", "2", "--batch", "1"]

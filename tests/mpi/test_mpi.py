@@ -13,7 +13,7 @@ from mpi_places import PLACES
 from mpi_ranks import run_ranks
 
 HERE = Path(__file__).parent
-QUICK = ("between steps", "step, in the reduction", "save, before the index")
+QUICK = ("step, in the reduction",)
 
 
 @pytest.mark.parametrize(

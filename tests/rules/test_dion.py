@@ -11,14 +11,10 @@ import pytest
 import fusedopt as fo
 from fusedopt.backends import matrices
 from fusedopt.rules import dion
+from of_matrices import draw, stepped_with_all_options
 
 SHAPES = [(6, 10), (10, 6), (7, 7), (1, 5), (5, 1), (4, 3, 2)]
 BACKENDS = ["native", "numba", "reference"]
-
-
-def draw(shape: tuple[int, ...], count: int, seed: int = 0) -> list[np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return [rng.standard_normal(shape) for _ in range(count)]
 
 
 def orthonormal(a: np.ndarray) -> np.ndarray:
@@ -131,20 +127,7 @@ def test_of_a_steady_gradient_the_directions_become_the_largest() -> None:
 
 @pytest.mark.parametrize("state_dtype", [None, "bfloat16", "float8", "dynamic8", "dynamic4"])
 def test_formats_clipping_and_averages(state_dtype: Any) -> None:
-    params = {"w": np.ones((80, 64), np.float32), "f": np.ones((8, 3, 5), np.float32, order="F")}
-    options: dict[str, Any] = {"state_dtype": state_dtype, "skip_nonfinite": True, "ema": 0.5}
-    optimizer = fo.Optimizer(params, fo.Dion(), verify=True, clip_norm=1.0, **options)
-    rng = np.random.default_rng(0)
-    for t in range(5):
-        grads = {k: rng.standard_normal(p.shape).astype(np.float32) for k, p in params.items()}
-        if t == 3:
-            grads["w"][5, 5] = np.nan
-            before = optimizer.fingerprint()
-            assert optimizer.step(grads).skipped
-            assert optimizer.fingerprint() == before
-            continue
-        info: Any = optimizer.step(grads)
-        assert info.clip_scale < 1
+    optimizer = stepped_with_all_options(fo.Dion(), state_dtype)
     assert optimizer.leaf_state("w")[0].sides["Q"].data.dtype == np.float32
 
 

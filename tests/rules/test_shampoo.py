@@ -10,15 +10,11 @@ import pytest
 
 import fusedopt as fo
 from fusedopt.rules import shampoo
+from of_matrices import draw, stepped_with_all_options
 
 SHAPES = [(6, 10), (10, 6), (7, 7), (1, 5), (5, 1), (4, 3, 2)]
 BACKENDS = ["native", "numba", "reference"]
 GRAFTINGS = ["adam", "rmsprop", "adagrad", "sgd", "none"]
-
-
-def draw(shape: tuple[int, ...], count: int, seed: int = 0) -> list[np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return [rng.standard_normal(shape) for _ in range(count)]
 
 
 def parts(n: int, most: int) -> list[slice]:
@@ -205,21 +201,8 @@ def test_a_zero_gradient_and_eps_zero(grafting: Any) -> None:
 @pytest.mark.parametrize("state_dtype", [None, "bfloat16", "float8", "dynamic8", "dynamic4"])
 def test_formats_clipping_and_averages(grafting: Any, state_dtype: Any) -> None:
     """All that goes with other rules goes with this one; every element is compared."""
-    params = {"w": np.ones((80, 64), np.float32), "f": np.ones((8, 3, 5), np.float32, order="F")}
     rule = fo.Shampoo(grafting=grafting, precondition_frequency=1, max_precond_dim=50, eps=1e-4)
-    options: dict[str, Any] = {"state_dtype": state_dtype, "skip_nonfinite": True, "ema": 0.5}
-    optimizer = fo.Optimizer(params, rule, verify=True, clip_norm=1.0, **options)
-    rng = np.random.default_rng(0)
-    for t in range(5):
-        grads = {k: rng.standard_normal(p.shape).astype(np.float32) for k, p in params.items()}
-        if t == 3:
-            grads["w"][5, 5] = np.nan
-            before = optimizer.fingerprint()
-            assert optimizer.step(grads).skipped
-            assert optimizer.fingerprint() == before
-            continue
-        info: Any = optimizer.step(grads)
-        assert info.clip_scale < 1
+    optimizer = stepped_with_all_options(rule, state_dtype)
     sides = optimizer.leaf_state("w")[0].sides
     assert all(side.data.dtype == np.float32 for side in sides.values())
 

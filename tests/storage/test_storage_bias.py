@@ -184,8 +184,8 @@ def test_averages_over_a_run_are_those_of_float32(name: str, kind: str) -> None:
 @every_name
 @pytest.mark.parametrize("kind", KINDS)
 def test_averages_of_squares_over_a_run_are_those_of_float32(name: str, kind: str) -> None:
-    """The same of states without a sign, for which a block's elements below a format's least value
-    may come out larger, by that value at most."""
+    """States without a sign have that mean too, but where a block's elements lie below a format's
+    least value: these may come out larger, by that value at most."""
     n, steps = 20 * 256, 150
     p = {"q": np.zeros(n, np.float32)}
     rule = fo.RMSProp(rho=0.98)

@@ -36,7 +36,7 @@ def draw(seed: int, dtype: Any = np.float32, scale: float = 1.0) -> dict[str, Ar
 
 
 def norms(a: Array) -> Any:
-    """Of each row, as a column; of an array with one axis of all."""
+    """Return the norm of each row, as a column; of an array with one axis, that of all."""
     axes = tuple(range(1, a.ndim)) if a.ndim > 1 else None
     return np.sqrt(np.sum(a.astype(np.float64) ** 2, axis=axes, keepdims=a.ndim > 1))
 
