@@ -48,6 +48,8 @@ inline T updated(const Rule& rule, T factor, T decay, T w, T g, S&... states) {
     return delta;
   else if constexpr (mode == DECOUPLED)
     return w - (decay * w + delta);
+  else if constexpr (mode == CAUTIOUS)
+    return w - (opposed(delta, w) ? delta : decay * w + delta);
   else
     return w - delta;
 }
@@ -234,7 +236,7 @@ void measure_tile(void* const* x, const void* scalars, std::size_t n) {
 template <class Wide, class T>
 constexpr Functions measures() {
   return {{measure_tile<Wide, T, PLAIN>, measure_tile<Wide, T, L2>, measure_tile<Wide, T, PLAIN>,
-           measure_tile<Wide, T, FIRST>}};
+           measure_tile<Wide, T, FIRST>, measure_tile<Wide, T, PLAIN>}};
 }
 
 template <class Rule, class T, int... M>

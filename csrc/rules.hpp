@@ -52,6 +52,12 @@ inline T signed_like(T size, T x) {
   return x > T(0) ? size : (x < T(0) ? -size : x);
 }
 
+// Whether one is positive and the other negative.
+template <class T>
+inline bool opposed(T x, T y) {
+  return ((x > T(0)) & (y < T(0))) | ((x < T(0)) & (y > T(0)));
+}
+
 template <class T>
 struct SGD {
   static constexpr const char* name = "sgd";

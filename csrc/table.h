@@ -27,6 +27,7 @@ enum Mode : std::uint8_t {
   L2,         // g += c * p before the rule, then p -= delta
   DECOUPLED,  // p -= c * p + delta
   FIRST,      // p *= c before the rule, then p -= delta: PyTorch's order
+  CAUTIOUS,   // p -= c * p + delta, or only delta where that has the other sign
   PEEK,       // out = delta; neither p nor a state is written
   PEEK_L2,    // the same with g += c * p before the rule
   MODES

@@ -42,7 +42,8 @@ def variants(cls: type[Rule]) -> Iterator[Rule]:
         yield cls(**example, weight_decay=0.0)
         yield cls(**{**example, "maximize": True})
         scaled = ("scaled",) if cls.scales_decay else ()
-        for decay in ("l2", "decoupled", "decoupled_first", "independent", *scaled):
+        forms = ("l2", "decoupled", "decoupled_first", "cautious", "independent", *scaled)
+        for decay in forms:
             yield cls(**example, weight_decay=0.1, decay=decay)
 
 

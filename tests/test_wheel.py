@@ -33,7 +33,9 @@ DIGESTS: dict[str, str] = {
     "rmsprop": "1e95be2d6eeed43b",
     "adam": "c1cc6ccb3bb81399",
     "adamw": "b2c098e779028eb6",
+    "adamw cautious": "a20d33dd65a41efd",
     "lion": "0130b724611af389",
+    "lion cautious": "c25d92f2c7fae643",
     "sophia": "e6371e31efce25dc",
     "adamax": "01063fb4ecd8c46e",
     "adadelta": "3e0ace15f91275fe",
@@ -85,10 +87,13 @@ def digest(rule: fo.Rule, threads: int | None = None) -> str:
 
 
 def rule_of(name: str) -> fo.Rule:
-    return fo.RULES[name](lr=0.125, weight_decay=0.0625)
+    rule, *decay = name.split()
+    form: Any = {"decay": decay[0]} if decay else {}
+    return fo.RULES[rule](lr=0.125, weight_decay=0.0625, **form)
 
 
 ELEMENTWISE = [name for name in fo.RULES if not rule_of(name).program.matrices]
+ELEMENTWISE += ["adamw cautious", "lion cautious"]
 
 
 def test_the_compiled_core_is_there() -> None:

@@ -28,7 +28,7 @@ class Matrices:
     """
 
     def __init__(self, spec: PlanSpec) -> None:
-        leaves, works = [], 1
+        leaves, works, self._reserve = [], 1, 0
         self._spec = spec
         self.sided = any(leaf_state.sides for leaf_state in spec.leaves)
         for k, group in enumerate(spec.group_of):
@@ -36,6 +36,7 @@ class Matrices:
             stack = rule.matrices(p.shape)
             if stack is not None:
                 works = max(works, len(rule.works))
+                self._reserve = max(self._reserve, cast(MatrixRule, rule).reserve(p.shape))
                 compute = compute_dtype(p.format.dtype)
                 rest = group, p.shape, p.order
                 leaves.append((k, compute, rule.short_products, stack, rest))
@@ -80,7 +81,7 @@ class Matrices:
 
     def before(self, leaves: Sequence[int]) -> None:
         """Do all that may yet fail, for the leaves that take part in a step, before it begins."""
-        np.empty(RESERVE, np.uint8)
+        np.empty(RESERVE + self._reserve, np.uint8)
         with np.errstate(all="ignore"):
             self._fresh = {
                 k: self._rule(k).before(*self._member(k)) for k in leaves if k in self.batches

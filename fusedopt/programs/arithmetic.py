@@ -64,6 +64,13 @@ def by_sign(sign: Array, negative: Array, zero: Array, positive: Array) -> Array
     return sign.by_sign(negative, zero, positive)
 
 
+def unless_opposed(x: Array, a: Array, b: Array) -> Array:
+    """x, and 0 where one of a and b is positive and the other negative."""
+    if isinstance(x, (np.ndarray, np.generic)):
+        return np.where((a > 0) & (b < 0) | (a < 0) & (b > 0), 0.0, x)
+    return x.unless_opposed(a, b)
+
+
 def undecided(x: Array) -> int:
     """The number of elements whose sign is up to rounding."""
     if isinstance(x, np.ndarray):

@@ -15,7 +15,7 @@ HEAD = {"rule": 2, "peek": 2, "measure": 2, "filter": 1, "sum": 0, "other": 0}
 DECAY_MODES = {"independent": "decoupled", "decoupled_first": "first", "scaled": "plain"}
 """Modes of the forms of weight decay whose names differ."""
 
-MODES = ("plain", "l2", "decoupled", "first", "peek", "peek_l2")
+MODES = ("plain", "l2", "decoupled", "first", "cautious", "peek", "peek_l2")
 """Treatments of weight decay and the delta by the loop around a rule, as in csrc/table.h."""
 
 
@@ -26,10 +26,12 @@ def loop_lines(mode: str, target: str, decay: str = "decay") -> tuple[str, str, 
     result; decay: the coefficient of weight decay.
     """
     decayed, subtracted = f"gradient = gradient + {decay} * w", f"{target} = w - delta"
+    opposed = "((delta > 0) & (w < 0)) | ((delta < 0) & (w > 0))"
     lines = {
         "plain": ("", "", subtracted),
         "l2": (decayed, "", subtracted),
         "decoupled": ("", "", f"{target} = w - ({decay} * w + delta)"),
+        "cautious": ("", "", f"{target} = w - (delta if {opposed} else {decay} * w + delta)"),
         "first": ("", f"w = {decay} * w", subtracted),
         "peek": ("", "", f"{target} = delta"),
         "peek_l2": (decayed, "", f"{target} = delta"),

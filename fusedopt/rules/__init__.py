@@ -40,6 +40,7 @@ from .normuon import NorMuon as NorMuon
 from .adamuon import AdaMuon as AdaMuon
 from .soap import SOAP as SOAP
 from .shampoo import Shampoo as Shampoo
+from .dion import Dion as Dion
 
 RULES: dict[str, type[Rule]] = {
     found.name: found

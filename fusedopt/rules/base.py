@@ -12,7 +12,7 @@ import numpy as np
 from ..arrays.devices import device_of
 from ..arrays.storage import StateDtype, Storage
 from ..linalg.newton_schulz import Stack
-from ..programs.arithmetic import Array, Pooling, alone
+from ..programs.arithmetic import Array, Pooling, alone, unless_opposed
 from ..programs.elements import Element
 from ..programs.program import MEASURE, Operation, Program
 from .conventions import CONVENTIONS, Convention, hyperparameters_of
@@ -27,7 +27,7 @@ from .hyperparameters import (
     number_names,
 )
 
-DecayForm = Literal["l2", "decoupled", "decoupled_first", "independent", "scaled"]
+DecayForm = Literal["l2", "decoupled", "decoupled_first", "cautious", "independent", "scaled"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +40,14 @@ class Rule:
         Learning rate: a number >= 0, or a callable of the optimizer's step number (1 first).
     weight_decay : float
         Coefficient lambda >= 0 of the weight decay.
-    decay : {"l2", "decoupled", "decoupled_first", "independent", "scaled"}
+    decay : {"l2", "decoupled", "decoupled_first", "cautious", "independent", "scaled"}
         Form of the weight decay: "l2" adds lambda p to the gradient; "decoupled" subtracts
         lr lambda p together with the update; "decoupled_first" multiplies p by 1 - lr lambda before
-        the update (PyTorch's order); "independent" subtracts lambda p lr / base, with the base
-        value of lr, so that the learning rate itself does not scale it; "scaled", of rules that
-        measure the size of their steps, makes lambda p a part of the update whose size that is.
+        the update (PyTorch's order); "cautious" is "decoupled" for the elements that the update
+        moves towards zero or not at all (Chen et al. 2025), and none for the others; "independent"
+        subtracts lambda p lr / base, with the base value of lr, so that the learning rate itself
+        does not scale it; "scaled", of rules that measure the size of their steps, makes lambda p a
+        part of the update whose size that is.
     maximize : bool
         Ascend instead of descend; default False.
 
@@ -396,7 +398,7 @@ class Rule:
             return 0.0, 0.0
         if self.decay == "l2":
             return lam, 0.0
-        if self.decay == "decoupled":
+        if self.decay in ("decoupled", "cautious"):
             return 0.0, lam
         if self.decay == "decoupled_first":
             return 1.0, -lam
@@ -446,6 +448,8 @@ class Rule:
             delta, states = self.textbook_over(p, g, states, t=t, lr=lr, pool=pool)
         if lam and self.decay == "decoupled":
             return p - delta - lr * lam * p, states
+        if lam and self.decay == "cautious":
+            return p - delta - unless_opposed(lr * lam * p, delta, p), states
         if lam and self.decay == "independent":
             base = self.lr.base if callable(self.lr) else self.lr  # type: ignore[attr-defined]
             return p - delta - (lr / base if base else 1.0) * lam * p, states

@@ -189,33 +189,33 @@ def _some(paths: Sequence[str]) -> str:
     return shown + (f" and {len(paths) - 8} more" if len(paths) > 8 else "")
 
 
-# ---------------------------------------------------------------- Muon or AdamW
+# ---------------------------------------------------------------- a rule for matrices, or AdamW
 
 NAMES = ("*embed*", "emb", "*_emb", "wte", "wpe", "head", "*_head", "classifier")
 """Common names of embeddings and output heads, which are matrices of another kind."""
 
-Filters = Literal["muon", "adamw"] | None
+Filters = Literal["matrices", "adamw"] | None
 
 
 def by_kind(
-    params: Any, muon: Rule, adamw: Rule, names: Sequence[str] | None, filters: Filters
+    params: Any, matrix: Rule, adamw: Rule, names: Sequence[str] | None, filters: Filters
 ) -> dict[str, Rule]:
-    """`Muon.with_adamw`, which says what it does, with both rules made."""
+    """`MatrixRule.with_adamw`, which says what it does, with both rules made."""
     leaves = Tree(params).leaves
     parts = [set(leaf.path.lower().split(".")) for leaf in leaves]
     for name in names or ():
         if not any(_any_matches(own, [name]) for own in parts):
             raise ValueError(f"names: {name!r} matches no part of a path; leave it out")
     wanted = NAMES if names is None else names
-    to_muon = [
+    to_matrix = [
         _matrix(leaf, filters) and not _any_matches(own, wanted)
         for leaf, own in zip(leaves, parts, strict=True)
     ]
-    rest = [leaf.path for leaf, chosen in zip(leaves, to_muon, strict=True) if not chosen]
+    rest = [leaf.path for leaf, chosen in zip(leaves, to_matrix, strict=True) if not chosen]
     rules = {}
-    for leaf, chosen in zip(leaves, to_muon, strict=True):
+    for leaf, chosen in zip(leaves, to_matrix, strict=True):
         if chosen:
-            rules[_pattern(leaf.path, rest)] = muon
+            rules[_pattern(leaf.path, rest)] = matrix
     return {**rules, "*": adamw} if rest else rules
 
 
@@ -229,10 +229,10 @@ def _matrix(leaf: Leaf, filters: Filters) -> bool:
         raise TypeError(f"{leaf.label}: expected an array, got {leaf.value!r}")
     if len(shape) > 2 and filters is None:
         raise ValueError(
-            f"{leaf.label}: has the shape {shape}; say filters='muon' for Muon to flatten it to"
+            f"{leaf.label}: has the shape {shape}; say filters='matrices' to flatten it to"
             f" {shape[0]} rows, or filters='adamw'"
         )
-    return len(shape) == 2 or (len(shape) > 2 and filters == "muon")
+    return len(shape) == 2 or (len(shape) > 2 and filters == "matrices")
 
 
 def _pattern(path: str, others: Sequence[str]) -> str:

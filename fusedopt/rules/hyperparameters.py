@@ -95,6 +95,7 @@ class Rate:
 
 Amount = Annotated[float, Number()]
 Share = Annotated[float, Number(high=1.0)]
+Part = Annotated[float, Number(high=1.0, closed=True)]
 
 # Any: they are given as numbers or schedules, and are numbers where a step reads them (`Rule.at`).
 NonNegative = Annotated[Any, Number()]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from ..linalg.newton_schulz import Iteration, Stack, Workspace
 from ..programs.arithmetic import Array
+from .adam import AdamW
 from .base import Rule
+from .groups import Filters, by_kind
+from .hyperparameters import check_field
 
 
 class Member(NamedTuple):
@@ -46,8 +49,65 @@ class MatrixRule(Rule):
 
     works: ClassVar[tuple[str, ...]] = ("work",)
 
+    @classmethod
+    def with_adamw(
+        cls,
+        params: Any,
+        adamw: AdamW | None = None,
+        *,
+        names: Sequence[str] | None = None,
+        filters: Filters = None,
+        **hyperparameters: Any,
+    ) -> dict[str, Rule]:
+        """Return rules for an `Optimizer`: this one for matrices, AdamW for everything else.
+
+        Parameters
+        ----------
+        params : nested arrays
+            Parameters, as for the optimizer.
+        adamw : AdamW, optional
+            Rule of what is no matrix; by default AdamW(lr=3e-4, betas=(0.9, 0.95), eps=1e-10,
+            weight_decay=0), the usual one beside Muon.
+        names : sequence of str, optional
+            Patterns of matrices that go to AdamW: a part of the dotted path matches one of them. By
+            default the names of embeddings and output heads, `fusedopt.rules.groups.NAMES`.
+        filters : {"matrices", "adamw"}, optional
+            What arrays of more than two dimensions are, which are refused without it.
+        **hyperparameters
+            Hyperparameters of this rule.
+
+        Returns
+        -------
+        dict
+            Rules by pattern; `Optimizer.describe` shows the rule of each leaf.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If a name matches nothing, `filters` is needed, or a hyperparameter does not fit.
+
+        Examples
+        --------
+        >>> import numpy as np, fusedopt as fo
+        >>> block = {"w": np.ones((4, 4)), "gain": np.ones(4)}
+        >>> params = {"embed": np.ones((9, 4)), "blocks": [block]}
+        >>> for pattern, rule in fo.Muon.with_adamw(params, fo.AdamW(), lr=0.01).items():
+        ...     print(pattern, rule.summary())
+        blocks.*.w Muon(lr=0.01)
+        * AdamW(lr=0.001)
+        """
+        if adamw is None:
+            adamw = AdamW(lr=3e-4, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0)
+        if filters is not None:
+            check_field("with_adamw(filters)", Literal["matrices", "adamw"], filters)
+        return by_kind(params, cls(**hyperparameters), adamw, names, filters)
+
     def matrices(self, shape: tuple[int, ...]) -> Stack:
         raise NotImplementedError
+
+    def reserve(self, shape: tuple[int, ...]) -> int:
+        """Return the bytes that `between` needs for a leaf, which must be free before a step."""
+        return 0
 
     def before(self, t: int, sides: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return new values of a leaf's side states, which are in `sides` in `between`.
@@ -69,7 +129,7 @@ class MatrixRule(Rule):
         phase: that which has just run. works: by name as `self.works`; the first axis is that of
         parameters of one shape; each lies at the beginning of one of the space's directions.
         members: of each of these parameters, None where it takes no part in the step. Must neither
-        raise nor need memory: the matrices before these have been updated by then.
+        raise nor need memory beyond `reserve`: the matrices before these have been updated by then.
         """
         raise NotImplementedError
 

@@ -23,10 +23,8 @@ from ..linalg.newton_schulz import (
 )
 from ..programs.arithmetic import Array, correction, ratio, textbook_correction
 from ..programs.program import Operation
-from .adam import AdamW
-from .base import DecayForm, Rule
-from .groups import by_kind
-from .hyperparameters import Count, Fraction, LearningRate, NonNegative, QuinticSet, check_field
+from .base import DecayForm
+from .hyperparameters import Count, Fraction, LearningRate, NonNegative, QuinticSet
 from .matrix import DeviceAlgebra, MatrixRule, Member, through
 from .momentum import Momentum
 from .nesterov import nesterov
@@ -156,59 +154,6 @@ class Muon(MatrixRule):
             )
         if not self.scheduled:
             _ = self.iteration  # or why there is none
-
-    @classmethod
-    def with_adamw(
-        cls,
-        params: Any,
-        adamw: AdamW | None = None,
-        *,
-        names: Sequence[str] | None = None,
-        filters: Literal["muon", "adamw"] | None = None,
-        **hyperparameters: Any,
-    ) -> dict[str, Rule]:
-        """Return rules for an `Optimizer`: Muon for matrices, AdamW for everything else.
-
-        Parameters
-        ----------
-        params : nested arrays
-            Parameters, as for the optimizer.
-        adamw : AdamW, optional
-            Rule of what is no matrix; by default AdamW(lr=3e-4, betas=(0.9, 0.95), eps=1e-10,
-            weight_decay=0), the usual one beside Muon.
-        names : sequence of str, optional
-            Patterns of matrices that go to AdamW: a part of the dotted path matches one of them. By
-            default the names of embeddings and output heads, `fusedopt.rules.groups.NAMES`.
-        filters : {"muon", "adamw"}, optional
-            Rule of arrays of more than two dimensions, which are refused without it.
-        **hyperparameters
-            Hyperparameters of Muon.
-
-        Returns
-        -------
-        dict
-            Rules by pattern; `Optimizer.describe` shows the rule of each leaf.
-
-        Raises
-        ------
-        TypeError, ValueError
-            If a name matches nothing, `filters` is needed, or a hyperparameter does not fit.
-
-        Examples
-        --------
-        >>> import numpy as np, fusedopt as fo
-        >>> block = {"w": np.ones((4, 4)), "gain": np.ones(4)}
-        >>> params = {"embed": np.ones((9, 4)), "blocks": [block]}
-        >>> for pattern, rule in fo.Muon.with_adamw(params, fo.AdamW(), lr=0.01).items():
-        ...     print(pattern, rule.summary())
-        blocks.*.w Muon(lr=0.01)
-        * AdamW(lr=0.001)
-        """
-        if adamw is None:
-            adamw = AdamW(lr=3e-4, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0)
-        if filters is not None:
-            check_field("with_adamw(filters)", Literal["muon", "adamw"], filters)
-        return by_kind(params, cls(**hyperparameters), adamw, names, filters)
 
     @property
     def states(self) -> tuple[str, ...]:

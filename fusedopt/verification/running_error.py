@@ -109,6 +109,17 @@ class Bounded(NDArrayOperatorsMixin):
 
         return self._map(select, negative, zero, positive)
 
+    def unless_opposed(self, a: Bounded, b: Bounded) -> Bounded:
+        """The value, and 0 where one of a and b is positive and the other negative; either where
+        the sign of a is up to rounding."""
+        opposed = (a.value > 0) & (b.value < 0) | (a.value < 0) & (b.value > 0)
+        unsure = (np.abs(a.value) <= a.reach) & (a.reach > 0)
+        size = np.where(unsure, np.abs(self.value), 0.0)
+        value, error, lost = (
+            np.where(opposed, 0.0, part) for part in (self.value, self.error, self.lost)
+        )
+        return self._like(value, error + size, lost)
+
     def moved(self, function: Callable[[np.ndarray], np.ndarray]) -> Bounded:
         """`function`, which picks and moves elements and adds zeros, of the array."""
         return self._map(function)

@@ -309,11 +309,11 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     ),
     "rows and columns": (
         lambda: fo.Optimizer(OnDevice(host()), fo.Adafactor()),
-        ValueError, "Adafactor: is not supported by the backend 'cuda'; take fo.SOAP",
+        ValueError, "Adafactor: is not supported by the backend 'cuda'; take fo.Muon or fo.SOAP",
     ),
     "matrices": (
         lambda: fo.Optimizer(OnDevice(host().reshape(2, 2)), fo.Shampoo()),
-        ValueError, "Shampoo: is not supported by the backend 'cuda'; take fo.SOAP",
+        ValueError, "Shampoo: is not supported by the backend 'cuda'; take fo.Muon or fo.SOAP",
     ),
     "shape": (
         lambda: fo.Optimizer(OnDevice(host()), fo.SGD()).step(OnDevice(host(3))),

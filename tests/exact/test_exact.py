@@ -309,12 +309,38 @@ def test_each_leaf_has_its_own_count(rule: fo.Rule) -> None:
         assert_same_bits(got, (p, *alone), f"leaf {k}, {rule}")
 
 
+@pytest.mark.parametrize("backend", ["native", "numba"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["sgd", "lion", "adamw"])
+def test_cautious_decay_is_a_decay_of_some_elements(name: str, dtype: Any, backend: str) -> None:
+    """An element has the bits of decoupled decay, or of none where it moves away from zero."""
+    rule = fo.RULES[name](lr=0.01, weight_decay=0.0)
+    c = case(rule, 4201, dtype, awkward=("p", "g"))
+    g = c.grads[0].copy()
+    g[::7] = 0
+
+    def step(p: Array, decay: float, form: Any) -> Array:
+        own = p.copy()
+        fo.Optimizer(own, replace(rule, weight_decay=decay, decay=form), backend=backend).step(g)
+        return own
+
+    plain, decayed = step(c.p, 0.0, "decoupled"), step(c.p, 0.25, "decoupled")
+    away = step(np.zeros_like(c.p), 0.0, "decoupled")
+    opposed = (away > 0) & (c.p > 0) | (away < 0) & (c.p < 0)
+    assert 1000 < np.count_nonzero(opposed) < 3000
+    want = np.where(opposed, plain, decayed)
+    assert_same_bits((step(c.p, 0.25, "cautious"),), (want,), repr(rule))
+
+
 # ---------------------------------------------------------------- powers of two
 
 LINEAR = {"p": 1, "g": 1, "v": 1}
 SCALE_FREE = {"g": 1, "m": 1, "v": 2, "G": 2, "x": 2}
 SCALING: list[tuple[fo.Rule, dict[str, int]]] = [
-    *((fo.SGD(weight_decay=0.1, decay=d), LINEAR) for d in ("l2", "decoupled", "decoupled_first")),
+    *(
+        (fo.SGD(weight_decay=0.1, decay=d), LINEAR)
+        for d in ("l2", "decoupled", "decoupled_first", "cautious")
+    ),
     *((fo.Momentum(form=f, weight_decay=0.1), LINEAR) for f in ("ema", "heavy_ball", "buffer")),
     *(
         (fo.Nesterov(form=f, weight_decay=0.1), LINEAR)

@@ -41,6 +41,7 @@ RULES: dict[str, Callable[[], fo.Rule]] = {
     "muon": lambda: fo.Muon(),
     "normuon": lambda: fo.NorMuon(),
     "soap": lambda: fo.SOAP(),
+    "dion": lambda: fo.Dion(),
     "shampoo": lambda: fo.Shampoo(precondition_frequency=2, max_precond_dim=100),
 }
 DTYPES: dict[str, list[Any]] = {
@@ -72,7 +73,7 @@ REFUSED = (TypeError, ValueError, RuntimeError, FloatingPointError)
 
 
 def matrices(case: Case) -> bool:
-    return case["rule"] in ("muon", "normuon", "soap", "shampoo")
+    return case["rule"] in ("muon", "normuon", "soap", "shampoo", "dion")
 
 
 class Twin:
@@ -284,7 +285,7 @@ def is_close(case: Case) -> bool:
     return (
         plain
         and case["dtype"] in ("float32", "float64")
-        and case["rule"] not in ("soap", "shampoo")
+        and case["rule"] not in ("soap", "shampoo", "dion")
     )
 
 

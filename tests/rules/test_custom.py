@@ -63,7 +63,7 @@ BACKENDS = ["native", "numba"]
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("decay", ["l2", "decoupled", "decoupled_first", "independent"])
+@pytest.mark.parametrize("decay", ["l2", "decoupled", "decoupled_first", "cautious", "independent"])
 def test_it_has_the_bits_of_the_same_built_in_rule(decay: Any, dtype: Any, backend: str) -> None:
     settings: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1, "decay": decay}
     cases = [case(BUILT_IN, n, dtype, seed=n, awkward=("g", "m")) for n in (0, 1, 257, 100_003)]

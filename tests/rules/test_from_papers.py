@@ -65,11 +65,40 @@ def mars(p: Any, g: Any, s: dict[str, Any], t: int) -> Any:
     return p - 0.05 * (u + 0.3 * p)
 
 
+def cautious_decay(p: Any, u: Any) -> Any:
+    """Chen et al. 2025: p := p - lr (u + lambda p [u p >= 0])."""
+    return p - 0.05 * (u + 0.3 * p * (u * p >= 0))
+
+
+def adamw_of_cautious_decay(p: Any, g: Any, s: dict[str, Any], t: int) -> Any:
+    s["m"] = 0.8 * s["m"] + 0.2 * g
+    s["v"] = 0.9 * s["v"] + 0.1 * g**2
+    u = s["m"] / (1 - 0.8**t) / (np.sqrt(s["v"] / (1 - 0.9**t)) + 1e-6)
+    return cautious_decay(p, u)
+
+
+def lion_of_cautious_decay(p: Any, g: Any, s: dict[str, Any], t: int) -> Any:
+    u = np.sign(0.8 * s["m"] + 0.2 * g)
+    s["m"] = 0.9 * s["m"] + 0.1 * g
+    return cautious_decay(p, u)
+
+
+def momentum_of_cautious_decay(p: Any, g: Any, s: dict[str, Any], t: int) -> Any:
+    s["m"] = 0.9 * s["m"] - 0.1 * g  # maximised
+    return cautious_decay(p, s["m"])
+
+
 COMMON: dict[str, Any] = {"lr": 0.05, "weight_decay": 0.3}
 BETAS: dict[str, Any] = {**COMMON, "betas": (0.8, 0.9)}
 PAIRS: list[tuple[fo.Rule, Callable[..., Any]]] = [
     (fo.CautiousAdamW(eps=1e-6, **BETAS), cautious_adamw),
     (fo.CautiousLion(**BETAS), cautious_lion),
+    (fo.AdamW(eps=1e-6, decay="cautious", **BETAS), adamw_of_cautious_decay),
+    (fo.Lion(decay="cautious", **BETAS), lion_of_cautious_decay),
+    (
+        fo.Momentum(momentum=0.9, maximize=True, decay="cautious", **COMMON),
+        momentum_of_cautious_decay,
+    ),
     (fo.Tiger(beta=0.8, **COMMON), tiger),
     (fo.MARS(eps=1e-6, gamma=0.5, decay="decoupled", **BETAS), mars),
 ]

@@ -63,7 +63,7 @@ SIZES = (5, 0, 100_003, 257, 70_000, 1)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", ["native", "numba"])
-@pytest.mark.parametrize("decay", ["l2", "decoupled", "decoupled_first"])
+@pytest.mark.parametrize("decay", ["l2", "decoupled", "decoupled_first", "cautious"])
 def test_a_users_rule_has_the_bits_of_the_built_in_one(
     decay: Any, backend: str, dtype: type
 ) -> None:

@@ -218,9 +218,11 @@ def test_with_adamw_names() -> None:
 
 def test_with_adamw_does_not_flatten_unasked() -> None:
     params = {"conv": np.ones((4, 3, 2, 2)), "b": np.ones(4)}
-    with pytest.raises(ValueError, match=r"params\['conv'\]: has the shape .*; say filters='muon'"):
+    with pytest.raises(
+        ValueError, match=r"params\['conv'\]: has the shape .*; say filters='matrices'"
+    ):
         fo.Muon.with_adamw(params)
-    assert list(fo.Muon.with_adamw(params, filters="muon")) == ["conv", "*"]
+    assert list(fo.Muon.with_adamw(params, filters="matrices")) == ["conv", "*"]
     assert list(fo.Muon.with_adamw(params, filters="adamw")) == ["*"]
     assert list(fo.Muon.with_adamw({"w": np.ones((2, 2))})) == ["w"]
     with pytest.raises(ValueError, match=r"with_adamw\(filters\): expected one of"):

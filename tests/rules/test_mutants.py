@@ -47,6 +47,13 @@ MUTANTS = {
     "swapped betas": Mutant("rules.hpp", "v = b2 * v + one_b2 * (g * g);",
                             "v = one_b2 * v + b2 * (g * g);", "adam"),
     "no decoupled decay": Mutant("kernels.cpp", "w - (decay * w + delta)", "w - delta", "adamw"),
+    "decay of all elements": Mutant(
+        "kernels.cpp", "opposed(delta, w) ? delta : decay * w + delta", "decay * w + delta", "lion"
+    ),
+    "no decay where nothing moves": Mutant(
+        "rules.hpp", "((x > T(0)) & (y < T(0)))", "((x >= T(0)) & (y < T(0)))",
+        "-k decay_of_some_elements",
+    ),
     "no l2 decay where a direction is taken": Mutant(
         "kernels.cpp", "mode == L2 || mode == PEEK_L2)", "mode == L2)", "muon"
     ),

@@ -152,7 +152,12 @@ class Halving:
 
 @pytest.mark.parametrize(
     ("decay", "shrinks_by"),
-    [("decoupled", 0.05 * 0.2), ("decoupled_first", 0.05 * 0.2), ("independent", 0.5 * 0.2)],
+    [
+        ("decoupled", 0.05 * 0.2),
+        ("decoupled_first", 0.05 * 0.2),
+        ("cautious", 0.05 * 0.2),
+        ("independent", 0.5 * 0.2),
+    ],
 )
 def test_decay_without_a_gradient(decay: Any, shrinks_by: float) -> None:
     for cls in ALL:

@@ -42,7 +42,10 @@ def elementwise(rule: fo.Rule) -> fo.Rule:
         return rule
 
     def between(self: fo.Rule, phase: int, works: Any, workspace: Any, members: Any) -> None:
-        for work in works:
+        made = {op.operands[-1] for op in rule.operations() if op.loop == "peek"}
+        for name, work in zip(rule.works, works, strict=True):
+            if name not in made:  # by products alone
+                np.copyto(work, works[0])
             work *= 0.5
 
     def sides(self: fo.Rule, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:

@@ -128,6 +128,7 @@ RULES: dict[str, fo.Rule] = {
     "amsgrad": fo.Adam(lr=0.01, amsgrad="raw", weight_decay=0.1),
     "rmsprop": fo.RMSProp(centered=True, momentum=0.9, weight_decay=0.1, decay="decoupled_first"),
     "lion": fo.Lion(lr=0.01, weight_decay=0.1),
+    "cautious": fo.Lion(lr=0.01, weight_decay=0.1, decay="cautious"),
     "sophia": fo.Sophia(lr=0.01, weight_decay=0.1),
     "muon": elementwise(fo.Muon(weight_decay=0.1)),
 }

@@ -24,6 +24,7 @@ def gradients(shape: tuple[int, ...], count: int) -> list[np.ndarray]:
         fo.NorMuon(momentum=0.0, beta2=0.5),
         fo.SOAP(shampoo_beta=0.5),
         fo.Shampoo(shampoo_beta=0.5),
+        fo.Dion(momentum=0.5),
     ],
 )
 def test_side_states_are_never_denormal(rule: Any, backend: str) -> None:
@@ -34,7 +35,7 @@ def test_side_states_are_never_denormal(rule: Any, backend: str) -> None:
         optimizer.step(np.zeros_like(p))
         for name, state in optimizer.state["params"].items():
             assert not ((state != 0) & (np.abs(state) < normal)).any(), name
-    for name in ("v",) if rule.name == "normuon" else ("L", "R"):
+    for name in {"normuon": ("v",), "dion": ("m",)}.get(rule.name, ("L", "R")):
         assert not optimizer.state["params"][name].any()
 
 

@@ -68,7 +68,7 @@ def check_rule(rule: Rule) -> None:
     if rule.program.measures:
         raise ValueError(unsupported(f"{type(rule).__name__}, which measures", "take fo.AdamW"))
     if isinstance(rule, MatrixRule) and type(rule).on_device is MatrixRule.on_device:
-        raise ValueError(unsupported(type(rule).__name__, "take fo.SOAP"))
+        raise ValueError(unsupported(type(rule).__name__, "take fo.Muon or fo.SOAP"))
 
 
 def check_state(label: str, state: Any) -> Stored:

@@ -23,7 +23,9 @@ from ...schedules import (
 # 1000 steps of the default model, seed 0, among values a factor of 2 (Adam, AdamW, Muon) or 3
 # apart. Three times SGD's and ten times Nesterov's make the loss explode. The last three are the
 # best of two or three values: NorMuon of 0.01 and 0.02, AdaMuon of 0.005, 0.01 and 0.02, SOAP of
-# 0.003 and 0.006. Those from AdaMax to Tiger are first guesses, from the rules' defaults.
+# 0.003 and 0.006. Shampoo's is the best of 0.001, 0.003, 0.006 and 0.012, and Dion's of 0.01, 0.02,
+# 0.04 and 0.06, for the model of a quick race. Those from AdaMax to Tiger are first guesses, from
+# the rules' defaults.
 LEARNING_RATES = {
     "sgd": 0.3,
     "momentum": 1.0,
@@ -54,6 +56,8 @@ LEARNING_RATES = {
     "normuon": 0.02,
     "adamuon": 5e-3,
     "soap": 6e-3,
+    "shampoo": 3e-3,
+    "dion": 0.04,
 }
 
 
