@@ -196,6 +196,39 @@ struct SixteenPlaces {
   }
 };
 
+// Where a format has few numbers, each has a cell of its own for the least magnitude that it is the
+// nearest to: the first four bits of the magnitude plus 1/16. `first[cell]` plus the bits of a
+// magnitude in the cell has its number for the upper six bits.
+template <class B>
+struct NumberTables {
+  static constexpr float SHIFT = 0.0625f;
+  alignas(64) std::uint32_t first[32] = {};
+  static constexpr std::uint32_t cell(std::uint32_t bits) {
+    return bits_of(float_of(bits) + SHIFT) >> 21;
+  }
+  static constexpr std::uint32_t least(std::uint32_t number) {
+    std::uint32_t low = 0, high = bits_of(1.0f);
+    while (low < high) {
+      const std::uint32_t middle = low + (high - low) / 2;
+      if (B::number(float_of(middle)) < number)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    return low;
+  }
+  constexpr NumberTables() {
+    for (std::uint32_t number = 1; number <= B::most; ++number)
+      for (std::uint32_t at = cell(least(number)); at < bits_of(2.0f) >> 21; ++at)
+        first[at % 32] = (number << 26) - least(number);
+  }
+  constexpr bool distinct() const {
+    for (std::uint32_t number = 1; number < B::most; ++number)
+      if (cell(least(number)) == cell(least(number + 1))) return false;
+    return cell(0) == cell(least(1));
+  }
+};
+
 template <int BITS, int BLOCK>
 struct Sixteen<SignedDynamic<BITS, BLOCK>> {
   using B = SignedDynamic<BITS, BLOCK>;
@@ -203,7 +236,18 @@ struct Sixteen<SignedDynamic<BITS, BLOCK>> {
   static constexpr DecadeTables<0, BITS - 2> tables{static_cast<float>(B::SMALLEST / 2),
                                                     std::make_integer_sequence<int, BITS - 1>()};
   static __m512i number(__m512 y) {
-    return Places::number(tables, magnitude_from(y, 1.0 / (1u << 31)));
+    if constexpr (BITS == 4) {
+      static constexpr NumberTables<B> numbers;
+      static_assert(numbers.distinct(), "one cell, one threshold");
+      const __m512 from = magnitude_from(y, B::SMALLEST / 4);
+      const __m512 shifted = _mm512_add_ps(from, all_of(numbers.SHIFT));
+      const __m512i first = _mm512_permutex2var_epi32(_mm512_load_si512(numbers.first),
+                                                      _mm512_srli_epi32(bits_of(shifted), 21),
+                                                      _mm512_load_si512(numbers.first + 16));
+      return _mm512_srli_epi32(_mm512_add_epi32(first, bits_of(from)), 26);
+    } else {
+      return Places::number(tables, magnitude_from(y, 1.0 / (1u << 31)));
+    }
   }
   static __m512 value(__m512i number) { return Places::value(tables, number); }
   static __m512i nearest(__m512, __m512 scaled) { return number(scaled); }

@@ -24,7 +24,7 @@ constexpr float select(bool condition, float yes, float no) {
 }
 // Below 2^31, by way of signed integers: older instruction sets convert no others.
 constexpr float whole(std::uint32_t x) { return static_cast<float>(static_cast<std::int32_t>(x)); }
-inline std::uint32_t truncated(float x) {
+constexpr std::uint32_t truncated(float x) {
   return static_cast<std::uint32_t>(static_cast<std::int32_t>(x));
 }
 
@@ -349,7 +349,7 @@ struct Dynamic {
   using Above = std::make_integer_sequence<int, TOP - FIRST>;
 
   template <int... I>
-  static std::uint32_t number(float y, std::integer_sequence<int, I...>) {
+  static constexpr std::uint32_t number(float y, std::integer_sequence<int, I...>) {
     constexpr float lowest = slope<FIRST>;
     float steep = lowest, first = 1 << FIRST;
     ((steep = select(y >= threshold<FIRST + 1 + I>, slope<FIRST + 1 + I>, steep)), ...);
@@ -363,7 +363,7 @@ struct Dynamic {
     return (found & ~all) | ((2u << TOP) & all);
   }
   // The number of the value nearest to y, for y in [0, 1].
-  static std::uint32_t number(float y) { return number(y, Above()); }
+  static constexpr std::uint32_t number(float y) { return number(y, Above()); }
 
   template <int... I>
   static constexpr float power_of(std::uint32_t number, std::integer_sequence<int, I...>) {
@@ -388,7 +388,7 @@ struct SignedDynamic {
   static constexpr std::uint8_t zero = BITS == 8 ? MIDDLE : MIDDLE * 0x11;
   static constexpr double LARGEST = 1, SMALLEST = 0.55 * Map::power(2 - BITS);
   static constexpr double OPPOSITE = 1 - 0.45 / (1 << (BITS - 2));  // the last value below 1
-  static std::uint32_t number(float y) {
+  static constexpr std::uint32_t number(float y) {
     return Map::number(y) & ~mask(y < static_cast<float>(SMALLEST / 2));
   }
   static constexpr float value(std::uint32_t number) {

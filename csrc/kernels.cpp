@@ -99,7 +99,7 @@ void rule_tile(void* const* x, const void* scalars, std::size_t n) {
 }
 
 // n: a multiple of CHUNK.
-template <class Rule, Mode mode, class F, std::size_t... K>
+template <class Rule, Mode mode, bool scaled, class F, std::size_t... K>
 inline void apply_direct(std::index_sequence<K...>, const Place* x, const void* scalars,
                          std::size_t n) {
   static_assert(written<Rule>(0) == Rule::states, "all states are stored");
@@ -118,7 +118,7 @@ inline void apply_direct(std::index_sequence<K...>, const Place* x, const void* 
     Chunks<typename F::Gradient>::load(gradient, at, g);
     (StateChunks<F, K>::load(own[K], at, states[K]), ...);
     for (std::size_t i = 0; i < AT_ONCE; ++i)
-      p[i] = updated<Rule, mode, true>(rule, factor, decay, p[i], g[i], states[K][i]...);
+      p[i] = updated<Rule, mode, scaled>(rule, factor, decay, p[i], g[i], states[K][i]...);
     // One branch for all of them: one for each takes a tenth longer.
     unsigned odd = P::template odd<false>(p) | C::template odd<false>(p);
     ((odd |= StateChunks<F, K>::template odd<true>(states[K])), ...);
@@ -130,7 +130,10 @@ inline void apply_direct(std::index_sequence<K...>, const Place* x, const void* 
 
 template <class Rule, Mode mode, class F>
 void direct_loop(const Place* x, const void* scalars, std::size_t n) {
-  apply_direct<Rule, mode, F>(std::make_index_sequence<Rule::states>(), x, scalars, n);
+  if (*static_cast<const float*>(scalars) == 1.0f)
+    apply_direct<Rule, mode, false, F>(std::make_index_sequence<Rule::states>(), x, scalars, n);
+  else
+    apply_direct<Rule, mode, true, F>(std::make_index_sequence<Rule::states>(), x, scalars, n);
 }
 
 // A struct without fields has a size all the same.

@@ -15,6 +15,7 @@
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC 12 warns of the undefined values that its own header passes on.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include <immintrin.h>
 #elif defined(__aarch64__) && defined(__GNUC__)
@@ -178,16 +179,22 @@ struct Vectors<Split16> : Halved<Vectors<Split16>> {
 // The upper half is one more where the random bits carry out of the lower one.
 template <>
 struct Vectors<Stochastic<BFloat16>> {
-  static constexpr std::size_t encoded = 32;
+  static constexpr std::size_t encoded = 64;
   static bool nearest(const float* from, std::uint16_t* to, const std::uint16_t* random) {
-    const __m512i a = _mm512_loadu_si512(from), b = _mm512_loadu_si512(from + 16);
-    const __m512i upper = halves(a, b, true), all = _mm512_set1_epi16(-1);
+    const __m512i all = _mm512_set1_epi16(-1);
+    __m512i upper[2], rounded[2];
+    for (int k = 0; k < 2; ++k, from += 32) {
+      const __m512i a = _mm512_loadu_si512(from), b = _mm512_loadu_si512(from + 16);
+      const __m512i spare = _mm512_xor_si512(_mm512_loadu_si512(random + 32 * k), all);
+      const __mmask32 carries = _mm512_cmpgt_epu16_mask(halves(a, b, false), spare);
+      upper[k] = halves(a, b, true);
+      rounded[k] = _mm512_mask_sub_epi16(upper[k], carries, upper[k], all);
+      upper[k] = _mm512_add_epi16(upper[k], upper[k]);
+    }
     // The least doubled magnitude, without a sign, that is or might become infinite or NaN.
     const __m512i last = _mm512_set1_epi16(static_cast<short>(2 * 0x7f7f));
-    if (_mm512_cmpge_epu16_mask(_mm512_add_epi16(upper, upper), last)) return false;
-    const __m512i spare = _mm512_xor_si512(_mm512_loadu_si512(random), all);
-    const __mmask32 carries = _mm512_cmpgt_epu16_mask(halves(a, b, false), spare);
-    _mm512_storeu_si512(to, _mm512_mask_sub_epi16(upper, carries, upper, all));
+    if (_mm512_cmpge_epu16_mask(_mm512_max_epu16(upper[0], upper[1]), last)) return false;
+    for (int k = 0; k < 2; ++k) _mm512_storeu_si512(to + 32 * k, rounded[k]);
     return true;
   }
 };

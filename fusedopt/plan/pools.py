@@ -124,10 +124,11 @@ class Pools:
 def combined(found: Sequence[Sums], rule: Rule) -> Sums:
     """Return the sums and maxima of several leaves, taken together in their order."""
     sums = len(found[0]) - rule.maxima
-    return tuple(
-        functools.reduce(np.add if j < sums else np.maximum, column)
-        for j, column in enumerate(zip(*found, strict=True))
-    )
+    with np.errstate(all="ignore"):  # sums of gradients that are not finite
+        return tuple(
+            functools.reduce(np.add if j < sums else np.maximum, column)
+            for j, column in enumerate(zip(*found, strict=True))
+        )
 
 
 def together(members: Sequence[int], rule: Rule, step: Callable[[int, Pooling], T]) -> dict[int, T]:

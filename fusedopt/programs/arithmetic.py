@@ -85,6 +85,11 @@ def plain(x: Array) -> Array:
     return np.where(np.isfinite(x.error), x.value, np.nan)
 
 
+def wide(x: Array) -> Array:
+    """The elements in float64, in which kernels measure."""
+    return x if isinstance(x, (np.ndarray, np.generic)) else x.wide()
+
+
 def total(x: Array) -> Array:
     """The sum of all elements, which kernels take in float64."""
     return np.sum(x) if isinstance(x, (np.ndarray, np.generic)) else x.total()

@@ -17,6 +17,7 @@ from ..programs.arithmetic import (
     ratio,
     textbook_correction,
     total,
+    wide,
 )
 from ..programs.elements import magnitude, quotient
 from .base import DecayForm, Rule
@@ -113,7 +114,8 @@ class DAdaptAdam(Rule):
         product, size = sums
         b3 = sqrt(self.betas[1])
         r = b3 * r + (1.0 - b3) * product
-        found = d * r / ((1.0 - b3) * size) if size else 0.0
+        size *= 1.0 - b3
+        found = d * r / size if size else 0.0
         new = found if d < found < inf else d
         shrink = d / new
         return shrink, new, r * shrink * shrink
@@ -134,10 +136,12 @@ class DAdaptAdam(Rule):
         c: Any = 1.0
         if self.bias_correction:
             c = np.sqrt(textbook_correction(b2, t)) / textbook_correction(b1, t)
-        mine = total(lr * c * (g * ratio(s, np.sqrt(v) + self.eps)))
+        x, y = wide(g), wide(s)
+        mine = total(lr * c * (x * ratio(y, np.sqrt(wide(v)) + self.eps)))
         s = b3 * s + (1 - b3) * lr * c * g
-        product, size = pool((mine, total(np.abs(s))))
-        r = b3 * r + (1 - b3) * product
+        y = b3 * y + (1 - b3) * lr * c * x
+        product, size = pool((mine, total(np.abs(y))))
+        r = b3 * wide(r) + (1 - b3) * product
         new = grown(d, d * ratio(r, (1 - b3) * size))
         m = b1 * m + (1 - b1) * lr * c * g
         v = b2 * v + (1 - b2) * (g * g)
@@ -240,10 +244,11 @@ class DAdaptSGD(Rule):
         self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float, pool: Pooling
     ) -> tuple[Array, tuple[Array, ...]]:
         s, v, d, r, g0 = states
-        mine = total(g * g), total(lr * g * s), total(s * s), total(lr * g * (lr * g))
+        x, y = wide(g), wide(s)
+        mine = total(x * x), total(lr * x * y), total(y * y), total(lr * x * (lr * x))
         squares, product, before, added = pool(mine)
         g0 = g0 if plain(g0).any() else g0 + np.sqrt(squares)
-        r = r + ratio(product, g0)
+        r = wide(r) + ratio(product, g0)
         size = np.sqrt(before + 2 * ratio(product, g0) + ratio(ratio(added, g0), g0))
         new = grown(d, 2 * d * ratio(r, size))
         x, k = ratio(lr * g, g0), d / new

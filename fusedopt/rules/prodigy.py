@@ -16,6 +16,7 @@ from ..programs.arithmetic import (
     ratio,
     textbook_correction,
     total,
+    wide,
 )
 from ..programs.elements import magnitude, moments, quotient
 from .base import DecayForm, Rule
@@ -148,9 +149,11 @@ class Prodigy(Rule):
             c = np.sqrt(textbook_correction(b2, t)) / textbook_correction(b1, t)
         b3 = np.sqrt(b2)
         s = b3 * s + (1.0 if self.safeguard else lr * c) * g
-        product, size = pool((total(lr * c * (g * u)), total(np.abs(s))))
-        r = b3 * r + product
-        new = grown(d, self.coef * ratio(r, size))
+        x = wide(g)
+        y = b3 * wide(states[2]) + (1.0 if self.safeguard else lr * c) * x
+        product, size = pool((total(lr * c * (x * wide(u))), total(np.abs(y))))
+        r = b3 * wide(r) + product
+        new = grown(d, 0.0 * d + self.coef * ratio(r, size))  # in the type of d again
         m = b1 * m + (1 - b1) * g
         v = b2 * v + (1 - b2) * (g * g)
         delta = ratio(d * lr * c * m, np.sqrt(v) + self.eps * (new / d))

@@ -164,6 +164,10 @@ class Bounded(NDArrayOperatorsMixin):
             error = (self.error + rounding).sum(axis, keepdims=keepdims)
             return self._like(total, error, self.lost.sum(axis, keepdims=keepdims))
 
+    def wide(self) -> Bounded:
+        """Return the elements for arithmetic in float64."""
+        return Bounded(self.value, self.error, np.dtype(np.float64), self.lost)
+
     def total(self) -> Bounded:
         """All elements added up in float64."""
         with np.errstate(all="ignore"):
