@@ -382,7 +382,7 @@ struct Muon {
   }
 };
 
-// What a rule for matrices has made of the gradient, in steps of lr.
+// What was made of the gradient between two phases.
 template <class T>
 struct Apply {
   static constexpr const char* name = "apply";
@@ -667,12 +667,13 @@ struct Accumulate {
   void operator()(T& sum, T g) const { sum = keep == T(0) ? g : sum + g; }
 };
 
-// The parameter as it was, for sums that compare.
+// The parameter as it was, for sums that compare, or as decay alone makes it.
 template <class T>
 struct Keep {
   static constexpr const char* name = "keep";
   static constexpr bool state = false, filter = false;
-  void operator()(T& kept, T p) const { kept = p; }
+  T factor;
+  void operator()(T& kept, T p) const { kept = factor * p; }
 };
 
 // NaN stays NaN.

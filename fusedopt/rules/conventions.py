@@ -310,7 +310,7 @@ CONVENTIONS: Mapping[str, Mapping[str, Convention]] = {
                 "weight_decay": 0.0,
                 "maximize": False,
             },
-            {"floor": "least", "decay": "decoupled_first"},
+            {"floor": "least"},
         ),
         "optax": Convention(
             {
@@ -322,6 +322,17 @@ CONVENTIONS: Mapping[str, Mapping[str, Convention]] = {
                 "min_dim": 128,
             },
             {"relative_step": False},
+        ),
+        "keras": Convention(
+            {
+                "lr": 1e-3,
+                "beta2_decay": 0.8,
+                "eps": 1e-30,
+                "eps_scale": 1e-3,
+                "clip": 1.0,
+                "weight_decay": 0.0,
+            },
+            {"decay": "decoupled_first"},
         ),
     },
     "prodigy": {

@@ -91,6 +91,10 @@ NAMES: dict[str, dict[str, str | tuple[str, ...] | None]] = {
         "initial_accumulator": "initial_accumulator_value",
         "ns_coefficients": ("muon_a", "muon_b", "muon_c"),
         "scale": None,
+        "adafactor.eps": "epsilon_1",
+        "eps_scale": "epsilon_2",
+        "beta2_decay": None,
+        "clip": "clip_threshold",
     },
 }
 
@@ -99,9 +103,9 @@ COEFFICIENTS = (3.0, -4.0, 1.75)
 # torch.optim.Muon iterates in bfloat16, keras.optimizers.Muon takes the norm in float32, and
 # torch.optim.NAdam keeps the product of its momenta there, whatever the parameters are. What
 # optax's radam finds of r - 4 is rounded a thousand times more than r. Most of D-Adaptation's
-# product cancels, and optax's adafactor finds t^-0.8 in float32. An element may be off by this
-# share of the tensor's largest movement; the worst that was seen is 0.044, 2.5e-7, 1.3e-8, 3.6e-13,
-# 1e-14 and 2e-8.
+# product cancels. optax's adafactor finds t^-0.8 in float32, and Keras's its means. An element may
+# be off by this share of the tensor's largest movement; the worst that was seen is 0.044, 2.5e-7,
+# 1.3e-8, 3.6e-13, 1e-14, 1e-7 and 2.1e-7.
 LOOSE = {
     ("torch", "muon"): 0.06,
     ("keras", "muon"): 1e-6,
@@ -109,6 +113,7 @@ LOOSE = {
     ("optax", "radam"): 1e-12,
     ("optax", "dadaptadam"): 1e-13,
     ("optax", "adafactor"): 1e-6,
+    ("keras", "adafactor"): 1e-6,
 }
 
 
@@ -350,6 +355,19 @@ CASES = [
     keras("adadelta", "decay", lr=1.0, rho=0.8, eps=1e-4, weight_decay=0.3, schedule=True),
     keras("nadam"),
     keras("nadam", "decay", lr=0.01, betas=(0.8, 0.95), eps=1e-4, weight_decay=0.3, schedule=True),
+    keras("adafactor"),
+    keras(
+        "adafactor",
+        "decay",
+        native={"beta_2_decay": -0.5},
+        lr=0.3,
+        beta2_decay=0.5,
+        eps=1e-6,
+        eps_scale=0.5,
+        clip=0.5,
+        weight_decay=0.3,
+        schedule=True,
+    ),
     keras("lion"),
     keras("lion", "decay", lr=0.01, betas=(0.8, 0.95), weight_decay=0.3, schedule=True),
     keras("muon"),

@@ -144,6 +144,15 @@ DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
         "floor": "least",
         "relative_step": True,
     },
+    ("keras", "adafactor"): {
+        "lr": 1e-3,
+        "beta2_decay": 0.8,
+        "eps": 1e-30,
+        "eps_scale": 1e-3,
+        "clip": 1.0,
+        "weight_decay": 0.0,
+        "relative_step": True,
+    },
     ("optax", "adafactor"): {
         "beta2_decay": 0.8,
         "eps": 1e-30,

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 import fusedopt as fo
 
 from ...schedules import (
@@ -119,7 +121,7 @@ def recipe(
     rule = make(lr=shape(peak, steps))
     if isinstance(rule, fo.Sophia):
         rule = replace(rule, bs=tokens, **ESTIMATORS[estimator])
-    if rule.program.matrices:
+    if rule.refuses(np.ones(1)):
         rest = fo.AdamW(lr=shape(peak_rate("adamw"), steps))
         return {"blocks.*.w": rule, "*": rest}
     return {"*": rule}
