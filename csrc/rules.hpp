@@ -382,6 +382,15 @@ struct Muon {
   }
 };
 
+// The parameter, as a decay before the step makes it.
+template <class T>
+struct Decayed {
+  static constexpr const char* name = "decayed";
+  static constexpr int states = 0;
+  T factor;
+  T operator()(T p, T) const { return factor * p; }
+};
+
 // What was made of the gradient between two phases.
 template <class T>
 struct Apply {
@@ -607,8 +616,8 @@ struct List {};
 using Rules = List<SGD, Momentum, Nesterov, AdaGrad, RMSProp, CenteredRMSProp, BufferedRMSProp,
                    BufferedCenteredRMSProp, Adam, NesterovAdam, AMSGrad, AdaMax, Adadelta, RAdam,
                    Rprop, AdaBelief, ADOPT, AdEMAMix, Grams, LaProp, Adan, Lion, Sophia,
-                   PaperSophia, Muon, Apply, LARS, LAMB, CautiousAdamW, CautiousLion, Tiger, MARS,
-                   Prodigy, DAdaptAdam, DAdaptSGD, ScheduleFreeSGD, ScheduleFreeAdamW>;
+                   PaperSophia, Muon, Decayed, Apply, LARS, LAMB, CautiousAdamW, CautiousLion,
+                   Tiger, MARS, Prodigy, DAdaptAdam, DAdaptSGD, ScheduleFreeSGD, ScheduleFreeAdamW>;
 
 using Measured =
     List<LARS, LAMB, CautiousAdamW, CautiousLion, Tiger, MARS, Prodigy, DAdaptAdam, DAdaptSGD>;
@@ -667,13 +676,12 @@ struct Accumulate {
   void operator()(T& sum, T g) const { sum = keep == T(0) ? g : sum + g; }
 };
 
-// The parameter as it was, for sums that compare, or as decay alone makes it.
+// The parameter as it was, for sums that compare.
 template <class T>
 struct Keep {
   static constexpr const char* name = "keep";
   static constexpr bool state = false, filter = false;
-  T factor;
-  void operator()(T& kept, T p) const { kept = factor * p; }
+  void operator()(T& kept, T p) const { kept = p; }
 };
 
 // NaN stays NaN.

@@ -89,11 +89,11 @@ class Extras(NamedTuple):
         if self.slow:
             after += [
                 Operation("lerp", (SLOW, "p"), self._share, "other", last),
-                Operation("keep", ("p", SLOW), _one, "other", last),
+                Operation("keep", ("p", SLOW), _nothing, "other", last),
             ]
         if self.stats:
             temporaries.append("before")
-            before.append(Operation("keep", ("before", "p"), _one, "other", last))
+            before.append(Operation("keep", ("before", "p"), _nothing, "other", last))
             after += [
                 Operation("squared_differences", ("update", "p", "before"), _nothing, "sum", last),
                 Operation("squares", ("weight", "before"), _one, "sum", last),

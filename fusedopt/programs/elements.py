@@ -82,8 +82,8 @@ def accumulate(total: float, g: float, keep: float) -> float:
     return g if keep == 0 else total + g
 
 
-def keep(kept: float, p: float, factor: float) -> float:
-    return factor * p
+def keep(kept: float, p: float) -> float:
+    return p
 
 
 def clip_value(clipped: float, g: float, factor: float, limit: float) -> float:

@@ -18,6 +18,10 @@ from .matrix import MatrixRule, Member, one, without_denormals
 from .sgd import SGD
 
 
+def decayed(p: float, g: float, factor: float) -> float:
+    return factor * p
+
+
 def apply(p: float, g: float, work: float, lr: float) -> float:
     return lr * work
 
@@ -124,7 +128,7 @@ class Adafactor(MatrixRule):
     def operations(self) -> tuple[Operation, ...]:
         return (
             Operation("sgd", ("p", "g", "work"), one, "peek", element=SGD.element),
-            Operation("keep", ("kept", "p"), self._kept, "other"),
+            Operation("decayed", ("p", "g", "kept"), self._kept, "peek", element=decayed),
             Operation("apply", ("p", "g", "work"), self._rate, phase=1, written=0, element=apply),
         )
 

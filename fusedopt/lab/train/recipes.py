@@ -26,7 +26,8 @@ from ...schedules import (
 # apart. Three times SGD's and ten times Nesterov's make the loss explode. The last three are the
 # best of two or three values: NorMuon of 0.01 and 0.02, AdaMuon of 0.005, 0.01 and 0.02, SOAP of
 # 0.003 and 0.006. Shampoo's is the best of 0.001, 0.003, 0.006 and 0.012, and Dion's of 0.01, 0.02,
-# 0.04 and 0.06, for the model of a quick race. Those from AdaMax to Tiger are first guesses, from
+# 0.04 and 0.06, for the model of a quick race, and Adafactor's of 0.003, 0.01, 0.03 and 0.09 after
+# 300 of its steps. Those from AdaMax to Tiger are first guesses, from
 # the rules' defaults.
 LEARNING_RATES = {
     "sgd": 0.3,
@@ -54,6 +55,7 @@ LEARNING_RATES = {
     "lamb": 5e-3,
     "cautiouslion": 3e-4,
     "tiger": 0.01,
+    "adafactor": 0.03,
     "muon": 0.02,
     "normuon": 0.02,
     "adamuon": 5e-3,
