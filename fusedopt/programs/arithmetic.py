@@ -75,7 +75,7 @@ def undecided(x: Array) -> int:
     """The number of elements whose sign is up to rounding."""
     if isinstance(x, np.ndarray):
         return 0
-    return int(np.count_nonzero((np.abs(x.value) <= x.reach) & (x.reach > 0)))
+    return int(np.count_nonzero(x.undecided))
 
 
 def plain(x: Array) -> Array:

@@ -135,10 +135,10 @@ class Dion(MatrixRule):
             b -= (1.0 - self.momentum) * (p @ r.T)
             np.copyto(rest, b.reshape(work.shape))
             r = ratio(r, np.sqrt(np.einsum("ij,ij->j", r, r)) + self.eps)
-            r[np.abs(r) < np.finfo(q.dtype).smallest_normal] = 0.0
-            q[...] = r
             p *= math.sqrt(rows / cols)
             np.copyto(work, (p @ r.T).reshape(work.shape))
+            r[np.abs(r) < np.finfo(q.dtype).smallest_normal] = 0.0  # as in all states
+            q[...] = r
 
     def textbook(
         self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float

@@ -62,6 +62,12 @@ class Bounded(NDArrayOperatorsMixin):
         """The bound on both kinds of error together."""
         return self.error + self.lost
 
+    @property
+    def undecided(self) -> np.ndarray:
+        """Where the sign is up to rounding."""
+        undecided: np.ndarray = (np.abs(self.value) <= self.reach) & (self.reach > 0)
+        return undecided
+
     def flat(self, order: str) -> Bounded:
         """One-dimensional, in memory order."""
         return self._map(lambda a: flattened(a, order))
@@ -113,8 +119,7 @@ class Bounded(NDArrayOperatorsMixin):
         """The value, and 0 where one of a and b is positive and the other negative; either where
         the sign of a is up to rounding."""
         opposed = (a.value > 0) & (b.value < 0) | (a.value < 0) & (b.value > 0)
-        unsure = (np.abs(a.value) <= a.reach) & (a.reach > 0)
-        size = np.where(unsure, np.abs(self.value), 0.0)
+        size = np.where(a.undecided, np.abs(self.value), 0.0)
         value, error, lost = (
             np.where(opposed, 0.0, part) for part in (self.value, self.error, self.lost)
         )
@@ -277,11 +282,21 @@ def _matmul(a: Bounded, b: Bounded) -> Bounded:
     x, y = np.abs(a.value), np.abs(b.value)
     error = x @ (b.error + x.shape[-1] * b._unit * y) + a.error @ (y + b.error)
     lost = (x + a.error) @ b.lost + a.lost @ (y + b.reach) + x.shape[-1] * a._least
-    # Partial sums that pass the largest number may end as anything.
-    value, passes = a.value @ b.value, x @ y > a._largest
-    value = np.where(passes & np.isfinite(value), np.clip(value, -a._largest, a._largest), value)
-    error = np.where(np.isnan(error) | passes, np.inf, error)
-    return a._like(value, error + a._unit * np.abs(value), lost)
+    # What infinite and NaN elements make of a sum in any order, if its finite part stays in range.
+    special = _unsized(a.value) @ _unsized(b.value)
+    value = np.where(np.isfinite(special), a.value @ b.value, special)
+    # Partial sums that pass the largest number may end as anything, an infinity times what may
+    # have either sign too.
+    passes = np.where(np.isinf(x), 0.0, x) @ np.where(np.isinf(y), 0.0, y) > a._largest
+    either = np.isinf(x) @ b.undecided | a.undecided @ np.isinf(y)
+    anything = passes & ~np.isnan(special) | either
+    error = np.where(anything | np.isnan(error), np.inf, error)
+    return a._like(np.where(anything, 0.0, value), error + a._unit * np.abs(value), lost)
+
+
+def _unsized(x: np.ndarray) -> np.ndarray:
+    """The signs of what is finite, whose sums stay in range, and all else as it is."""
+    return np.where(np.isfinite(x), np.sign(x), x)
 
 
 def _divide(a: Bounded, b: Bounded) -> Bounded:
@@ -329,8 +344,7 @@ def _minimum(a: Bounded, b: Bounded) -> Bounded:
 
 def _sign(a: Bounded) -> Bounded:
     sign = np.sign(a.value)
-    undecided = (np.abs(a.value) <= a.reach) & (a.reach > 0)
-    candidates = [np.where(undecided, c, sign) for c in (-1.0, 0.0, 1.0)]
+    candidates = [np.where(a.undecided, c, sign) for c in (-1.0, 0.0, 1.0)]
     return a._like(np.stack([sign, *candidates]), 0.0, 0.0)
 
 

@@ -140,6 +140,14 @@ def test_a_zero_gradient_leaves_q_as_it_is() -> None:
     np.testing.assert_array_equal(optimizer.state["params"]["Q"], dion.first((8, 6)))
 
 
+def test_a_step_has_what_q_has_no_numbers_for() -> None:
+    p, (g,) = np.zeros((4, 3), np.float32), draw((4, 3), 1)
+    optimizer = fo.Optimizer(p, fo.Dion(lr=3.0, eps=1e-3, weight_decay=0.0), verify=True)
+    optimizer.step((1e-43 * g).astype(np.float32))
+    assert not optimizer.state["params"]["Q"].any()
+    assert np.abs(p).max() > 1e-40
+
+
 def test_the_rank_is_settled() -> None:
     optimizer = fo.Optimizer(np.ones((4, 4)), fo.Dion())
     with pytest.raises(ValueError, match=r"Dion\(rank_fraction\): the states of .* were begun"):

@@ -181,6 +181,28 @@ def test_infinities_and_nans_must_be_met() -> None:
     assert compare("x", empty, Bounded(np.empty(0), 0.0, F32)) is None
 
 
+def test_a_sum_of_products_must_be_met_only_where_every_order_gives_it() -> None:
+    inf, nan = np.inf, np.nan
+    every = inf, -inf, nan, 0.0
+    factors = Bounded(np.array([[1.0], [10], [0], [1e-9]]), np.array([[0], [0], [0], [1e-8]]), F32)
+    for row, fine in (
+        ([inf, 3, 3, 3], (inf,)),
+        ([-inf, 3e37, 3, 3], (-inf,)),
+        ([inf, -3e38, 3, 3], every),  # the others may have come to -inf before
+        ([3e38, -3e38, 3, 3], every),
+        ([3, 3, 3, inf], every),  # whose factor may have either sign
+        ([inf, -inf, 3, 3], (nan,)),
+        ([3, 3, inf, 3], (nan,)),
+        ([3e38, 3e38, nan, 3], (nan,)),
+        ([3, 3, 3, 3], ()),
+    ):
+        product = Bounded.exact(np.array([row]), F32) @ factors
+        for got in every:
+            worst = compare("x", Stored.plain(np.full((1, 1), got, F32)), product)
+            assert worst is not None
+            assert (worst.share <= 1) is (got in fine), (row, got)
+
+
 @pytest.mark.parametrize("decay", ["l2", "decoupled", "decoupled_first", "cautious", "independent"])
 def test_a_wrong_decay_is_seen(decay: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     true_line = fo.AdamW.decay_line.fget  # type: ignore[attr-defined]
