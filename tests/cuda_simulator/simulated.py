@@ -294,7 +294,7 @@ def test_products_of_bfloat16(kind: Any, dtype: Any) -> None:
         before = {name: a.copy() for name, a in params.items()}
         for g in (grads[0], grads[3]):  # AdaMuon's first step is but signs
             optimizer.step(g)
-        results.append({name: params[name] - before[name] for name in "abd"})
+        results.append({name: params[name] - before[name] for name in ("a", "b", "d")})
     for name, whole in results[0].items():
         # 1 / 256 is the rounding of a factor; see `SHORT_FACTOR` for the largest differences.
         difference = np.abs(results[1][name] - whole).max() / np.abs(whole).max()
