@@ -58,7 +58,7 @@ def _handlers() -> dict[int, Any]:
 
 
 _last: tuple[list[Any], dict[int, Any]] = [], {}
-"""What was found last, and the handlers among it."""
+"""What the signals had at the last look, and the handlers among it."""
 
 
 class Helper(threading.Thread):
