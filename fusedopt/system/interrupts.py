@@ -58,7 +58,7 @@ def _handlers() -> dict[int, Any]:
 
 
 _last: tuple[list[Any], dict[int, Any]] = [], {}
-"""What the signals had at the last look, and the handlers among it."""
+"""The handlers of all signals at the last look, and those of them that Python code installed."""
 
 
 class Helper(threading.Thread):
