@@ -27,8 +27,7 @@ from ...schedules import (
 # best of two or three values: NorMuon of 0.01 and 0.02, AdaMuon of 0.005, 0.01 and 0.02, SOAP of
 # 0.003 and 0.006. Shampoo's is the best of 0.001, 0.003, 0.006 and 0.012, and Dion's of 0.01, 0.02,
 # 0.04 and 0.06, for the model of a quick race, and Adafactor's of 0.003, 0.01, 0.03 and 0.09 after
-# 300 of its steps. Those from AdaMax to Tiger are first guesses, from
-# the rules' defaults.
+# 300 of its steps. Those from AdaMax to Tiger are first guesses, from the rules' defaults.
 LEARNING_RATES = {
     "sgd": 0.3,
     "momentum": 1.0,
