@@ -11,6 +11,8 @@ bits       every rule on the device and on the CPU: bits are compared (of Muon a
 streams    a step waits for all streams that write its arrays, and they for it
 bandwidth  every rule over one large tensor, as a share of the bandwidth of a copy, and PyTorch's
            fused step beside it
+formats    AdamW in every storage format over one large tensor, likewise
+matrices   Muon and its kin over the matrices of GPT-2 small, and PyTorch's Muon beside it
 lists      AdamW over GPT-2 small and over 1000 small tensors: the device's time and the host's
 clipping   the same with gradients that are clipped, and with `wait=False`
 cores      the host's own step, with 1 to all cores
@@ -34,6 +36,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -41,6 +44,7 @@ from typing import Any
 import numpy as np
 
 import fusedopt as fo
+from fusedopt.lab.bench.formats import WAYS
 from fusedopt.lab.bench.problems import gpt2_small
 from gpu_machine import DTYPES, Machine, Step, machine
 from targets import Row
@@ -299,23 +303,24 @@ def ours(p: list[Any], g: Any, rule: fo.Rule, **options: Any) -> Step:
     return lambda: optimizer.step(g)
 
 
+def copied(place: Machine, target: Any, source: Any, rounds: int) -> float:
+    """The time of a copy, the measure of bandwidth."""
+    return place.seconds(lambda: place.copy(target, source), rounds)
+
+
 def bandwidth(place: Machine, sizes: Sizes) -> Lines:
     """Every rule over one large tensor, as a share of a copy's bandwidth."""
     for dtype in ("float32", "bfloat16"):
         width = np.dtype(DTYPES[dtype]).itemsize
         (p,), (g,) = (place.random([(sizes.elements,)], dtype) for _ in range(2))
-
-        def copying(p: Any = p, g: Any = g) -> None:
-            place.copy(g, p)
-
-        copied = place.seconds(copying, sizes.rounds)
-        rate = 2 * sizes.elements * width / copied
+        whole = copied(place, p, g, sizes.rounds)
+        rate = 2 * sizes.elements * width / whole
         for name, cls in RULES.items():
             rule = cls()
             if rule.program.phases > 1:
                 continue
             step = ours([p], [g], rule, state_dtype=dtype)
-            medians = {"fusedopt": place.seconds(step, sizes.rounds), "copy": copied}
+            medians = {"fusedopt": place.seconds(step, sizes.rounds), "copy": whole}
             rival = place.rival(name, [p], [g])
             if rival is not None:
                 medians["torch fused"] = place.seconds(rival, sizes.rounds)
@@ -329,6 +334,45 @@ def bandwidth(place: Machine, sizes: Sizes) -> Lines:
                 yield Row(f"{name} in {dtype}: times as fast as torch fused", faster, 1.0, medians)
             del step, rival
             gc.collect()  # of states that are some gigabytes
+
+
+def formats(place: Machine, sizes: Sizes) -> Lines:
+    """AdamW in every storage format, as a share of a copy's bandwidth."""
+    shape = [(sizes.elements,)]
+    target, source = place.random(shape * 2, "float32")
+    rate = 8 * sizes.elements / copied(place, target, source, sizes.rounds)
+    del target, source
+    for name, way in WAYS.items():
+        (p,), (g,) = (
+            place.random(shape, np.dtype(dtype).name) for dtype in (way.parameter, way.gradient)
+        )
+        copies = place.random(shape, "bfloat16") if way.copy else None
+        optimizer = fo.Optimizer([p], fo.AdamW(), copy_out=copies, **way.options)
+        held = optimizer.leaf_state("0")[0]
+        moved = sum(2 * stored.nbytes for stored in held.stored)
+        moved += sum(mirror.nbytes for mirror in held.mirrors)
+        moved += np.dtype(way.gradient).itemsize * sizes.elements
+        seconds = place.seconds(partial(optimizer.step, [g]), sizes.rounds)
+        what = f"AdamW, {name}: share of copy ({rate / 1e12:.2f} TB/s)"
+        yield Row(what, moved / seconds / rate, SHARE_OF_COPY, {"fusedopt": seconds})
+        del p, g, copies, optimizer, held
+        gc.collect()  # of states that are some gigabytes
+
+
+def matrices(place: Machine, sizes: Sizes) -> Lines:
+    """Rules for matrices over those of GPT-2 small."""
+    model = sizes.square if sizes.rehearse else sizes.lists["GPT-2 small"]
+    shapes = [shape for shape in model if len(shape) == 2 and max(shape) < 10_000]
+    p, g = (place.random(shapes, "float32") for _ in range(2))
+    rules = {name: cls() for name, cls in RULES.items() if cls().program.phases > 1}
+    rules["muon, bfloat16"] = fo.Muon(ns_dtype="bfloat16")
+    medians = {name: place.seconds(ours(p, g, rule), sizes.rounds) for name, rule in rules.items()}
+    rival = place.rival("muon", p, g)
+    if rival is not None:
+        medians["torch.optim.Muon"] = place.seconds(rival, sizes.rounds)
+        for name in rules:
+            faster = medians["torch.optim.Muon"] / medians[name]
+            yield Row(f"{name}: times as fast as torch.optim.Muon", faster, 1.0, medians)
 
 
 def _steps(
@@ -408,6 +452,8 @@ PARTS: dict[str, Callable[[Machine, Sizes], Lines]] = {
     "bits": bits,
     "streams": streams,
     "bandwidth": bandwidth,
+    "formats": formats,
+    "matrices": matrices,
     "lists": lists,
     "clipping": clipping,
     "cores": cores,

@@ -152,6 +152,7 @@ class Cuda:
             "nesterov": lambda: optim.SGD(p, lr=1e-3, momentum=0.9, nesterov=True, fused=True),
             "adam": lambda: optim.Adam(p, fused=True),
             "adamw": lambda: optim.AdamW(p, fused=True),
+            "muon": lambda: optim.Muon(p),
         }
         if rule not in makers:
             return None

@@ -382,6 +382,24 @@ struct Muon {
   }
 };
 
+// The parameter, as a decay before the step makes it.
+template <class T>
+struct Decayed {
+  static constexpr const char* name = "decayed";
+  static constexpr int states = 0;
+  T factor;
+  T operator()(T p, T) const { return factor * p; }
+};
+
+// What was made of the gradient between two phases.
+template <class T>
+struct Apply {
+  static constexpr const char* name = "apply";
+  static constexpr int states = 1, written = 0;
+  T lr;
+  T operator()(T, T, T& o) const { return lr * o; }
+};
+
 // Momentum of gradients whose size is that of the parameter; x and y as in Buffered. rate: the
 // learning rate of the leaf, from both norms.
 template <class T>
@@ -598,8 +616,8 @@ struct List {};
 using Rules = List<SGD, Momentum, Nesterov, AdaGrad, RMSProp, CenteredRMSProp, BufferedRMSProp,
                    BufferedCenteredRMSProp, Adam, NesterovAdam, AMSGrad, AdaMax, Adadelta, RAdam,
                    Rprop, AdaBelief, ADOPT, AdEMAMix, Grams, LaProp, Adan, Lion, Sophia,
-                   PaperSophia, Muon, LARS, LAMB, CautiousAdamW, CautiousLion, Tiger, MARS, Prodigy,
-                   DAdaptAdam, DAdaptSGD, ScheduleFreeSGD, ScheduleFreeAdamW>;
+                   PaperSophia, Muon, Decayed, Apply, LARS, LAMB, CautiousAdamW, CautiousLion,
+                   Tiger, MARS, Prodigy, DAdaptAdam, DAdaptSGD, ScheduleFreeSGD, ScheduleFreeAdamW>;
 
 using Measured =
     List<LARS, LAMB, CautiousAdamW, CautiousLion, Tiger, MARS, Prodigy, DAdaptAdam, DAdaptSGD>;

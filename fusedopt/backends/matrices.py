@@ -56,8 +56,10 @@ class Matrices:
                 : len(self._rule(batch.members[0]).works)
             ]
             self._works.append([_alike(p, count, flat) for flat in flats])
-            for k, *own in zip(batch.members, *self._works[-1], strict=True):
-                self.batches[k], self.work[k] = number, tuple(own)
+            for at, k in enumerate(batch.members):
+                # With the ellipsis, a parameter without dimensions has an array too.
+                own = tuple(work[at, ...] for work in self._works[-1])
+                self.batches[k], self.work[k] = number, own
 
     def adopt(self, groups: Sequence[Group]) -> bool:
         """Take other rules for the groups; False where their matrices may be others."""

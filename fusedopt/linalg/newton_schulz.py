@@ -231,7 +231,9 @@ class Workspace:
     def direction(self) -> np.ndarray:
         return self.directions[0]
 
-    def opened(self, u: np.ndarray, stack: Stack, number: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    def opened(
+        self, u: np.ndarray, stack: tuple[int, ...], number: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The stack of u's elements in C order, and as much room, until `closed`.
 
         u: an array of any shape and layout over the beginning of `directions[number]`, which it

@@ -34,6 +34,7 @@ from .prodigy import Prodigy as Prodigy
 from .dadapt import DAdaptAdam as DAdaptAdam, DAdaptSGD as DAdaptSGD
 from .schedule_free import ScheduleFreeAdamW as ScheduleFreeAdamW
 from .schedule_free import ScheduleFreeSGD as ScheduleFreeSGD
+from .adafactor import Adafactor as Adafactor
 from .muon import Muon as Muon
 from .normuon import NorMuon as NorMuon
 from .adamuon import AdaMuon as AdaMuon

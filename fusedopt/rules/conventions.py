@@ -299,6 +299,42 @@ CONVENTIONS: Mapping[str, Mapping[str, Convention]] = {
         "optax": Convention({"lr": REQUIRED, "betas": (0.9, 0.99), "weight_decay": 1e-3}),
         "keras": Convention({"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.0}),
     },
+    "adafactor": {
+        "torch": Convention(
+            {
+                "lr": 1e-2,
+                "beta2_decay": 0.8,
+                "eps": 2.0**-23,
+                "eps_scale": 1e-3,
+                "clip": 1.0,
+                "weight_decay": 0.0,
+                "maximize": False,
+            },
+            {"floor": "least"},
+        ),
+        "optax": Convention(
+            {
+                "lr": REQUIRED,
+                "beta2_decay": 0.8,
+                "eps": 1e-30,
+                "clip": 1.0,
+                "scale_parameter": True,
+                "min_dim": 128,
+            },
+            {"relative_step": False},
+        ),
+        "keras": Convention(
+            {
+                "lr": 1e-3,
+                "beta2_decay": 0.8,
+                "eps": 1e-30,
+                "eps_scale": 1e-3,
+                "clip": 1.0,
+                "weight_decay": 0.0,
+            },
+            {"decay": "decoupled_first"},
+        ),
+    },
     "prodigy": {
         "optax": Convention(
             {

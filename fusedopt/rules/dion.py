@@ -146,11 +146,11 @@ class Dion(MatrixRule):
         m, side = states
         rows, cols = shape = as_matrix(p.shape)
         b = m + g
-        if 0 in shape:
-            return b, (b, side)
         q = np.asarray(getattr(side, "value", side))
         if t == 1:
             q = first(q.shape).astype(m.dtype).astype(np.float64)
+        if 0 in shape:
+            return b, (b, through(side, lambda _: q, 1.0))
 
         def parts(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             """The step, the new M, and the new Q."""

@@ -104,6 +104,7 @@ UpToOne = Annotated[Any, Number(high=1.0, closed=True)]
 Betas = Annotated[tuple[Any, Any], Numbers(2, Number(high=1.0))]
 ThreeBetas = Annotated[tuple[Any, Any, Any], Numbers(3, Number(high=1.0))]
 Power = Annotated[Any, Number(high=16.0)]  # which leaves products of step numbers finite
+Positive = Annotated[Any, Number(low=2.0**-126)]  # which is not zero in float32 either
 Normal = Annotated[float, Number(low=2.0**-126)]  # which is not zero in float32 either
 Pair = Annotated[tuple[Any, Any], Numbers(2, Number())]
 QuinticSet = Annotated[str | Row | tuple[Row, ...], Quintics()]

@@ -196,8 +196,14 @@ def accumulate(
         product *= gain
         rows *= keep
         rows += product
-        # What is below the smallest normal number becomes zero, as in all states, in place.
-        np.abs(rows, out=product)
-        np.less(product, np.finfo(moment.dtype).smallest_normal, out=product)
-        np.subtract(1.0, product, out=product)
-        rows *= product
+        without_denormals(rows, product)
+
+
+def without_denormals(x: np.ndarray, spare: np.ndarray) -> None:
+    """Put zero in the place of what is below the smallest normal number, as all states have it.
+
+    spare: of x's shape, overwritten.
+    """
+    np.abs(x, out=spare)
+    np.greater_equal(spare, np.finfo(x.dtype).smallest_normal, out=spare)
+    x *= spare

@@ -88,8 +88,9 @@ class Muon(MatrixRule):
     "polar_express" (`fusedopt.linalg.coefficients` has sources and accuracy). `norm`: "aol" divides
     each row of u by its own norm. `gram`: iterate on the Gram matrix, True, False, or "auto": where
     that is faster; `Optimizer.describe` shows it. `ns_dtype`: "bfloat16" multiplies matrices in
-    bfloat16, by AMX or AVX512-BF16, several times as fast and rougher (`fo.orthogonalize` says by
-    how much); "float32" in the dtype of the arithmetic, which is float64 for such parameters.
+    bfloat16, by AMX or AVX512-BF16, on a GPU by PyTorch, several times as fast and rougher
+    (`fo.orthogonalize` says by how much); "float32" in the dtype of the arithmetic, which is
+    float64 for such parameters.
 
     Parameters of more than two dimensions are flattened to (shape[0], the rest). `split` n: the
     first axis is that of n matrices one below the other, such as the heads, or the query, key and
@@ -161,7 +162,8 @@ class Muon(MatrixRule):
 
     def refuses(self, p: np.ndarray) -> str | None:
         reason = super().refuses(p)
-        if reason is None and self.ns_dtype == "bfloat16" and (lacking := no_unit()):
+        short = self.short_products and isinstance(p, np.ndarray)  # a device's library has its own
+        if reason is None and short and (lacking := no_unit()):
             return f"{type(self).__name__}(ns_dtype): {lacking}"
         if reason is None and p.shape[0] % self.split:
             return (

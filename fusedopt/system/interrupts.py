@@ -33,12 +33,9 @@ class deferred:  # noqa: N801  # used as a function is
         self._arrived: list[Any] = []
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in SIGNALS:
-            handler = _signal.getsignal(number)
-            # Other handlers are ignored, or installed by something other than Python.
-            if callable(handler):
-                self._previous[number] = handler
-                _signal.signal(number, self._arrive)
+        self._previous = _handlers()
+        for number in self._previous:
+            _signal.signal(number, self._arrive)
 
     def _arrive(self, *details: Any) -> None:
         self._arrived.append(details)
@@ -48,6 +45,20 @@ class deferred:  # noqa: N801  # used as a function is
             _signal.signal(number, handler)
         for number, frame in self._arrived:
             self._previous[number](number, frame)
+
+
+def _handlers() -> dict[int, Any]:
+    """Return the handlers of signals that Python code has installed."""
+    global _last
+    found = list(map(_signal.getsignal, SIGNALS))
+    if found != _last[0]:  # a look at each takes longer than all the rest
+        pairs = zip(SIGNALS, found, strict=True)
+        _last = found, {number: handler for number, handler in pairs if callable(handler)}
+    return _last[1]
+
+
+_last: tuple[list[Any], dict[int, Any]] = [], {}
+"""The handlers of all signals at the last look, and those of them that Python code installed."""
 
 
 class Helper(threading.Thread):

@@ -284,6 +284,23 @@ def test_matrix_products(rule: fo.Rule, dtype: Any, wait: bool) -> None:
         np.testing.assert_allclose(results[0][k], want, accuracy, 0.1 * accuracy, err_msg=str(k))
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("kind", [fo.Muon, fo.NorMuon, fo.AdaMuon], ids=lambda kind: kind.name)
+def test_products_of_bfloat16(kind: Any, dtype: Any) -> None:
+    results = []
+    for short in ("float32", "bfloat16"):
+        rule = kind(ns_dtype=short, lr=1.0, scale="none", split=3)
+        optimizer, (params, grads) = of_matrices(OnDevice, rule, dtype)
+        before = {name: a.copy() for name, a in params.items()}
+        for g in (grads[0], grads[3]):  # AdaMuon's first step is but signs
+            optimizer.step(g)
+        results.append({name: params[name] - before[name] for name in ("a", "b", "d")})
+    for name, whole in results[0].items():
+        # 1 / 256 is the rounding of a factor; see `SHORT_FACTOR` for the largest differences.
+        difference = np.abs(results[1][name] - whole).max() / np.abs(whole).max()
+        assert 1e-5 < difference < 0.15, (name, difference)
+
+
 @pytest.mark.parametrize("rule", [fo.NorMuon(), fo.AdaMuon(), fo.SOAP()], ids=lambda r: r.name)
 def test_updates_and_checkpoints_of_side_states(rule: fo.Rule, tmp_path: Path) -> None:
     p, *grads = (draw(k, (4, 4), np.float32) for k in range(9))

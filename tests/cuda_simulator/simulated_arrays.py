@@ -307,6 +307,10 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         lambda: fo.Optimizer(OnDevice(host()), fo.LARS()),
         ValueError, "LARS, which measures: is not supported by the backend 'cuda'; take fo.AdamW",
     ),
+    "rows and columns": (
+        lambda: fo.Optimizer(OnDevice(host()), fo.Adafactor()),
+        ValueError, "Adafactor: is not supported by the backend 'cuda'; take fo.Muon or fo.SOAP",
+    ),
     "matrices": (
         lambda: fo.Optimizer(OnDevice(host().reshape(2, 2)), fo.Shampoo()),
         ValueError, "Shampoo: is not supported by the backend 'cuda'; take fo.Muon or fo.SOAP",

@@ -89,8 +89,9 @@ def test_on_the_simulator(simulation: str, simulated: Any) -> None:
     if simulation == "rehearsal":  # whose clock is no clock, so that targets of speed are missed
         lines = (printed.parent / "rows.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
-        assert {row["part"] for row in rows} == {"bits", "streams", "bandwidth", "lists",
-                                                 "clipping", "cores"}, told  # fmt: skip
+        assert {row["part"] for row in rows} == {
+            "bits", "streams", "bandwidth", "formats", "matrices", "lists", "clipping", "cores"
+        }, told  # fmt: skip
         assert not any(row["value"] for row in rows if row["part"] in ("bits", "streams")), told
         assert "Error" not in told
         return

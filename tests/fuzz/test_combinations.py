@@ -43,6 +43,7 @@ RULES: dict[str, Callable[[], fo.Rule]] = {
     "soap": lambda: fo.SOAP(),
     "dion": lambda: fo.Dion(),
     "shampoo": lambda: fo.Shampoo(precondition_frequency=2, max_precond_dim=100),
+    "adafactor": lambda: fo.Adafactor(min_dim=6),
 }
 DTYPES: dict[str, list[Any]] = {
     "float32": [np.float32] * 3,

@@ -23,6 +23,7 @@ CLASSES = {
     "nadam": "NAdam",
     "radam": "RAdam",
     "rprop": "Rprop",
+    "adafactor": "Adafactor",
 }
 FUNCTIONS = {
     "torch": CLASSES,
@@ -41,6 +42,10 @@ FUNCTIONS = {
 NAMES: dict[str, dict[str, str | tuple[str, ...] | None]] = {
     "torch": {
         "rmsprop.rho": "alpha",
+        "adafactor.eps": None,
+        "eps_scale": None,
+        "beta2_decay": None,
+        "clip": "d",
         "initial_accumulator": "initial_accumulator_value",
         "amsgrad": None,
         "decay": None,
@@ -54,6 +59,10 @@ NAMES: dict[str, dict[str, str | tuple[str, ...] | None]] = {
         "dadaptadam.betas": "betas",
         "d0": "estim_lr0",
         "coef": "estim_lr_coef",
+        "beta2_decay": "decay_rate",
+        "adafactor.clip": "clipping_threshold",
+        "scale_parameter": "multiply_by_parameter_scale",
+        "min_dim": "min_dim_size_to_factor",
         "safeguard": "safeguard_warmup",
         "ademamix.betas": ("b1", "b2", "b3"),
         "adan.betas": ("b1", "b2", "b3"),
@@ -82,6 +91,10 @@ NAMES: dict[str, dict[str, str | tuple[str, ...] | None]] = {
         "initial_accumulator": "initial_accumulator_value",
         "ns_coefficients": ("muon_a", "muon_b", "muon_c"),
         "scale": None,
+        "adafactor.eps": "epsilon_1",
+        "eps_scale": "epsilon_2",
+        "beta2_decay": None,
+        "clip": "clip_threshold",
     },
 }
 
@@ -90,14 +103,17 @@ COEFFICIENTS = (3.0, -4.0, 1.75)
 # torch.optim.Muon iterates in bfloat16, keras.optimizers.Muon takes the norm in float32, and
 # torch.optim.NAdam keeps the product of its momenta there, whatever the parameters are. What
 # optax's radam finds of r - 4 is rounded a thousand times more than r. Most of D-Adaptation's
-# product cancels. An element may be off by this share of the tensor's largest movement; the worst
-# that was seen is 0.044, 2.5e-7, 1.3e-8, 3.6e-13 and 1e-14.
+# product cancels. optax's adafactor finds t^-0.8 in float32, and Keras's its means. An element may
+# be off by this share of the tensor's largest movement; the worst that was seen is 0.044, 2.5e-7,
+# 1.3e-8, 3.6e-13, 1e-14, 1e-7 and 2.1e-7.
 LOOSE = {
     ("torch", "muon"): 0.06,
     ("keras", "muon"): 1e-6,
     ("torch", "nadam"): 1e-7,
     ("optax", "radam"): 1e-12,
     ("optax", "dadaptadam"): 1e-13,
+    ("optax", "adafactor"): 1e-6,
+    ("keras", "adafactor"): 1e-6,
 }
 
 
@@ -267,6 +283,32 @@ CASES = [
     optax("lars", lr=1.0),
     optax("lars", "decay", lr=2.0, momentum=0.8, trust=0.02, eps=1e-3, weight_decay=0.3),
     optax("lars", "nesterov", lr=1.0, trust=0.01, nesterov=True, schedule=True),
+    torch("adafactor", eps=2.0**-52),
+    torch(
+        "adafactor",
+        "decay",
+        lr=0.3,
+        eps=1e-3,
+        eps_scale=0.5,
+        clip=1.5,
+        beta2_decay=0.5,
+        weight_decay=0.3,
+        native={"eps": (1e-3, 0.5), "beta2_decay": -0.5},
+    ),
+    torch("adafactor", "schedule", lr=0.05, eps=2.0**-52, maximize=True, schedule=True),
+    optax("adafactor", lr=0.05),
+    optax("adafactor", "factored", lr=0.05, min_dim=1),
+    optax(
+        "adafactor",
+        "clip",
+        lr=0.05,
+        min_dim=2,
+        clip=0.5,
+        eps=1e-6,
+        beta2_decay=0.5,
+        scale_parameter=False,
+        schedule=True,
+    ),
     optax("prodigy"),
     optax("prodigy", "decay", lr=0.5, betas=(0.8, 0.9), d0=0.01, weight_decay=0.3, eps=1e-4),
     optax("prodigy", "schedule", lr=1.0, d0=0.01, coef=2.0, safeguard=True, schedule=True),
@@ -313,6 +355,19 @@ CASES = [
     keras("adadelta", "decay", lr=1.0, rho=0.8, eps=1e-4, weight_decay=0.3, schedule=True),
     keras("nadam"),
     keras("nadam", "decay", lr=0.01, betas=(0.8, 0.95), eps=1e-4, weight_decay=0.3, schedule=True),
+    keras("adafactor"),
+    keras(
+        "adafactor",
+        "decay",
+        native={"beta_2_decay": -0.5},
+        lr=0.3,
+        beta2_decay=0.5,
+        eps=1e-6,
+        eps_scale=0.5,
+        clip=0.5,
+        weight_decay=0.3,
+        schedule=True,
+    ),
     keras("lion"),
     keras("lion", "decay", lr=0.01, betas=(0.8, 0.95), weight_decay=0.3, schedule=True),
     keras("muon"),

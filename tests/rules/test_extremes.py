@@ -139,3 +139,17 @@ def test_thread_counts_that_no_machine_has_get_the_packages_own_errors(value: in
     ):
         with pytest.raises(ValueError, match="threads"):
             call()
+
+
+@pytest.mark.parametrize("name", fo.RULES)
+def test_verified_steps_of_empty_and_single_elements(name: str) -> None:
+    for example in fo.RULES[name].examples:
+        rule = fo.RULES[name](**example)
+        for shape in ((0, 3), (3, 0), (1, 1), (1, 5), (5, 1)):
+            params = [np.ones(shape, np.float32), np.ones((3, 4))]
+            opt = fo.Optimizer(params, rule, verify=True)
+            rng = np.random.default_rng(0)
+            for k in range(3):
+                grads = [np.full_like(params[0], k - 1), rng.standard_normal((3, 4))]
+                opt.step(grads, hessian=[abs(g) for g in grads] if rule.takes_hessian else None)
+            assert opt.step_count == 3

@@ -121,7 +121,8 @@ def test_a_step(options: dict[str, Any], backend: str) -> None:
 
 @BACKEND
 @pytest.mark.parametrize(
-    "rule", [fo.Muon(), fo.NorMuon(), fo.AdaMuon(), fo.SOAP(), fo.Shampoo(), fo.Dion()]
+    "rule",
+    [fo.Muon(), fo.NorMuon(), fo.AdaMuon(), fo.SOAP(), fo.Shampoo(), fo.Dion(), fo.Adafactor()],
 )
 def test_a_step_of_matrices(rule: fo.Rule, backend: str) -> None:
     check(lambda: matrices(rule, backend), step)

@@ -25,6 +25,7 @@ def gradients(shape: tuple[int, ...], count: int) -> list[np.ndarray]:
         fo.SOAP(shampoo_beta=0.5),
         fo.Shampoo(shampoo_beta=0.5),
         fo.Dion(momentum=0.5),
+        fo.Adafactor(beta2_decay=0.1, eps=0.0),
     ],
 )
 def test_side_states_are_never_denormal(rule: Any, backend: str) -> None:
@@ -35,7 +36,8 @@ def test_side_states_are_never_denormal(rule: Any, backend: str) -> None:
         optimizer.step(np.zeros_like(p))
         for name, state in optimizer.state["params"].items():
             assert not ((state != 0) & (np.abs(state) < normal)).any(), name
-    for name in {"normuon": ("v",), "dion": ("m",)}.get(rule.name, ("L", "R")):
+    own = {"normuon": ("v",), "dion": ("m",), "adafactor": ("row", "col")}
+    for name in own.get(rule.name, ("L", "R")):
         assert not optimizer.state["params"][name].any()
 
 

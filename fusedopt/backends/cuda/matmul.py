@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ...arrays.formats import BFLOAT16
 from ...arrays.order import shaped
 from ...linalg.newton_schulz import Iteration
 from .arrays import DeviceArray
@@ -18,19 +19,25 @@ LIBRARIES = ("cupy", "torch")
 class Library:
     """A library with matrix products for arrays on a device."""
 
-    def __init__(self, preferred: str) -> None:
-        """Raise RuntimeError where there is neither CuPy nor PyTorch."""
+    def __init__(self, preferred: str, short: bool) -> None:
+        """Raise RuntimeError where there is neither CuPy nor PyTorch.
+
+        short: whether products of bfloat16 are wanted, which CuPy does not have.
+        """
         from .toolkit import SIMULATED
 
+        libraries = LIBRARIES[1:] if short else LIBRARIES
         self._module: Any = np if SIMULATED else None
-        for name in dict.fromkeys((preferred, *LIBRARIES)):
-            if self._module is None and name in LIBRARIES:
+        for name in dict.fromkeys((preferred, *libraries)):
+            if self._module is None and name in libraries:
                 with contextlib.suppress(ImportError):
                     self._module = importlib.import_module(name)
         if self._module is None:
+            products = "products of bfloat16" if short else "products"
             raise RuntimeError(
-                "rules for matrices leave their products on the backend 'cuda' to CuPy or PyTorch,"
-                " and neither could be imported; install one of them"
+                f"rules for matrices leave their {products} on the backend 'cuda' to"
+                f" {' or '.join(libraries)}, which could not be imported; install"
+                f" {libraries[-1]}"
             )
 
     def view(self, a: DeviceArray) -> Any:
@@ -61,7 +68,11 @@ class Library:
 
     def cast(self, x: Any, like: Any) -> Any:
         """The elements of x in the dtype of another array."""
-        return x.to(like.dtype) if hasattr(x, "to") else x.astype(like.dtype)
+        return self._to(x, like.dtype)
+
+    @staticmethod
+    def _to(x: Any, dtype: Any) -> Any:
+        return x.to(dtype) if hasattr(x, "to") else x.astype(dtype)
 
     def normal(self, x: Any) -> Any:
         """The elements; zero where they are smaller than the smallest normal number."""
@@ -76,6 +87,9 @@ class Library:
         rows, cols = x.shape[-2:]
         wide = rows <= cols
         y = self._normalized(x if wide else x.swapaxes(-1, -2), iteration)
+        if iteration.products == "bfloat16":
+            y = self.cast(self._iterated_short(y, iteration), x)
+            return y if wide else y.swapaxes(-1, -2)
         for group in iteration.groups(rows, cols):
             gram = y @ y.swapaxes(-1, -2)
             q = self._polynomial(group[0], gram)
@@ -84,6 +98,21 @@ class Library:
                 q = self._polynomial(group[1], 0.5 * (r + r.swapaxes(-1, -2))) @ q
             y = q @ y
         return y if wide else y.swapaxes(-1, -2)
+
+    def _iterated_short(self, y: Any, iteration: Iteration) -> Any:
+        """The iterates of normalised matrices, by products of bfloat16."""
+        y = self._to(y, self._module.float32)
+        for a, b, c in iteration.coefficients.rows:
+            gram = self._short_product(y, y.swapaxes(-1, -2))
+            y = a * y + self._short_product(b * gram + c * self._short_product(gram, gram), y)
+        return y
+
+    def _short_product(self, a: Any, b: Any) -> Any:
+        """The product of two stacks whose elements are rounded to bfloat16, added in float32."""
+        if self._module is np:
+            return np.matmul(*(x.astype(BFLOAT16).astype(np.float32) for x in (a, b)))
+        torch = self._module
+        return torch.bmm(a.to(torch.bfloat16), b.to(torch.bfloat16), out_dtype=torch.float32)
 
     def _polynomial(self, row: tuple[float, float, float], gram: Any) -> Any:
         a, b, c = row

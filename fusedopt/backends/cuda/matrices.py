@@ -75,7 +75,8 @@ class DeviceMatrices:
         self._sides: dict[int, dict[str, Any]] = {
             k: {name: side.data for name, side in spec.leaves[k].sides.items()} for k in own
         }
-        self._library = Library(self._first.library) if own else None
+        short = any(spec.groups[spec.group_of[k]].rule.short_products for k in own)
+        self._library = Library(self._first.library, short) if own else None
         self._work_views = {k: self._viewed(works) for k, works in self.works.items()}
         self._side_views = {k: self._viewed(sides) for k, sides in self._sides.items()}
         self._factors: dict[int, Any] = {}

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...arrays import device_interface
-from ...arrays.formats import PLAIN, compute_dtype
+from ...arrays.formats import FLOAT32, FLOAT64, PLAIN, compute_dtype
 from ...arrays.rows import UniqueRows, values_of
 from ...arrays.trees import Fixed, opened
 from ...plan.extras import Extras
@@ -32,6 +32,8 @@ from .matrices import Bases, DeviceMatrices
 from .rows import table_rows
 from .stages import operations_at
 from .stats import SumLaunch
+
+_LARGEST = {dtype: float(np.finfo(dtype).max) for dtype in (FLOAT32, FLOAT64)}
 
 
 @dataclass
@@ -460,9 +462,10 @@ class CudaPlan(ExclusiveUse):
             t = int(spec.counters[leaf + 1]) + 1
             values: list[float] = []
             for op in operations:
-                values += narrowed(
-                    program.scalars(op, t, lr, factor), launch.dtype, op, t, lr
-                ).tolist()
+                own = program.scalars(op, t, lr, factor)
+                if not sum(map(abs, own)) <= _LARGEST[launch.dtype]:  # looked at one by one
+                    narrowed(own, launch.dtype, op, t, lr)
+                values += own
             more = [clipper.factor(group, launch.dtype)] if clipper else []
             prepared.append((launch, values, more + [t - 1] * launch.random))
         return prepared

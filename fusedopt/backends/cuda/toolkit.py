@@ -14,6 +14,8 @@ import math
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from struct import Struct
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
@@ -168,7 +170,8 @@ class Kernel:
         the rest, which are cast to the kernel's type.
         """
         if SIMULATED:
-            values = np.array(scalars, np.float64).astype(self._scalars)
+            with np.errstate(under="ignore"):
+                values = np.array(scalars, np.float64).astype(self._scalars)
             cuda.jit(self._function)[blocks, threads](*words, *values)
             return
         number, stream = queue
@@ -179,7 +182,7 @@ class Kernel:
             arguments = self._arguments_of.thread = Arguments(
                 self._words, self._count, self._scalars
             )
-        arguments.words[:], arguments.scalars[:] = words, scalars
+        arguments.put(*words, *scalars)
         # The driver's own call, which copies the arguments. That of cuda.core would make objects of
         # the stream, of the grid and of every argument first.
         call("cuLaunchKernel", kernel, blocks, 1, 1, threads, 1, 1, 0, stream, arguments.address, 0)
@@ -200,9 +203,12 @@ class Arguments:
     """The arguments of a kernel, where the driver reads them at a launch."""
 
     def __init__(self, words: int, scalars: int, dtype: np.dtype) -> None:
-        self.words, self.scalars = np.zeros(words, np.int64), np.zeros(scalars, dtype)
-        each = [a.ctypes.data + a.itemsize * np.arange(a.size) for a in (self.words, self.scalars)]
-        self._pointers = np.concatenate(each).astype(np.uint64)
+        form = Struct(f"={words}q{scalars}{dtype.char}")
+        values: Any = np.zeros(form.size, np.uint8)
+        self.put = partial(form.pack_into, values, 0)  # rounds to the nearest, and nothing warns
+        starts = [8 * k for k in range(words)]
+        starts += [8 * words + dtype.itemsize * k for k in range(scalars)]
+        self._pointers = values.ctypes.data + np.array(starts, np.uint64)
         self.address = int(self._pointers.ctypes.data)
 
 

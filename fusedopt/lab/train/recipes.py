@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 import fusedopt as fo
 
 from ...schedules import (
@@ -24,8 +26,8 @@ from ...schedules import (
 # apart. Three times SGD's and ten times Nesterov's make the loss explode. The last three are the
 # best of two or three values: NorMuon of 0.01 and 0.02, AdaMuon of 0.005, 0.01 and 0.02, SOAP of
 # 0.003 and 0.006. Shampoo's is the best of 0.001, 0.003, 0.006 and 0.012, and Dion's of 0.01, 0.02,
-# 0.04 and 0.06, for the model of a quick race. Those from AdaMax to Tiger are first guesses, from
-# the rules' defaults.
+# 0.04 and 0.06, for the model of a quick race, and Adafactor's of 0.003, 0.01, 0.03 and 0.09 after
+# 300 of its steps. Those from AdaMax to Tiger are first guesses, from the rules' defaults.
 LEARNING_RATES = {
     "sgd": 0.3,
     "momentum": 1.0,
@@ -52,6 +54,7 @@ LEARNING_RATES = {
     "lamb": 5e-3,
     "cautiouslion": 3e-4,
     "tiger": 0.01,
+    "adafactor": 0.03,
     "muon": 0.02,
     "normuon": 0.02,
     "adamuon": 5e-3,
@@ -119,7 +122,7 @@ def recipe(
     rule = make(lr=shape(peak, steps))
     if isinstance(rule, fo.Sophia):
         rule = replace(rule, bs=tokens, **ESTIMATORS[estimator])
-    if rule.program.matrices:
+    if rule.refuses(np.ones(1)):
         rest = fo.AdamW(lr=shape(peak_rate("adamw"), steps))
         return {"blocks.*.w": rule, "*": rest}
     return {"*": rule}
