@@ -293,7 +293,7 @@ def _matmul(a: Bounded, b: Bounded) -> Bounded:
     # Partial sums that pass the largest number may end as anything, so do those with an element
     # that may be anything, and an infinity times what may have either sign.
     passes = np.where(np.isinf(x), 0.0, x) @ np.where(np.isinf(y), 0.0, y) > a._largest
-    passes |= np.isinf(a.error).any(-1)[..., None] | np.isinf(b.error).any(-2)[..., None, :]
+    passes |= np.isinf(a.error).any(-1, keepdims=True) | np.isinf(b.error).any(-2, keepdims=True)
     either = np.isinf(x) @ b.undecided | a.undecided @ np.isinf(y)
     anything = passes & ~np.isnan(special) | either
     error = np.where(anything | np.isnan(error), np.inf, error)
