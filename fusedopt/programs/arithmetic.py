@@ -53,7 +53,8 @@ def capped(x: Array, limit: float) -> Array:
 
 
 def moved(x: Array, function: Callable[[np.ndarray], np.ndarray]) -> Array:
-    """`function` of an array, which only picks and moves elements, and adds zeros."""
+    """`function` of an array, which only picks, moves and scales elements by powers of two, and
+    adds zeros."""
     return function(x) if isinstance(x, np.ndarray) else x.moved(function)
 
 

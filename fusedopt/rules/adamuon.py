@@ -111,8 +111,10 @@ class AdaMuon(Muon):
         size = self.factor(rows, cols) * math.sqrt(min(rows, cols))
         for k in range(count):
             flat = x[k].reshape(-1)
-            norm = math.sqrt(np.dot(flat, flat))
-            flat *= flat.dtype.type(size / (norm + self.eps_v) if norm else 0.0)
+            squares = np.dot(flat, flat)
+            norm = math.sqrt(squares) + self.eps_v
+            some = norm and (squares or flat.any())  # whose squares may all be too small
+            flat *= flat.dtype.type(size / norm if some else 0.0)
         workspace.closed(directions, x)
 
     def scaled_on_device(

@@ -189,6 +189,7 @@ def first(shape: tuple[int, ...]) -> np.ndarray:
 
 def sensitivity(b: np.ndarray, q: np.ndarray) -> float:
     """Return how many times a step of b and q may amplify rounding of b."""
+    b = np.ldexp(b, -np.frexp(np.max(np.abs(b)))[1])  # which changes nothing but the range
     if not np.isfinite(b).all():
         return 1.0
     sizes = np.linalg.svd(b @ q, compute_uv=False)

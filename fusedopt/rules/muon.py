@@ -284,12 +284,14 @@ class Muon(MatrixRule):
     def _textbook(self, matrix: np.ndarray) -> np.ndarray:
         wide = matrix.shape[0] <= matrix.shape[1]
         x = matrix if wide else matrix.T
+        shift = -np.frexp(np.max(np.abs(x)))[1]  # by a power of two: the squares stay in range
+        x = np.ldexp(x, shift)
         coefficients = self.iteration.coefficients
         if self.norm == "frobenius":
             norm = np.sqrt(np.sum(x * x))
         else:
             norm = np.sqrt(np.sum(np.abs(x @ x.T), axis=1, keepdims=True))
-        x = ratio(x, coefficients.prescale * norm + self.eps)
+        x = ratio(x, coefficients.prescale * norm + np.ldexp(self.eps, shift))
         for a, b, c in coefficients.rows:
             gram = x @ x.T
             x = a * x + (b * gram + c * gram @ gram) @ x

@@ -105,8 +105,8 @@ class NorMuon(Muon):
         spare *= (1.0 - self.beta2) / o.shape[1]
         v *= self.beta2
         v += spare
-        np.copyto(v, 0.0, where=v < np.finfo(v.dtype).smallest_normal)
         np.sqrt(v, out=spare)
+        np.copyto(v, 0.0, where=v < np.finfo(v.dtype).smallest_normal)  # as in all states
         spare += self.eps_v
         np.copyto(spare, np.inf, where=spare == 0)
         o /= spare[:, None]
@@ -119,13 +119,13 @@ class NorMuon(Muon):
     ) -> tuple[Any, dict[str, Any]]:
         squares, v = (x * x).sum(-1), sides["v"]
         new = self.beta2 * v.reshape(squares.shape)
-        new = algebra.normal(new + (1.0 - self.beta2) / x.shape[-1] * squares)
+        new = new + (1.0 - self.beta2) / x.shape[-1] * squares
         root = (new**0.5 + self.eps_v)[:, :, None]
         n = x * (root != 0) / (root + (root == 0))
         after = (n * n).sum(-1).sum(-1, dtype=algebra.wide) ** 0.5 + self.eps_v
         before = squares.sum(-1, dtype=algebra.wide) ** 0.5
         size = self.factor(*x.shape[1:]) * before * (after != 0) / (after + (after == 0))
-        return n * algebra.cast(size, n)[:, None, None], {"v": new.reshape(v.shape)}
+        return n * algebra.cast(size, n)[:, None, None], {"v": algebra.normal(new).reshape(v.shape)}
 
     def textbook(
         self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float

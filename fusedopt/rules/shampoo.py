@@ -216,9 +216,10 @@ class Shampoo(MatrixRule):
                 np.copyto(s, d)
         norms = [_norm(*pair) for _, *pair, _ in self._blocks(turned, 1, workspace, members)]
         blocks = self._blocks(work, 0, workspace, members)
-        for (_, block, spare, _), norm in zip(blocks, norms, strict=True):
-            own = _norm(block, spare)
-            block *= block.dtype.type(norm / own if own else 0.0)
+        for (t, block, spare, _), norm in zip(blocks, norms, strict=True):
+            if t > self.precondition_frequency:
+                own = _norm(block, spare)
+                block *= block.dtype.type(norm / own if own else 0.0)
 
     def _blocks(
         self,
@@ -275,10 +276,16 @@ class Shampoo(MatrixRule):
             for side in ("L", "R"):  # rounded once: the same computation in float64
                 roots = through(sides[side], lambda a: inverse_roots(a, c, self.eps), 1 / 64)
                 sides["P" + side] = roots
-        x = moved(g, stacked)
-        x_t = moved(x, _transposed)
+
+        def moments(x: Array, inside: np.ndarray) -> Array:
+            """The products of rows; the margins stay zero, whatever is beside them."""
+            own = inside @ _transposed(inside) > 0
+            return moved(x @ moved(x, _transposed), lambda a: np.where(own, a, 0.0))
+
+        x, inside = moved(g, stacked), stacked(np.ones(p.shape))
+        left, right = moments(x, inside), moments(moved(x, _transposed), _transposed(inside))
         keep, gain = self._outer
-        for side, moment in (("L", x @ x_t), ("R", x_t @ x)):
+        for side, moment in (("L", left), ("R", right)):
             sides[side] = keep * sides[side] + gain * moment.reshape(*sides[side].shape)
         if t > self.precondition_frequency:
             left = sides["PL"].reshape(down, across, height, height)
@@ -295,7 +302,13 @@ def _transposed(x: np.ndarray) -> np.ndarray:
 
 
 def _textbook_norm(x: Array) -> Array:
-    return np.sqrt((x * x).sum(axis=-1, keepdims=True).sum(axis=-2, keepdims=True))
+    """The norms of blocks, scaled by powers of two: their squares stay in range."""
+    values = np.abs(np.asarray(getattr(x, "value", x)))
+    largest = values.max(axis=(-2, -1), keepdims=True, initial=0.0)
+    shift = np.frexp(largest)[1]
+    x = moved(x, lambda a: np.ldexp(a, -shift))
+    root = np.sqrt((x * x).sum(axis=-1, keepdims=True).sum(axis=-2, keepdims=True))
+    return moved(root, lambda a: np.ldexp(a, shift))
 
 
 def _norm(x: np.ndarray, spare: np.ndarray) -> float:

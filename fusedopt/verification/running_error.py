@@ -42,11 +42,13 @@ class Bounded(NDArrayOperatorsMixin):
         self._unit = float(limits.eps) / 2
         self._least = FOLDED * float(limits.smallest_subnormal)
         self._largest = float(limits.max)
-        size = np.abs(value)
-        # Where a constant decides whether the largest number is passed, it may go either way.
-        self.value = np.where(size > FOLDED * self._largest, np.copysign(np.inf, value), value)
+        size, reach = np.abs(value), error + lost
+        # Where a constant or rounding decides whether the largest number is passed, it may go
+        # either way.
+        passes = size - reach > FOLDED * self._largest
+        self.value = np.where(passes, np.copysign(np.inf, value), value)
         finite = np.isfinite(self.value)
-        anything = finite & ~(size + error + lost <= self._largest)  # also where a bound is NaN
+        anything = finite & ~(size + reach <= self._largest)  # also where a bound is NaN
         # An infinity or NaN is either met or not.
         self.error = np.where(anything, np.inf, np.where(finite, error, 0.0))
         self.lost = np.where(finite & ~anything, lost, 0.0)
@@ -126,12 +128,13 @@ class Bounded(NDArrayOperatorsMixin):
         return self._like(value, error + size, lost)
 
     def moved(self, function: Callable[[np.ndarray], np.ndarray]) -> Bounded:
-        """`function`, which picks and moves elements and adds zeros, of the array."""
+        """`function`, which picks, moves and scales elements and adds zeros, of the array."""
         return self._map(function)
 
     def through(self, function: Callable[[np.ndarray], np.ndarray], gain: float) -> Bounded:
-        """`function` of the value, for one that amplifies rounding up to `gain` times."""
-        error = MATRIX_FACTOR * gain * self._unit
+        """`function` of the value, for one that amplifies rounding up to `gain` times, and rounds
+        in float64 itself."""
+        error = MATRIX_FACTOR * gain * self._unit + 8 * 2.0**-53
         return self._through(function, lambda largest: error * largest)
 
     def within(self, function: Callable[[np.ndarray], np.ndarray], error: float) -> Bounded:
@@ -147,7 +150,9 @@ class Bounded(NDArrayOperatorsMixin):
             return self._like(value, np.inf, 0.0)
         inside, outside = (float(np.max(np.abs(a), initial=0.0)) for a in (self.value, value))
         lost = MATRIX_FACTOR * float(np.max(self.lost, initial=0.0))
-        return self._like(value, error(outside), lost * outside / inside if inside else 0.0)
+        if lost:  # which may be all that there is
+            lost = lost * outside / inside if inside else np.inf
+        return self._like(value, error(outside), lost)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -285,9 +290,10 @@ def _matmul(a: Bounded, b: Bounded) -> Bounded:
     # What infinite and NaN elements make of a sum in any order, if its finite part stays in range.
     special = _unsized(a.value) @ _unsized(b.value)
     value = np.where(np.isfinite(special), a.value @ b.value, special)
-    # Partial sums that pass the largest number may end as anything, an infinity times what may
-    # have either sign too.
+    # Partial sums that pass the largest number may end as anything, so do those with an element
+    # that may be anything, and an infinity times what may have either sign.
     passes = np.where(np.isinf(x), 0.0, x) @ np.where(np.isinf(y), 0.0, y) > a._largest
+    passes |= np.isinf(a.error).any(-1, keepdims=True) | np.isinf(b.error).any(-2, keepdims=True)
     either = np.isinf(x) @ b.undecided | a.undecided @ np.isinf(y)
     anything = passes & ~np.isnan(special) | either
     error = np.where(anything | np.isnan(error), np.inf, error)

@@ -136,6 +136,34 @@ def test_what_comes_before_the_first_roots_is_adam() -> None:
     assert np.abs(p - q).max() > 1e-4
 
 
+@pytest.mark.parametrize("grafting", GRAFTINGS)
+def test_before_the_first_roots_an_element_that_is_not_finite_stays_alone(grafting: Any) -> None:
+    p, (g,) = np.ones((5, 7), np.float32), draw((5, 7), 1)
+    rule = fo.Shampoo(grafting=grafting, max_precond_dim=4, precondition_frequency=2)
+    optimizer = fo.Optimizer(p, rule, verify=True)
+    g[1, 6], g[4, 3] = np.inf, np.nan
+    for _ in range(2):
+        optimizer.step(g.astype(np.float32))
+    np.testing.assert_array_equal(np.isfinite(p), np.isfinite(g))
+    optimizer.step(g.astype(np.float32))
+    blocks = np.zeros(p.shape, bool)
+    blocks[:3, 4:] = blocks[3:, :4] = True
+    np.testing.assert_array_equal(~np.isfinite(p), blocks)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_norms_are_right_where_squares_overflow(dtype: Any) -> None:
+    small, large = (1e-6, 1e16) if dtype == np.float32 else (1e-12, 1e150)
+    p, grads = np.zeros((5, 7), dtype), draw((5, 7), 2)
+    rule = fo.Shampoo(grafting="sgd", lr=1.0, precondition_frequency=1, betas=(0.0, 0.9), eps=0.0)
+    optimizer = fo.Optimizer(p, rule, verify=True)
+    optimizer.step((small * grads[0]).astype(dtype))
+    before = p.copy()
+    optimizer.step((large * grads[1]).astype(dtype))
+    norm = np.linalg.norm((p.astype(np.float64) - before) / large)
+    assert norm == pytest.approx(np.linalg.norm(grads[1]), rel=1e-5)
+
+
 def test_a_step_has_the_norm_of_the_grafted_rule() -> None:
     p, q = np.zeros((6, 9)), np.zeros((6, 9))
     optimizer = fo.Optimizer(p, fo.Shampoo(precondition_frequency=1))

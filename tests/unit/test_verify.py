@@ -201,6 +201,14 @@ def test_a_sum_of_products_must_be_met_only_where_every_order_gives_it() -> None
             worst = compare("x", Stored.plain(np.full((1, 1), got, F32)), product)
             assert worst is not None
             assert (worst.share <= 1) is (got in fine), (row, got)
+    # What is in a sum with an element that may be anything may be anything as well, but for a NaN.
+    factors = Bounded(np.array([[1.0], [5]]), np.array([[0], [np.inf]]), F32)
+    for row, fine in (([inf, 3], every), ([0, 3], every), ([3, inf], every), ([nan, 3], (nan,))):
+        product = Bounded.exact(np.array([row]), F32) @ factors
+        for got in every:
+            worst = compare("x", Stored.plain(np.full((1, 1), got, F32)), product)
+            assert worst is not None
+            assert (worst.share <= 1) is (got in fine), (row, got)
 
 
 @pytest.mark.parametrize("decay", ["l2", "decoupled", "decoupled_first", "cautious", "independent"])
@@ -240,6 +248,26 @@ def test_right_steps_of_every_magnitude_are_accepted(name: str, lr: float) -> No
                     assert magnitude < 1e-36
                     assert "is not finite in float32" in refused
                     break
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", [name for name in fo.RULES if name not in ELEMENTWISE])
+def test_right_steps_of_matrices_of_changing_magnitude_are_accepted(name: str, dtype: Any) -> None:
+    """Whose products BLAS adds up in an order of its own, and with some infinities."""
+    rng = np.random.default_rng(0)
+    every = [*variants(fo.RULES[name])]
+    lowest, highest = np.log10([np.finfo(dtype).smallest_subnormal, np.finfo(dtype).max])
+    for _ in range(120):
+        rule = replace(every[rng.integers(len(every))], lr=10.0 ** rng.integers(-9, 21))
+        params = np.full((5, 7), rng.integers(2), dtype)
+        opt = fo.Optimizer(params, rule, verify=True)
+        for _ in range(4):
+            with np.errstate(over="ignore", under="ignore"):
+                magnitude = 10.0 ** rng.uniform(lowest, highest)
+                g = (magnitude * rng.standard_normal((5, 7))).astype(dtype)
+            if rng.random() < 0.1:
+                g[3, 4] = np.inf
+            opt.step(g)
 
 
 @pytest.mark.parametrize("magnitude", [1e-15, 1e-9, 1.0, 1e9, 1e15])
