@@ -66,6 +66,14 @@ MUTANTS = {
     "states in units of the old estimate": Mutant(
         "rules.hpp", "v = shrink2 * v;", "v = shrink * v;", "prodigy"
     ),
+    "what the matrix became, without its rate": Mutant(
+        "rules.hpp", "T operator()(T, T, T& o) const { return lr * o; }",
+        "T operator()(T, T, T& o) const { return o; }", "adafactor",
+    ),
+    "the size before the decay": Mutant(
+        "rules.hpp", "T operator()(T p, T) const { return factor * p; }",
+        "T operator()(T p, T) const { return p; }", "adafactor",
+    ),
     "no maximum": Mutant("rules.hpp", "x = maximum(x, k * v);", "x = k * v;", "adam"),
     "no clipping from below": Mutant("rules.hpp", "(x < -limit ? -limit : x)", "x", "sophia"),
     "the factor forgotten": Mutant("kernels.cpp", "factor * g :", "g :", "momentum"),
