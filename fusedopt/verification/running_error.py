@@ -179,10 +179,11 @@ class Bounded(NDArrayOperatorsMixin):
         error = self.error + 2 * self._unit * np.abs(self.value)
         return Bounded(self.value, error, np.dtype(np.float64), self.lost)
 
-    def total(self) -> Bounded:
-        """All elements added up in float64."""
+    def total(self, run: int = 0) -> Bounded:
+        """All elements added up in float64, but for runs of them in their own type."""
         with np.errstate(all="ignore"):
-            rounding = self.value.size * 2.0**-53 * np.abs(self.value)
+            share = self.value.size * 2.0**-53 + run * self._unit
+            rounding = share * np.abs(self.value)
             error = np.sum(self.error + rounding)
             return self._like(np.sum(self.value), error, np.sum(self.lost))
 
