@@ -68,6 +68,12 @@ class Encoded:
     aux: np.ndarray
 
 
+def exchanged(rule: Rule, leaf_state: LeafState) -> dict[str, Stored]:
+    """Return the states of a leaf by name, without the numbers that its rule keeps."""
+    own = {name: leaf_state.states[name] for name in rule.states}
+    return own | {n: side for n, side in leaf_state.sides.items() if n not in rule.kept}
+
+
 def refuse(what: str, problems: Sequence[str]) -> None:
     """Raise ValueError where there are problems."""
     if problems:
@@ -89,14 +95,14 @@ def take_over(opt: Optimizer, step: int, arrivals: Mapping[str, Arrival]) -> Non
         snapshot.paths, snapshot.rules, snapshot.leaf_states, strict=True
     ):
         arrival, entry = arrivals[path], saved["leaves"][path]
-        if set(arrival.states) != set(rule.states):
-            problems.append(
-                f"{path}: states {list(rule.states)} here, {list(arrival.states)} there"
-            )
+        own, dtype = exchanged(rule, leaf_state), compute_dtype(leaf_state.caller.dtype)
+        if set(arrival.states) != set(own):
+            problems.append(f"{path}: states {list(own)} here, {list(arrival.states)} there")
             continue
         for name, value in arrival.states.items():
             if not isinstance(value, Encoded):
-                problems += (f"{path}: {name} {m}" for m in _misfits(leaf_state.caller, value))
+                misfits = _misfits(own[name].shape, dtype, value)
+                problems += (f"{path}: {name} {misfit}" for misfit in misfits)
         if not problems:
             entry["t"] = arrival.t
             entry["state"] = _stored(leaf_state, arrival.states).saved
@@ -104,14 +110,13 @@ def take_over(opt: Optimizer, step: int, arrivals: Mapping[str, Arrival]) -> Non
     opt.load_state_dict(saved)
 
 
-def _misfits(p: np.ndarray, value: np.ndarray) -> Iterator[str]:
-    """Yield why an array cannot be a state of a parameter."""
+def _misfits(shape: tuple[int, ...], dtype: np.dtype, value: np.ndarray) -> Iterator[str]:
+    """Yield why an array cannot be a state of this shape and compute type."""
     if value.dtype.kind not in "fiu" and value.dtype.name != "bfloat16":
         yield f"has dtype {value.dtype} there, expected floating-point numbers"
         return
-    if value.shape != p.shape:
-        yield f"has shape {p.shape} here, {value.shape} there"
-    dtype = compute_dtype(p.dtype)
+    if value.shape != shape:
+        yield f"has shape {shape} here, {value.shape} there"
     with np.errstate(all="ignore"):
         overflows = np.isfinite(value) & ~np.isfinite(value.astype(dtype))
     if overflows.any():
@@ -121,13 +126,12 @@ def _misfits(p: np.ndarray, value: np.ndarray) -> Iterator[str]:
 def _stored(leaf_state: LeafState, states: Mapping[str, Any]) -> LeafState:
     """The leaf's memory with these states, in arrays of their own."""
     extra = leaf_state.extra and (leaf_state.extra[0], leaf_state.extra[1].copy(order="K"))
-    fresh = {
-        name: _encoded(leaf_state, leaf_state.states[name].copy(), a) for name, a in states.items()
-    }
-    for name, state in leaf_state.states.items():
-        if name in WEIGHTS:
-            fresh[name] = _encoded(leaf_state, state.copy(), leaf_state.caller)
-    trial = replace(leaf_state, states=fresh, extra=extra)
+    values = {**states, **{n: leaf_state.caller for n in leaf_state.states if n in WEIGHTS}}
+    fresh, sides = (
+        {n: _encoded(leaf_state, s.copy(), values[n]) for n, s in old.items() if n in values}
+        for old in (leaf_state.states, leaf_state.sides)
+    )
+    trial = replace(leaf_state, states=fresh, extra=extra, sides={**leaf_state.sides, **sides})
     synchronize(trial)
     return trial
 
@@ -149,16 +153,16 @@ def departures(opt: Optimizer) -> Iterator[tuple[str, Rule, Arrival]]:
     snapshot = opt.snapshot()
     for k, (path, rule) in enumerate(zip(snapshot.paths, snapshot.rules, strict=True)):
         leaf_state = snapshot.leaf_states[k]
-        states = {name: leaf_state.states[name].values for name in rule.states}
+        states = {name: state.values for name, state in exchanged(rule, leaf_state).items()}
         yield path, rule, Arrival(int(snapshot.counters[k + 1]), states)
 
 
 def initial_states(opt: Optimizer, k: int) -> dict[str, np.ndarray]:
     """Return the states of a leaf that has seen no step."""
     snapshot = opt.snapshot()
-    rule, p = snapshot.rules[k], snapshot.parameters[k]
-    dtype = compute_dtype(p.dtype)
-    return {name: np.full(p.shape, rule.initial(name), dtype) for name in rule.states}
+    rule, dtype = snapshot.rules[k], compute_dtype(snapshot.parameters[k].dtype)
+    own = exchanged(rule, snapshot.leaf_states[k])
+    return {name: np.full(state.shape, rule.initial(name), dtype) for name, state in own.items()}
 
 
 def meaning(rule: Rule, step: int) -> dict[str, Any]:

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
-from ..rules import RULES, Muon, Rule
+from ..arrays.formats import compute_dtype
+from ..rules import RULES, Adafactor, Muon, Rule
 from .common import (
     Arrival,
     as_array,
@@ -141,6 +143,13 @@ LAYOUTS = (
         {**_BOTH, "betas": "betas", "eps": "eps_inside"},
         {**_CAPTURABLE, **_FOREACH},
     ),
+    Layout(
+        "Adafactor",
+        ("d",),
+        {"row_var": "row", "col_var": "col", "variance": "v"},
+        {**_BOTH, "d": "clip"},
+        {"beta2_decay": -0.8, "eps": (None, 1e-3), "foreach": None},
+    ),
 )
 CLASSES = {
     "sgd": "SGD",
@@ -156,6 +165,7 @@ CLASSES = {
     "adadelta": "Adadelta",
     "rprop": "Rprop",
     "adamax": "Adamax",
+    "adafactor": "Adafactor",
 }
 
 
@@ -209,8 +219,8 @@ def from_torch(
     arrivals = {}
     for key, path, group, layout in zip(ids, order, group_of, layouts, strict=True):
         k = snapshot.paths.index(path)
-        rule = snapshot.rules[k]
-        found = differences(rule, _rule(group, rule.decay != "l2"), step + 1, strict)
+        rule, dtype = snapshot.rules[k], snapshot.parameters[k].dtype
+        found = differences(rule, _rule(group, rule.decay != "l2", dtype), step + 1, strict)
         problems += [f"{path}: {reason}" for reason in found]
         arrivals[path] = _arrival(
             state.get(key, {}), layout, counts.get(key, step), initial_states(opt, k)
@@ -303,13 +313,23 @@ def _layout(group: Mapping[str, Any]) -> Layout:
     raise ValueError(f"expected a group of torch.optim's {known}, got one with {list(group)}")
 
 
-def _rule(group: Mapping[str, Any], decoupled: bool | None = None) -> Rule:
+def _rule(
+    group: Mapping[str, Any], decoupled: bool | None = None, dtype: DTypeLike = np.float32
+) -> Rule:
     """The rule of a torch group; decoupled: that of Adam, where an older torch does not tell."""
-    return rule_of(group, _layout(group), decoupled)
+    return rule_of(group, _layout(group), decoupled, dtype)
 
 
-def rule_of(group: Mapping[str, Any], layout: Layout, decoupled: bool | None = None) -> Rule:
-    """The rule of a group of a known class, which may hold other things beside."""
+def rule_of(
+    group: Mapping[str, Any],
+    layout: Layout,
+    decoupled: bool | None = None,
+    dtype: DTypeLike = np.float32,
+) -> Rule:
+    """The rule of a group of a known class, which may hold other things beside.
+
+    dtype: of the parameters, whose epsilon Adafactor may ask for.
+    """
     values = {ours: number(group[name]) for name, ours in layout.named.items() if name in group}
     flags = {name: number(group.get(name, default)) for name, default in layout.flags.items()}
     if layout.cls == "SGD":
@@ -335,6 +355,14 @@ def rule_of(group: Mapping[str, Any], layout: Layout, decoupled: bool | None = N
         name = layout.cls.lower()
         if name == "muon":
             values["scale"] = flags["adjust_lr_fn"] or "original"
+        elif name == "adafactor":
+            if not isinstance(flags["eps"], tuple) or len(flags["eps"]) != 2:
+                raise ValueError(f"eps: expected a pair, got {flags['eps']!r}")
+            least, values["eps_scale"] = flags["eps"]
+            epsilon = np.finfo(compute_dtype(np.dtype(dtype))).eps
+            values["eps"] = float(epsilon) if least is None else least
+            power = flags["beta2_decay"]
+            values["beta2_decay"] = -power if isinstance(power, (float, int)) else power
         elif "decoupled_weight_decay" in flags:
             values["decay"] = "decoupled" if flags["decoupled_weight_decay"] else "l2"
     return RULES[name].like("torch", **values)
@@ -357,6 +385,8 @@ def _group(rule: Rule, step: int) -> dict[str, Any]:
         group["ns_coefficients"] = rule.iteration.coefficients.rows[0]
         if rule.scale != "original":
             group["adjust_lr_fn"] = rule.scale
+    elif isinstance(rule, Adafactor):
+        group["eps"], group["beta2_decay"] = (rule.eps, rule.eps_scale), -rule.beta2_decay
     if "decoupled_weight_decay" in group:
         group["decoupled_weight_decay"] = rule.decay.startswith("decoupled")
     return group

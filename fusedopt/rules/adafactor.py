@@ -13,7 +13,7 @@ from ..linalg.newton_schulz import Stack, Workspace
 from ..programs.arithmetic import Array, ratio, total
 from ..programs.program import Operation
 from .base import DecayForm
-from .hyperparameters import Count, Fraction, LearningRate, NonNegative, Positive, UpToOne
+from .hyperparameters import Count, LearningRate, NonNegative, Positive, UpToOne
 from .matrix import MatrixRule, Member, one, without_denormals
 from .sgd import SGD
 
@@ -33,7 +33,7 @@ class Adafactor(MatrixRule):
     Parameters
     ----------
     beta2_decay : float
-        Exponent in [0, 1) of t in the weight of a new square; default 0.8.
+        Exponent in [0, 1] of t in the weight of a new square; default 0.8.
     eps : float
         Number in [0, 1] that keeps the second moment from zero: see `floor`; default 1e-30.
     eps_scale : float
@@ -67,8 +67,9 @@ class Adafactor(MatrixRule):
     before any other. Arrays of fewer dimensions, and those with a side shorter than `min_dim`, have
     V := (1 - w) V + w (G^2 + eps).
 
-    States: row and col, which are R and C, or v, all in the compute type, whatever the optimizer's
-    `state_dtype`. A step has work space of three times the largest parameter.
+    States: row and col, which are R and C with a side of 1 for the other, or v, all in the compute
+    type, whatever the optimizer's `state_dtype`. A step has work space of three times the largest
+    parameter.
 
     References
     ----------
@@ -82,9 +83,9 @@ class Adafactor(MatrixRule):
     >>> p, g = np.full((2, 2), 10.0), np.array([[1.0, 2.0], [3.0, -6.0]])
     >>> opt = fo.Optimizer(p, fo.Adafactor())
     >>> info = opt.step(g)
-    >>> print(p, opt.state["params"]["row"])  # a hundredth of 10
+    >>> print(p, opt.state["params"]["col"])  # a hundredth of 10
     [[ 9.9  9.9]
-     [ 9.9 10.1]] [ 2.5 22.5]
+     [ 9.9 10.1]] [[ 5. 20.]]
     """
 
     name = "adafactor"
@@ -99,7 +100,7 @@ class Adafactor(MatrixRule):
     )
 
     lr: LearningRate = 1e-2
-    beta2_decay: Fraction = 0.8
+    beta2_decay: UpToOne = 0.8
     eps: UpToOne = 1e-30
     eps_scale: NonNegative = 1e-3
     clip: Positive = 1.0
@@ -118,7 +119,7 @@ class Adafactor(MatrixRule):
     def sides(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         if len(shape) < 2 or min(shape[-2:]) < self.min_dim:
             return {"v": shape}
-        return {"row": shape[:-1], "col": (*shape[:-2], shape[-1])}
+        return {"row": (*shape[:-1], 1), "col": (*shape[:-2], 1, shape[-1])}
 
     def reserve(self, shape: tuple[int, ...]) -> int:
         sides = self.sides(shape)
@@ -174,10 +175,10 @@ class Adafactor(MatrixRule):
             np.sqrt(sides["v"], out=root)
         else:
             row, col = sides["row"], sides["col"]
-            _average(row, root.mean(axis=-1) + added, w)
-            _average(col, root.mean(axis=-2) + added, w)
-            share = row / np.maximum(row.mean(axis=-1, keepdims=True), least)
-            np.multiply(np.sqrt(share)[..., None], np.sqrt(col)[..., None, :], out=root)
+            _average(row, root.mean(axis=-1, keepdims=True) + added, w)
+            _average(col, root.mean(axis=-2, keepdims=True) + added, w)
+            share = row / np.maximum(row.mean(axis=-2, keepdims=True), least)
+            np.multiply(np.sqrt(share), np.sqrt(col), out=root)
         np.maximum(root, least, out=root)
 
     def textbook(
@@ -190,12 +191,11 @@ class Adafactor(MatrixRule):
             v = (1 - w) * states[0] + w * squares
             new, root = (v,), np.sqrt(v)
         else:
-            *count, rows, cols = p.shape
-            row, col = states[0].reshape(*count, rows, 1), states[1].reshape(*count, 1, cols)
-            row = (1 - w) * row + w * (squares.sum(axis=-1, keepdims=True) / cols)
-            col = (1 - w) * col + w * (squares.sum(axis=-2, keepdims=True) / rows)
+            rows, cols = p.shape[-2:]
+            row = (1 - w) * states[0] + w * (squares.sum(axis=-1, keepdims=True) / cols)
+            col = (1 - w) * states[1] + w * (squares.sum(axis=-2, keepdims=True) / rows)
             mean = np.maximum(row.sum(axis=-2, keepdims=True) / rows, least)
-            new = row.reshape(*count, rows), col.reshape(*count, cols)
+            new = row, col
             root = np.sqrt(ratio(row, mean)) * np.sqrt(col)
         u = ratio(g, np.maximum(root, least))
         k = min(lr, 1 / np.sqrt(t)) if self.relative_step else lr

@@ -10,13 +10,14 @@ from .adam import Adam, Adamax, AdamW, NAdam, RAdam
 from .offload import CPUOffload
 from .optimizer import Optimizer
 from .own import SOAP, AdaMuon, Lion, NorMuon, Sophia
-from .rules import SGD, Adadelta, Adagrad, Muon, RMSprop, Rprop
+from .rules import SGD, Adadelta, Adafactor, Adagrad, Muon, RMSprop, Rprop
 
 __all__ = [
     "SGD",
     "SOAP",
     "AdaMuon",
     "Adadelta",
+    "Adafactor",
     "Adagrad",
     "Adam",
     "AdamW",

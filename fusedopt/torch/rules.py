@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Unpack
 
+import numpy as np
+import torch
+
 from ..interop.torch import HOW, LAYOUTS, Layout, rule_of
 from ..linalg.newton_schulz import Products
 from ..optimizer import Optimizer as Fused
@@ -191,6 +194,43 @@ class Adadelta(TorchRule, layout="Adadelta"):
         **options: Unpack[Options],
     ) -> None:
         super().__init__(params, arguments(locals()), options)
+
+
+class Adafactor(TorchRule, layout="Adafactor"):
+    """Adafactor as `torch.optim.Adafactor`; see `fusedopt.Adafactor`.
+
+    Parameters
+    ----------
+    params : iterable
+        Tensors, named tensors or parameter groups.
+    lr, beta2_decay, eps, d, weight_decay, maximize
+        As in `torch.optim.Adafactor`. For an eps[0] that is None a group has one value: float64's
+        epsilon where all its parameters are of that dtype, and else float32's.
+    foreach
+        Without effect.
+    **options
+        fusedopt's own: state_dtype, master, rounding, clip_norm, clip_value, skip_nonfinite, ema,
+        zero_grads, stats, verify, seed, threads, backend. See `fusedopt.Optimizer`.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Number = 1e-2,
+        beta2_decay: float = -0.8,
+        eps: tuple[float | None, float] = (None, 1e-3),
+        d: float = 1.0,
+        weight_decay: float = 0.0,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(params, arguments(locals()), options)
+
+    def _rule(self, group: Mapping[str, Any]) -> Rule:
+        wide = all(p.dtype == torch.float64 for p in group["params"])
+        return rule_of(group, self._layout, dtype=np.float64 if wide else np.float32)
 
 
 class Rprop(TorchRule, layout="Rprop"):

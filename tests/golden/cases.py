@@ -283,7 +283,8 @@ CASES = [
     optax("lars", lr=1.0),
     optax("lars", "decay", lr=2.0, momentum=0.8, trust=0.02, eps=1e-3, weight_decay=0.3),
     optax("lars", "nesterov", lr=1.0, trust=0.01, nesterov=True, schedule=True),
-    torch("adafactor", eps=2.0**-52),
+    # What the default, None, is for float32.
+    torch("adafactor", native={"eps": (2.0**-23, 1e-3)}),
     torch(
         "adafactor",
         "decay",
@@ -295,7 +296,14 @@ CASES = [
         weight_decay=0.3,
         native={"eps": (1e-3, 0.5), "beta2_decay": -0.5},
     ),
-    torch("adafactor", "schedule", lr=0.05, eps=2.0**-52, maximize=True, schedule=True),
+    torch(
+        "adafactor",
+        "schedule",
+        lr=0.05,
+        maximize=True,
+        schedule=True,
+        native={"eps": (2.0**-23, 1e-3)},
+    ),
     optax("adafactor", lr=0.05),
     optax("adafactor", "factored", lr=0.05, min_dim=1),
     optax(

@@ -15,7 +15,6 @@ import pytest
 import fusedopt as fo
 from formatted import BF16, draw
 from fusedopt import interop
-from fusedopt.interop.torch import CLASSES
 from golden import problem, record
 from golden.cases import CASES, Case
 
@@ -45,8 +44,6 @@ def go_on(opt: fo.Optimizer, case: Case, first: int, last: int) -> None:
 
 def of_library(name: str) -> pytest.MarkDecorator:
     cases = [case for case in CASES if case.library == name]
-    if name == "torch":
-        cases = [case for case in cases if case.rule in CLASSES]
     ids = [f"{case.rule}-{case.variant}" for case in cases]
     return pytest.mark.parametrize("case", cases, ids=ids)
 
@@ -278,7 +275,7 @@ def places(node: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield from places(node[key], (*way, key))
 
 
-@pytest.mark.parametrize("name", ["AdamW", "SGD", "Rprop", "Adagrad", "Muon"])
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "Rprop", "Adagrad", "Muon", "Adafactor"])
 def test_anything_anywhere_in_a_state_of_torch(name: str) -> None:
     """It is taken, or refused in words of the package's own."""
     torch = pytest.importorskip("torch")

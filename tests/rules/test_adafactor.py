@@ -94,14 +94,14 @@ def test_what_is_kept() -> None:
     opt = fo.Optimizer(parameters(), fo.Adafactor(), state_dtype="bfloat16")
     shapes = {path: {k: a.shape for k, a in s.items()} for path, s in opt.state.items()}
     assert shapes == {
-        "matrix": {"row": (70,), "col": (33,)},
-        "stack": {"row": (2, 3, 5), "col": (2, 3, 4)},
+        "matrix": {"row": (70, 1), "col": (1, 33)},
+        "stack": {"row": (2, 3, 5, 1), "col": (2, 3, 1, 4)},
         "vector": {"v": (300,)},
         "scalar": {"v": ()},
-        "row": {"row": (1,), "col": (9,)},
-        "column": {"row": (9,), "col": (1,)},
+        "row": {"row": (1, 1), "col": (1, 9)},
+        "column": {"row": (9, 1), "col": (1, 1)},
         "none": {"v": (0, 4)},
-        "no stack": {"row": (0, 3), "col": (0, 4)},
+        "no stack": {"row": (0, 3, 1), "col": (0, 1, 4)},
     }
     assert opt.state["matrix"]["row"].dtype == np.float64
     long = fo.Optimizer({"w": np.ones((127, 300))}, fo.Adafactor(min_dim=128))

@@ -47,6 +47,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("RAdam", {"weight_decay": 0.1}),
     ("RAdam", {"weight_decay": 0.1, "betas": (0.8, 0.9), "decoupled_weight_decay": True}),
     ("Rprop", {"etas": (0.4, 1.3), "step_sizes": (1e-3, 0.1)}),
+    ("Adafactor", {"weight_decay": 0.1, "eps": (1e-6, 1e-2), "d": 1.5}),
+    ("Adafactor", {"beta2_decay": -0.5, "maximize": True}),
 ]
 IDS = [f"{name}-{'-'.join(arguments)}" for name, arguments in CASES]
 ELEMENTWISE = (
@@ -96,7 +98,7 @@ def test_muon_is_that_of_torch_with_wide_products(monkeypatch: pytest.MonkeyPatc
         assert ((p - q).abs() <= 1e-3 * STEPS * 0.02).all()
 
 
-@pytest.mark.parametrize("name", [*ELEMENTWISE, "AdamW", *OWN, "Muon"])
+@pytest.mark.parametrize("name", [*ELEMENTWISE, "AdamW", *OWN, "Muon", "Adafactor"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 def test_a_run_has_the_bits_of_the_direct_call(name: str, dtype: str) -> None:
     ours = parameters(shapes_for(name), getattr(torch, dtype))
@@ -557,6 +559,28 @@ def test_a_product_of_momenta_that_does_not_follow_is_refused() -> None:
         opt.step()
 
 
+def test_an_epsilon_that_is_none_is_that_of_the_dtype() -> None:
+    wide, narrow = parameters(dtype=torch.float64), parameters()
+    groups = [{"params": p} for p in (wide, narrow, [*parameters(dtype=torch.float64), *narrow])]
+    for group, eps in zip(groups, (2.0**-52, 2.0**-23, 2.0**-23), strict=True):
+        opt = ft.Adafactor([group])
+        assert opt.param_groups[0]["eps"] == (None, 1e-3)
+        assert opt._rule(opt.param_groups[0]) == fo.Adafactor.like("torch", eps=eps)
+    # Gradients below one epsilon and above the other.
+    ours, theirs, exact = (parameters(dtype=torch.float64) for _ in range(3))
+    a, b, c = ft.Adafactor(ours), torch.optim.Adafactor(theirs), torch.optim.Adafactor(exact)
+    for opt, params in ((a, ours), (b, theirs), (c, exact)):
+        for p in params:
+            p.grad = torch.full_like(p, 1e-9)
+        opt.step()
+    assert_near(ours, theirs, exact)
+    fused = fo.Optimizer([p.detach().numpy() for p in theirs], fo.Adafactor.like("torch"))
+    with pytest.raises(ValueError, match=r"eps 1\.19.* here, 2\.22.* there"):
+        fo.interop.from_torch(fused, b.state_dict())
+    fused.replace(eps=2.0**-52)
+    fo.interop.from_torch(fused, b.state_dict())
+
+
 def test_the_first_step_of_rprop_has_the_rate_of_its_time() -> None:
     ours, theirs, exact = parameters(), parameters(), as_double(parameters())
     for module, params in ((ft, ours), (torch.optim, theirs), (torch.optim, exact)):
@@ -658,7 +682,7 @@ def test_state_is_shared_memory() -> None:
         assert torch.allclose(p, q - 0.1 * p.grad)
 
 
-@pytest.mark.parametrize("name", [*ELEMENTWISE, *OWN, "AdamW", "Muon", "Optimizer"])
+@pytest.mark.parametrize("name", [*ELEMENTWISE, *OWN, "AdamW", "Muon", "Adafactor", "Optimizer"])
 def test_classes_can_be_subclassed(name: str) -> None:
     cls = getattr(ft, name)
     arguments = [fo.AdamW()] if name == "Optimizer" else []
