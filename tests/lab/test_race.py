@@ -286,7 +286,8 @@ def test_plain_lines_into_a_pipe(whole: tuple[Any, Path, str]) -> None:
     count = len(fo.RULES)
     assert [line.split()[0] for line in lines[-1 - count : -1]] == ranks
     assert f"learning rates: 0 of {count} known" in printed
-    assert re.search(rf"{count} rules, 40 steps each, 2 seeds, in batches of 4: \d+ (s|min) to \d+", printed)
+    announced = rf"{count} rules, 40 steps each, 2 seeds, in batches of 4: \d+ (s|min) to \d+"
+    assert re.search(announced, printed)
 
 
 @pytest.mark.slow
