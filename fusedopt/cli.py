@@ -301,7 +301,10 @@ def race(
     data: Annotated[
         Path | None, typer.Option(help="A UTF-8 text; Python's own reference without.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of parameters and batches.")] = 0,
+    seed: Annotated[int, typer.Option(help="The first, of parameters and batches.")] = 0,
+    seeds: Annotated[
+        int | None, typer.Option(help="Runs of each rule; 3, one with --quick.")
+    ] = None,
     target: Annotated[
         float | None, typer.Option(help="Loss whose time is taken; the bigram model's without.")
     ] = None,
@@ -322,7 +325,9 @@ def race(
     from .lab.race import QUICK, RaceOptions  # brings in matplotlib
     from .lab.race import race as run
 
-    chosen = {"rules": tuple(rules.split(",")) if rules else None, "steps": steps}
+    chosen = {
+        "rules": tuple(rules.split(",")) if rules else None, "steps": steps, "seeds": seeds
+    }  # fmt: skip
     try:
         options = RaceOptions(
             **(QUICK if quick else {}) | {k: v for k, v in chosen.items() if v is not None},

@@ -61,6 +61,7 @@ def small(story: Path, tmp_path: Path) -> RaceOptions:
         heads=2,
         width=16,
         batch=4,
+        seeds=1,
     )
 
 
@@ -108,7 +109,7 @@ def test_a_lane_that_diverges_stops(small: RaceOptions) -> None:
 def outcome(small: RaceOptions, held_out: list[tuple[int, float, float]]) -> Outcome:
     lane = Lane(small.run("sgd", 0.1, 3))
     lane.evaluate()
-    return replace(Outcome.of(lane), held_out=held_out)
+    return replace(Outcome.of([lane]), runs=[held_out])
 
 
 def test_time_to_a_loss_is_read_between_evaluations(small: RaceOptions) -> None:
@@ -117,6 +118,38 @@ def test_time_to_a_loss_is_read_between_evaluations(small: RaceOptions) -> None:
     assert ran.seconds_to(3.0) == pytest.approx(2.0)
     assert ran.seconds_to(2.7) == pytest.approx(6.0)
     assert ran.seconds_to(2.0) is None
+
+
+def test_what_is_shown_of_several_seeds_is_their_mean(small: RaceOptions) -> None:
+    first = [(0, 0.0, 4.0), (10, 2.0, 3.0), (20, 5.0, 1.0)]
+    second = [(0, 0.0, 5.0), (10, 4.0, 2.0)]
+    ran = replace(outcome(small, first), runs=[first, second])
+    assert ran.held_out == [(0, 0.0, 4.5), (10, 3.0, 2.5)]
+    assert (ran.loss, ran.spread) == (2.5, (2.0, 3.0))
+    assert ran.seconds_to(3.5) == pytest.approx(1.5)
+    assert replace(ran, failed="somewhere").loss == math.inf
+
+
+def test_a_seed_has_the_run_that_it_has_alone(small: RaceOptions) -> None:
+    both = race(replace(small, seeds=2), console()[0])
+    alone = race(replace(small, seed=1, search=True), console()[0])
+    rates = [{o.rule: o.lr for o in result.outcomes} for result in (both, alone)]
+    assert rates[0] == rates[1]  # or the runs need not be the same
+    for of_both, of_one in zip(both.outcomes, alone.outcomes, strict=True):
+        assert losses(of_both.runs[1]) == losses(of_one.runs[0])
+
+
+def test_a_rate_between_no_worse_ones_is_said_to_be(small: RaceOptions) -> None:
+    result = race(replace(small, steps=2), console()[0])
+    for tried, said in (
+        ({0.1: 2.0, 0.3: 1.0, 0.9: 2.0}, ""),
+        ({0.1: 1.0, 0.3: 2.0, 0.9: 2.0}, ", not bracketed from below"),
+        ({0.1: 2.0, 0.3: 2.0, 0.9: 1.0}, ", not bracketed from above"),
+    ):
+        found = page(replace(result, tried={**result.tried, "sgd": tried}))
+        assert f"<td class=n>{best(tried):g}{said}</td>" in found or (
+            f"<td>{best(tried):g}{said}</td>" in found
+        )
 
 
 # Races.
@@ -149,11 +182,15 @@ def whole(story: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, P
     """A race of all rules: the result, its directory, and what was printed."""
     out = tmp_path_factory.mktemp("race")
     options = RaceOptions(
-        data=story, out=out, steps=40, search_steps=4, context=12, layers=1, heads=2, width=16,
-        batch=4, target=2.5, json=out / "race.json",
+        data=story, out=out, steps=40, search_steps=12, context=12, layers=1, heads=2, width=16,
+        batch=4, target=2.5, json=out / "race.json", seeds=2,
     )  # fmt: skip
     screen, printed = console()
     return race(options, screen), out, printed.getvalue()
+
+
+def losses(run: list[tuple[int, float, float]]) -> list[float]:
+    return [loss for _, _, loss in run]
 
 
 @pytest.mark.slow
@@ -161,6 +198,7 @@ def test_all_rules_race(whole: tuple[Any, Path, str]) -> None:
     result, _, _ = whole
     assert result.status == "finished"
     assert [o.rule for o in result.outcomes] == list(fo.RULES)
+    assert all(len({str(losses(run)) for run in o.runs}) == 2 for o in result.outcomes)
     for ran in result.outcomes:
         steps = [step for step, _, _ in ran.held_out]
         assert steps == list(range(0, 41, 2))
@@ -193,9 +231,11 @@ def test_report_is_one_file_that_needs_nothing_else(whole: tuple[Any, Path, str]
     assert not re.search(r"https?:|url\(|@import", text_only)
     for ran in result.outcomes:
         assert f"<td>{ran.name}</td>" in source
-        assert f"{ran.loss:.3f}" in source
+        low, high = ran.spread
+        assert f"{ran.loss:.3f} ({low:.3f} to {high:.3f})" in source
         assert f"{1e3 * ran.step_times.fused_s:.3f} ms" in source
     assert "Time to 2.50" in source
+    assert "seeds 0 to 1" in source
     assert fo.info()["processor"] in source
     assert (out / "curves.png").stat().st_size < 12_000 * len(fo.RULES)
 
@@ -246,7 +286,8 @@ def test_plain_lines_into_a_pipe(whole: tuple[Any, Path, str]) -> None:
     count = len(fo.RULES)
     assert [line.split()[0] for line in lines[-1 - count : -1]] == ranks
     assert f"learning rates: 0 of {count} known" in printed
-    assert re.search(rf"{count} rules, 40 steps each, in batches of 4: \d+ (s|min) to \d+", printed)
+    announced = rf"{count} rules, 40 steps each, 2 seeds, in batches of 4: \d+ (s|min) to \d+"
+    assert re.search(announced, printed)
 
 
 @pytest.mark.slow
@@ -405,6 +446,8 @@ def test_a_place_that_cannot_be_written(small: RaceOptions, story: Path, tmp_pat
 def test_options_out_of_range() -> None:
     with pytest.raises(ValueError, match="search_steps: expected at least 1, got 0"):
         RaceOptions(search_steps=0)
+    with pytest.raises(ValueError, match="seeds: expected at least 1, got 0"):
+        RaceOptions(seeds=0)
     with pytest.raises(
         ValueError, match=r"rules: expected different rules, at least one, got \(\)"
     ):

@@ -22,7 +22,10 @@ from fusedopt.lab.race.rates import MOST, RateBook, best, next_rate
         ({0.3: 2.0, 0.1: 2.1, 0.9: 1.9}, 2.7),
         ({0.3: math.inf, 0.1: math.inf, 0.9: math.inf}, 0.033),  # down, where all explode
         ({0.3: 2.0, 0.1: 2.1, 0.9: 1.9, 2.7: 1.8}, 8.1),
-        ({0.3: 2.0, 0.1: 2.1, 0.9: 1.9, 2.7: 1.8, 8.1: 1.7}, None),  # enough
+        (
+            {0.1: 2.1, 0.3: 2.0, 0.9: 1.9, **{float(k): 1.8 - k / 100 for k in range(2, 8)}},
+            None,
+        ),  # enough
     ],
 )
 def test_search_goes_on_while_the_best_is_at_an_edge(

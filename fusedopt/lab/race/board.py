@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from statistics import fmean
 
 from rich.console import Console
 from rich.live import Live
@@ -47,14 +48,15 @@ class Board:
         self._say(f"{rule}: learning rate {rate:g} (held-out loss by rate: {self._rows[rule][-1]})")
         self._rows[rule][-1] = ""
 
-    def moved(self, rule: str, lane: Lane) -> None:
-        """A rule has gone on."""
-        row = self._rows[rule]
-        row[2], row[6] = str(lane.steps), lane.failed
-        if lane.steps:
-            row[3], row[5] = f"{lane.training_loss:.3f}", f"{1e3 * lane.seconds / lane.steps:.2f}"
-        if lane.history.held_out:
-            row[4] = f"{lane.history.held_out[-1][1]:.3f}"
+    def moved(self, rule: str, runs: Sequence[Lane]) -> None:
+        """The runs of a rule have gone on; means over them are shown."""
+        row, steps = self._rows[rule], [lane.steps for lane in runs]
+        row[2], row[6] = str(min(steps)), next((lane.failed for lane in runs if lane.failed), "")
+        if all(steps):
+            row[3] = f"{fmean(lane.training_loss for lane in runs):.3f}"
+            row[5] = f"{1e3 * fmean(lane.seconds / lane.steps for lane in runs):.2f}"
+        if all(lane.history.held_out for lane in runs):
+            row[4] = f"{fmean(lane.history.held_out[-1][1] for lane in runs):.3f}"
 
     def round_done(self, text: str) -> None:
         """Show that all rules have gone on, as far as `text` says."""

@@ -28,7 +28,9 @@ def curves(race: Race, over: Over) -> Figure:
         for other in race.outcomes:
             _curve(axes, other, over, PALE, 1.0)
         axes.axhline(race.bigram_loss, color=BLACK, linestyle=":", linewidth=1.2)
-        _curve(axes, outcome, over, VERMILION if outcome.failed else BLUE, 2.4)
+        colour = VERMILION if outcome.failed else BLUE
+        _band(axes, outcome, over, colour)
+        _curve(axes, outcome, over, colour, 2.4)
         end = "failed" if outcome.failed else f"{outcome.loss:.2f}"
         axes.set_title(f"{outcome.name} {end}", fontsize=TEXT, loc="left", pad=3)
         tidy(axes)
@@ -37,7 +39,9 @@ def curves(race: Race, over: Over) -> Figure:
         for axes in grid[:-1, 1][-1:]:  # stands over the gap, and takes its numbers
             axes.tick_params(labelbottom=True)
     grid[0, 0].set_ylim(top=_top(race))
-    made.supxlabel(f"{over}s; dotted: the bigram model; grey: the others", fontsize=SMALL)
+    several = "; band: from the lowest to the highest seed" * (race.options.seeds > 1)
+    labels = f"{over}s; dotted: the bigram model; grey: the others{several}"
+    made.supxlabel(labels, fontsize=SMALL)
     made.supylabel("nats per character", fontsize=SMALL)
     return made
 
@@ -91,6 +95,14 @@ def _top(race: Race) -> float:
     """Above all but the losses at the start, which would press the curves together."""
     later = [loss for outcome in race.outcomes for _, _, loss in outcome.held_out[1:]]
     return 1.03 * min(max([race.bigram_loss, *later]), race.outcomes[0].held_out[0][2])
+
+
+def _band(axes: Axes, outcome: Outcome, over: Over, colour: str) -> None:
+    """From the lowest to the highest run's loss."""
+    steps, seconds, _ = zip(*outcome.held_out, strict=True)
+    losses = np.array([[loss for _, _, loss in run[: len(steps)]] for run in outcome.runs])
+    at = steps if over == "step" else seconds
+    axes.fill_between(at, losses.min(0), losses.max(0), color=colour, alpha=0.3, linewidth=0)
 
 
 def _curve(axes: Axes, outcome: Outcome, over: Over, colour: str, width: float) -> None:

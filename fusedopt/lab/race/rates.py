@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 FACTOR = 3  # between neighbouring rates
-LEAST, MOST = 3, 5  # rates per rule
+LEAST, MOST = 3, 9  # rates per rule
 
 Tried = Mapping[float, float]
 """From each rate that was tried to the loss that it led to; infinite where that was not finite."""
@@ -24,10 +24,15 @@ def next_rate(start: float, tried: Tried) -> float | None:
     for rate in (start, _rounded(start / FACTOR), _rounded(start * FACTOR)):
         if rate not in tried:
             return rate
-    rate, low, high = best(tried), min(tried), max(tried)
-    if low < rate < high or len(tried) >= MOST:
+    if bracketed(tried) or len(tried) >= MOST:
         return None
-    return _rounded(rate / FACTOR if rate == low else rate * FACTOR)
+    rate = best(tried)
+    return _rounded(rate / FACTOR if rate == min(tried) else rate * FACTOR)
+
+
+def bracketed(tried: Tried) -> bool:
+    """Return whether the best rate lies between two others, which are worse."""
+    return min(tried) < best(tried) < max(tried)
 
 
 def best(tried: Tried) -> float:

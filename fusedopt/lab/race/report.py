@@ -17,7 +17,7 @@ import fusedopt as fo
 from ..plotting import save
 from ..train.report import say
 from .figures import curves, step_times
-from .rates import FACTOR, best
+from .rates import FACTOR, Tried, best, bracketed
 from .result import Outcome, Race
 
 STYLE = """
@@ -102,12 +102,12 @@ def _summary(race: Race) -> list[str]:
     told.append(
         f"Each rule trained the same small GPT ({options.layers} blocks of width {options.width},"
         f" context {options.context}, {race.parameters:,} parameters) from the same start on the"
-        f" same batches of {options.batch} windows, {options.steps} steps planned, seed"
-        f" {options.seed}. Text: {race.source}, {race.characters:,} characters, the last tenth held"
+        f" same batches of {options.batch} windows, {options.steps} steps planned,"
+        f" {_seeds(race)}. Text: {race.source}, {race.characters:,} characters, the last tenth held"
         " out."
     )
     told.append(
-        "One seed, one small model, one text: a race, not a verdict. Muon takes the matrices of the"
+        "One small model, one text: a race, not a verdict. Muon takes the matrices of the"
         " blocks and leaves the rest to AdamW. Sophia's curvature counts as training time, not as"
         " part of its step."
     )
@@ -115,8 +115,9 @@ def _summary(race: Race) -> list[str]:
 
 
 def _kinds(race: Race) -> str:
-    head = ("Year", "Rule", "What it is", "Rate", "Held out", f"Time to {race.target:.2f}")
-    rows = [(*_introduced(o), f"{o.lr:g}", *_ending(o, race)) for o in race.outcomes]
+    target = f"Time to {race.target:.2f}"
+    head = ("Year", "Rule", "What it is", "Rate", "Held out", target, "Step")
+    rows = [(*_introduced(o), f"{o.lr:g}", *_ending(o, race), _costs(o)[0]) for o in race.outcomes]
     return _table(head, rows, numbers=3, bold=race.outcomes.index(ranked(race)[0]))
 
 
@@ -136,14 +137,28 @@ def _rates(race: Race) -> list[str]:
     for rule in race.options.rules:
         tried = race.tried.get(rule, {})
         shown = "; ".join(f"{rate:g}: {_number(loss)}" for rate, loss in sorted(tried.items()))
-        rows.append((fo.RULES[rule].__name__, f"{best(tried):g}" if tried else "", shown))
+        rate = f"{best(tried):g}{_edge(rule, tried)}" if tried else ""
+        rows.append((fo.RULES[rule].__name__, rate, shown))
     note = (
         f"Held-out loss after {race.options.search_steps} steps at each peak rate that was tried:"
         f" values a factor of {FACTOR} apart round a known one, and on where the best was at an"
-        " edge; of a rule that finds its rate itself, the factor 1 on it. The schedule rises in a"
-        " twentieth of the steps and falls along a cosine to a tenth."
+        " edge, with the first seed. A best rate that has no worse one on each side is said not to"
+        " be bracketed. Of a rule that finds its rate itself, the factor 1 on it. The schedule"
+        " rises in a twentieth of the steps and falls along a cosine to a tenth."
     )
     return [f"<p>{note}</p>", _table(("Rule", "Rate", "Loss by rate"), rows, numbers=3)]
+
+
+def _edge(rule: str, tried: Tried) -> str:
+    """Where a better rate than the best may lie, unless that is between two worse ones."""
+    if fo.RULES[rule].kept or bracketed(tried):
+        return ""
+    return f", not bracketed {'from below' if best(tried) == min(tried) else 'from above'}"
+
+
+def _seeds(race: Race) -> str:
+    first, count = race.options.seed, race.options.seeds
+    return f"seed {first}" if count == 1 else f"seeds {first} to {first + count - 1}"
 
 
 def _machine(race: Race) -> str:
@@ -175,7 +190,11 @@ def _costs(outcome: Outcome) -> tuple[str, str, str]:
 
 
 def _loss(outcome: Outcome) -> str:
-    return outcome.failed or f"{outcome.loss:.3f}"
+    """The mean over the runs, and their lowest and highest where there are several."""
+    if outcome.failed or len(outcome.runs) == 1:
+        return outcome.failed or f"{outcome.loss:.3f}"
+    low, high = outcome.spread
+    return f"{outcome.loss:.3f} ({low:.3f} to {high:.3f})"
 
 
 def _number(loss: float) -> str:

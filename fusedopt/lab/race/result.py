@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from statistics import fmean
 from typing import Any, cast
 
 import fusedopt as fo
@@ -21,38 +23,47 @@ from .rates import as_rows
 class Outcome:
     """The result of one rule in a race.
 
-    lr: peak learning rate. rules: path pattern -> rule in words. steps: how many were done.
-    held_out: (step, seconds of training, loss in nats per character), step 0 before the first
-    update. failed: why it ended early, or empty. seconds: where the time went. step_times: of one
-    optimizer step, fused and naive. state_bytes: of the optimizer's states.
+    lr: peak learning rate. rules: path pattern -> rule in words. steps: how many were done with
+    each seed. runs: of each seed (step, seconds of training, loss in nats per character), step 0
+    before the first update. failed: why one ended early, or empty. seconds: where the time of all
+    went. step_times: of one optimizer step, fused and naive. state_bytes: of the optimizer's
+    states.
     """
 
     rule: str
     lr: float
     rules: dict[str, str]
     steps: int
-    held_out: list[tuple[int, float, float]]
+    runs: list[list[tuple[int, float, float]]]
     failed: str
     seconds: dict[str, float]
     step_times: steptime.StepTimes
     state_bytes: int
 
     @classmethod
-    def of(cls, lane: Lane) -> Outcome:
-        """Return the outcome of a lane, with the time of one step on fresh parameters."""
-        options = lane.setup.options
+    def of(cls, lanes: Sequence[Lane]) -> Outcome:
+        """Return the outcome of a rule's runs, with the time of one step on fresh parameters."""
+        options = lanes[0].setup.options
         fresh = Setup.of(options)
         x, y = (part[: options.batch] for part in fresh.held_out)
         _, grads = gpt.loss_and_grads(fresh.params, x, y, fresh.config)
-        steps_and_losses = zip(lane.history.held_out, lane.clock, strict=True)
         return cls(
             rule=options.rule,
             lr=cast(float, options.lr),
             rules={pattern: repr(rule) for pattern, rule in fresh.rules.items()},
-            steps=lane.steps,
-            held_out=[(step, seconds, loss) for (step, loss), seconds in steps_and_losses],
-            failed=lane.failed,
-            seconds=lane.history.seconds,
+            steps=min(lane.steps for lane in lanes),
+            runs=[
+                [
+                    (step, seconds, loss)
+                    for (step, loss), seconds in zip(lane.history.held_out, lane.clock, strict=True)
+                ]
+                for lane in lanes
+            ],
+            failed=next((lane.failed for lane in lanes if lane.failed), ""),
+            seconds={
+                what: sum(lane.history.seconds[what] for lane in lanes)
+                for what in lanes[0].history.seconds
+            },
             step_times=steptime.compare(
                 fresh.params, grads, fresh.rules, backend=options.backend, threads=options.threads
             ),
@@ -65,9 +76,23 @@ class Outcome:
         return fo.RULES[self.rule].__name__
 
     @property
+    def held_out(self) -> list[tuple[int, float, float]]:
+        """The means over the runs, as far as all have come."""
+        return [
+            (at[0][0], fmean(seconds for _, seconds, _ in at), fmean(loss for _, _, loss in at))
+            for at in zip(*self.runs, strict=False)
+        ]
+
+    @property
     def loss(self) -> float:
-        """The last on held-out text; infinite where the run has failed."""
+        """The last on held-out text, the mean over the runs; infinite where one has failed."""
         return math.inf if self.failed else self.held_out[-1][2]
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The lowest and the highest of the runs' losses where `loss` is taken."""
+        last = [run[len(self.held_out) - 1][2] for run in self.runs]
+        return min(last), max(last)
 
     def seconds_to(self, target: float) -> float | None:
         """Return the seconds of training until the held-out loss is `target`, by interpolation.
@@ -107,6 +132,7 @@ class Race:
         outcomes = [
             {
                 **asdict(outcome),
+                "held_out": outcome.held_out,
                 "loss": None if outcome.failed else outcome.loss,
                 "seconds_to_target": outcome.seconds_to(self.target),
             }

@@ -30,11 +30,11 @@ PROBE = 10  # steps of each rule, timed to say how long the race will take
 def race(options: RaceOptions, console: Console) -> Race:
     """Find learning rates, train, and write the report.
 
-    Every rule gets the same parameters to start from and the same batches, and all go on in turn,
-    a twentieth of the way at a time. Prints plain lines, or a live table on a terminal. A
-    KeyboardInterrupt ends the race, and the report is of what is there. Raises ValueError for a
-    text or sizes that do not fit and OSError where a file cannot be read or written, both before
-    any training.
+    Every rule gets the same parameters to start from and the same batches, those of each seed in a
+    run of its own, and all go on in turn, a twentieth of the way at a time. Prints plain lines, or
+    a live table on a terminal. A KeyboardInterrupt ends the race, and the report is of what is
+    there. Raises ValueError for a text or sizes that do not fit and OSError where a file cannot be
+    read or written, both before any training.
     """
     setup = Setup.of(options.run(options.rules[0], None, options.steps))
     claim_directory("--out", options.out)
@@ -43,7 +43,7 @@ def race(options: RaceOptions, console: Console) -> Race:
     settings = _settings(options, setup)
     file = options.out / RATES_FILE
     book = RateBook(file, settings) if options.search else RateBook.open(file, settings)
-    board, lanes = Board(console, options.rules), dict[str, Lane]()
+    board, lanes = Board(console, options.rules), dict[str, list[Lane]]()
     status: Status = "finished"
     try:
         _announce(console, options, setup, book)
@@ -61,7 +61,7 @@ def race(options: RaceOptions, console: Console) -> Race:
         bigram_loss=setup.bigram_loss,
         target=setup.bigram_loss if options.target is None else options.target,
         tried=book.tried,
-        outcomes=[Outcome.of(lane) for lane in lanes.values() if lane.clock],
+        outcomes=[Outcome.of(runs) for runs in lanes.values() if all(lane.clock for lane in runs)],
         machine=fo.info(),
     )
     files = write(result, options.out)
@@ -99,19 +99,24 @@ def _search(options: RaceOptions, book: RateBook, board: Board) -> None:
         board.chosen(rule, best(book.tried[rule]), book.tried[rule])
 
 
-def _run(options: RaceOptions, book: RateBook, board: Board, lanes: dict[str, Lane]) -> None:
+def _run(options: RaceOptions, book: RateBook, board: Board, lanes: dict[str, list[Lane]]) -> None:
     for rule in options.rules:
-        lanes[rule] = Lane(options.run(rule, best(book.tried[rule]), options.steps))
-        lanes[rule].evaluate()
+        rate = best(book.tried[rule])
+        lanes[rule] = [
+            Lane(options.run(rule, rate, options.steps, number)) for number in range(options.seeds)
+        ]
+        for lane in lanes[rule]:
+            lane.evaluate()
     every = max(1, options.steps // EVALUATIONS)
     start = perf_counter()
-    board.title(f"{options.steps} steps of each rule")
+    board.title(f"{options.steps} steps of each rule, {_seeds(options)}")
     for done in range(0, options.steps, every):
         to = min(done + every, options.steps)
-        for rule, lane in lanes.items():
-            lane.train(to - done)
-            lane.evaluate()
-            board.moved(rule, lane)
+        for rule, runs in lanes.items():
+            for lane in runs:
+                lane.train(to - done)
+                lane.evaluate()
+            board.moved(rule, runs)
         left = (perf_counter() - start) * (options.steps - to) / to
         board.round_done(f"step {to} of {options.steps}, {_minutes(left)} left")
 
@@ -130,7 +135,8 @@ def _announce(console: Console, options: RaceOptions, setup: Setup, book: RateBo
     least, most = _forecast(options, book)
     say(
         console,
-        f"{len(options.rules)} rules, {options.steps} steps each, in batches of {options.batch}:"
+        f"{len(options.rules)} rules, {options.steps} steps each, {_seeds(options)}, in batches of"
+        f" {options.batch}:"
         f" {_minutes(least)} to {_minutes(most)}; Ctrl-C ends it with what it has",
     )
 
@@ -144,7 +150,7 @@ def _forecast(options: RaceOptions, book: RateBook) -> tuple[float, float]:
         start = perf_counter()
         lane.evaluate()
         evaluation, step = perf_counter() - start, lane.seconds / max(lane.steps, 1)
-        run = options.steps * step + (1 + EVALUATIONS) * evaluation
+        run = options.seeds * (options.steps * step + (1 + EVALUATIONS) * evaluation)
         trial = options.search_steps * step + evaluation
         known, tried = _next_rate(book, rule) is None, len(book.tried.get(rule, {}))
         least += run + (0 if known else max(LEAST - tried, 0) * trial)
@@ -157,6 +163,10 @@ def _next_rate(book: RateBook, rule: str) -> float | None:
     if fo.RULES[rule].kept:  # which finds its rate itself, in more steps than a search has
         return None if tried else peak_rate(rule)
     return next_rate(peak_rate(rule), tried)
+
+
+def _seeds(options: RaceOptions) -> str:
+    return f"{options.seeds} seeds" if options.seeds > 1 else "one seed"
 
 
 def _minutes(seconds: float) -> str:
