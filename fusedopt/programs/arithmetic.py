@@ -91,12 +91,14 @@ def wide(x: Array) -> Array:
     return x if isinstance(x, (np.ndarray, np.generic)) else x.wide()
 
 
-def total(x: Array, run: int = 0) -> Array:
-    """The sum of all elements, which kernels take in float64.
+def total(x: Array) -> Array:
+    """The sum of all elements, which kernels take in float64."""
+    return np.sum(x) if isinstance(x, (np.ndarray, np.generic)) else x.total()
 
-    run: the number of neighbours that they add up in their own type before.
-    """
-    return np.sum(x) if isinstance(x, (np.ndarray, np.generic)) else x.total(run)
+
+def squares(x: Array, run: int) -> Array:
+    """The sum of all squares in float64, of which kernels add up runs in their own type before."""
+    return np.sum(x * x) if isinstance(x, (np.ndarray, np.generic)) else x.squares(run)
 
 
 def grown(estimate: Array, found: Array) -> Array:

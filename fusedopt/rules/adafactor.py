@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from ..linalg.newton_schulz import Stack, Workspace
-from ..programs.arithmetic import Array, ratio, total
+from ..programs.arithmetic import Array, ratio, squares
 from ..programs.program import Operation
 from .base import DecayForm
 from .hyperparameters import Count, LearningRate, NonNegative, Positive, UpToOne
@@ -127,7 +127,7 @@ class Adafactor(MatrixRule):
     def reserve(self, shape: tuple[int, ...]) -> int:
         sides = self.sides(shape)
         means = 0 if "v" in sides else sum(map(math.prod, sides.values()))
-        return 32 * means + 8 * math.prod(shape) // RUN
+        return 32 * means + 8 * math.prod(shape) // RUN + (1 << 17)  # which are einsum's buffers
 
     def operations(self) -> tuple[Operation, ...]:
         return (
@@ -189,35 +189,37 @@ class Adafactor(MatrixRule):
         self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float
     ) -> tuple[Array, tuple[Array, ...]]:
         w, (added, least) = t**-self.beta2_decay, self._floors()
-        squares = g * g + added
+        square = g * g + added
         new: tuple[Array, ...]
         if len(states) == 1:
-            v = (1 - w) * states[0] + w * squares
+            v = (1 - w) * states[0] + w * square
             new, root = (v,), np.sqrt(v)
         else:
             rows, cols = p.shape[-2:]
-            row = (1 - w) * states[0] + w * (squares.sum(axis=-1, keepdims=True) / cols)
-            col = (1 - w) * states[1] + w * (squares.sum(axis=-2, keepdims=True) / rows)
+            row = (1 - w) * states[0] + w * (square.sum(axis=-1, keepdims=True) / cols)
+            col = (1 - w) * states[1] + w * (square.sum(axis=-2, keepdims=True) / rows)
             mean = np.maximum(row.sum(axis=-2, keepdims=True) / rows, least)
             new = row, col
             root = np.sqrt(ratio(row, mean)) * np.sqrt(col)
         u = ratio(g, np.maximum(root, least))
-        k = min(lr, 1 / np.sqrt(t)) if self.relative_step else lr
+        u = u / np.maximum(_textbook_size(u) / self.clip, 1.0)
         if self.scale_parameter:
-            k = k * np.maximum(_textbook_size(p), self.eps_scale)
-        return k * u / np.maximum(_textbook_size(u) / self.clip, 1.0), new
+            u = u * np.maximum(_textbook_size(p), self.eps_scale)
+        return (min(lr, 1 / np.sqrt(t)) if self.relative_step else lr) * u, new
 
 
 def _size(x: np.ndarray) -> float:
     """The root mean square."""
     flat, whole = x.ravel("K"), x.size - x.size % RUN
     runs, rest = flat[:whole].reshape(-1, RUN), flat[whole:]
-    squares = np.einsum("ij,ij->i", runs, runs).sum(dtype=np.float64)
-    return math.sqrt((squares + np.einsum("i,i->", rest, rest)) / max(x.size, 1))
+    found = np.einsum("ij,ij->i", runs, runs).sum(dtype=np.float64) + np.einsum("i,i", rest, rest)
+    if not x.size * float(np.finfo(x.dtype).smallest_normal) <= found < np.inf:
+        found = np.einsum("i,i", flat, flat, dtype=np.float64)
+    return math.sqrt(found / max(x.size, 1))
 
 
 def _textbook_size(x: Array) -> Array:
-    return np.sqrt(total(x * x, RUN) / max(math.prod(x.shape), 1))
+    return np.sqrt(squares(x, RUN) / max(math.prod(x.shape), 1))
 
 
 def _average(average: np.ndarray, x: np.ndarray, w: float) -> None:

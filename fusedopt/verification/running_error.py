@@ -179,13 +179,17 @@ class Bounded(NDArrayOperatorsMixin):
         error = self.error + 2 * self._unit * np.abs(self.value)
         return Bounded(self.value, error, np.dtype(np.float64), self.lost)
 
-    def total(self, run: int = 0) -> Bounded:
-        """All elements added up in float64, but for runs of them in their own type."""
+    def total(self) -> Bounded:
+        """All elements added up in float64."""
         with np.errstate(all="ignore"):
-            share = self.value.size * 2.0**-53 + run * self._unit
-            rounding = share * np.abs(self.value)
+            rounding = self.value.size * 2.0**-53 * np.abs(self.value)
             error = np.sum(self.error + rounding)
             return self._like(np.sum(self.value), error, np.sum(self.lost))
+
+    def squares(self, run: int) -> Bounded:
+        """The squares added up in float64, runs of them in the own type before."""
+        wide = self.wide()
+        return (wide * wide).total().loosened(run * self._unit)
 
     def _like(
         self, value: np.ndarray, error: np.ndarray | float, lost: np.ndarray | float

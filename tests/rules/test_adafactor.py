@@ -143,6 +143,17 @@ def test_float32_stays_near() -> None:
     np.testing.assert_allclose(runs[0], runs[1], rtol=2e-6)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1.0, 1e20, 1e35])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sizes_whose_squares_leave_the_range(backend: str, size: float) -> None:
+    (draws,) = draw((30, 20), 1)
+    p, g = (draws * size).astype(np.float32), np.ones((30, 20), np.float32)
+    before = p.astype(np.float64)
+    fo.Optimizer(p, fo.Adafactor(lr=0.5, eps_scale=0.0), backend=backend).step(g)
+    want = before - 0.5 * np.sqrt(np.mean(before**2))
+    np.testing.assert_allclose(p, want, rtol=1e-5, atol=1e-6 * size)
+
+
 def test_a_matrix_among_many_is_as_one_alone() -> None:
     rng = np.random.default_rng(0)
     draws = [rng.standard_normal((2, 40, 30)).astype(np.float32) for _ in range(5)]
