@@ -98,7 +98,7 @@ def total(x: Array) -> Array:
 
 def squares(x: Array, run: int) -> Array:
     """The sum of all squares in float64, of which kernels add up runs in their own type before."""
-    return np.sum(x * x) if isinstance(x, (np.ndarray, np.generic)) else x.squares(run)
+    return np.sum(np.square(x)) if isinstance(x, (np.ndarray, np.generic)) else x.squares(run)
 
 
 def grown(estimate: Array, found: Array) -> Array:

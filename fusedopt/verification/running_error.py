@@ -189,7 +189,8 @@ class Bounded(NDArrayOperatorsMixin):
     def squares(self, run: int) -> Bounded:
         """The squares added up in float64, runs of them in the own type before."""
         wide = self.wide()
-        return (wide * wide).total().loosened(run * self._unit)
+        product: Bounded = wide * wide
+        return product.total().loosened(run * self._unit)
 
     def _like(
         self, value: np.ndarray, error: np.ndarray | float, lost: np.ndarray | float
