@@ -245,7 +245,16 @@ ENDED = {
 }
 
 
-@pytest.mark.parametrize("action", ENDED.values(), ids=ENDED)
+SHORT = ("a short step", "matrices", "a norm")
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        pytest.param(action, id=name, marks=[] if name in SHORT else pytest.mark.slow)
+        for name, action in ENDED.items()
+    ],
+)
 def test_daemon_threads_at_exit(action: str) -> None:
     for _ in range(2):
         done = run_python(EXIT.format(action=action), timeout=60)

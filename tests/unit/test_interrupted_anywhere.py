@@ -100,7 +100,9 @@ def check(make: Make, action: Action, again: Action = step, stride: int = 1) -> 
     assert 0 in seen
 
 
-BACKEND = pytest.mark.parametrize("backend", ["native", "numba", "reference"])
+BACKEND = pytest.mark.parametrize(
+    "backend", ["native", pytest.param("numba", marks=pytest.mark.slow), "reference"]
+)
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "clipped": {"clip_norm": 1.0},

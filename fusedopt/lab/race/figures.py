@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from ..plotting import BLACK, BLUE, SMALL, TEXT, TITLE, VERMILION, figure, tidy
+from ..plotting import BLACK, BLUE, SMALL, TITLE, VERMILION, figure, tidy
 from .result import Outcome, Race
 
 PALE = "#c8c8c8"
@@ -32,15 +32,16 @@ def curves(race: Race, over: Over) -> Figure:
         _band(axes, outcome, over, colour)
         _curve(axes, outcome, over, colour, 2.4)
         end = "failed" if outcome.failed else f"{outcome.loss:.2f}"
-        axes.set_title(f"{outcome.name} {end}", fontsize=TEXT, loc="left", pad=3)
+        axes.set_title(f"{outcome.name} {end}", fontsize=SMALL, loc="left", pad=3)
         tidy(axes)
     if len(race.outcomes) % 2:
         grid[-1, 1].set_axis_off()
         for axes in grid[:-1, 1][-1:]:  # stands over the gap, and takes its numbers
             axes.tick_params(labelbottom=True)
     grid[0, 0].set_ylim(top=_top(race))
-    several = "; band: from the lowest to the highest seed" * (race.options.seeds > 1)
-    labels = f"{over}s; dotted: the bigram model; grey: the others{several}"
+    labels = f"{over}s; dotted: the bigram model; grey: the others"
+    if race.options.seeds > 1:
+        labels += "\nband: from the lowest to the highest seed"
     made.supxlabel(labels, fontsize=SMALL)
     made.supylabel("nats per character", fontsize=SMALL)
     return made
