@@ -13,9 +13,13 @@ per second, one direction) and memory bandwidth gamma:
     update   28 N / n / gamma                               AdamW in float32
     gather   (n - 1) alpha + (n - 1) / n N b / beta
 
-What is added up hides behind what travels, but for the last round. A round brings each rank a
-bucket of S bytes from n - 1 others, so r = N b (n - 1) / n / S. A bucket is large enough where its
-bytes cost more than its messages: S >= n alpha beta.
+What is added up hides behind what travels, but for the last round; on one host the same cores do
+both, and nothing hides. A round brings each rank a bucket of S bytes from n - 1 others, so
+r = N b (n - 1) / n / S. A bucket is large enough where its bytes cost more than its messages:
+S >= n alpha beta.
+
+With parameters and gradients in memory that the ranks of one host have in common, nothing travels:
+a step reads n gradients and moves 24 other bytes of each element, (24 + n b) N / n / gamma.
 """
 
 from __future__ import annotations
@@ -45,7 +49,9 @@ class Machine:
     beta: float
     gamma: float
 
-    def step(self, elements: float, ranks: int, bucket: float, width: int = 4) -> dict[str, float]:
+    def step(
+        self, elements: float, ranks: int, bucket: float, *, width: int = 4, one_host: bool = False
+    ) -> dict[str, float]:
         """Seconds of each part of a step, and of the whole."""
         travelling = (ranks - 1) / ranks * elements * width
         rounds = max(1.0, travelling / bucket)
@@ -53,11 +59,15 @@ class Machine:
         add = (ranks + 1) * width * elements / ranks / self.gamma
         update = UPDATE * elements / ranks / self.gamma
         gather = (ranks - 1) * self.alpha + travelling / self.beta
-        exchange = max(reduce, add) + min(reduce, add) / rounds
+        exchange = max(reduce, add) + min(reduce, add) / (1 if one_host else rounds)
         return {
             "reduce": reduce, "add": add, "update": update, "gather": gather,
             "step": exchange + update + gather,
         }  # fmt: skip
+
+    def step_in_common(self, elements: float, ranks: int, width: int = 4) -> float:
+        """Seconds of a step where gradients and parameters are in memory of all ranks."""
+        return (UPDATE - 4 + ranks * width) * elements / ranks / self.gamma
 
     def bucket(self, ranks: int) -> float:
         """Bytes of a bucket whose messages take as long as its bytes."""
@@ -99,47 +109,65 @@ def median(function: Callable[[], Any], repeats: int, before: Callable[[], Any])
     return statistics.median(times[1:])
 
 
-def measure(repeats: int, buckets: list[int]) -> None:
+def in_turn(
+    comm: Any,
+    together: dict[str, Callable[[], Any]],
+    alone: dict[str, Callable[[], Any]],
+    rounds: int,
+) -> dict[str, list[float]]:
+    """Seconds of each function in each round but the first; `alone` are the first rank's."""
+    times: dict[str, list[float]] = {name: [] for name in (*together, *alone)}
+    for _ in range(rounds):
+        for name, function in (*together.items(), *alone.items()):
+            comm.Barrier()
+            start = time.perf_counter()
+            if name in together or comm.rank == 0:
+                function()
+            seconds = time.perf_counter() - start
+            idle = comm.Ibarrier()
+            while not idle.Test():  # who waits must not take the processor of the other's threads
+                time.sleep(0.001)
+            times[name].append(max(comm.allgather(seconds)))
+    return {name: found[1:] for name, found in times.items()}
+
+
+def measure(rounds: int, buckets: list[int]) -> None:
     from mpi4py import MPI
 
-    from fusedopt.mpi import ShardedOptimizer
+    from fusedopt.mpi import ShardedOptimizer, shared_arrays
 
     comm = MPI.COMM_WORLD
     params = gpt2_small()
     elements = sum(p.size for p in params.values())
     grads = {name: np.full_like(p, 1e-3 * (1 + comm.rank)) for name, p in params.items()}
     found: dict[str, Any] = {"ranks": comm.size, "elements": elements}
+    together: dict[str, Callable[[], Any]] = {}
     for bucket in buckets:
         opt = ShardedOptimizer(params, fo.AdamW(), comm, bucket_bytes=bucket)
-        seconds = median(functools.partial(opt.step, grads), repeats, comm.Barrier)
-        found[f"sharded, buckets of {bucket >> 10} KiB"] = comm.allreduce(seconds, MPI.MAX)
-        held = sum(a.nbytes for state in opt.state.values() for a in state.values())
-        found["states of a rank, of the whole"] = comm.allreduce(held, MPI.MAX) / (8 * elements)
-        del opt
+        together[f"sharded, buckets of {bucket >> 10} KiB"] = functools.partial(opt.step, grads)
+    held = sum(a.nbytes for state in opt.state.values() for a in state.values())
+    found["states of a rank, of the whole"] = max(comm.allgather(held)) / (8 * elements)
+    common = shared_arrays(params, comm), shared_arrays(grads, comm, each=True)
+    opt = ShardedOptimizer(common[0], fo.AdamW(), comm)
+    together["sharded, memory in common"] = functools.partial(opt.step, common[1])
+    process = f"one process, {comm.size} threads"
+    whole = fo.Optimizer(params, fo.AdamW(), threads=comm.size) if comm.rank == 0 else None
+    alone = {process: lambda: whole and whole.step(grads)}
+    times = in_turn(comm, together, alone, rounds)
     found |= machine_of(comm)
-    comm.Barrier()
+    machine = Machine(found["alpha"], found["beta"], found["gamma"])
+    models = [
+        *(machine.step(elements, comm.size, b / 2, one_host=True)["step"] for b in buckets),
+        machine.step_in_common(elements, comm.size),
+    ]
+    found[process] = statistics.median(times[process])
+    for name, model in zip(together, models, strict=True):
+        ratios = [a / b for a, b in zip(times[name], times[process], strict=True)]
+        found[name] = statistics.median(times[name])
+        found[f"{name}: times that of one process"] = statistics.median(ratios)
+        found[f"{name}: of the model's time"] = found[name] / model
     if comm.rank == 0:
-        threads = comm.size
-        second = {name: g + np.float32(1e-3) for name, g in grads.items()}
-        whole = fo.Optimizer(params, fo.AdamW(), threads=threads)
-        found[f"one process, {threads} threads: step"] = median(
-            lambda: whole.step(grads), repeats, lambda: None
-        )
-
-        def both() -> None:
-            whole.accumulate(grads)
-            whole.accumulate(second)
-            whole.step(grad_scale=2.0)
-
-        found[f"one process, {threads} threads: two gradients added, step"] = median(
-            both, repeats, lambda: None
-        )
-        machine = Machine(found["alpha"], found["beta"], found["gamma"])
-        found["model"] = machine.step(elements, comm.size, buckets[0] / 2)["step"]
         print(json.dumps(found, indent=1), flush=True)
-    idle = comm.Ibarrier()
-    while not idle.Test():  # a rank that waits must not take the processor of the other's threads
-        time.sleep(0.01)
 
 
 def machine_of(comm: Any) -> dict[str, float]:
@@ -165,11 +193,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--measure", action="store_true")
     parser.add_argument("--elements", type=float, default=7e9)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--buckets", type=int, nargs="+", default=[8 << 20, 2 << 20, 32 << 20])
     arguments = parser.parse_args()
     if arguments.measure:
-        measure(arguments.repeats, arguments.buckets)
+        measure(arguments.rounds, arguments.buckets)
     else:
         predict(arguments.elements)
 

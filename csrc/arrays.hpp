@@ -97,6 +97,7 @@ inline void use_input(const Codec& codec, int compute, bool zero, char* data, Op
   put(out.encode, zero ? codec.zero : nullptr);
   put(out.bits, static_cast<std::uint32_t>(codec.bits));
   put(out.data, data);
+  put<char*>(out.aux, nullptr);
 }
 
 // The operand of a copy of another operand: it is only written.

@@ -266,6 +266,40 @@ constexpr DirectFunctions direct_functions(List<D...>, FormatsList<F...>) {
     return {};
 }
 
+template <class T>
+const T* elements(const Summand& part, std::size_t at, T* tile, std::size_t n) {
+  const char* const data = part.data + at * part.bytes;
+  if (!part.decode) return reinterpret_cast<const T*>(data);
+  part.decode(data, nullptr, tile, n);
+  return tile;
+}
+
+template <class T>
+void mean(const void* data, const void* aux, void* out, std::size_t n) {
+  const Summands& all = *static_cast<const Summands*>(aux);
+  const auto offset = static_cast<std::size_t>(static_cast<const char*>(data) - all.parts->data);
+  std::size_t at = offset / all.parts->bytes;
+  alignas(64) T first[TILE], next[TILE];
+  const T divisor = static_cast<T>(all.divisor), factor = static_cast<T>(all.factor);
+  T* to = static_cast<T*>(out);
+  for (const std::size_t end = at + n; at < end; at += TILE, to += TILE) {
+    const std::size_t count = end - at < TILE ? end - at : TILE;
+    const T* sum = elements(all.parts[0], at, first, count);
+    for (std::size_t k = 1; k < all.count; ++k, sum = to) {
+      const T* const more = elements(all.parts[k], at, next, count);
+      OPERANDS_DO_NOT_OVERLAP
+      for (std::size_t j = 0; j < count; ++j) to[j] = sum[j] + more[j];
+    }
+    if (all.factor) {
+      OPERANDS_DO_NOT_OVERLAP
+      for (std::size_t j = 0; j < count; ++j) to[j] = sum[j] * factor;
+    } else {
+      OPERANDS_DO_NOT_OVERLAP
+      for (std::size_t j = 0; j < count; ++j) to[j] = sum[j] / divisor;
+    }
+  }
+}
+
 template <template <class> class R>
 constexpr Operation rule_entry() {
   using All = std::make_integer_sequence<int, MODES>;
@@ -336,5 +370,6 @@ const Table FUSEDOPT_TABLE = {
     {orthogonalize<float>, orthogonalize<double>},
     orthogonalize_space,
     Directly::all,
+    {mean<float>, mean<double>},
 };
 }  // namespace fusedopt

@@ -10,12 +10,12 @@
 #include "driver.hpp"
 #include "errands.hpp"
 #include "floating_point.hpp"
+#include "means.hpp"
 #include "parallel.hpp"
 #include "placement.hpp"
 #include "plan.hpp"
 #include "rows.hpp"
 #include "stacks.hpp"
-#include "sums.hpp"
 #include "update.hpp"
 
 namespace py = pybind11;
@@ -68,7 +68,7 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   fusedopt::bind_update(module);
   fusedopt::bind_placement(module);
   fusedopt::bind_rows(module);
-  fusedopt::bind_sums(module);
+  fusedopt::bind_means(module);
   fusedopt::bind_stacks(module);
   fusedopt::bind_bfloat16_stacks(module);
   module.def("operations", &operations);

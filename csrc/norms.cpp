@@ -19,6 +19,7 @@ void SquareSums::Pass::prepare() {
     put(own[0].role, Role::SUMS);
     put(own[1].role, m.input->role);
     put(own[1].data, m.input->data);
+    put(own[1].aux, m.input->aux);
     put(own[1].decode, m.input->decode);
     put(own[1].bits, m.input->bits);
     Step& step = steps[k];

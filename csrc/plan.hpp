@@ -14,6 +14,7 @@
 #include "arrays.hpp"
 #include "clipping.hpp"
 #include "driver.hpp"
+#include "means.hpp"
 #include "norms.hpp"
 #include "policy.hpp"
 #include "programs.hpp"
@@ -158,6 +159,8 @@ class Plan {
   bool read_anew(Slot slot, std::size_t k, bool checked, Input& input);
   void remember(Input& input, const Proxy* array);
   void forget_inputs();
+  // Its arrays have the elements of the parameter in memory order, as whoever made it has seen to.
+  bool read_mean(std::size_t k, Mean& mean, Operand& operand) const;
   // (rows, places, values): row rows[j] of the leaf has values[places[j]]; Python has checked that
   // rows come once each and that estimates have the gradient's.
   bool read_rows(Slot slot, std::size_t k, PyObject* o, Operand& operand);

@@ -230,6 +230,11 @@ bool Plan::read_anew(Slot slot, std::size_t k, bool checked, Input& input) {
   PyObject* const o = given.object.ptr();
   const bool rows = checked && PyTuple_Check(o);
   if (slot == HESSIAN && !program(k).takes_hessian) return false;
+  if (Mean* const mean = given.exchange ? nullptr : as_mean(o)) {
+    if (!read_mean(k, *mean, operand)) return false;
+    input.kind = Input::WHOLE;
+    return true;
+  }
   if (rows ? !read_rows(slot, k, o, operand)
            : !read_input(given, own_[k].parameter, own_[k].compute, *table_,
                          zero_grads_ && slot == GRADIENT, operand))
@@ -243,6 +248,14 @@ bool Plan::read_anew(Slot slot, std::size_t k, bool checked, Input& input) {
   }
   input.kind = rows ? Input::ROWS : Input::WHOLE;
   if (!rows && !given.exchange) remember(input, as_array(o));
+  return true;
+}
+
+bool Plan::read_mean(std::size_t k, Mean& mean, Operand& operand) const {
+  if (zero_grads_ || mean.elements() != own_[k].elements ||
+      !mean.apart([this](const Range& range) { return overlaps_written(range); }))
+    return false;
+  mean.use(own_[k].compute, operand);
   return true;
 }
 

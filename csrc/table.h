@@ -113,6 +113,21 @@ struct Codec {
   bool random = false;           // takes a key
 };
 
+// Arrays of one length whose sum is divided by a number; the first stands for all, and an element's
+// place among its bytes is that of the others' elements.
+struct Summand {
+  const char* data;
+  std::size_t bytes;  // of an element
+  Decode decode;      // null where the array has the compute type
+};
+struct Summands {
+  const Summand* parts;
+  std::size_t count;
+  // A division by a power of two has the bits of the product with its inverse, and takes longer:
+  // factor is 0 for any other divisor.
+  double divisor, factor;
+};
+
 // Newton-Schulz steps x := (a + b A + c A^2) x, A = x x^T, of one matrix in C order.
 struct NewtonSchulz {
   std::size_t rows, columns;
@@ -133,6 +148,7 @@ struct Table {
   Orthogonalize orthogonalize[COMPUTE_TYPES];
   std::size_t (*orthogonalize_space)(std::size_t rows, std::size_t columns);  // elements
   const Combination* combinations;  // COMBINATIONS of them
+  Decode mean[COMPUTE_TYPES];       // data: in the first array; aux: the `Summands`
 };
 
 }  // namespace fusedopt

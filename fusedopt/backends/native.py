@@ -96,6 +96,7 @@ class NativeBackend:
 
     name = "native"
     textbook = False
+    takes_means = True
     device = host
 
     def unavailable(self) -> str | None:

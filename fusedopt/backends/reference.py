@@ -71,6 +71,7 @@ class ReferenceBackend:
 
     name = "reference"
     textbook = True
+    takes_means = False
     update_alone = None
     device = host
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial, wraps
 from itertools import zip_longest
 from pathlib import Path
@@ -16,7 +16,7 @@ from ..arrays.checks import GradientChecks
 from ..arrays.file_set import open_tensors
 from ..arrays.formats import TILE, compute_dtype
 from ..arrays.order import memory_order
-from ..arrays.rows import Rows, UniqueRows, as_rows, check_indices, unique_rows, values_of
+from ..arrays.rows import Rows, as_rows, check_indices, unique_rows, values_of
 from ..arrays.stored import AVERAGE
 from ..arrays.trees import Tree
 from ..optimizer import Optimizer
@@ -33,7 +33,6 @@ from ..step.summary import digest
 from ..system import threads as limits
 from ..system.interrupts import Uninterrupted
 from .checkpoint import SharedState
-from .fused import FusedStep
 from .memory import places_of
 from .norms import Norms
 from .ranks import Ranks
@@ -183,11 +182,7 @@ class ShardedOptimizer:
             fast=reduction == "fast",
             bucket_bytes=bucket_bytes,
         )
-        self._fused: FusedStep | None = None
-        if shard is not None and size > 1 and FusedStep.serves(self._local.assembly):
-            self._fused = FusedStep(
-                self._local.assembly, self._reduction, self._shares, self._ranks.rank
-            )
+        self._unread = [] if shard is None else self._read_by_the_plan()
         self._accumulated: list[int] = []
         self._norms: Norms | None = None
         local = self._local
@@ -220,6 +215,21 @@ class ShardedOptimizer:
         if any(copy is not None for copy in self._copies):
             options["copy_out"] = self._tree.build(self._parts(self._copies))
         return Share(first_tiles, self._tree.build(parts), chosen, **options)
+
+    def _read_by_the_plan(self) -> list[int]:
+        """The leaves whose gradients nothing reads but the plan, once."""
+        assembly = self._local.assembly
+        options = assembly.options
+        more = options.stats or options.exact or options.verify or options.transforms
+        if more or assembly.decides or not assembly.backend.takes_means:
+            return []
+        return [
+            k
+            for k, (rule, leaf_state) in enumerate(
+                zip(assembly.rules, assembly.leaf_states, strict=True)
+            )
+            if rule.program.phases == 1 and not leaf_state.sides
+        ]
 
     def _parts(self, arrays: Sequence[Any]) -> list[Any]:
         """Return this rank's parts of arrays like the parameters."""
@@ -269,13 +279,7 @@ class ShardedOptimizer:
             kinds = [v if v is None else self._reduction.kinds(v) for v in (values, estimates)]
             reports.mine = (*common, *kinds)
         gradients, hessians = self._agreed(reports.all)
-        leaves: set[int] = set()
-        if self._fused is not None and not (hessians or self._local.assembly.accumulated):
-            leaves = self._fused.leaves(gradients)
-        if leaves:
-            info = self._fused_step(values, gradients, leaves, grad_scale, lr)
-        else:
-            info = self._step_of_shares(values, gradients, estimates, hessians, grad_scale, lr)
+        info = self._take_step(values, gradients, estimates, hessians, grad_scale, lr)
         self._accumulated = []
         if info.skipped:
             return info
@@ -283,7 +287,7 @@ class ShardedOptimizer:
             self._zero(grads)
         return info if info.stats is None else self._with_stats(info)
 
-    def _step_of_shares(
+    def _take_step(
         self,
         values: Any,
         gradients: Any,
@@ -295,7 +299,7 @@ class ShardedOptimizer:
         """Reduce all gradients, update this rank's share, and gather the parameters."""
         share: Any = ACCUMULATED
         if gradients:
-            reduced, share = self._reduced(values, gradients, "grads")
+            reduced, share = self._reduced(values, gradients, "grads", self._unread)
             self._measure(reduced, _active(gradients))
         elif self._local.assembly.sums is not None:
             self._measure(self._local.assembly.sums.sums, self._accumulated)
@@ -305,36 +309,6 @@ class ShardedOptimizer:
         if not info.skipped:
             self._gather_parameters()
         return info
-
-    def _fused_step(
-        self, values: Any, kinds: Any, leaves: set[int], grad_scale: float, lr: StepRate | None
-    ) -> StepInfo:
-        """Update pieces of this rank's share while their gradients are in the cache."""
-        fused, assembly, begun = self._fused, self._local.assembly, False
-        assert fused is not None
-
-        def step() -> StepInfo:
-            nonlocal begun
-            begun = True
-            with self._ranks.together():
-                fused.prepare()
-                elements = self._reduction.elements(values, list(zip(*kinds, strict=True)))
-            rest = [None if k in leaves else g for k, g in enumerate(values)]
-            others = [[None if k in leaves else kind for k, kind in enumerate(of)] for of in kinds]
-            shares = self._reduction.reduce(rest, others, "grads")
-            with self._ranks.together(changing=True):
-                fused.run(elements, leaves)
-                number = assembly.reader.summed(shares, None)
-            self._gather_parameters()
-            return assembly.told(number)
-
-        try:
-            return assembly.one_step("step", grad_scale, step, lr)
-        except Exception as error:
-            if not begun:  # the others are where ranks tell each other
-                with self._ranks.together():
-                    raise error
-            raise
 
     @_whole
     def accumulate(self, grads: Any) -> int:
@@ -362,7 +336,7 @@ class ShardedOptimizer:
         flat_leaves = self._tree.flatten(self._checks.opened(what, grads), what)
         return [self._fit_leaf(k, what, g) for k, g in enumerate(flat_leaves)]
 
-    def _fit_leaf(self, k: int, what: str, g: Any) -> np.ndarray | UniqueRows | None:
+    def _fit_leaf(self, k: int, what: str, g: Any) -> Any:
         label = self._tree.leaves[k].label.replace("params", what, 1)
         rows = as_rows(label, g)
         if rows is None:
@@ -404,10 +378,14 @@ class ShardedOptimizer:
         return agreed[0], agreed[1]
 
     def _reduced(
-        self, values: Any, kinds: Sequence[Sequence[Kind | None]], what: str
-    ) -> tuple[list[np.ndarray | Rows | None], Any]:
+        self,
+        values: Any,
+        kinds: Sequence[Sequence[Kind | None]],
+        what: str,
+        unread: Collection[int] = (),
+    ) -> tuple[list[Any], Any]:
         """The shares of gradients, and the tree of them for this rank's optimizer."""
-        shares = self._reduction.reduce(values, kinds, what)
+        shares = self._reduction.reduce(values, kinds, what, unread)
         given: Sequence[Any] = shares
         if self._shard is None:
             given = self._gather_shares(shares, kinds)
@@ -724,11 +702,10 @@ class ShardedOptimizer:
         """A table of this rank's share, and the memory that it takes."""
         ranks = self._ranks
         whole = sum(p.size for p in self._whole)
-        buckets = self._reduction.nbytes + (self._fused.nbytes if self._fused else 0)
         own = whole if self._shard is None else sum(c.sizes[ranks.rank] for c in self._shares)
         return (
             f"{self._local.describe()}\nrank {ranks.rank} of {ranks.size} updates {own} of {whole}"
-            f" elements (shard={self._shard!r}); {buckets} bytes of buckets, and of"
+            f" elements (shard={self._shard!r}); {self._reduction.nbytes} bytes of buckets, and of"
             f" reduced gradients at most {self._reduced_bytes()}"
         )
 

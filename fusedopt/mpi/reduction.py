@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..arrays.formats import SEGMENT, compute_dtype
 from ..arrays.rows import Rows, UniqueRows, unique_rows
-from ..system.extension import core, reason
+from ..system.extension import Mean, reason
 from .memory import Place, array_at, places_of
 from .ranks import Ranks
 from .shares import Cut, flat
@@ -95,6 +95,7 @@ class Reduction:
         )
         self._kept: dict[tuple[str, int], np.ndarray] = {}
         self._rounds: dict[tuple[int, ...], list[Round]] = {}
+        self._means: dict[int, tuple[Sequence[Kind | None], Any]] = {}
 
     @property
     def nbytes(self) -> int:
@@ -129,20 +130,33 @@ class Reduction:
         return np.array([bound // length for bound in self._cuts[k].bounds])
 
     def reduce(
-        self, values: Sequence[Any], kinds: Sequence[Sequence[Kind | None]], what: str
-    ) -> list[np.ndarray | Rows | None]:
+        self,
+        values: Sequence[Any],
+        kinds: Sequence[Sequence[Kind | None]],
+        what: str,
+        unread: Collection[int] = (),
+    ) -> list[Any]:
         """Return this rank's share of the reduced gradients; None for leaves without a part.
 
         what: "grads" or "hessian": the arrays are those of the last call with the same word, since
         new memory would cost as much as the additions.
         values: of each leaf a dense array in its parameter's memory order, `UniqueRows` or None.
         kinds: what `kinds` returned on each rank. A rank that has None for a leaf counts as zero.
+        unread: leaves whose shares only a plan reads, which takes a `core.Mean`: of those whose
+        gradients are all to be had here, no share is written to memory.
         Raises ValueError, on all ranks alike, where some give rows and others whole arrays.
         """
         given = list(zip(*kinds, strict=True))
         sparse = [k for k in range(len(values)) if self._is_sparse(k, given[k])]
-        dense = [k for k, of in enumerate(given) if any(of) and k not in sparse]
+        unread = {
+            k for k in unread if all(kind is None or kind.place is not None for kind in given[k])
+        }
+        apart = unread.union(sparse)
+        dense = [k for k, of in enumerate(given) if any(of) and k not in apart]
         shares: list[Any] = [None] * len(values)
+        for k in unread:
+            if any(given[k]) and self._cuts[k].holds(self._ranks.rank):
+                shares[k] = self._mean(k, given[k])
         for k in dense:
             p = self._parameters[k]
             if self._cuts[k].holds(self._ranks.rank):
@@ -150,7 +164,8 @@ class Reduction:
                     part = self._cuts[k].part(p, self._ranks.rank)
                     self._kept[what, k] = np.empty_like(part, compute_dtype(p.dtype))
                 shares[k] = self._kept[what, k]
-        self._reduce_dense(values, given, dense, [None if s is None else flat(s) for s in shares])
+        own = [flat(s) if isinstance(s, np.ndarray) else None for s in shares]
+        self._reduce_dense(values, given, dense, own)
         for k in sparse:
             shares[k] = self._reduce_rows(k, values[k], given[k])
         return shares
@@ -202,7 +217,7 @@ class Reduction:
         rounds = self._rounds.get(tuple(leaves))
         if rounds is None:
             rounds = self._rounds[tuple(leaves)] = self._plan(leaves)
-        elements = self.elements(values, given)
+        elements = {k: self._elements(k, values[k], given[k]) for k in leaves}
 
         def share_of(span: Span) -> np.ndarray:
             share, begin = shares[span.leaf], self._cuts[span.leaf].bounds[rank]
@@ -223,28 +238,38 @@ class Reduction:
                     self._add(number - 1, at, span, elements, given[span.leaf], share_of(span))
             under_way = begun
 
-    def elements(
-        self, values: Sequence[Any], given: Sequence[Sequence[Kind | None]]
-    ) -> list[list[np.ndarray | None]]:
-        """Return of each leaf the flat arrays of those ranks whose gradients are to be had here."""
-        found: list[list[np.ndarray | None]] = []
-        for k, (g, kinds) in enumerate(zip(values, given, strict=True)):
-            of_ranks: list[np.ndarray | None] = [
-                array_at(kind.place, kind.dtype, self._parameters[k].size)
-                if kind is not None and kind.place is not None
-                else None
-                for kind in kinds
-            ]
-            if isinstance(g, np.ndarray):
-                of_ranks[self._ranks.rank] = flat(g)
-            found.append(of_ranks)
-        return found
+    def _mean(self, k: int, kinds: Sequence[Kind | None]) -> Any:
+        """Return the mean of this rank's share of a leaf, of arrays in memory of all ranks."""
+        kept, mean = self._means.get(k, (None, None))
+        if kinds != kept:
+            start, stop = self._cuts[k].bounds[self._ranks.rank : self._ranks.rank + 2]
+            parts = [a[start:stop] for a in self._elements(k, None, kinds) if a is not None]
+            mean = Mean(parts, self._divisor)
+            self._means[k] = kinds, mean
+        return mean
+
+    def _elements(
+        self, k: int, g: np.ndarray | None, kinds: Sequence[Kind | None]
+    ) -> list[np.ndarray | None]:
+        """Return the flat arrays of those ranks whose gradients are to be had here.
+
+        g: this rank's, which need not be in memory of all ranks.
+        """
+        of_ranks: list[np.ndarray | None] = [
+            array_at(kind.place, kind.dtype, self._parameters[k].size)
+            if kind is not None and kind.place is not None
+            else None
+            for kind in kinds
+        ]
+        if g is not None:
+            of_ranks[self._ranks.rank] = flat(g)
+        return of_ranks
 
     def _begin(
         self,
         number: int,
         spans: Round,
-        elements: Sequence[Sequence[np.ndarray | None]],
+        elements: Mapping[int, Sequence[np.ndarray | None]],
         given: Sequence[Sequence[Kind | None]],
         share_of: Callable[[Span], np.ndarray],
     ) -> list[Any]:
@@ -290,7 +315,7 @@ class Reduction:
         number: int,
         at: int,
         span: Span,
-        elements: Sequence[Sequence[np.ndarray | None]],
+        elements: Mapping[int, Sequence[np.ndarray | None]],
         kinds: Sequence[Kind | None],
         out: np.ndarray,
     ) -> None:
@@ -309,7 +334,7 @@ class Reduction:
 
     def average(self, parts: Sequence[np.ndarray], out: np.ndarray) -> None:
         """Add up flat arrays of any dtype, from the first to the last, in that of `out`; divide."""
-        if reason is None and core.average_arrays(list(parts), out, self._divisor):
+        if reason is None and Mean(list(parts), self._divisor).write(out):
             return
         with np.errstate(all="ignore"):
             for a in range(0, out.size, PIECE):

@@ -169,6 +169,8 @@ class Backend(Protocol):
     name: str
     textbook: bool
     """Whether rules run as their textbooks write them, in float64."""
+    takes_means: bool
+    """Whether a gradient may be a `core.Mean` of arrays in the parameter's memory order."""
 
     @property
     def update_alone(self) -> Callable[..., bool] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .environment import sleepy_openmp
 
 reason: str | None = None
@@ -14,4 +16,7 @@ except ImportError as error:
     core = None  # type: ignore[assignment]
     reason = f"the compiled core could not be imported ({error}); it was not built"
 
-__all__ = ["core", "reason"]
+Mean: Any = type(None) if core is None else core.Mean
+"""The class of a gradient that is the mean of several arrays."""
+
+__all__ = ["Mean", "core", "reason"]

@@ -27,9 +27,9 @@ PLACES = {
     "step, before parameters are gathered": Place(
         0, "optimizer.ShardedOptimizer", "_gather_parameters"
     ),
-    "step, in common memory": Place(1, "fused.FusedStep", "run", common=True),
+    "step, in common memory": Place(1, "optimizer.Share", "step", common=True),
     "step, after a share in common memory": Place(
-        2, "fused.FusedStep", "run", after=True, common=True
+        2, "optimizer.Share", "step", after=True, common=True
     ),
     "save, before a file": Place(1, "checkpoint", "write"),
     "save, after a file": Place(2, "checkpoint", "write", after=True),

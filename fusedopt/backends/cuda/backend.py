@@ -15,6 +15,7 @@ class CudaBackend:
 
     name = "cuda"
     textbook = False
+    takes_means = False
     update_alone = None
 
     def unavailable(self) -> str | None:

@@ -31,6 +31,7 @@ class NumbaBackend:
 
     name = "numba"
     textbook = False
+    takes_means = False
     update_alone = None
     device = host
 
