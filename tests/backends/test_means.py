@@ -34,7 +34,8 @@ def average(parts: list[np.ndarray], divisor: float, dtype: Any) -> np.ndarray:
         total = parts[0].astype(dtype)
         for part in parts[1:]:
             total = total + part.astype(dtype)
-        return total / np.dtype(dtype).type(divisor)
+        mean: np.ndarray = total / np.dtype(dtype).type(divisor)
+        return mean
 
 
 @pytest.mark.parametrize("divisor", [1.0, 2.0, 3.0])
