@@ -26,17 +26,23 @@ inline void prefetch(const char* p) {
 #endif
 }
 
-void run_step(const Step& step, void* const* data, std::size_t n) {
-  void* operands[MAX_OPERANDS];
-  for (int k = 0; k < step.operand_count; ++k) operands[k] = data[step.operands[k]];
-  step.run(operands, step.scalars, n);
-}
-
-// Elements [from, to) of a leaf's arrays; its inputs have them `ahead` further on.
+// Elements [from, to) of a leaf's arrays; its inputs have them `ahead` further on. row: the number
+// of their row among those that are touched.
 struct Span {
   std::size_t from, to;
   std::ptrdiff_t ahead;
+  std::size_t row = 0;
 };
+
+const void* scalars(const Step& step, const Span& span) {
+  return static_cast<const char*>(step.scalars) + span.row * step.each;
+}
+
+void run_step(const Step& step, const Span& span, void* const* data, std::size_t n) {
+  void* operands[MAX_OPERANDS];
+  for (int k = 0; k < step.operand_count; ++k) operands[k] = data[step.operands[k]];
+  step.run(operands, scalars(step, span), n);
+}
 
 char* element(const Operand& operand, std::size_t at, const Span& span) {
   if (operand.role == Role::INPUT) at += static_cast<std::size_t>(span.ahead);
@@ -91,7 +97,7 @@ void run_tiles(const Leaf& leaf, const Span& span, Lanes* lanes) {
         tile[k] = element(operand, at, span);
       }
     }
-    for (int s = 0; s < leaf.step_count; ++s) run_step(leaf.steps[s], tile, n);
+    for (int s = 0; s < leaf.step_count; ++s) run_step(leaf.steps[s], span, tile, n);
     for (int k = 0; k < leaf.operand_count; ++k) {
       const Operand& operand = leaf.operands[k];
       if ((leaf.written >> k & 1) && operand.encode) encode(operand, span, tile[k], at, n);
@@ -161,7 +167,7 @@ std::size_t run_direct(const Leaf& leaf, const Span& span, const Direct& direct)
     }
     if (direct.copy)
       places[step.operand_count] = {element(*direct.copy, at, span), nullptr, nullptr};
-    direct.run(places, step.scalars, n);
+    direct.run(places, scalars(step, span), n);
     for (int k = 0; k < step.operand_count; ++k)
       if (tiled(k)) encode(leaf.operands[step.operands[k]], span, scratch[k], at, n);
   }
@@ -181,9 +187,9 @@ void run_span(const Leaf& leaf, const Span& span, Lanes* lanes) {
   }
   // With nothing to decode or encode and nothing to keep in cache between operations, a tile may be
   // long.
-  if (in_place) return run_step(leaf.steps[0], data, span.to - span.from);
+  if (in_place) return run_step(leaf.steps[0], span, data, span.to - span.from);
   if (const Direct loop = direct(leaf); loop.run)
-    run_tiles(leaf, {run_direct(leaf, span, loop), span.to, span.ahead}, lanes);
+    run_tiles(leaf, {run_direct(leaf, span, loop), span.to, span.ahead, span.row}, lanes);
   else
     run_tiles(leaf, span, lanes);
 }
@@ -200,20 +206,22 @@ class Summing {
   }
   ~Summing() { finish(); }
 
-  // Spans come in ascending order.
+  // Spans come in ascending order; those of a row that has its own sums are whole rows.
   void add(Span span) {
+    const std::size_t origin = leaf_.by_row ? span.from : 0;
+    const std::size_t first = leaf_.by_row ? span.row * segments(leaf_.rows->length) : 0;
     for (const std::size_t end = span.to; span.from < end; span.from = span.to) {
-      const std::size_t segment = span.from / SEGMENT;
+      const std::size_t at = span.from - origin, segment = first + at / SEGMENT;
       if (segment != segment_) {
         finish();
         for (int k = 0; k < count_; ++k) std::fill_n(lanes_[k], LANES, of_nothing(maximum_[k]));
         segment_ = segment;
       }
-      span.to = std::min(end, (segment + 1) * SEGMENT);
+      span.to = std::min(end, origin + (at / SEGMENT + 1) * SEGMENT);
       // A tile's first element goes to the first lane, whichever is the turn of that element.
-      turn(span.from % LANES);
+      turn(at % LANES);
       run_span(leaf_, span, lanes_);
-      turn(LANES - span.from % LANES);
+      turn(LANES - at % LANES);
     }
   }
 
@@ -256,7 +264,7 @@ class Summing {
 Span row_span(const Rows& rows, std::size_t k) {
   const std::size_t from = static_cast<std::size_t>(rows.rows[k]) * rows.length;
   return {from, from + rows.length,
-          (rows.from[k] - rows.rows[k]) * static_cast<std::ptrdiff_t>(rows.length)};
+          (rows.from[k] - rows.rows[k]) * static_cast<std::ptrdiff_t>(rows.length), k};
 }
 
 void run_leaf(const Leaf& leaf, std::size_t from, std::size_t to) {
@@ -303,7 +311,7 @@ std::size_t cut(const Leaf& leaf, std::size_t position) {
   const auto shared = [&rows](std::size_t next) {
     return row_span(rows, next).from / SEGMENT == (row_span(rows, next - 1).to - 1) / SEGMENT;
   };
-  if (leaf.summed && k)
+  if (leaf.summed && !leaf.by_row && k)
     while (k * rows.length < leaf.elements && shared(k)) ++k;
   return k * rows.length;
 }

@@ -57,6 +57,7 @@ struct Step {
   int operand_count = 0;
   const DirectFunction* direct = nullptr;  // of each combination of formats; null: of none
   const Combination* combinations = nullptr;
+  std::size_t each = 0;  // bytes from one row's scalars to the next one's; 0: all have the same
 };
 
 // Rows of a leaf that alone are touched, in ascending order: rows[k] has row from[k] of the inputs.
@@ -74,6 +75,7 @@ struct Leaf {
   const Rows* rows = nullptr;                       // null: all
   std::size_t start = 0;     // in the concatenation of all leaves; `run` finds it
   std::uint32_t maxima = 0;  // those of `summed` that are no sums but maxima
+  bool by_row = false;       // each of `rows` has its own sums, and may have its own scalars
 };
 
 // What a sum, or a maximum, is of no elements.
@@ -87,9 +89,14 @@ inline double of_both(bool maximum, double a, double b) {
   return a + b;
 }
 
+// The number of segments that elements have.
+inline std::size_t segments(std::size_t elements) { return (elements + SEGMENT - 1) / SEGMENT; }
+
 // The number of doubles that a sum over a leaf takes.
 inline std::size_t sums_of(const Leaf& leaf) {
-  return ((leaf.rows ? leaf.rows->elements : leaf.elements) + SEGMENT - 1) / SEGMENT;
+  if (!leaf.by_row) return segments(leaf.rows ? leaf.rows->elements : leaf.elements);
+  const std::size_t length = leaf.rows->length;
+  return leaf.elements ? leaf.elements / length * segments(length) : 0;
 }
 
 // Spreads the bits of x over all of the result (the finaliser of splitmix64).

@@ -27,12 +27,14 @@ class Partials {
   }
   // Before each run: not all segments need be touched.
   void begin() { std::fill(values_.begin(), values_.end(), 0.0); }
-  // The k-th sum that was added, its segments in index order.
-  double total(std::size_t k) const {
+  // The k-th sum that was added, its segments in index order; or of one of equal parts.
+  double total(std::size_t k, std::size_t part = 0, std::size_t parts = 1) const {
     const bool maximum = wanted_[k].maximum;
+    const std::size_t begin = wanted_[k].at;
     const std::size_t end = k + 1 < wanted_.size() ? wanted_[k + 1].at : size_;
+    const std::size_t each = (end - begin) / parts;
     double total = of_nothing(maximum);
-    for (std::size_t at = wanted_[k].at; at < end; ++at)
+    for (std::size_t at = begin + part * each; at < begin + (part + 1) * each; ++at)
       total = of_both(maximum, total, values_[at]);
     return total;
   }

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <numeric>
 #include <stdexcept>
 #include <utility>
 
@@ -75,6 +76,7 @@ Plan::Plan(const py::object& description)
   result_ = numbers_of<double>(results_, leaves * columns());
   table_ = level().table;
   for (std::size_t k = 0; k < leaves; ++k) add_leaf(arrays[k], mirrors[k], keys[k], k);
+  number_rows();
   for (const py::handle each : description.attr("beside")) {
     if (!py::isinstance<py::array>(each)) throw py::type_error("plan: only ndarrays are beside");
     const auto array = py::reinterpret_borrow<py::array>(each);
@@ -142,13 +144,26 @@ void Plan::add_leaf(const std::vector<py::object>& arrays, const std::vector<py:
       random_.push_back({k * MAX_OPERANDS + PARAMETER + j, k, keys[j]});
   }
   for (std::size_t j = 0; j < mirrors.size(); ++j) add(mirrors[j], first_mirror + j, PARAMETER);
-  own_.push_back({parameter, n, compute, static_cast<int>(first_mirror + mirrors.size())});
+  own_.push_back({parameter, n, compute, static_cast<int>(first_mirror + mirrors.size()), {}});
+  if (program.by_row && n && parameter->nd > 1)
+    own_.back().rows = {nullptr, nullptr, n / static_cast<std::size_t>(parameter->dimensions[0]),
+                        n};
   for (int j = 0; j < INPUTS; ++j) {
     inputs_.emplace_back();
     inputs_.back().array.layout = layouts_.size();
     layouts_.resize(layouts_.size() + 2 * static_cast<std::size_t>(parameter->nd));
   }
   touched_.push_back({n, {n, n}, {}});
+}
+
+void Plan::number_rows() {
+  std::size_t most = 0;
+  for (const Own& own : own_)
+    if (own.rows.length) most = std::max(most, own.elements / own.rows.length);
+  row_numbers_.resize(most);
+  std::iota(row_numbers_.begin(), row_numbers_.end(), 0);
+  for (Own& own : own_)
+    if (own.rows.length) own.rows.rows = own.rows.from = row_numbers_.data();
 }
 
 void Plan::watch(const Proxy* array, bool target) {
@@ -178,7 +193,7 @@ bool Plan::reprogram(const py::list& programs, const py::list& numbers) {
     const Program& old = *programs_[fresh.size()];
     if (program.arrays != old.arrays || program.works != old.works ||
         program.phases != old.phases || program.measured_sums != old.measured_sums ||
-        program.scratch != old.scratch || program.sums != old.sums)
+        program.scratch != old.scratch || program.sums != old.sums || program.by_row != old.by_row)
       return false;
     fresh.push_back(&program);
   }
@@ -265,7 +280,7 @@ void Plan::change_level() {
 
 void bind_plan(py::module_& module) {
   numpy();
-  py::class_<Program>(module, "Program").def(py::init<const py::list&, int, int, int, int>());
+  py::class_<Program>(module, "Program").def(py::init<const py::list&, int, int, int, int, bool>());
   py::class_<Plan>(module, "Plan")
       .def(py::init<const py::object&>())
       .def("take", &Plan::take)

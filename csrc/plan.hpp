@@ -68,6 +68,7 @@ class Plan {
     const Proxy* parameter;
     std::size_t elements;
     int compute, operand_count;
+    Rows rows;  // all of them, where each has sums of its own; otherwise none
   };
   // While there is one, this caller alone uses the plan, and what the step reads is held.
   class Use {
@@ -128,6 +129,8 @@ class Plan {
   void use_file(const py::object& file);
   void add_leaf(const std::vector<py::object>& arrays, const std::vector<py::object>& mirrors,
                 const std::vector<RandomKey>& keys, std::size_t k);
+  // Lets `Own::rows` have the numbers of all rows, when all leaves have been added.
+  void number_rows();
   void change_level();
   void watch(const Proxy* array, bool target);
   // given: of each group; null: what schedules give the next step. No code in Python runs between
@@ -213,7 +216,8 @@ class Plan {
   ThreadChoice choice_, norm_choice_, measure_choice_;  // of the last pass, the norm, the sums
   std::vector<const Program*> programs_;
   std::vector<Own> own_;
-  std::vector<Operand> operands_;  // MAX_OPERANDS for each leaf
+  std::vector<std::int64_t> row_numbers_;  // 0, 1, ...: of `Own::rows`
+  std::vector<Operand> operands_;          // MAX_OPERANDS for each leaf
   std::vector<Touched> touched_;
   std::vector<Coded> coded_;
   std::vector<Random> random_;

@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <bitset>
 #include <cstdint>
 #include <iterator>
 #include <memory>
@@ -260,7 +261,7 @@ bool Plan::read_mean(std::size_t k, Mean& mean, Operand& operand) const {
 }
 
 bool Plan::read_rows(Slot slot, std::size_t k, PyObject* o, Operand& operand) {
-  if (PyTuple_GET_SIZE(o) != 3 || program(k).phases > 1) return false;
+  if (PyTuple_GET_SIZE(o) != 3 || (program(k).phases > 1 && !own_[k].rows.rows)) return false;
   const Proxy* parts[3];
   for (int j = 0; j < 3; ++j)
     if (!(parts[j] = as_array(PyTuple_GET_ITEM(o, j)))) return false;
@@ -379,15 +380,29 @@ void Plan::take_measures() {
   unlocked_if_long(elements_, [&] { run_phase(members, 0, &measure_choice_); });
   if (!combine_.is_none()) called(combine_, py::make_tuple(members));
   measured_scalars_.clear();
-  for (const std::size_t k : members) {
-    const auto first =
-        static_cast<std::size_t>(program(k).first_measured() - program(k).first_sum());
-    const double* const row = result_ + k * columns() + Policy::FIRST_SUM + first;
-    py::tuple sums(program(k).measured_sums);
-    for (std::size_t j = 0; j < sums.size(); ++j) sums[j] = row[j];
+  std::vector<double> sums;
+  std::size_t last = 0;  // of a leaf's sums, among those of all; its rule's own are its last
+  for (std::size_t j = 0; j < members.size(); ++j) {
+    const std::size_t k = members[j];
+    const Leaf& leaf = leaves_[j];
+    const auto count = static_cast<std::size_t>(program(k).measured_sums);
+    last += std::bitset<MAX_OPERANDS>(leaf.summed).count();
+    std::size_t rows = 1;
+    if (leaf.by_row) {
+      rows = leaf.elements / leaf.rows->length;
+      sums.clear();
+      for (std::size_t row = 0; row < rows; ++row)
+        for (std::size_t sum = last - count; sum < last; ++sum)
+          sums.push_back(partials_.total(sum, row, rows));
+    } else {
+      const auto first =
+          static_cast<std::size_t>(program(k).first_measured() - program(k).first_sum());
+      const double* const own = result_ + k * columns() + Policy::FIRST_SUM + first;
+      sums.assign(own, own + count);
+    }
     const auto group = static_cast<std::size_t>(groups_[k]);
-    measured_scalars_.push_back(leaf_scalars_[k]->with(program(k), numbers_[group],
-                                                       counts_[k + 1] + 1, rate_[group], sums));
+    measured_scalars_.push_back(leaf_scalars_[k]->with(
+        program(k), numbers_[group], counts_[k + 1] + 1, rate_[group], sums, rows));
     leaf_scalars_[k] = &measured_scalars_.back();
   }
 }
@@ -434,7 +449,9 @@ void Plan::lay_out(const std::vector<std::size_t>& members, int phase) {
     put(leaf.written, steps.written);
     put(leaf.summed, steps.summed);
     put(leaf.maxima, steps.maxima);
-    put(leaf.rows, touched_[k].some());
+    const Rows* const all = own_[k].rows.rows ? &own_[k].rows : nullptr;
+    put(leaf.rows, touched_[k].some() ? touched_[k].some() : all);
+    put(leaf.by_row, all != nullptr);
     if (leaf.summed) partials_.add(leaf, operands);
   }
   leaves_.resize(count);

@@ -39,8 +39,8 @@ const Operation& operation_named(const Table& table, const std::string& name) {
   return *op;
 }
 
-Program::Program(const py::list& rows, int arrays, int works, int scratch, int sums)
-    : arrays(arrays), works(works), scratch(scratch), sums(sums) {
+Program::Program(const py::list& rows, int arrays, int works, int scratch, int sums, bool by_row)
+    : arrays(arrays), works(works), scratch(scratch), sums(sums), by_row(by_row) {
   const int slot_count = INPUTS + arrays + scratch + sums;
   if (arrays < 1 || works < 0 || works >= arrays || scratch < 0 || sums < 0 ||
       slot_count > MAX_OPERANDS)
@@ -81,7 +81,7 @@ Program::Program(const py::list& rows, int arrays, int works, int scratch, int s
       measured_sums = op->written;
     }
   }
-  if (measures && (phases != 2 || works || measured_sums > sums))
+  if ((measures && (phases != 2 || works || measured_sums > sums)) || (by_row && !measures))
     throw py::value_error("a program measures in the first of two phases, without work space");
 }
 
@@ -175,21 +175,36 @@ bool Scalars::use_factor(const Program& program, const Numbers& numbers, double 
 }
 
 Scalars Scalars::with(const Program& program, const Numbers& numbers, std::int64_t t, double lr,
-                      const py::tuple& sums) const {
+                      const std::vector<double>& sums, std::size_t rows) const {
   const py::object fold = numbers.folds[numbers.folds.size() - 1];
-  const py::object measured = called(fold, py::make_tuple(t, lr, sums));
-  const bool finite = std::all_of(sums.begin(), sums.end(), [](const py::handle& sum) {
-    return std::isfinite(sum.cast<double>());
-  });
+  const auto count = static_cast<std::size_t>(program.measured_sums);
   Scalars result = *this;
-  int end = 0;
-  for (const Program::Op& op : program.ops) {
-    const Operation& operation = program.operation(op.index);
-    end += operation.scalars;
-    if (!op.measured) continue;
-    result.put_all(end - op.measured, measured, op.measured, operation.name);
-    // Sums of a gradient that is not finite give numbers that are not, as its elements do.
-    if (finite) result.check(end - op.measured, end, fold, operation.name, t, lr);
+  if (rows > 1) {
+    const std::size_t own = storage_.size();
+    result.each_ = SIZES[compute_] * own;
+    result.storage_.resize(own * rows);
+    for (std::size_t row = 1; row < rows; ++row)
+      std::memcpy(reinterpret_cast<char*>(result.storage_.data()) + row * result.each_,
+                  storage_.data(), result.each_);
+  }
+  const py::int_ step(t);
+  const py::float_ rate(lr);
+  for (std::size_t row = 0; row < rows; ++row) {
+    const double* const found = sums.data() + row * count;
+    py::tuple given(count);
+    for (std::size_t k = 0; k < count; ++k) given[k] = found[k];
+    const py::object measured = called(fold, py::make_tuple(step, rate, given));
+    const bool finite =
+        std::all_of(found, found + count, [](double x) { return std::isfinite(x); });
+    int end = static_cast<int>(row) * program.scalar_count;
+    for (const Program::Op& op : program.ops) {
+      const Operation& operation = program.operation(op.index);
+      end += operation.scalars;
+      if (!op.measured) continue;
+      result.put_all(end - op.measured, measured, op.measured, operation.name);
+      // Sums of a gradient that is not finite give numbers that are not, as its elements do.
+      if (finite) result.check(end - op.measured, end, fold, operation.name, t, lr);
+    }
   }
   return result;
 }
@@ -239,7 +254,7 @@ Phase append_phase(const Program& program, int phase, int compute, const Scalars
       steps.push_back({operation.compute[compute].mode[op.mode], scalars.at(first),
                        op.operands.data(), static_cast<int>(op.operands.size()),
                        compute == F32 ? operation.direct.mode[op.mode] : nullptr,
-                       level().table->combinations});
+                       level().table->combinations, scalars.each()});
       ++result.count;
       result.used |= op.used;
       result.written |= op.written;

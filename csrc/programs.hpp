@@ -34,15 +34,15 @@ struct Program {
   std::vector<Op> ops;
   std::deque<std::pair<std::string, Operation>> foreign;  // with their names, which do not move
   int scalar_count = 0, phases = 1, arrays, works, scratch, sums;
-  bool takes_hessian = false, filtered = false, measures = false;
+  bool by_row, takes_hessian = false, filtered = false, measures = false;
 
   // Rows: (name, mode, phase, input that it needs or -1, measured, operand slots, foreign), the
   // last of them None, or for a rule that is not in the table (sums that it adds to, how many of
   // these, the last ones, are maxima, scalars, addresses of its tile function in that mode, for
   // each compute type); whoever passes these keeps the functions alive. arrays, scratch, sums: how
-  // many slots each of these have; works: how many of the arrays, the last ones, are work space. A
-  // program that measures has two phases.
-  Program(const py::list& rows, int arrays, int works, int scratch, int sums);
+  // many slots each of these have; works: how many of the arrays, the last ones, are work space;
+  // by_row: what is measured is that of each row of a leaf. A program that measures has two phases.
+  Program(const py::list& rows, int arrays, int works, int scratch, int sums, bool by_row);
 
   // The operation of the instruction set in use, where it is in the table.
   const Operation& operation(int index) const {
@@ -88,13 +88,16 @@ class Scalars {
   // Takes another factor on the gradient, beside the numbers' own: whether it stays finite.
   bool use_factor(const Program& program, const Numbers& numbers, double factor);
 
-  // The same for one leaf, with what its sums give.
+  // The same for one leaf, with what its sums give; or for each of its rows, whose sums come
+  // one after the other.
   Scalars with(const Program& program, const Numbers& numbers, std::int64_t t, double lr,
-               const py::tuple& sums) const;
+               const std::vector<double>& sums, std::size_t rows = 1) const;
 
   const void* at(int index) const {
     return reinterpret_cast<const char*>(storage_.data()) + SIZES[compute_] * index;
   }
+  // The bytes from the scalars of one row to those of the next; 0: all have the same.
+  std::size_t each() const { return each_; }
 
  private:
   void put(int index, double value);
@@ -106,6 +109,7 @@ class Scalars {
              double lr) const;
 
   std::vector<double> storage_;  // raw, and aligned for either type
+  std::size_t each_ = 0;
   int compute_ = F32;
 };
 

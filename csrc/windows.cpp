@@ -25,8 +25,9 @@ std::size_t Mapped::parts(const std::vector<Leaf>& leaves, int threads) const {
       if (contains(operand.data)) bits += operand.bits;
       if (contains(operand.aux)) bits += (operand.aux_bytes * 8 + TILE - 1) / TILE;
     }
-    // A row may lie alone in its pages.
-    if (leaf.rows && bits) bits += 8 * AROUND / std::max<std::size_t>(1, leaf.rows->length);
+    // A row may lie alone in its pages, where not all are touched.
+    if (leaf.rows && leaf.elements < leaf.rows->elements && bits)
+      bits += 8 * AROUND / std::max<std::size_t>(1, leaf.rows->length);
     elements += leaf.elements;
     most = std::max(most, bits);
   }

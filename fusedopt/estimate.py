@@ -118,7 +118,9 @@ def estimate(
             rest = k, shape, order
             matrices.append((len(matrices), compute, own.short_products, stack, rest))
     labels, rules = [leaf.label for leaf in tree.leaves], [groups[k].rule for k in group_of]
-    storage.check(labels, [np.dtype(leaf.value.dtype) for leaf in tree.leaves], rules)
+    values = [leaf.value for leaf in tree.leaves]
+    dtypes = [np.dtype(value.dtype) for value in values]
+    storage.check(labels, dtypes, [tuple(value.shape) for value in values], rules)
     made = batches(matrices)
     work = sum(
         Workspace.bytes_for(*stacks(made, dtype), dtype, works)

@@ -13,7 +13,7 @@ from ..system.extension import Mean
 from .device_interface import on_device
 from .foreign import host_array, read_only, remedy
 from .formats import DTYPES
-from .order import axes_of, memory_order, turned, turned_back
+from .order import axes_of, memory_order, rows_are_dense, turned, turned_back
 from .trees import Fixed
 
 EXPECTED = "float32, float64, bfloat16 (of ml_dtypes) or float16"
@@ -121,6 +121,12 @@ def check_rule(label: str, dense: Any, rule: Refusing) -> None:
         reason = (
             f"{type(rule).__name__} updates matrices in C or Fortran order, and in memory the axes"
             f" are in the order ({axes}); pass the view a.transpose({axes}), and gradients alike"
+        )
+    if not reason and rule.program.rows(dense.shape) and not rows_are_dense(dense.shape, order):
+        reason = (
+            f"{type(rule).__name__} takes sums over rows, each of which must be dense, and in"
+            f" memory the axes are in the order {axes_of(order, dense.ndim)}; pass a copy in C"
+            " order, made with np.ascontiguousarray"
         )
     if reason:
         raise ValueError(f"{label}: {reason}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from ..system.extension import core, reason
 from .checks import check_input
-from .formats import compute_dtype
+from .formats import TILE, Format, compute_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,6 +165,29 @@ def check_indices(label: str, indices: Any, shape: Sequence[int]) -> np.ndarray:
         )
     wide: np.ndarray = indices.astype(np.int64)
     return wide
+
+
+def cut_by_rows(shape: Sequence[int], formats: Mapping[str, Format]) -> str | None:
+    """Return why rows cannot be updated one by one, by the formats of what is stored, or None."""
+    length = math.prod(shape[1:])
+    for name, format in formats.items():
+        unit = TILE if format.random else format.block
+        if length % unit and shape[0] > 1:
+            why = "random bits" if format.random else "blocks"
+            return (
+                f"{name} is stored as {format.name}, whose {why} need rows of a multiple of {unit}"
+                f" elements, and these have {length}"
+            )
+    return None
+
+
+def check_rows(label: str, rule: str, shape: Sequence[int], formats: Mapping[str, Format]) -> None:
+    """Raise ValueError where a rule of rows meets formats that rows would cut."""
+    cut = cut_by_rows(shape, formats)
+    if cut:
+        raise ValueError(
+            f"{label}: {rule} takes sums over rows, but {cut}; take another state_dtype or rounding"
+        )
 
 
 def joined(parts: Sequence[Rows]) -> Rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +25,7 @@ from .formats import (
     RandomKey,
     compute_dtype,
 )
+from .rows import check_rows
 from .stored import WEIGHTS, ArraySpec, Block, LeafState, Stored, allocate, in_memory
 
 StateDtype = str | Mapping[str, str] | None
@@ -53,6 +55,10 @@ class StateSpec(Protocol):
 
     def sides(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """The states of another shape, and that shape."""
+
+    @property
+    def program(self) -> Any:
+        """The program of a step, which may be of a parameter's rows."""
 
 
 def own_states(rule: StateSpec) -> tuple[str, ...]:
@@ -92,7 +98,11 @@ class Storage:
             )
 
     def check(
-        self, labels: Sequence[str], dtypes: Sequence[np.dtype], rules: Sequence[StateSpec]
+        self,
+        labels: Sequence[str],
+        dtypes: Sequence[np.dtype],
+        shapes: Sequence[tuple[int, ...]],
+        rules: Sequence[StateSpec],
     ) -> None:
         """Raise ValueError or TypeError where an argument applies to nothing, or does not fit."""
         states = [name for rule in rules for name in rule.states]
@@ -115,6 +125,12 @@ class Storage:
             raise ValueError(
                 "rounding: 'kahan' is for bfloat16 parameters, of which there are none"
             )
+        for label, dtype, shape, rule in zip(labels, dtypes, shapes, rules, strict=True):
+            if rule.program.rows(shape):
+                size = math.prod(shape)
+                formats = {"the parameter": self.parameter(dtype)}
+                formats |= {s: self.state(rule, s, dtype, size) for s in rule.states}
+                check_rows(label, type(rule).__name__, shape, formats)
         if self.rounding == "stochastic":
             stored = [
                 f for rule, d in zip(rules, dtypes, strict=True) for f in self._formats(rule, d)

@@ -55,6 +55,7 @@ def _compile(program: Program) -> Any:
         len(program.works),
         len(program.temporaries),
         len(program.sums),
+        program.by_row,
     )
 
 

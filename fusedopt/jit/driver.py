@@ -43,6 +43,7 @@ STEP = np.dtype(
         ("scalars", np.uint64),
         ("count", np.int64),
         ("operands", np.uint8, (MAX_OPERANDS,)),
+        ("each", np.int64),  # bytes from one row's scalars to the next one's; 0: all have the same
     ]
 )
 """One operation on a tile."""
@@ -62,6 +63,7 @@ LEAF = np.dtype(
         # Of rows that alone are touched, each with its place in the inputs; length 0: all are.
         ("row", np.int64),  # the first of these among all leaves'
         ("length", np.int64),  # elements of each
+        ("by_row", np.int64),  # whether each of them has its own sums, and may have its own scalars
     ]
 )
 
@@ -124,17 +126,22 @@ def _at(operand: Any, element: Any, ahead: Any) -> Any:
 
 
 @jit
-def _run_step(step: Any, tile: Any, pointers: Any, n: int) -> None:
+def _run_step(step: Any, row: int, tile: Any, pointers: Any, n: int) -> None:
     for k in range(step.count):
         pointers[k] = tile[step.operands[k]]
-    _call(step.run, (np.uint64(pointers.ctypes.data), step.scalars, np.uint64(n)))
+    scalars = step.scalars + np.uint64(row * step.each)
+    _call(step.run, (np.uint64(pointers.ctypes.data), scalars, np.uint64(n)))
 
 
 @jit
 def _run_tiles(
-    leaf: Any, operands: Any, steps: Any, low: int, high: int, ahead: Any, workspace: Any
+    leaf: Any, operands: Any, steps: Any, low: int, high: int, place: Any, workspace: Any
 ) -> None:
-    """Elements [low, high) of a leaf: decode, the program, encode. low: of a tile, or of a row."""
+    """Elements [low, high) of a leaf: decode, the program, encode. low: of a tile, or of a row.
+
+    place: how far on the inputs have them, and the number of their row among those touched.
+    """
+    ahead, row = place
     scratch, lanes, tile, pointers = workspace
     zero = np.uint64(0)
     for at in range(low, high, TILE):
@@ -158,7 +165,7 @@ def _run_tiles(
             else:
                 tile[k] = _at(operand, at, ahead)
         for k in range(leaf.steps):
-            _run_step(steps[leaf.step + k], tile, pointers, n)
+            _run_step(steps[leaf.step + k], row, tile, pointers, n)
         for k in range(leaf.operands):
             operand = operands[leaf.operand + k]
             if (leaf.written >> k) & 1 and operand.encode != zero:
@@ -169,9 +176,10 @@ def _run_tiles(
 
 @jit
 def _run_span(
-    leaf: Any, operands: Any, steps: Any, low: int, high: int, ahead: Any, workspace: Any
+    leaf: Any, operands: Any, steps: Any, low: int, high: int, place: Any, workspace: Any
 ) -> None:
     _, lanes, tile, pointers = workspace
+    ahead, row = place
     in_place = leaf.steps == 1
     for k in range(leaf.operands):
         operand = operands[leaf.operand + k]
@@ -183,9 +191,9 @@ def _run_span(
         if (operand.decode | operand.encode) != np.uint64(0):
             in_place = False
     if in_place:
-        _run_step(steps[leaf.step], tile, pointers, high - low)
+        _run_step(steps[leaf.step], row, tile, pointers, high - low)
     else:
-        _run_tiles(leaf, operands, steps, low, high, ahead, workspace)
+        _run_tiles(leaf, operands, steps, low, high, place, workspace)
 
 
 @jit
@@ -227,28 +235,40 @@ def _finish(leaf: Any, operands: Any, lanes: Any, partials: Any, segment: int) -
 
 
 @jit
+def _segments(elements: int) -> int:
+    return (elements + SEGMENT - 1) // SEGMENT
+
+
+@jit
 def _run_summing(
     leaf: Any,
     operands: Any,
     steps: Any,
     low: int,
     high: int,
-    ahead: Any,
+    place: Any,
     workspace: Any,
     partials: Any,
     segment: int,
 ) -> int:
-    """A span, where the sums of `segment` have begun; that of the span's end comes back."""
+    """A span, where the sums of `segment` have begun; that of the span's end comes back.
+
+    Of a row that has its own sums, the span is the whole row.
+    """
     lanes = workspace[1]
+    origin = first = 0
+    if leaf.by_row:
+        origin, first = low, place[1] * _segments(leaf.length)
     at = low
     while at < high:
-        if at // SEGMENT != segment:
+        inside = at - origin
+        if first + inside // SEGMENT != segment:
             _finish(leaf, operands, lanes, partials, segment)
-            segment = at // SEGMENT
-        stop = min(high, (segment + 1) * SEGMENT)
-        _turn(lanes, at)
-        _run_span(leaf, operands, steps, at, stop, ahead, workspace)
-        _turn(lanes, LANES - at % LANES)
+            segment = first + inside // SEGMENT
+        stop = min(high, origin + (inside // SEGMENT + 1) * SEGMENT)
+        _turn(lanes, inside)
+        _run_span(leaf, operands, steps, at, stop, place, workspace)
+        _turn(lanes, LANES - inside % LANES)
         at = stop
     return segment
 
@@ -269,14 +289,14 @@ def _run_leaf(
     if not length:
         if leaf.summed:
             segment = _run_summing(
-                leaf, operands, steps, low, high, 0, workspace, partials, segment
+                leaf, operands, steps, low, high, (0, 0), workspace, partials, segment
             )
         else:
-            _run_span(leaf, operands, steps, low, high, 0, workspace)
+            _run_span(leaf, operands, steps, low, high, (0, 0), workspace)
     else:
         for k in range(low // length, high // length):
-            row, place = rows[leaf.row + k]
-            first, ahead = row * length, (place - row) * length
+            row, source = rows[leaf.row + k]
+            first, place = row * length, ((source - row) * length, k)
             if leaf.summed:
                 segment = _run_summing(
                     leaf,
@@ -284,13 +304,13 @@ def _run_leaf(
                     steps,
                     first,
                     first + length,
-                    ahead,
+                    place,
                     workspace,
                     partials,
                     segment,
                 )
             else:
-                _run_span(leaf, operands, steps, first, first + length, ahead, workspace)
+                _run_span(leaf, operands, steps, first, first + length, place, workspace)
     _finish(leaf, operands, workspace[1], partials, segment)
 
 
@@ -306,7 +326,7 @@ def _cut(leaf: Any, rows: Any, position: Any) -> Any:
         unit = SEGMENT if leaf.summed else TILE
         return inside // unit * unit
     k = inside // length
-    while leaf.summed and 0 < k < leaf.elements // length:
+    while leaf.summed and not leaf.by_row and 0 < k < leaf.elements // length:
         before, after = rows[leaf.row + k - 1, 0], rows[leaf.row + k, 0]
         if after * length // SEGMENT != ((before + 1) * length - 1) // SEGMENT:
             break

@@ -155,7 +155,7 @@ class ShardedOptimizer:
             groups, group_of = assign(self._tree.leaves, rule)
             rules = [groups[k].rule for k in group_of]
             for each in rules if shard is not None else ():
-                if each.over != "parameter":
+                if each.pooled:
                     raise ValueError(
                         f"rule: {type(each).__name__} takes sums over all parameters of a step,"
                         " which are shared out among ranks; take shard=None, or fo.AdamW"

@@ -62,7 +62,7 @@ def flat(a: np.ndarray) -> np.ndarray:
 def cut(parameters: Sequence[np.ndarray], rules: Sequence[Rule], size: int) -> list[Cut]:
     """Share the leaves out to `size` ranks, so that their costs are equal.
 
-    Matrices that a rule treats as a whole, and leaves of few elements, go to one rank each, the
+    What a rule treats as a whole, and leaves of few elements, go to one rank each, the
     most expensive first to whoever has least. The others are laid end to end and cut where each
     rank has its fill. Cuts are at multiples of 16384 elements: there begin the sums of a norm, the
     blocks of scales and the tiles of random bits, which thus are the ones of the whole leaf.
@@ -104,10 +104,11 @@ def _ends(loads: Sequence[float], rest: float) -> list[float]:
 
 def _unit(p: np.ndarray, rule: Rule) -> tuple[int, int]:
     """The number of elements at whose multiples a leaf may be cut; that of a row, if it is kept."""
-    if p.ndim == 0 or p.size == 0 or rule.program.phases > 1:
+    by_row = rule.program.rows(p.shape) > 0 and memory_order(p) == "C"
+    if p.ndim == 0 or p.size == 0 or (rule.program.phases > 1 and not by_row):
         return max(p.size, 1), 0
     row = p.size // p.shape[0]
-    if memory_order(p) != "C" or row > LONGEST_ROW:
+    if not by_row and (memory_order(p) != "C" or row > LONGEST_ROW):
         return SEGMENT, 0
     return math.lcm(row, SEGMENT), row
 

@@ -44,7 +44,7 @@ class Pools:
         found: dict[Any, Pool] = {}
         for k, g in enumerate(spec.group_of):
             rule = spec.groups[g].rule
-            if rule.over != "parameter":
+            if rule.pooled:
                 key = g if rule.over == "group" else type(rule)
                 found.setdefault(key, Pool(rule, [])).leaves.append(k)
                 _check_alike(found[key].rule, rule, spec.groups[g].label)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import expm1, log
 from typing import Any
 
@@ -56,6 +56,20 @@ def moved(x: Array, function: Callable[[np.ndarray], np.ndarray]) -> Array:
     """`function` of an array, which only picks, moves and scales elements by powers of two, and
     adds zeros."""
     return function(x) if isinstance(x, np.ndarray) else x.moved(function)
+
+
+def stacked(rows: Sequence[Array], ndim: int) -> Array:
+    """The array with `ndim` axes that has these rows along its first one.
+
+    Candidates of a sign stand on an axis before it, of all rows as of those that have some.
+    """
+
+    def stack(*rows: np.ndarray) -> np.ndarray:
+        return np.stack(np.broadcast_arrays(*rows), axis=-ndim)
+
+    if isinstance(rows[0], (np.ndarray, np.generic)):
+        return stack(*rows)
+    return rows[0].moved(stack, *rows[1:])
 
 
 def by_sign(sign: Array, negative: Array, zero: Array, positive: Array) -> Array:

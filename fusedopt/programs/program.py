@@ -134,6 +134,10 @@ class Governed(Protocol):
         """The names of the work space between two phases."""
 
     @property
+    def over(self) -> str:
+        """The arrays over which sums are taken."""
+
+    @property
     def decay_line(self) -> tuple[float, float]:
         """(a, b): the loop around the rule multiplies the parameter with a + b lr."""
 
@@ -148,11 +152,11 @@ class Program:
 
     arrays: names; work space is added where there is some between phases. temporaries: names of
     tiles that live as long as a tile is worked on; sums: of sums over a leaf, those that the rule
-    itself reads last; told: the others. folds: of each operation its function from (t, lr), and
-    where the rule measures, that from (t, lr, sums). head: (factor, a, b); the scalars of a rule
-    stand behind the factor on the gradient and the coefficient a + b lr of weight decay. numbers:
-    both, all that depends on hyperparameters that are numbers. form: what does not, hashable where
-    operations have kernels.
+    itself reads last; told: the others. by_row: whether the rule reads those of each row. folds: of
+    each operation its function from (t, lr), and where the rule measures, that from (t, lr, sums).
+    head: (factor, a, b); the scalars of a rule stand behind the factor on the gradient and the
+    coefficient a + b lr of weight decay. numbers: both, all that depends on hyperparameters that
+    are numbers. form: what does not, hashable where operations have kernels.
     """
 
     def __init__(
@@ -167,11 +171,12 @@ class Program:
         own = tuple([name for op in operations if op.loop == "measure" for name in op.sums])
         self.sums, self.measures = (*self.told, *own), len(own)
         self.phases = 1 + max([op.phase for op in operations])
+        self.by_row = rule.over == "row" and self.measures > 0
         self.works = rule.works
         self.arrays = (*arrays, *self.works)
         self._decay = _decay(rule)
         self._forms = _forms(operations)
-        self.form = (self._forms, self.arrays, temporaries, self.sums, self._decay)
+        self.form = (self._forms, self.arrays, temporaries, self.sums, self._decay, self.by_row)
         self.native: Any = None  # what the native backend compiled it to
         self._renumber(rule, operations)
 
@@ -226,9 +231,16 @@ class Program:
         head = {0: (), 1: (signed,), 2: rule}[HEAD[op.loop]]
         return (*head, *op.scalars(t, lr), *[0.0] * op.measured)
 
+    def rows(self, shape: tuple[int, ...]) -> int:
+        """Return how many rows of a parameter have their own sums; 0 where it is taken as a whole.
+
+        An array with one axis is one row.
+        """
+        return shape[0] if self.by_row and len(shape) > 1 and 0 not in shape else 0
+
     def fits(self, other: Program) -> bool:
         """Whether this program runs on the arrays that another was laid out for."""
-        names = ("arrays", "temporaries", "sums", "phases", "measures")
+        names = ("arrays", "temporaries", "sums", "phases", "measures", "by_row")
         return all(getattr(self, name) == getattr(other, name) for name in names)
 
     def mode(self, op: Operation) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from ..arrays.devices import device_of
 from ..arrays.storage import StateDtype, Storage
 from ..linalg.newton_schulz import Stack
-from ..programs.arithmetic import Array, Pooling, alone, unless_opposed
+from ..programs.arithmetic import Array, Pooling, alone, stacked, unless_opposed
 from ..programs.elements import Element
 from ..programs.program import MEASURE, Operation, Program
 from .conventions import CONVENTIONS, Convention, hyperparameters_of
@@ -77,9 +77,12 @@ class Rule:
     settled: ClassVar[tuple[str, ...]] = ()
     """Hyperparameters that say what the states hold, so that no step may change them."""
 
-    over: ClassVar[Literal["parameter", "group", "optimizer"]] = "parameter"
-    """The arrays over which `measure` is taken: a parameter, those of its group, or those of all
-    groups of the optimizer with a rule of this class."""
+    over: ClassVar[Literal["row", "parameter", "group", "optimizer"]] = "parameter"
+    """The arrays over which `measure` is taken: each row of a parameter, a parameter, those of its
+    group, or those of all groups of the optimizer with a rule of this class.
+
+    A row is what one index of the first axis selects; a parameter with one axis is one row.
+    """
 
     maxima: ClassVar[int] = 0
     """How many of what `measure` returns, the last ones, are maxima and no sums."""
@@ -327,7 +330,12 @@ class Rule:
 
     def note(self, shape: tuple[int, ...]) -> str | None:
         """Return how parameters of this shape are updated, where that depends on the shape."""
-        return None
+        return f"{type(self).__name__}: with sums of each row" if self.program.by_row else None
+
+    @property
+    def pooled(self) -> bool:
+        """Whether sums are taken over more than a parameter."""
+        return self.over in ("group", "optimizer")
 
     @property
     def host_only(self) -> bool:
@@ -412,6 +420,20 @@ class Rule:
         self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float, pool: Pooling
     ) -> tuple[Array, tuple[Array, ...]]:
         """`reference` of a parameter whose sums are taken together with those of others."""
+        found = [
+            self._updated(p[k], g[k], tuple([s[k] for s in states]), t=t, lr=lr, pool=pool)
+            for k in range(self.program.rows(p.shape))
+        ]
+        if not found:
+            return self._updated(p, g, states, t=t, lr=lr, pool=pool)
+        new, after = zip(*found, strict=True)
+        own = tuple([stacked(rows, p.ndim) for rows in zip(*after, strict=True)])
+        return stacked(new, p.ndim), own
+
+    def _updated(
+        self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float, pool: Pooling
+    ) -> tuple[Array, tuple[Array, ...]]:
+        """`reference_over` of what has sums of its own: a parameter, or one of its rows."""
         if self.maximize:
             g = -g
         # Not from `decay_line`, which it is there to check.
@@ -420,10 +442,10 @@ class Rule:
             g = g + lam * p
         if lam and self.decay == "decoupled_first":
             p = p * (1.0 - lr * lam)
-        if self.over == "parameter":
-            delta, states = self.textbook(p, g, states, t=t, lr=lr)
-        else:
+        if self.pooled:
             delta, states = self.textbook_over(p, g, states, t=t, lr=lr, pool=pool)
+        else:
+            delta, states = self.textbook(p, g, states, t=t, lr=lr)
         if lam and self.decay == "decoupled":
             return p - delta - lr * lam * p, states
         if lam and self.decay == "cautious":
@@ -457,7 +479,7 @@ class Rule:
         space, rule = device_of(p), self.at(1)
         p = space.check_parameter("p", p, rule)
         storage = Storage(state_dtype)
-        storage.check(["p"], [p.dtype], [rule])
+        storage.check(["p"], [p.dtype], [p.shape], [rule])
         (leaf_state,) = space.allocate(storage, [rule], [p], [None])
         stored = [*leaf_state.states.values(), *leaf_state.sides.values()]
         return tuple(state.visible for state in stored)

@@ -59,6 +59,11 @@ class CustomRule(Rule):
     attribute `maxima` = 1 the last of these values is no sum but the largest, with 2 the last two.
     `over` = "group" takes all over the parameter group, "optimizer" over all groups of this rule.
 
+    `over` = "row" takes them over each row: what one index of the first axis selects, and of a
+    parameter with one axis all of it. `measured` is called for each row, whose elements get its
+    scalars, and `Rows` update those that they have. Rows are to be dense in memory, as in C order,
+    and a storage format with blocks or random bits takes none that it would cut.
+
     `kept` names numbers that a rule over more than a parameter keeps from step to step: `scalars`
     and `measured` take them as further arguments, `measured` returns their new values behind the
     scalars, and `initial` gives the first ones. Groups that share them may differ in `lr`,
@@ -166,13 +171,14 @@ class CustomRule(Rule):
     def _check_attributes(self) -> None:
         """Raise ValueError where what a class says of its sums does not fit."""
         where = type(self).__name__
-        if self.over not in ("parameter", "group", "optimizer"):
+        if self.over not in ("row", "parameter", "group", "optimizer"):
             raise ValueError(
-                f"{where}.over: expected 'parameter', 'group' or 'optimizer', got {self.over!r}"
+                f"{where}.over: expected 'row', 'parameter', 'group' or 'optimizer', got"
+                f" {self.over!r}"
             )
         if self.measure is None and (self.over != "parameter" or self.maxima or self.kept):
             raise ValueError(f"{where}: `over`, `maxima` and `kept` are for rules that `measure`")
-        if self.kept and self.over == "parameter":
+        if self.kept and not self.pooled:
             raise ValueError(
                 f"{where}.kept: numbers are kept over a group or an optimizer; take a state of the"
                 " parameter's shape, or over = 'group'"
@@ -238,4 +244,5 @@ class CustomRule(Rule):
     def note(self, shape: tuple[int, ...]) -> str:
         called = sorted(set(inexact(self.element)))
         beyond = f"; {', '.join(called)} may give other bits on other machines" if called else ""
-        return f"{type(self).__name__}: its element function, compiled by Numba{beyond}"
+        rows = ", with sums of each row" if self.program.by_row else ""
+        return f"{type(self).__name__}: its element function, compiled by Numba{rows}{beyond}"

@@ -80,7 +80,7 @@ class Assembly:
         parameters, copies = self.checked_arrays(self.tree)
         labels, dtypes = [leaf.label for leaf in leaves], [p.dtype for p in parameters]
         self._layouts = [(p.shape, p.dtype.name, memory_order(p)) for p in parameters]
-        self.storage.check(labels, dtypes, self.rules)
+        self.storage.check(labels, dtypes, [p.shape for p in parameters], self.rules)
         wide = any(dtype == np.float64 for dtype in dtypes)
         self.narrowest = min(map(compute_dtype, dtypes), key=lambda d: d.itemsize)
         self.decides = options.decides(wide)
@@ -447,7 +447,7 @@ class Assembly:
                 " once; call step() with them"
             )
         for rule in self.rules:
-            if rule.over != "parameter":
+            if rule.pooled:
                 raise ValueError(
                     f"step_part: {type(rule).__name__} takes sums over all gradients of a step;"
                     " call step() with them"

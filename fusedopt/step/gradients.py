@@ -9,8 +9,7 @@ import numpy as np
 
 from ..arrays.checks import GradientChecks
 from ..arrays.foreign import host_array
-from ..arrays.formats import TILE
-from ..arrays.rows import Rows, UniqueRows, as_rows, values_of
+from ..arrays.rows import Rows, UniqueRows, as_rows, cut_by_rows, values_of
 from ..arrays.stored import SLOW, LeafState
 from ..arrays.trees import Tree
 from ..plan.interface import Plan
@@ -191,20 +190,12 @@ class GradientReader:
 def refuses_rows(rule: Rule, leaf_state: LeafState) -> str | None:
     """Return why a leaf takes no gradient of some rows, or None."""
     p = leaf_state.caller
-    if rule.program.phases > 1:
+    if rule.program.phases > 1 and not rule.program.rows(p.shape):
         what = "measures parameters" if rule.program.measures else "updates matrices"
         return f"{type(rule).__name__} {what} as a whole, not some of their rows"
     if SLOW in leaf_state.states:
         return "parameters return to their slow weights as a whole, not some of their rows"
     if not p.flags.c_contiguous:
         return "rows of a parameter that is not in C order are not dense"
-    length = p.size // max(p.shape[0], 1)
-    for name, stored in (("parameter", leaf_state.parameter), *leaf_state.states.items()):
-        unit = TILE if stored.format.random else stored.format.block
-        if length % unit:
-            why = "random bits" if stored.format.random else "blocks"
-            return (
-                f"the {name} is stored as {stored.format.name}, whose {why} need rows of a multiple"
-                f" of {unit} elements, and these have {length}"
-            )
-    return None
+    stored = {"the parameter": leaf_state.parameter, **leaf_state.states}
+    return cut_by_rows(p.shape, {name: each.format for name, each in stored.items()})

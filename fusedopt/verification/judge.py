@@ -110,35 +110,37 @@ def judge(
     rows: what alone may have changed, if given. pool: see `Rule.reference_over`.
     """
     dtype, order = before[0].dtype, after[0].order
-    whole = rule.program.matrices  # a matrix, which the reference needs in its shape
+    # Matrices and rows, which the reference needs in their shape.
+    shaped = rule.program.matrices or rule.program.by_row
 
     def lift(a: np.ndarray) -> Bounded:
-        return Bounded.exact(a if whole else flattened(a, order), dtype)
+        return Bounded.exact(a if shaped else flattened(a, order), dtype)
 
-    old = [lift(a) for a in before]
-    p, *states = old
+    def flat(a: Bounded, stored: Stored) -> Bounded:
+        return a.flat(stored.order, len(stored.shape)) if shaped else a
+
+    p, *states = [lift(a) for a in before]
     estimate = None if hessian is None else lift(hessian)
     with np.errstate(all="ignore"):  # the float64 values that rules measure may be anything
         new, new_states = extras.reference(
             rule, p, lift(g), tuple(states), estimate, t=t, lr=lr, factor=factor, pool=pool
         )
+    new = flat(new, after[0])
     kept = (
-        state.stored(least_state(dtype, stored.format.dtype))
+        flat(state, stored).stored(least_state(dtype, stored.format.dtype))
         for state, stored in zip(new_states, after[1:], strict=True)
     )
     expected = [new, *kept]
     if rows is not None:
-        untouched = np.ones(after[0].shape, bool)
-        untouched[rows] = False
-        flat = untouched.reshape(-1)
-        expected = [e.where(flat, o) for e, o in zip(expected, old, strict=True)]
-        copies, new = [copy[rows].reshape(-1) for copy in copies], new.pick(~flat)
+        touched = np.zeros(after[0].shape, bool)
+        touched[rows] = True
+        chosen = touched.reshape(-1)
+        old = [flat(a, stored) for a, stored in zip((p, *states), after, strict=True)]
+        expected = [e.where(~chosen, o) for e, o in zip(expected, old, strict=True)]
+        copies, new = [copy[rows].reshape(-1) for copy in copies], new.pick(chosen)
     names = ("p", *extras.states(rule), *rule.sides(after[0].shape))
     keyed = [*(keys or ()), *[RandomKey()] * len(after)][: len(after)]
     targets = list(zip(names, after, expected, keyed, strict=True))
     targets += [("copy of p", Stored.plain(copy), new, RandomKey()) for copy in copies]
-    worst = (
-        compare(name, stored, e.flat(stored.order) if whole else e, key.after(t - 1))
-        for name, stored, e, key in targets
-    )
+    worst = (compare(name, stored, e, key.after(t - 1)) for name, stored, e, key in targets)
     return [w for w in worst if w is not None]

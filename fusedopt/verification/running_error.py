@@ -70,9 +70,23 @@ class Bounded(NDArrayOperatorsMixin):
         undecided: np.ndarray = (np.abs(self.value) <= self.reach) & (self.reach > 0)
         return undecided
 
-    def flat(self, order: str) -> Bounded:
-        """One-dimensional, in memory order."""
-        return self._map(lambda a: flattened(a, order))
+    def flat(self, order: str, ndim: int) -> Bounded:
+        """The last `ndim` axes as one, in memory order; candidates stay on the axes before."""
+
+        def flat(a: np.ndarray) -> np.ndarray:
+            if a.ndim > ndim:
+                return np.stack([flat(each) for each in a])
+            elements: np.ndarray = flattened(a, order)
+            return elements
+
+        return self._map(flat)
+
+    def __getitem__(self, k: int) -> Bounded:
+        return self._map(lambda a: a[k])
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
 
     def where(self, chosen: np.ndarray, other: Bounded) -> Bounded:
         """The other's elements where chosen."""
@@ -127,9 +141,9 @@ class Bounded(NDArrayOperatorsMixin):
         )
         return self._like(value, error + size, lost)
 
-    def moved(self, function: Callable[[np.ndarray], np.ndarray]) -> Bounded:
-        """`function`, which picks, moves and scales elements and adds zeros, of the array."""
-        return self._map(function)
+    def moved(self, function: Callable[..., np.ndarray], *others: Bounded) -> Bounded:
+        """`function`, which picks, moves and scales elements and adds zeros, of the arrays."""
+        return self._map(function, *others)
 
     def through(self, function: Callable[[np.ndarray], np.ndarray], gain: float) -> Bounded:
         """`function` of the value, for one that amplifies rounding up to `gain` times, and rounds

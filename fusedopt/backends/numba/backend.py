@@ -119,6 +119,7 @@ class NumbaPlan(ExclusiveUse):
         kinds = dict.fromkeys(zip(spec.group_of, self._dtypes, strict=True))
         self._ops = {(g, dtype): _compiled(programs[g], dtype) for g, dtype in kinds}
         self._random: list[tuple[int, int, RandomKey]] = []  # operand, leaf, key
+        self._row_sums: dict[int, np.ndarray] = {}  # of leaves by row: what each row measured
         self._lay_out()
 
     def adopt(self, groups: Sequence[Group], extras: Extras) -> bool:
@@ -268,18 +269,24 @@ class NumbaPlan(ExclusiveUse):
         """Return the scalars of a leaf with those that its sums give."""
         spec, g = self._spec, self._spec.group_of[k]
         program = self._programs[g]
-        first = 3 + len(program.told)
-        sums = tuple(spec.results[k, first : first + program.measures].tolist())
         t, lr = self._next(k), float(spec.rates[g])
-        found = program.measured(t, lr, sums)
-        given = zip(program.operations, scalars, strict=True)
-        finite = all(map(isfinite, sums))  # else what they give is not, as the elements are not
-        return [
-            narrowed([*own[: -op.measured], *found], own.dtype, op, t, lr, finite)
-            if op.measured
-            else own
-            for op, own in given
-        ]
+
+        def measured(sums: Sequence[float]) -> Folded:
+            found = program.measured(t, lr, tuple(sums))
+            finite = all(map(isfinite, sums))  # else what they give is not, as the elements are not
+            given = zip(program.operations, scalars, strict=True)
+            return [
+                narrowed([*own[: -op.measured], *found], own.dtype, op, t, lr, finite)
+                if op.measured
+                else own
+                for op, own in given
+            ]
+
+        if k in self._row_sums:
+            rows = [measured(sums) for sums in self._row_sums[k].tolist()]
+            return [np.stack(each) for each in zip(*rows, strict=True)] if rows else scalars
+        first = 3 + len(program.told)
+        return measured(spec.results[k, first : first + program.measures].tolist())
 
     def _next(self, k: int) -> int:
         """The number of a leaf's next step."""
@@ -310,17 +317,23 @@ class NumbaPlan(ExclusiveUse):
                 copies = ((1 << mirrors) - 1) << (count - mirrors)
                 zeroed = int(self._spec.zero_grads) << GRADIENT
                 used, written = used | copies, written | copies | zeroed
-            n = self._spec.leaves[k].parameter.size
-            leaf = table.add_leaf(n, first, count, steps, used, written, sums, maxima, grads[k])
-            summed[k] = leaf, sums
+            p = self._spec.leaves[k].parameter
+            rows = self._programs[self._spec.group_of[k]].rows(p.shape)
+            leaf = table.add_leaf(
+                p.size, first, count, steps, used, written, sums, maxima, grads[k], rows
+            )
+            summed[k] = leaf, sums, rows
         self._spec.check_unmoved()
         total = table.run(self._spec.threads)
-        for k, (leaf, sums) in summed.items():
+        for k, (leaf, sums, rows) in summed.items():
             program = self._programs[self._spec.group_of[k]]
             at = PARAMETER + len(program.arrays) + len(program.temporaries)
-            for j in range(len(program.sums)):
-                if sums >> (at + j) & 1:
-                    self._spec.results[k, 3 + j] = total(leaf, at + j)
+            own = [j for j in range(len(program.sums)) if sums >> (at + j) & 1]
+            for j in own:
+                self._spec.results[k, 3 + j] = total(leaf, at + j)
+            if rows and phase == 0:
+                found = [total(leaf, at + j, True) for j in own[-program.measures :]]
+                self._row_sums[k] = np.stack(found, axis=1)
 
     def _steps(
         self, table: Any, k: int, phase: int | None, refreshed: bool, scalars: Folded

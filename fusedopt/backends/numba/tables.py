@@ -40,12 +40,13 @@ class Table:
         self._elements = self._partials = 0
         self._rows: list[np.ndarray] = []
         self._row_count = 0
-        self._places: dict[tuple[int, int], tuple[int, int, bool]] = {}
+        self._places: dict[tuple[int, int], tuple[int, int, int, bool]] = {}
 
     def add_step(self, run: int, scalars: np.ndarray, slots: Sequence[int]) -> int:
-        """The number of a new step. The scalars must live until the run."""
+        """The number of a new step. The scalars, which may be of each row, live until the run."""
         places = [*slots, *[0] * (MAX_OPERANDS - len(slots))]
-        self._steps.append((run, address(scalars), len(slots), places))
+        each = scalars.strides[0] if scalars.ndim > 1 else 0
+        self._steps.append((run, address(scalars), len(slots), places, each))
         return len(self._steps) - 1
 
     def add_leaf(
@@ -59,17 +60,21 @@ class Table:
         summed: int,
         maxima: int,
         gradient: Any,
+        rows: int = 0,
     ) -> int:
         """The number of a new leaf. first, count: of its operands. steps: the first, and how many.
-        used, written, summed, maxima: operands, as bits. gradient: says which rows are touched."""
-        number, whole = len(self._leaves), elements
+        used, written, summed, maxima: operands, as bits. gradient: says which rows are touched.
+        rows: how many the leaf has, where each has its own sums; otherwise 0."""
+        number, parts, each = len(self._leaves), 1, -(-elements // SEGMENT)
         row, length = self._row_count, 0
-        if isinstance(gradient, UniqueRows):
-            rows = np.stack((gradient.rows, gradient.places), axis=1)
-            length = gradient.values[:1].size
-            elements = len(rows) * length
-            self._rows.append(rows)
-            self._row_count += len(rows)
+        if rows or isinstance(gradient, UniqueRows):
+            touched = _touched(gradient, rows)
+            length = elements // rows if rows else gradient.values[:1].size
+            elements = len(touched) * length
+            self._rows.append(touched)
+            self._row_count += len(touched)
+            if rows:
+                parts, each = len(touched), -(-length // SEGMENT)
         self._leaves.append(
             (
                 self._elements,
@@ -83,21 +88,22 @@ class Table:
                 maxima,
                 row,
                 length,
+                rows > 0,
             )
         )
         self._elements += elements
         for k in range(count):
             if summed >> k & 1:
-                size = -(-whole // SEGMENT)
                 self._operands[first + k]["data"] = self._partials
-                self._places[number, k] = self._partials, size, bool(maxima >> k & 1)
-                self._partials += size
+                self._places[number, k] = self._partials, parts, each, bool(maxima >> k & 1)
+                self._partials += parts * each
         return number
 
-    def run(self, threads: int | None) -> Callable[[int, int], float]:
+    def run(self, threads: int | None) -> Callable[..., Any]:
         """Run the operations, on at most `threads` threads.
 
-        Returns a function that gives a sum, or maximum, from the numbers of its leaf and operand.
+        Returns a function that gives a sum, or maximum, from the numbers of its leaf and operand;
+        with `by_row` an array of those of each row.
         """
         partials = np.zeros(max(1, self._partials))
         if self._elements:
@@ -116,14 +122,25 @@ class Table:
                 lambda part: compiled(leaves, self._operands, steps, rows, partials, part, parts),
             )
 
-        def total(leaf: int, operand: int) -> float:
-            at, size, largest = self._places[leaf, operand]
+        def total(leaf: int, operand: int, by_row: bool = False) -> Any:
+            at, parts, each, largest = self._places[leaf, operand]
+            if not by_row:
+                parts, each = 1, parts * each
+            found = partials[at : at + parts * each].reshape(parts, each)
             if largest:
-                return float(np.max(partials[at : at + size], initial=-np.inf))
-            # In index order, which np.sum is not, nor, compensated, Python's.
-            return float(np.cumsum(partials[at : at + size])[-1]) if size else 0.0
+                totals = np.max(found, axis=1, initial=-np.inf)
+            else:  # in index order, which np.sum is not, nor, compensated, Python's
+                totals = np.cumsum(found, axis=1)[:, -1] if found.size else np.zeros(parts)
+            return totals if by_row else float(totals[0])
 
         return total
+
+
+def _touched(gradient: Any, rows: int) -> np.ndarray:
+    """Return which rows a gradient touches, each with its place in the gradient."""
+    if isinstance(gradient, UniqueRows):
+        return np.stack((gradient.rows, gradient.places), axis=1)
+    return np.stack((np.arange(rows),) * 2, axis=1)
 
 
 def sums_of_squares(
