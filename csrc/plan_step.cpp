@@ -391,8 +391,8 @@ void Plan::take_measures() {
     if (leaf.by_row) {
       rows = leaf.elements / leaf.rows->length;
       sums.clear();
-      for (std::size_t row = 0; row < rows; ++row)
-        for (std::size_t sum = last - count; sum < last; ++sum)
+      for (std::size_t sum = last - count; sum < last; ++sum)
+        for (std::size_t row = 0; row < rows; ++row)
           sums.push_back(partials_.total(sum, row, rows));
     } else {
       const auto first =

@@ -1,5 +1,6 @@
 #include "programs.hpp"
 
+#include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
@@ -176,37 +177,65 @@ bool Scalars::use_factor(const Program& program, const Numbers& numbers, double 
 
 Scalars Scalars::with(const Program& program, const Numbers& numbers, std::int64_t t, double lr,
                       const std::vector<double>& sums, std::size_t rows) const {
-  const py::object fold = numbers.folds[numbers.folds.size() - 1];
-  const auto count = static_cast<std::size_t>(program.measured_sums);
   Scalars result = *this;
-  if (rows > 1) {
-    const std::size_t own = storage_.size();
-    result.each_ = SIZES[compute_] * own;
-    result.storage_.resize(own * rows);
-    for (std::size_t row = 1; row < rows; ++row)
-      std::memcpy(reinterpret_cast<char*>(result.storage_.data()) + row * result.each_,
-                  storage_.data(), result.each_);
+  if (!rows) return result;
+  const std::size_t size = storage_.size();
+  if (rows > 1) result.each_ = SIZES[compute_] * size;
+  result.storage_.resize(size * rows);
+  for (std::size_t row = 1; row < rows; ++row)
+    std::memcpy(reinterpret_cast<char*>(result.storage_.data()) + row * result.each_,
+                storage_.data(), result.each_);
+  const std::size_t count = sums.size() / rows;
+  const py::object fold = numbers.folds[numbers.folds.size() - 1];
+  py::object given;
+  if (program.by_row) {
+    given = py::array_t<double>({count, rows}, sums.data());
+  } else {
+    py::tuple numbers_given(count);
+    for (std::size_t k = 0; k < count; ++k) numbers_given[k] = sums[k];
+    given = numbers_given;
   }
-  const py::int_ step(t);
-  const py::float_ rate(lr);
-  for (std::size_t row = 0; row < rows; ++row) {
-    const double* const found = sums.data() + row * count;
-    py::tuple given(count);
-    for (std::size_t k = 0; k < count; ++k) given[k] = found[k];
-    const py::object measured = called(fold, py::make_tuple(step, rate, given));
-    const bool finite =
-        std::all_of(found, found + count, [](double x) { return std::isfinite(x); });
-    int end = static_cast<int>(row) * program.scalar_count;
-    for (const Program::Op& op : program.ops) {
-      const Operation& operation = program.operation(op.index);
-      end += operation.scalars;
-      if (!op.measured) continue;
-      result.put_all(end - op.measured, measured, op.measured, operation.name);
+  const py::object measured = called(fold, py::make_tuple(t, lr, given));
+  int end = 0;
+  for (const Program::Op& op : program.ops) {
+    const Operation& operation = program.operation(op.index);
+    end += operation.scalars;
+    if (!op.measured) continue;
+    const int from = end - op.measured;
+    if (program.by_row)
+      result.put_rows(from, measured, op.measured, rows, operation.name);
+    else
+      result.put_all(from, measured, op.measured, operation.name);
+    for (std::size_t row = 0; row < rows; ++row) {
+      bool finite = true;
+      for (std::size_t k = 0; k < count; ++k)
+        finite = finite && std::isfinite(sums[k * rows + row]);
       // Sums of a gradient that is not finite give numbers that are not, as its elements do.
-      if (finite) result.check(end - op.measured, end, fold, operation.name, t, lr);
+      const int own = static_cast<int>(row * size);
+      if (finite) result.check(own + from, own + end, fold, operation.name, t, lr);
     }
   }
   return result;
+}
+
+void Scalars::put_rows(int index, const py::object& numbers, int length, std::size_t rows,
+                       const char* name) {
+  using Columns = py::array_t<double, py::array::c_style>;
+  const auto wrong = [&] {
+    return py::value_error("the scalars of '" + std::string(name) +
+                           "' are not the array that it takes");
+  };
+  if (!py::isinstance<Columns>(numbers)) throw wrong();
+  const auto columns = py::reinterpret_borrow<Columns>(numbers);
+  if (columns.ndim() != 2 || columns.shape(0) != length ||
+      columns.shape(1) != static_cast<py::ssize_t>(rows))
+    throw wrong();
+  const double* const values = columns.data();
+  const std::size_t size = storage_.size() / rows;
+  for (std::size_t row = 0; row < rows; ++row)
+    for (int k = 0; k < length; ++k)
+      put(static_cast<int>(row * size) + index + k,
+          values[static_cast<std::size_t>(k) * rows + row]);
 }
 
 void Scalars::put_all(int index, const py::object& numbers, int length, const char* name) {

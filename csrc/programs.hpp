@@ -66,7 +66,8 @@ struct Program {
 // base, slope)).
 struct Numbers {
   // For each operation Python's function from (t, lr) to its own scalars, a tuple; behind these,
-  // where the program measures, that from (t, lr, sums) to the scalars that sums give.
+  // where the program measures, that from (t, lr, sums) to the scalars that sums give: from a tuple
+  // to a tuple, or by row from an array to an array, with a column for each row.
   py::tuple folds;
   double factor, base, slope;  // what a rule's begin with: that on the gradient, base + slope lr
 
@@ -88,10 +89,10 @@ class Scalars {
   // Takes another factor on the gradient, beside the numbers' own: whether it stays finite.
   bool use_factor(const Program& program, const Numbers& numbers, double factor);
 
-  // The same for one leaf, with what its sums give; or for each of its rows, whose sums come
-  // one after the other.
+  // The same for one leaf, with what its sums give; or for each of its `rows`. sums: the
+  // first one of each row, then the second.
   Scalars with(const Program& program, const Numbers& numbers, std::int64_t t, double lr,
-               const std::vector<double>& sums, std::size_t rows = 1) const;
+               const std::vector<double>& sums, std::size_t rows) const;
 
   const void* at(int index) const {
     return reinterpret_cast<const char*>(storage_.data()) + SIZES[compute_] * index;
@@ -104,6 +105,9 @@ class Scalars {
   bool is_finite(int index) const;
   // All numbers of a tuple of this length, from an index on.
   void put_all(int index, const py::object& numbers, int length, const char* name);
+  // Of each row, all of its column.
+  void put_rows(int index, const py::object& numbers, int length, std::size_t rows,
+                const char* name);
   // Raises where one from `from` to `to` is infinite in the compute type: nothing has been written.
   void check(int from, int to, const py::handle& fold, const char* name, std::int64_t t,
              double lr) const;

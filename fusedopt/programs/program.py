@@ -99,17 +99,20 @@ def refuse_scalar(fold: Any, name: str, dtype: str, t: int, lr: float) -> NoRetu
 
 
 def narrowed(
-    values: Sequence[float],
+    values: Sequence[float] | np.ndarray,
     dtype: np.dtype,
     op: Operation,
     t: int,
     lr: float,
-    finite: bool = True,
+    finite: bool | np.ndarray = True,
 ) -> np.ndarray:
-    """Return scalars of an operation in the type that is computed in; `finite`: as they must be."""
+    """Return scalars of an operation in the type that is computed in.
+
+    finite: whether they must be; of the scalars of each row an array.
+    """
     with np.errstate(over="ignore", under="ignore"):
-        found = np.array(values, np.float64).astype(dtype)
-    if finite and not np.isfinite(found).all():
+        found = np.array(values, np.float64, order="C").astype(dtype)
+    if (finite & ~np.isfinite(found).all(axis=-1)).any():
         refuse_scalar(op.scalars, op.kernel or "element", dtype.name, t, lr)
     return found
 
@@ -141,9 +144,7 @@ class Governed(Protocol):
     def decay_line(self) -> tuple[float, float]:
         """(a, b): the loop around the rule multiplies the parameter with a + b lr."""
 
-    def from_sums(
-        self, t: int, lr: float, sums: tuple[float, ...], *kept: float
-    ) -> tuple[float, ...]:
+    def from_sums(self, t: int, lr: float, sums: Any, *kept: float) -> Any:
         """The scalars that come from sums, and from the numbers that the rule keeps."""
 
 
@@ -182,7 +183,7 @@ class Program:
 
     def _renumber(self, rule: Governed, operations: tuple[Operation, ...]) -> None:
         self.operations = operations
-        self.measured: Callable[..., tuple[float, ...]] = rule.from_sums
+        self.measured: Callable[..., Any] = rule.from_sums
         folds: tuple[Any, ...] = tuple([op.scalars for op in operations])
         self.folds = (*folds, rule.from_sums) if self.measures else folds
         self.head = head_of(rule)
@@ -200,7 +201,7 @@ class Program:
     def recalling(self, recall: Callable[[], tuple[float, ...]]) -> Program:
         """Return the program of a rule that keeps numbers, which `recall` gives."""
 
-        def recalled(fold: Callable[..., tuple[float, ...]]) -> Callable[..., tuple[float, ...]]:
+        def recalled(fold: Callable[..., Any]) -> Callable[..., Any]:
             return lambda *known: fold(*known, *recall())
 
         new = object.__new__(Program)

@@ -234,11 +234,12 @@ class Rule:
         """
         return None
 
-    def measured(self, *known: Any) -> tuple[float, ...]:
+    def measured(self, *known: Any) -> tuple[Any, ...]:
         """(t, lr, sums) -> the struct's last fields, behind `scalars`, from sums over the arrays.
 
         The numbers that are kept come behind the sums, and their new values behind the fields. They
-        are to depend on neither t nor lr: both may be any leaf's.
+        are to depend on neither t nor lr: both may be any leaf's. With sums of each row, each sum
+        is an array with a number for each row, and each field such an array or a number.
         """
         raise TypeError(f"{type(self).__name__} measures nothing")
 
@@ -259,17 +260,39 @@ class Rule:
             element=self.measure,
             maxima=self.maxima,
         )
-        count = len(self.from_sums(1, 0.1, (1.0,) * len(sums)))
+        count = self.measured_count(len(sums))
         return measure, rule._replace(phase=1, measured=count)
 
     def folded(self, t: int, lr: float, *kept: float) -> tuple[float, ...]:
         """`scalars` with the numbers that are kept, or those that they begin as."""
         return self.scalars(t, lr, *(kept or map(self.initial, self.kept)))
 
-    def from_sums(
-        self, t: int, lr: float, sums: tuple[float, ...], *kept: float
-    ) -> tuple[float, ...]:
-        """`measured` without the new values of the numbers that are kept."""
+    def measured_count(self, sums: int) -> int:
+        """Return how many scalars come from as many sums."""
+        if self.over != "row":
+            return len(self.from_sums(1, 0.1, (1.0,) * sums))
+        try:
+            return len(self.from_sums(1, 0.1, np.ones((sums, 2))))
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"{type(self).__name__}.measured: with over = 'row' each sum is an array with a"
+                " number for each row, and a tuple of such arrays or numbers is expected"
+                f" ({error}); take np.sqrt and np.where in place of math.sqrt and if"
+            ) from error
+
+    def from_sums(self, t: int, lr: float, sums: Any, *kept: float) -> Any:
+        """`measured` without the new values of the numbers that are kept.
+
+        With sums of each row, these and the scalars are float64 arrays with a column for each row.
+        """
+        if self.over == "row":
+            with np.errstate(all="ignore"):
+                found: Any = self.measured(t, lr, tuple(sums))
+            if not isinstance(found, tuple):
+                raise TypeError(f"got {found!r}")
+            rows = sums.shape[1]
+            every = [np.broadcast_to(x, rows) for x in found]
+            return np.array(every, np.float64).reshape(len(found), rows)
         if not self.kept:
             return self.measured(t, lr, sums)
         found = self.measured(t, lr, sums, *(kept or map(self.initial, self.kept)))

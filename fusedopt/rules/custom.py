@@ -60,9 +60,10 @@ class CustomRule(Rule):
     `over` = "group" takes all over the parameter group, "optimizer" over all groups of this rule.
 
     `over` = "row" takes them over each row: what one index of the first axis selects, and of a
-    parameter with one axis all of it. `measured` is called for each row, whose elements get its
-    scalars, and `Rows` update those that they have. Rows are to be dense in memory, as in C order,
-    and a storage format with blocks or random bits takes none that it would cut.
+    parameter with one axis all of it. Each sum is then an array with a number for each row, and
+    `measured` returns such arrays or numbers, of which the row's own go to `element`; `Rows` update
+    the rows that they have. Rows are to be dense in memory, as in C order, and storage formats with
+    blocks or random bits take none that they would cut.
 
     `kept` names numbers that a rule over more than a parameter keeps from step to step: `scalars`
     and `measured` take them as further arguments, `measured` returns their new values behind the
@@ -153,9 +154,12 @@ class CustomRule(Rule):
                     f"{where}.maxima: expected at most the {len(sums)} values of `measure`, got"
                     f" {self.maxima!r}"
                 )
-            begun = tuple(map(self.initial, self.kept))
-            found = self.measured(1, 0.1, (1.0,) * len(sums), *begun)
-            scalars += _numbers(f"{where}.measured", found)[: len(found) - len(begun)]
+            if self.over == "row":
+                scalars += (1.0,) * self.measured_count(len(sums))
+            else:
+                begun = tuple(map(self.initial, self.kept))
+                found = self.measured(1, 0.1, (1.0,) * len(sums), *begun)
+                scalars += _numbers(f"{where}.measured", found)[: len(found) - len(begun)]
         origin = "`scalars` returns" if self.measure is None else "`scalars` and `measured` return"
         states = self._parameters("element", len(scalars), origin)
         if self.measure is not None and ahead != states:
@@ -215,7 +219,11 @@ class CustomRule(Rule):
             if self.measure is not None:
                 arrays = map(plain, (p, g, *states))
                 addends = on_arrays(self.measure)(*arrays, *scalars)
-                found = self.measured(t, lr, pool(self._measured_of(addends, p.shape)), *kept)
+                sums = pool(self._measured_of(addends, p.shape))
+                if self.over == "row":
+                    found = tuple(self.from_sums(t, lr, np.array(sums)[:, None])[:, 0].tolist())
+                else:
+                    found = self.measured(t, lr, sums, *kept)
                 scalars += found[: len(found) - len(kept)]
                 # In arrays that know their rounding where the others do.
                 sides = tuple(

@@ -17,7 +17,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -177,6 +177,30 @@ def rules_that_measure(comm: MPI.Comm) -> None:
     check(comm, fo.Prodigy(d0=0.01), sharding={"shard": None})
     raises(
         ValueError, "Prodigy takes sums", lambda: ShardedOptimizer(parameters(), fo.Prodigy(), comm)
+    )
+
+
+class RowLARS(fo.LARS):
+    over: ClassVar[Any] = "row"
+
+    def measured(self, t: int, lr: float, sums: Any) -> tuple[Any, ...]:
+        p, g = np.sqrt(sums)
+        return (lr * np.where((p > 0) & (g > 0), self.trust * p / g, 1.0),)
+
+
+@case
+def sums_of_each_row(comm: MPI.Comm) -> None:
+    by_row = RowLARS(lr=0.1, weight_decay=0.1)
+    rules = {"block.*": fo.AdamW(), "*": by_row}
+    opt, _ = check(comm, rules, clip_norm=1.0, stats=True)
+    held = {path: state["v"].shape for path, state in opt.state.items() if "v" in state}
+    assert comm.size == 1 or 0 < held["embed"][0] < 3000
+    check(
+        comm,
+        {"block.*": fo.AdamW(), "*": by_row},
+        state_dtype="bfloat16",
+        master="float32",
+        dtype=ml_dtypes.bfloat16,
     )
 
 
@@ -374,11 +398,11 @@ def average_rows(comm: MPI.Comm, step: int, shape: tuple[int, ...]) -> fo.Rows:
 
 @case
 def some_rows(comm: MPI.Comm) -> None:
-    for exact in (False, True):
+    rules: tuple[fo.Rule, ...] = fo.Adam(lr=1e-2), RowLARS(lr=0.1)
+    for exact, rule in itertools.product((False, True), rules):
         for shard in ("states", None):
             params, expected = ({"e": parameters()["embed"]} for _ in range(2))
             options: dict[str, Any] = {"exact": exact, "clip_norm": 1.0}
-            rule = fo.Adam(lr=1e-2)
             opt = ShardedOptimizer(params, rule, comm, shard=shard, **options)
             whole = fo.Optimizer(expected, rule, **options)
             for step in range(3):

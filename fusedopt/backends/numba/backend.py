@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -119,7 +118,7 @@ class NumbaPlan(ExclusiveUse):
         kinds = dict.fromkeys(zip(spec.group_of, self._dtypes, strict=True))
         self._ops = {(g, dtype): _compiled(programs[g], dtype) for g, dtype in kinds}
         self._random: list[tuple[int, int, RandomKey]] = []  # operand, leaf, key
-        self._row_sums: dict[int, np.ndarray] = {}  # of leaves by row: what each row measured
+        self._row_sums: dict[int, np.ndarray] = {}  # of leaves by row: of each sum, every row's
         self._lay_out()
 
     def adopt(self, groups: Sequence[Group], extras: Extras) -> bool:
@@ -271,22 +270,28 @@ class NumbaPlan(ExclusiveUse):
         program = self._programs[g]
         t, lr = self._next(k), float(spec.rates[g])
 
-        def measured(sums: Sequence[float]) -> Folded:
-            found = program.measured(t, lr, tuple(sums))
-            finite = all(map(isfinite, sums))  # else what they give is not, as the elements are not
-            given = zip(program.operations, scalars, strict=True)
-            return [
-                narrowed([*own[: -op.measured], *found], own.dtype, op, t, lr, finite)
-                if op.measured
-                else own
-                for op, own in given
-            ]
-
-        if k in self._row_sums:
-            rows = [measured(sums) for sums in self._row_sums[k].tolist()]
-            return [np.stack(each) for each in zip(*rows, strict=True)] if rows else scalars
         first = 3 + len(program.told)
-        return measured(spec.results[k, first : first + program.measures].tolist())
+        own_sums = spec.results[k, first : first + program.measures]
+        if program.by_row:
+            sums = self._row_sums.get(k, own_sums[:, None])
+            if not sums.size:
+                return scalars
+            found = program.measured(t, lr, sums.copy()).T
+        else:
+            sums = own_sums
+            found = np.array(program.measured(t, lr, tuple(sums.tolist())), np.float64)
+        # Sums that are not finite give scalars that are not, as the elements are not.
+        finite = np.isfinite(sums).all(axis=0)
+        full = []
+        for op, own in zip(program.operations, scalars, strict=True):
+            if op.measured:
+                before = np.broadcast_to(
+                    own[: -op.measured], (*finite.shape, own.size - op.measured)
+                )
+                values = np.concatenate((before, found), axis=-1)
+                own = narrowed(values, own.dtype, op, t, lr, finite)
+            full.append(own)
+        return full
 
     def _next(self, k: int) -> int:
         """The number of a leaf's next step."""
@@ -333,7 +338,7 @@ class NumbaPlan(ExclusiveUse):
                 self._spec.results[k, 3 + j] = total(leaf, at + j)
             if rows and phase == 0:
                 found = [total(leaf, at + j, True) for j in own[-program.measures :]]
-                self._row_sums[k] = np.stack(found, axis=1)
+                self._row_sums[k] = np.stack(found)
 
     def _steps(
         self, table: Any, k: int, phase: int | None, refreshed: bool, scalars: Folded
