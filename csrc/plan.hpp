@@ -66,7 +66,7 @@ class Plan {
  private:
   struct Own {
     const Proxy* parameter;
-    std::size_t elements;
+    std::size_t elements, first_operand;
     int compute, operand_count;
   };
   // While there is one, this caller alone uses the plan, and what the step reads is held.
@@ -189,6 +189,8 @@ class Plan {
   int threads() const;
   std::size_t columns() const { return Policy::FIRST_SUM + static_cast<std::size_t>(sums_); }
 
+  Operand* operands(std::size_t k) { return operands_.data() + own_[k].first_operand; }
+
   const Program& program(std::size_t k) const {
     return *programs_[static_cast<std::size_t>(groups_[k])];
   }
@@ -213,7 +215,7 @@ class Plan {
   ThreadChoice choice_, norm_choice_, measure_choice_;  // of the last pass, the norm, the sums
   std::vector<const Program*> programs_;
   std::vector<Own> own_;
-  std::vector<Operand> operands_;  // MAX_OPERANDS for each leaf
+  std::vector<Operand> operands_;  // of one leaf after the other, without gaps
   std::vector<Touched> touched_;
   std::vector<Coded> coded_;
   std::vector<Random> random_;
