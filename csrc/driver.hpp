@@ -36,10 +36,10 @@ struct Operand {
   std::uint32_t bits = 0;       // of an element
   std::uint32_t aux_bytes = 0;  // of a tile
   char* data = nullptr;
-  char* aux = nullptr;          // what the codec stores beside the elements
-  Decode decode = nullptr;      // null: has the compute type already, is used where it lies
-  Encode encode = nullptr;      // null: the same
-  std::uint64_t key = 0;        // of this step's random bits
+  char* aux = nullptr;      // what the codec stores beside the elements
+  Decode decode = nullptr;  // null: has the compute type already, is used where it lies
+  Encode encode = nullptr;  // null: the same
+  std::uint64_t key = 0;    // of this step's random bits
 };
 
 // Writes what differs alone. What describes a leaf is the same in nearly every step, and a cache

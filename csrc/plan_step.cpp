@@ -318,8 +318,8 @@ void Plan::measure_gradients() {
   if (measured_read_ != read_) {
     measured_leaves_.clear();
     for (const std::size_t k : active_)
-      measured_leaves_.push_back({operands(k) + GRADIENT, touched_[k].elements,
-                                  own_[k].compute, touched_[k].some()});
+      measured_leaves_.push_back(
+          {operands(k) + GRADIENT, touched_[k].elements, own_[k].compute, touched_[k].some()});
     square_sums_.take(measured_leaves_);
     measured_read_ = read_;
   }
