@@ -231,24 +231,24 @@ class Summing {
       for (int k = 0; k < count_; ++k) std::rotate(lanes_[k], lanes_[k] + by, lanes_[k] + LANES);
   }
 
-  // The lanes pairwise into the first.
-  template <bool maximum>
-  static void fold(double* lanes) {
-    for (std::size_t half = LANES / 2; half; half /= 2)
-      for (std::size_t lane = 0; lane < half; ++lane)
-        lanes[lane] = of_both(maximum, lanes[lane], lanes[lane + half]);
+  // All lanes, pairwise: in registers, since for small leaves the way through memory took longer
+  // than what is added up.
+  template <bool maximum, std::size_t count>
+  static double fold(const double (&lanes)[count]) {
+    if constexpr (count == 1) {
+      return lanes[0];
+    } else {
+      double half[count / 2];
+      for (std::size_t lane = 0; lane < count / 2; ++lane)
+        half[lane] = of_both(maximum, lanes[lane], lanes[lane + count / 2]);
+      return fold<maximum>(half);
+    }
   }
 
   void finish() {
     if (segment_ == NONE) return;
-    for (int k = 0; k < count_; ++k) {
-      double* const lanes = lanes_[k];
-      if (maximum_[k])
-        fold<true>(lanes);
-      else
-        fold<false>(lanes);
-      sums_[k][segment_] = lanes[0];
-    }
+    for (int k = 0; k < count_; ++k)
+      sums_[k][segment_] = maximum_[k] ? fold<true>(lanes_[k]) : fold<false>(lanes_[k]);
   }
 
   static constexpr std::size_t NONE = ~std::size_t(0);

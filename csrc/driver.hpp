@@ -31,15 +31,15 @@ enum class Role : std::uint8_t {
 // One array of a leaf.
 struct Operand {
   Role role = Role::ARRAY;
-  char* data = nullptr;
-  char* aux = nullptr;          // what the codec stores beside the elements
-  Decode decode = nullptr;      // null: has the compute type already, is used where it lies
-  Encode encode = nullptr;      // null: the same
+  std::uint8_t random = 0;      // bytes of a decoded element where its codec takes random bits
+  std::int16_t source = -1;     // the operand before this one whose tile it stores; -1: its own
   std::uint32_t bits = 0;       // of an element
   std::uint32_t aux_bytes = 0;  // of a tile
-  int source = -1;              // the operand before this one whose tile it stores; -1: its own
-  std::size_t random = 0;       // bytes of a decoded element where its codec takes random bits
-  std::uint64_t key = 0;        // of this step's random bits
+  char* data = nullptr;
+  char* aux = nullptr;      // what the codec stores beside the elements
+  Decode decode = nullptr;  // null: has the compute type already, is used where it lies
+  Encode encode = nullptr;  // null: the same
+  std::uint64_t key = 0;    // of this step's random bits
 };
 
 // Writes what differs alone. What describes a leaf is the same in nearly every step, and a cache

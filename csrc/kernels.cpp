@@ -170,7 +170,10 @@ inline void add_up(const Op& op, double* lanes, std::size_t n, const T*... x) {
   std::size_t i = 0;
   for (; i + LANES <= n; i += LANES)
     for (std::size_t lane = 0; lane < LANES; ++lane) sums[lane] += op(x[i + lane]...);
-  for (std::size_t lane = 0; i + lane < n; ++lane) sums[lane] += op(x[i + lane]...);
+  std::size_t lane = 0;
+  if (i + LANES / 2 <= n)
+    for (; lane < LANES / 2; ++lane) sums[lane] += op(x[i + lane]...);
+  for (; i + lane < n; ++lane) sums[lane] += op(x[i + lane]...);
   std::memcpy(lanes, sums, sizeof sums);
 }
 

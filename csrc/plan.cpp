@@ -117,8 +117,9 @@ void Plan::add_leaf(const std::vector<py::object>& arrays, const std::vector<py:
   const int compute = compute_of(parameter);
   if (compute < 0) throw py::value_error("plan: no such dtype");
   const std::size_t n = elements_of(parameter);
-  operands_.resize(operands_.size() + MAX_OPERANDS);
-  Operand* const own = &operands_[k * MAX_OPERANDS];
+  const std::size_t first_operand = operands_.size();
+  operands_.resize(first_operand + first_mirror + mirrors.size());
+  Operand* const own = &operands_[first_operand];
   for (int j = 0; j < INPUTS; ++j) own[j].role = Role::INPUT;
   for (int j = 0; j < program.scratch; ++j) own[INPUTS + program.arrays + j].role = Role::SCRATCH;
   for (int j = 0; j < program.sums; ++j) own[program.first_sum() + j].role = Role::SUMS;
@@ -128,7 +129,7 @@ void Plan::add_leaf(const std::vector<py::object>& arrays, const std::vector<py:
     if (!read_target(array.ptr(), parameter, n, compute, *table_, target, operand))
       throw py::value_error("plan: an array does not fit its parameter");
     if (source >= 0) use_copy(table_->codecs[target.codec], compute, source, operand);
-    coded_.push_back({k * MAX_OPERANDS + place, compute, target.codec});
+    coded_.push_back({first_operand + place, compute, target.codec});
     // Work space comes last of the arrays, is nobody's business, and is shared between leaves.
     const bool work =
         source < 0 && place + static_cast<std::size_t>(program.works) >= INPUTS + arrays.size();
@@ -141,10 +142,11 @@ void Plan::add_leaf(const std::vector<py::object>& arrays, const std::vector<py:
   for (std::size_t j = 0; j < arrays.size(); ++j) {
     const Target target = add(arrays[j], PARAMETER + j, -1);
     if (table_->codecs[target.codec].random)
-      random_.push_back({k * MAX_OPERANDS + PARAMETER + j, k, keys[j]});
+      random_.push_back({first_operand + PARAMETER + j, k, keys[j]});
   }
   for (std::size_t j = 0; j < mirrors.size(); ++j) add(mirrors[j], first_mirror + j, PARAMETER);
-  own_.push_back({parameter, n, compute, static_cast<int>(first_mirror + mirrors.size()), {}});
+  own_.push_back(
+      {parameter, n, first_operand, compute, static_cast<int>(first_mirror + mirrors.size()), {}});
   if (program.by_row && n && parameter->nd > 1)
     own_.back().rows = {nullptr, nullptr, n / static_cast<std::size_t>(parameter->dimensions[0]),
                         n};

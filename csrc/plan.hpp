@@ -66,7 +66,7 @@ class Plan {
  private:
   struct Own {
     const Proxy* parameter;
-    std::size_t elements;
+    std::size_t elements, first_operand;
     int compute, operand_count;
     Rows rows;  // all of them, where each has sums of its own; otherwise none
   };
@@ -192,6 +192,8 @@ class Plan {
   int threads() const;
   std::size_t columns() const { return Policy::FIRST_SUM + static_cast<std::size_t>(sums_); }
 
+  Operand* operands(std::size_t k) { return operands_.data() + own_[k].first_operand; }
+
   const Program& program(std::size_t k) const {
     return *programs_[static_cast<std::size_t>(groups_[k])];
   }
@@ -217,7 +219,7 @@ class Plan {
   std::vector<const Program*> programs_;
   std::vector<Own> own_;
   std::vector<std::int64_t> row_numbers_;  // 0, 1, ...: of `Own::rows`
-  std::vector<Operand> operands_;          // MAX_OPERANDS for each leaf
+  std::vector<Operand> operands_;          // of one leaf after the other, without gaps
   std::vector<Touched> touched_;
   std::vector<Coded> coded_;
   std::vector<Random> random_;

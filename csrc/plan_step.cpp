@@ -159,7 +159,7 @@ bool Plan::gradients_overlap() {
   ranges_.clear();
   for (std::size_t k = 0; k < own_.size(); ++k)
     for (const int slot : {GRADIENT, HESSIAN}) {
-      const Operand& input = operands_[k * MAX_OPERANDS + slot];
+      const Operand& input = operands(k)[slot];
       const std::size_t n = touched_[k].given[slot];
       if (input.data && n) ranges_.push_back(range_of(input, n));
     }
@@ -217,13 +217,13 @@ bool Plan::read_leaf(Slot slot, std::size_t k, bool checked) {
   const auto kind = input.kind;
   input.kind = Input::ABSENT;
   const bool fits = !o || read_anew(slot, k, checked, input);
-  if (input.kind == Input::ABSENT) clear(operands_[k * MAX_OPERANDS + slot]);
+  if (input.kind == Input::ABSENT) clear(operands(k)[slot]);
   if (input.kind != kind || kind == Input::ROWS) ++layout_;
   return fits;
 }
 
 bool Plan::read_anew(Slot slot, std::size_t k, bool checked, Input& input) {
-  Operand& operand = operands_[k * MAX_OPERANDS + slot];
+  Operand& operand = operands(k)[slot];
   Touched& touched = touched_[k];
   if (slot == GRADIENT) touched.all(own_[k].elements);
   put(touched.given[slot], own_[k].elements);
@@ -319,8 +319,8 @@ void Plan::measure_gradients() {
   if (measured_read_ != read_) {
     measured_leaves_.clear();
     for (const std::size_t k : active_)
-      measured_leaves_.push_back({&operands_[k * MAX_OPERANDS + GRADIENT], touched_[k].elements,
-                                  own_[k].compute, touched_[k].some()});
+      measured_leaves_.push_back(
+          {operands(k) + GRADIENT, touched_[k].elements, own_[k].compute, touched_[k].some()});
     square_sums_.take(measured_leaves_);
     measured_read_ = read_;
   }
@@ -428,20 +428,20 @@ void Plan::lay_out(const std::vector<std::size_t>& members, int phase) {
   int operand_count = 0;
   Phase steps;
   for (const std::size_t k : members) {
-    Operand* const operands = &operands_[k * MAX_OPERANDS];
+    Operand* const own = operands(k);
     // Neighbours with the same scalars, inputs and number of mirrors have the same steps.
-    if (leaf_scalars_[k] != scalars || refreshed != (operands[HESSIAN].data != nullptr) ||
+    if (leaf_scalars_[k] != scalars || refreshed != (own[HESSIAN].data != nullptr) ||
         operand_count != own_[k].operand_count) {
       scalars = leaf_scalars_[k];
-      refreshed = operands[HESSIAN].data != nullptr;
+      refreshed = own[HESSIAN].data != nullptr;
       operand_count = own_[k].operand_count;
       const int own_phase = phase < 0 ? program(k).phases - 1 : phase;
-      steps = append_phase(program(k), own_phase, own_[k].compute, *scalars, operands, steps_);
+      steps = append_phase(program(k), own_phase, own_[k].compute, *scalars, own, steps_);
     }
     // Field by field: a struct made beside its place and copied stalls on its own stores.
     Leaf& leaf = leaves_[count++];
     put(leaf.elements, touched_[k].elements);
-    put<const Operand*>(leaf.operands, operands);
+    put<const Operand*>(leaf.operands, own);
     put<const Step*>(leaf.steps, steps_.data() + steps.first);
     put(leaf.operand_count, operand_count);
     put(leaf.step_count, steps.count);
@@ -452,7 +452,7 @@ void Plan::lay_out(const std::vector<std::size_t>& members, int phase) {
     const Rows* const all = own_[k].rows.rows ? &own_[k].rows : nullptr;
     put(leaf.rows, touched_[k].some() ? touched_[k].some() : all);
     put(leaf.by_row, all != nullptr);
-    if (leaf.summed) partials_.add(leaf, operands);
+    if (leaf.summed) partials_.add(leaf, own);
   }
   leaves_.resize(count);
   partials_.place();
