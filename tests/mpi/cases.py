@@ -1,7 +1,7 @@
 """What ranks must find, each a function of the communicator: `mpiexec -n 4 python cases.py`.
 
-Names choose cases, `--some` every third. Prints one line of JSON: the traceback of each case on each
-rank, or null.
+Names choose cases, `--some` every third. Prints one line of JSON: the traceback of each case on
+each rank, or null.
 """
 
 from __future__ import annotations
