@@ -16,9 +16,12 @@ HERE = Path(__file__).parent
 QUICK = ("step, in the reduction",)
 
 
-@pytest.mark.parametrize(
-    "ranks", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3, 4))]
-)
+def test_some_cases(tmp_path: Path) -> None:
+    assert check_cases(2, tmp_path, "--some") > 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_cases(ranks: int, tmp_path: Path) -> None:
     assert check_cases(ranks, tmp_path) > 20
 
@@ -30,7 +33,7 @@ def test_interruptions(ranks: int, tmp_path: Path) -> None:
 
 
 def check_cases(ranks: int, folder: Path, *names: str) -> int:
-    """Run cases, all but the slow one if none is named, and return their number."""
+    """Run cases, as cases.py takes their names, and return their number."""
     done = run_ranks(ranks, [str(HERE / "cases.py"), *names], cwd=folder)
     assert done.returncode == 0, done.stderr + done.stdout
     found = json.loads(done.stdout.splitlines()[-1])

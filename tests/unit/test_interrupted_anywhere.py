@@ -265,7 +265,11 @@ def test_parameters_come_back(kind: str, context: str, backend: str) -> None:
 
 
 @BACKEND
-@pytest.mark.parametrize("rule", [fo.AdamW(), fo.Muon()], ids=lambda rule: rule.name)
+@pytest.mark.parametrize(
+    "rule",
+    [fo.AdamW(), pytest.param(fo.Muon(), marks=pytest.mark.slow)],
+    ids=lambda rule: rule.name,
+)
 def test_an_update(rule: fo.Rule, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = BACKENDS[backend]
     monkeypatch.setattr(fusedopt.functional, "default_backend", lambda: chosen)
