@@ -399,6 +399,7 @@ void Plan::take_measures() {
           static_cast<std::size_t>(program(k).first_measured() - program(k).first_sum());
       const double* const own = result_ + k * columns() + Policy::FIRST_SUM + first;
       sums.assign(own, own + count);
+      if (program(k).by_row && !leaf.elements) rows = 0;
     }
     const auto group = static_cast<std::size_t>(groups_[k]);
     measured_scalars_.push_back(leaf_scalars_[k]->with(

@@ -12,6 +12,7 @@ import pytest
 import fusedopt as fo
 from exactness import SERIAL
 from fusedopt.arrays.stored import Stored
+from fusedopt.system.isa import isas
 from fusedopt.verification.judge import judge
 from fusedopt.verification.running_error import Bounded
 
@@ -157,6 +158,24 @@ def test_formats_have_the_same_bits_everywhere(dtype: Any, options: Any) -> None
     for others in ({"threads": 2}, {"backend": "numba"}, {"verify": True}):
         for rule in (RowLARS(**NUMBERS), Own(**NUMBERS)):
             assert stepped(rule, dtype, **options, **others).fingerprint() == wanted, others
+
+
+def test_what_has_no_elements_has_no_sums() -> None:
+    wanted = stepped(Extremes()).fingerprint()  # 0 / 0 would be refused
+    for options in ({"backend": "numba"}, {"verify": True}, {"stats": True}):
+        assert stepped(Extremes(), **options).fingerprint() == wanted, options
+
+
+@pytest.mark.parametrize("isa", isas())
+def test_every_instruction_set_has_the_same_bits(isa: str) -> None:
+    rule = RowLARS(**NUMBERS, nesterov=True)
+    wanted = stepped(rule).fingerprint()
+    before = fo.get_isa()
+    try:
+        fo.set_isa(isa)
+        assert stepped(rule).fingerprint() == wanted
+    finally:
+        fo.set_isa(before)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -274,7 +274,7 @@ class NumbaPlan(ExclusiveUse):
         own_sums = spec.results[k, first : first + program.measures]
         if program.by_row:
             sums = self._row_sums.get(k, own_sums[:, None])
-            if not sums.size:
+            if not sums.size or not spec.leaves[k].parameter.size:  # there are no rows
                 return scalars
             found = program.measured(t, lr, sums.copy()).T
         else:
