@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import expm1, log
-from typing import Any
+from math import expm1, log, prod
+from typing import Any, Self
 
 import numpy as np
 
@@ -129,6 +129,23 @@ def norm(x: Array) -> float:
 def trust_ratio(numerator: float, denominator: float) -> float:
     """The quotient of two norms, 1 where either is zero."""
     return numerator / denominator if numerator and denominator else 1.0
+
+
+class Summed(float):
+    """A number made of sums of `terms` numbers, which kernels add up in another order."""
+
+    terms: int
+
+    def __new__(cls, number: float, terms: int) -> Self:
+        self = super().__new__(cls, number)
+        self.terms = terms
+        return self
+
+
+def summed(number: float, over: Array) -> float:
+    """A number made of sums over an array, for whoever bounds its rounding."""
+    plain = isinstance(over, (np.ndarray, np.generic))
+    return number if plain else Summed(number, prod(over.shape))
 
 
 def ratio(numerator: Array, denominator: Array) -> Array:

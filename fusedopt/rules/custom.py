@@ -10,7 +10,7 @@ from typing import Any, dataclass_transform
 
 import numpy as np
 
-from ..programs.arithmetic import Array, Pooling, Sums, plain
+from ..programs.arithmetic import Array, Pooling, Sums, plain, summed
 from ..programs.element_source import inexact, on_arrays
 from .base import Rule
 
@@ -224,7 +224,7 @@ class CustomRule(Rule):
                     found = tuple(self.from_sums(t, lr, np.array(sums)[:, None])[:, 0].tolist())
                 else:
                     found = self.measured(t, lr, sums, *kept)
-                scalars += found[: len(found) - len(kept)]
+                scalars += tuple([summed(x, p) for x in found[: len(found) - len(kept)]])
                 # In arrays that know their rounding where the others do.
                 sides = tuple(
                     0.0 * side + number

@@ -13,6 +13,7 @@ from ..programs.arithmetic import (
     norm,
     plain,
     ratio,
+    summed,
     textbook_correction,
     trust_ratio,
 )
@@ -112,7 +113,7 @@ class LAMB(Rule):
     ) -> tuple[Array, tuple[Array, ...]]:
         u, m, v = self._textbook_direction(t, p, g, *states)
         measured, *_ = self._textbook_direction(t, *map(plain, (p, g, *states)))
-        return lr * trust_ratio(norm(p), norm(measured)) * u, (m, v)
+        return summed(lr * trust_ratio(norm(p), norm(measured)), u) * u, (m, v)
 
     def _textbook_direction(
         self, t: int, p: Array, g: Array, m: Array, v: Array

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import sqrt
 
-from ..programs.arithmetic import Array, norm, trust_ratio
+from ..programs.arithmetic import Array, norm, summed, trust_ratio
 from .base import Rule
 from .hyperparameters import Fraction, LearningRate, NonNegative
 
@@ -91,6 +91,6 @@ class LARS(Rule):
         (v,) = states
         mu, g_norm = self.momentum, norm(g)
         r = trust_ratio(self.trust * norm(p), g_norm + self.eps) if g_norm else 1.0
-        u = lr * r * g
+        u = summed(r, g) * (lr * g)
         v = mu * v + u
         return (u + mu * v if self.nesterov else v), (v,)

@@ -7,7 +7,7 @@ from math import sqrt
 
 import numpy as np
 
-from ..programs.arithmetic import Array, correction, norm, ratio, textbook_correction
+from ..programs.arithmetic import Array, correction, norm, ratio, summed, textbook_correction
 from ..programs.elements import moments, quotient
 from .base import DecayForm, Rule
 from .hyperparameters import Betas, LearningRate, NonNegative
@@ -102,7 +102,7 @@ class MARS(Rule):
         b1, b2 = self.betas
         c = g + self.gamma * b1 / (1 - b1) * (g - prev)
         size = norm(c)
-        c = c * (1.0 if size <= 1 else 1 / size)
+        c = c * summed(1.0 if size <= 1 else 1 / size, c)
         m = b1 * m + (1 - b1) * c
         v = b2 * v + (1 - b2) * (c * c)
         m_hat, v_hat = m / textbook_correction(b1, t), v / textbook_correction(b2, t)

@@ -7,7 +7,7 @@ from math import sqrt
 
 import numpy as np
 
-from ..programs.arithmetic import Array, plain
+from ..programs.arithmetic import Array, plain, summed
 from ..programs.elements import signed_like
 from .base import DecayForm, Rule
 from .hyperparameters import Fraction, LearningRate, NonNegative
@@ -86,5 +86,5 @@ class Tiger(Rule):
         m = self.beta * states[0] + (1 - self.beta) * g
         squares = plain(p) ** 2
         size = float(np.sqrt(squares.mean())) if squares.size else 0.0
-        rate = lr * (size if size else 1.0)
-        return rate * np.sign(m) + rate * self.scaled_decay * p, (m,)
+        rate = summed(lr * (size if size else 1.0), p)
+        return rate * np.sign(m) + rate * (self.scaled_decay * p), (m,)

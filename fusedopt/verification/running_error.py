@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
+from ..arrays.formats import SEGMENT
 from ..arrays.order import flattened
+from ..programs.arithmetic import Summed
 
 
 class Bounded(NDArrayOperatorsMixin):
@@ -229,6 +231,8 @@ class Bounded(NDArrayOperatorsMixin):
             return Constant(np.zeros_like(self.value), np.inf, self.dtype)
         # Constants are folded with others and rounded; a few short ones, such as 1, are exact.
         inexact = 0.0 if simple else self._unit * abs(x)
+        if isinstance(x, Summed):
+            inexact += 2.0**-53 * abs(x) * roundings(x.terms)
         ones = np.ones_like(self.value)
         return Constant(x * ones, inexact, self.dtype, 0.0 if simple else self._least)
 
@@ -242,6 +246,14 @@ class Bounded(NDArrayOperatorsMixin):
 
 class Constant(Bounded):
     """A number that a kernel may have folded into another, or applied elsewhere."""
+
+
+def roundings(terms: int) -> float:
+    """Return how many roundings, each of half a unit, a number made of a few such sums has.
+
+    A sum has as many as a lane of a segment has terms, and one for each segment.
+    """
+    return 32 + min(terms, SEGMENT) / 16 + terms / SEGMENT
 
 
 MATRIX_FACTOR = 64.0

@@ -10,7 +10,8 @@ import pytest
 
 import fusedopt as fo
 from exactness import DTYPES, assert_same_bits, case, stepped
-from fusedopt.programs.arithmetic import norm, trust_ratio
+from fusedopt.programs.arithmetic import norm, summed, trust_ratio
+from fusedopt.verification.running_error import Bounded
 
 pytest.importorskip("numba")
 
@@ -162,6 +163,16 @@ def test_what_does_not_fit_is_explained(members: dict[str, Any], message: str) -
 def test_scaled_decay_is_for_rules_that_have_it() -> None:
     with pytest.raises(ValueError, match="'scaled' is not available for this rule"):
         fo.AdamW(decay="scaled")
+
+
+def test_a_number_made_of_sums_has_their_rounding() -> None:
+    x = np.ones(1 << 14)
+    for dtype, least, most in ((np.float64, 300.0, 1000.0), (np.float32, 1.0, 1.001)):
+        bounded = Bounded.exact(x, np.dtype(dtype))
+        share = (summed(0.3, bounded) * bounded).error / (0.3 * bounded).error
+        assert (share >= least).all()
+        assert (share <= most).all()
+    assert (summed(0.3, x) * x.astype(np.float32)).dtype == np.float32
 
 
 def test_norms_of_the_references() -> None:
