@@ -130,6 +130,7 @@ def test_what_is_shown_of_several_seeds_is_their_mean(small: RaceOptions) -> Non
     assert replace(ran, failed="somewhere").loss == math.inf
 
 
+@pytest.mark.slow
 def test_a_seed_has_the_run_that_it_has_alone(small: RaceOptions) -> None:
     both = race(replace(small, seeds=2), console()[0])
     alone = race(replace(small, seed=1, search=True), console()[0])

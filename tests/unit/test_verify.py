@@ -20,7 +20,13 @@ F32 = np.dtype(np.float32)
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("name", fo.RULES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in ("shampoo", "dion") else name
+        for name in fo.RULES
+    ],
+)
 def test_every_rule_is_within_its_bound(name: str, storage: str) -> None:
     # Numba's bits are those of the core, which test_numba.py checks.
     checks = fo.verify([name], backends=["native", "reference"], storages=[storage])
