@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import weakref
 from types import SimpleNamespace
@@ -108,11 +109,13 @@ def calls_of(method: str, count: int, monkeypatch: pytest.MonkeyPatch, **options
     def counted(frame: Any, event: str, *rest: Any) -> None:
         calls[0] += event in ("call", "c_call")
 
+    gc.disable()  # which would call finalisers of others
     sys.setprofile(counted)
     try:
         take(fixed)
     finally:
         sys.setprofile(None)
+        gc.enable()
     return calls[0]
 
 
