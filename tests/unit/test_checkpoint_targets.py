@@ -7,6 +7,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -96,15 +97,18 @@ assert found.fingerprint() == opt.fingerprint()
 """
 
 
-def test_an_ordinary_user_saves_over_a_file_that_is_read_only(tmp_path: Path) -> None:
-    tmp_path.chmod(0o777)
-    for folder in tmp_path.parents:  # of the tests' user alone
-        if folder.owner() == tmp_path.owner() and folder != Path(folder.root):
-            with suppress(PermissionError):
-                folder.chmod(folder.stat().st_mode | 0o011)
-    code = USER.replace("sys.argv[1]", repr(os.fspath(tmp_path / "run")))
-    done = run_python(code)
-    assert done.returncode == 0, done.stderr
+def test_an_ordinary_user_saves_over_a_file_that_is_read_only() -> None:
+    # Not below pytest's own folder, which each pytest that begins takes for its user alone.
+    with tempfile.TemporaryDirectory() as made:
+        place = Path(made)
+        place.chmod(0o777)
+        for folder in place.parents:  # of the tests' user alone
+            if folder.owner() == place.owner() and folder != Path(folder.root):
+                with suppress(PermissionError):
+                    folder.chmod(folder.stat().st_mode | 0o011)
+        code = USER.replace("sys.argv[1]", repr(os.fspath(place / "run")))
+        done = run_python(code)
+        assert done.returncode == 0, done.stderr
 
 
 def test_a_name_may_be_as_long_as_a_name_can_be(tmp_path: Path) -> None:
