@@ -15,6 +15,7 @@ from fusedopt.arrays.stored import Stored
 from fusedopt.system.isa import isas
 from fusedopt.verification.judge import judge
 from fusedopt.verification.running_error import Bounded
+from own_rules import OwnLARS
 
 pytest.importorskip("numba")
 
@@ -32,28 +33,14 @@ class RowLARS(fo.LARS):
         return (lr * np.where(moves, self.trust * p / (g + self.eps), 1.0),)
 
 
-class Own(fo.CustomRule):
+class Own(OwnLARS):
     """The arithmetic of `RowLARS`."""
 
     over: ClassVar[Any] = "row"
-    momentum: float = 0.9
-    trust: float = 1e-3
-
-    def scalars(self, t: int, lr: float) -> tuple[float, ...]:
-        return (self.momentum,)
-
-    @staticmethod
-    def measure(p: float, g: float, v: float, momentum: float) -> tuple[float, float]:
-        return p * p, g * g
 
     def measured(self, t: int, lr: float, sums: Any) -> tuple[Any, ...]:
         p, g = np.sqrt(sums)
         return (lr * np.where((p > 0) & (g > 0), self.trust * p / g, 1.0),)
-
-    @staticmethod
-    def element(p: float, g: float, v: float, momentum: float, rate: float) -> tuple[float, float]:
-        v = momentum * v + rate * g
-        return v, v
 
 
 class Extremes(fo.CustomRule):
