@@ -111,6 +111,8 @@ struct PairChunks {
 };
 template <>
 struct Chunks<Split16> : PairChunks<Split16> {};
+template <>
+struct Chunks<Kahan> : PairChunks<Kahan> {};
 
 // What is stored as it is computed.
 struct Computed {
@@ -212,12 +214,12 @@ struct FormatsList {
 };
 
 // Low precision throughout; float32 masters of a model in bfloat16; a bfloat16 that carries the
-// rest of its float; states in eight bits and in four.
+// rest of its float, whole or rounded; states in eight bits and in four.
 using Directly = FormatsList<
     Formats<BFloat16, BFloat16, BFloat16>, Formats<Float16, Float16, Float16>,
     Formats<Stochastic<BFloat16>, BFloat16, Stochastic<BFloat16>>,
     Formats<Plain<float>, BFloat16, Plain<float>, Plain<float>, BFloat16>,
-    Formats<Split16, BFloat16, Plain<float>>,
+    Formats<Split16, BFloat16, Plain<float>>, Formats<Kahan, BFloat16, Plain<float>>,
     Formats<Plain<float>, Plain<float>, Blocks<E4M3>, Blocks<E5M3>>,
     Formats<Plain<float>, Plain<float>, Blocks<SignedDynamic<8, 256>>, Blocks<UnsignedDynamic8>>,
     Formats<Plain<float>, Plain<float>, Blocks<SignedDynamic<4, 128>>, Blocks<UnsignedDynamic4>>>;

@@ -54,7 +54,7 @@ struct Place {
 // A rule's loop over arrays as they are stored, in one combination of formats. Operands: the
 // parameter, the gradient, the states, a copy of the parameter. n: a multiple of CHUNK.
 using DirectFunction = void (*)(const Place* operands, const void* scalars, std::size_t n);
-constexpr int COMBINATIONS = 8;
+constexpr int COMBINATIONS = 9;
 constexpr std::size_t CHUNK = 64;
 static_assert(TILE % CHUNK == 0, "only the last tile of a leaf ends within a chunk");
 

@@ -224,25 +224,46 @@ struct Vectors<BFloat16> : Halved<Vectors<BFloat16>> {
   }
 };
 
+// Where the bfloat16 is infinite, so is the rest.
 template <>
-struct Vectors<Kahan> {
-  static constexpr std::size_t decoded = 0, encoded = 16;
-  static bool nearest(const float* from, std::uint16_t* high, std::uint16_t* low) {
-    const __m512 x = _mm512_loadu_ps(from);
-    const __m256bh near = _mm512_cvtneps_pbh(x);
-    __m256i codes;
-    std::memcpy(&codes, &near, sizeof codes);
-    const __m512i stored = _mm512_slli_epi32(_mm512_cvtepu16_epi32(codes), 16);
-    const __m512 rest = _mm512_sub_ps(x, _mm512_castsi512_ps(stored));
-    // Where the bfloat16 is infinite, so is the rest.
-    const __mmask16 odd = _mm512_fpclass_ps_mask(x, DENORMALS) |
-                          _mm512_fpclass_ps_mask(rest, NANS | INFINITIES | DENORMALS);
-    if (odd) return false;
-    const __m256bh beside = _mm512_cvtneps_pbh(rest);
-    std::memcpy(high, &near, sizeof near);
-    std::memcpy(low, &beside, sizeof beside);
-    return true;
+struct Vectors<Kahan> : Halved<Vectors<Kahan>> {
+  static constexpr std::size_t decoded = 0, encoded = 32;
+  template <bool state>
+  static unsigned odd(const float* from) {
+    static_assert(!state, "parameters alone have the format");
+    const Rest rest(from);
+    constexpr int odd_rests = NANS | INFINITIES | DENORMALS;
+    return in_classes<false, DENORMALS>(from) | _mm512_fpclass_ps_mask(rest.first, odd_rests) |
+           _mm512_fpclass_ps_mask(rest.second, odd_rests);
   }
+  static void store(const float* from, std::uint16_t* high, std::uint16_t* low) {
+    const Rest rest(from);
+    const __m512bh beside = _mm512_cvtne2ps_pbh(rest.second, rest.first);
+    std::memcpy(high, &rest.near, sizeof rest.near);
+    std::memcpy(low, &beside, sizeof beside);
+  }
+
+ private:
+  // What 32 floats are off from the nearest bfloat16.
+  struct Rest {
+    __m512bh near;
+    __m512 first, second;
+    explicit Rest(const float* from) {
+      const __m512 x = _mm512_loadu_ps(from), y = _mm512_loadu_ps(from + 16);
+      near = _mm512_cvtne2ps_pbh(y, x);
+      __m512i codes;
+      std::memcpy(&codes, &near, sizeof codes);
+      first = _mm512_sub_ps(x, upper(codes, 0));
+      second = _mm512_sub_ps(y, upper(codes, 16));
+    }
+    static __m512 upper(__m512i codes, int at) {
+      const __m512i places = _mm512_slli_epi32(
+          _mm512_add_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                           _mm512_set1_epi32(at)),
+          16);
+      return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, places, codes));
+    }
+  };
 };
 
 #endif

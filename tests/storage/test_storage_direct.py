@@ -24,6 +24,7 @@ WAYS = {
     "float16": Way(F16, F16, {"state_dtype": "float16"}),
     "master": Way(BF16, BF16, {"master": "float32"}),
     "split16": Way(BF16, BF16, {"master": "split16"}),
+    "kahan": Way(BF16, BF16, {"rounding": "kahan"}),
     "copy": Way(F32, BF16, copies=BF16),
 }
 SPECIAL = (
