@@ -267,8 +267,31 @@ Span row_span(const Rows& rows, std::size_t k) {
           (rows.from[k] - rows.rows[k]) * static_cast<std::ptrdiff_t>(rows.length), k};
 }
 
+// Whether a leaf's program is a single sum over arrays in the compute type.
+bool sums_alone(const Leaf& leaf) {
+  const Step& step = leaf.steps[0];
+  if (leaf.step_count != 1 || !step.segment || leaf.rows) return false;
+  for (int k = 1; k < step.operand_count; ++k)
+    if (leaf.operands[step.operands[k]].decode) return false;
+  return true;
+}
+
+// Small leaves have no time for lanes in memory.
+void sum_segments(const Leaf& leaf, std::size_t from, std::size_t to) {
+  const Step& step = leaf.steps[0];
+  double* const sums = reinterpret_cast<double*>(leaf.operands[step.operands[0]].data);
+  for (; from < to; from += SEGMENT) {
+    void* data[MAX_OPERANDS];
+    data[0] = sums + from / SEGMENT;
+    for (int k = 1; k < step.operand_count; ++k)
+      data[k] = element(leaf.operands[step.operands[k]], from, {from, to, 0});
+    step.segment(data, step.scalars, std::min(SEGMENT, to - from));
+  }
+}
+
 void run_leaf(const Leaf& leaf, std::size_t from, std::size_t to) {
   if (!leaf.rows && !leaf.summed) return run_span(leaf, {from, to, 0}, nullptr);
+  if (sums_alone(leaf)) return sum_segments(leaf, from, to);
   if (!leaf.rows) return Summing(leaf).add({from, to, 0});
   const std::size_t first = from / leaf.rows->length, last = to / leaf.rows->length;
   if (!leaf.summed) {

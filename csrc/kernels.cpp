@@ -163,29 +163,68 @@ void other_tile(void* const* x, const void* scalars, std::size_t n) {
   }
 }
 
+// Bytes ahead that are prefetched: sums read memory faster than the processor's own prefetching
+// reaches, over GPT-2 small by a tenth.
+constexpr std::size_t AHEAD = 2048;
+
+inline void prefetch(const void* p) {
+#if defined(__GNUC__)
+  __builtin_prefetch(static_cast<const char*>(p) + AHEAD);
+#else
+  (void)p;
+#endif
+}
+
 template <class Op, class... T>
-inline void add_up(const Op& op, double* lanes, std::size_t n, const T*... x) {
-  double sums[LANES];
-  std::memcpy(sums, lanes, sizeof sums);
+inline void add_up(const Op& op, double (&sums)[LANES], std::size_t n, const T*... x) {
   std::size_t i = 0;
-  for (; i + LANES <= n; i += LANES)
+  for (; i + LANES <= n; i += LANES) {
+    (prefetch(x + i), ...);
     for (std::size_t lane = 0; lane < LANES; ++lane) sums[lane] += op(x[i + lane]...);
-  std::size_t lane = 0;
-  if (i + LANES / 2 <= n)
-    for (; lane < LANES / 2; ++lane) sums[lane] += op(x[i + lane]...);
-  for (; i + lane < n; ++lane) sums[lane] += op(x[i + lane]...);
-  std::memcpy(lanes, sums, sizeof sums);
+  }
+  if (i == n) return;
+  // By way of an array: if a lane were looked up by its number, all would be in memory, not in
+  // registers.
+  double rest[LANES] = {};
+  for (std::size_t lane = 0; i + lane < n; ++lane) rest[lane] = op(x[i + lane]...);
+  for (std::size_t k = 0; k < LANES; ++k) sums[k] += rest[k];
+}
+
+template <class Op, class T>
+inline void add_operands(void* const* x, const void* scalars, std::size_t n,
+                         double (&sums)[LANES]) {
+  const Op op = from_scalars<Op>(scalars);
+  const T* const a = static_cast<const T*>(x[1]);
+  if constexpr (Op::operands == 1)
+    add_up(op, sums, n, a);
+  else
+    add_up(op, sums, n, a, static_cast<const T*>(x[2]));
 }
 
 template <class Op, class T>
 void sum_tile(void* const* x, const void* scalars, std::size_t n) {
-  const Op op = from_scalars<Op>(scalars);
-  double* const lanes = static_cast<double*>(x[0]);
-  const T* const a = static_cast<const T*>(x[1]);
-  if constexpr (Op::operands == 1)
-    add_up(op, lanes, n, a);
-  else
-    add_up(op, lanes, n, a, static_cast<const T*>(x[2]));
+  double sums[LANES];
+  std::memcpy(sums, x[0], sizeof sums);
+  add_operands<Op, T>(x, scalars, n, sums);
+  std::memcpy(x[0], sums, sizeof sums);
+}
+
+template <std::size_t count>
+inline double pairwise(const double (&lanes)[count]) {
+  if constexpr (count == 1) {
+    return lanes[0];
+  } else {
+    double half[count / 2];
+    for (std::size_t k = 0; k < count / 2; ++k) half[k] = lanes[k] + lanes[k + count / 2];
+    return pairwise(half);
+  }
+}
+
+template <class Op, class T>
+void sum_segment(void* const* x, const void* scalars, std::size_t n) {
+  double sums[LANES] = {};
+  add_operands<Op, T>(x, scalars, n, sums);
+  *static_cast<double*>(x[0]) = pairwise(sums);
 }
 
 // The same struct in float64, with the scalars that the rule begins with; those that the sums will
@@ -312,7 +351,8 @@ constexpr Operation rule_entry() {
           written<R<float>>(0),
           2 + fields<R>(),
           {modes<R<float>, float>(All()), modes<R<double>, double>(All())},
-          direct_functions<R>(DirectRules(), Directly())};
+          direct_functions<R>(DirectRules(), Directly()),
+          {}};
 }
 
 template <template <class> class R>
@@ -323,6 +363,7 @@ constexpr Operation other_entry() {
           0,
           fields<R>(),
           {{{other_tile<R<float>, float>}}, {{other_tile<R<double>, double>}}},
+          {},
           {}};
 }
 
@@ -334,7 +375,8 @@ constexpr Operation sum_entry() {
           0,
           fields<R>(),
           {{{sum_tile<R<float>, float>}}, {{sum_tile<R<double>, double>}}},
-          {}};
+          {},
+          {sum_segment<R<float>, float>, sum_segment<R<double>, double>}};
 }
 
 template <template <class> class R>
@@ -346,6 +388,7 @@ constexpr Operation measure_entry() {
           Wide::sums,
           2 + fields<R>() - Wide::measured,
           {measures<Wide, float>(), measures<Wide, double>()},
+          {},
           {}};
 }
 

@@ -24,6 +24,7 @@ void SquareSums::Pass::prepare() {
     put(own[1].bits, m.input->bits);
     Step& step = steps[k];
     put(step.run, squares.compute[m.compute].mode[PLAIN]);
+    put(step.segment, squares.segment[m.compute]);
     put(step.scalars, m.compute == F32 ? static_cast<const void*>(&ONE) : &m.scale);
     put<const std::uint8_t*>(step.operands, ORDER);
     put(step.operand_count, 2);
@@ -49,13 +50,19 @@ void SquareSums::Pass::run(int threads, ThreadChoice* choice) {
 
 void SquareSums::take(std::vector<Measured>& inputs) {
   all_.inputs.clear();
-  for (Measured& m : inputs) all_.inputs.push_back(&m);
+  wide_ = false;
+  for (Measured& m : inputs) {
+    all_.inputs.push_back(&m);
+    wide_ = wide_ || m.compute == F64;
+  }
   all_.prepare();
 }
 
 void SquareSums::find(int threads, ThreadChoice* choice) {
-  for (Measured* const m : all_.inputs) put(m->scale, 1.0);
+  if (wide_)
+    for (Measured* const m : all_.inputs) m->scale = 1;
   all_.run(threads, choice);
+  if (!wide_) return;
   again_.inputs.clear();
   for (Measured* const m : all_.inputs) {
     if (m->compute != F64 || (m->sum >= 0x1p-900 && m->sum <= 0x1p1023)) continue;

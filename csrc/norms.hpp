@@ -87,6 +87,7 @@ class SquareSums {
   };
 
   Pass all_, again_;
+  bool wide_ = false;  // some are float64
 };
 
 }  // namespace fusedopt

@@ -283,7 +283,7 @@ Phase append_phase(const Program& program, int phase, int compute, const Scalars
       steps.push_back({operation.compute[compute].mode[op.mode], scalars.at(first),
                        op.operands.data(), static_cast<int>(op.operands.size()),
                        compute == F32 ? operation.direct.mode[op.mode] : nullptr,
-                       level().table->combinations, scalars.each()});
+                       level().table->combinations, scalars.each(), operation.segment[compute]});
       ++result.count;
       result.used |= op.used;
       result.written |= op.written;

@@ -707,14 +707,14 @@ using Others =
 
 // Sums over a leaf: what one element adds, in float64.
 
-// The scale keeps float64's squares in range; of float32's none leaves it.
+// The scale keeps float64's squares in range; of float32's none leaves it, and their scale is one.
 template <class T>
 struct Squares {
   static constexpr const char* name = "squares";
   static constexpr int operands = 1;
   T scale;
   double operator()(T x) const {
-    const double scaled = static_cast<double>(scale * x);
+    const double scaled = static_cast<double>(sizeof(T) == sizeof(float) ? x : scale * x);
     return scaled * scaled;
   }
 };

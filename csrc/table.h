@@ -79,6 +79,8 @@ struct Operation {
   int scalars;
   Functions compute[COMPUTE_TYPES];
   DirectFunctions direct;  // computed in float32
+  // Of a sum, over a whole segment: what its lanes come to in the end goes to the first operand.
+  TileFunction segment[COMPUTE_TYPES];
 };
 
 // One tile of n elements, from stored to compute type and back. aux: what is stored beside the
