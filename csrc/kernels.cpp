@@ -175,6 +175,38 @@ inline void prefetch(const void* p) {
 #endif
 }
 
+// Fewer elements than there are lanes, and zeros.
+template <class T>
+struct Rest {
+  alignas(64) T values[LANES] = {};
+  Rest(const T* x, std::size_t n) {
+    for (std::size_t k = 0; k < n; ++k) values[k] = x[k];
+  }
+};
+#if defined(FUSEDOPT_AVX512)
+template <>
+struct Rest<float> {
+  alignas(64) float values[LANES];
+  Rest(const float* x, std::size_t n) {
+    const auto some = static_cast<__mmask16>((1u << n) - 1);
+    _mm512_store_ps(values, _mm512_maskz_loadu_ps(some, x));
+  }
+};
+#endif
+
+// All lanes at once, where nothing is added to some: small leaves have no time for one at a time.
+template <class Op, class... T>
+inline void add_rest(const Op& op, double (&sums)[LANES], std::size_t n, const Rest<T>&... x) {
+  alignas(64) double addends[LANES];
+  for (std::size_t lane = 0; lane < LANES; ++lane) addends[lane] = op(x.values[lane]...);
+  for (std::size_t lane = 0; lane < LANES; ++lane) addends[lane] = lane < n ? addends[lane] : 0.0;
+#if defined(__GNUC__)
+  // Otherwise GCC takes each lane for a variable of its own, here and in the loop before.
+  asm("" : "+m"(addends));
+#endif
+  for (std::size_t lane = 0; lane < LANES; ++lane) sums[lane] += addends[lane];
+}
+
 template <class Op, class... T>
 inline void add_up(const Op& op, double (&sums)[LANES], std::size_t n, const T*... x) {
   std::size_t i = 0;
@@ -182,12 +214,7 @@ inline void add_up(const Op& op, double (&sums)[LANES], std::size_t n, const T*.
     (prefetch(x + i), ...);
     for (std::size_t lane = 0; lane < LANES; ++lane) sums[lane] += op(x[i + lane]...);
   }
-  if (i == n) return;
-  // By way of an array: if a lane were looked up by its number, all would be in memory, not in
-  // registers.
-  double rest[LANES] = {};
-  for (std::size_t lane = 0; i + lane < n; ++lane) rest[lane] = op(x[i + lane]...);
-  for (std::size_t k = 0; k < LANES; ++k) sums[k] += rest[k];
+  if (i < n) add_rest(op, sums, n - i, Rest<T>(x + i, n - i)...);
 }
 
 template <class Op, class T>
