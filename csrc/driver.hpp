@@ -76,7 +76,8 @@ struct Leaf {
   const Rows* rows = nullptr;                       // null: all
   std::size_t start = 0;     // in the concatenation of all leaves; `run` finds it
   std::uint32_t maxima = 0;  // those of `summed` that are no sums but maxima
-  bool by_row = false;       // each of `rows` has its own sums, and may have its own scalars
+  bool by_row = false;       // each of `rows` has its own sums, and may have its own scalars;
+                             // columns are rows where the last axis is the slowest in memory
 };
 
 // What a sum, or a maximum, is of no elements.

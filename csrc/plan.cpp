@@ -147,9 +147,12 @@ void Plan::add_leaf(const std::vector<py::object>& arrays, const std::vector<py:
   for (std::size_t j = 0; j < mirrors.size(); ++j) add(mirrors[j], first_mirror + j, PARAMETER);
   own_.push_back(
       {parameter, n, first_operand, compute, static_cast<int>(first_mirror + mirrors.size()), {}});
-  if (program.by_row && n && parameter->nd > 1)
-    own_.back().rows = {nullptr, nullptr, n / static_cast<std::size_t>(parameter->dimensions[0]),
+  if (program.over != Over::LEAF && n && parameter->nd > 1) {
+    // Rows of memory, whichever they are: Python has seen to it that that axis is the slowest one.
+    const int axis = program.over == Over::ROW ? 0 : parameter->nd - 1;
+    own_.back().rows = {nullptr, nullptr, n / static_cast<std::size_t>(parameter->dimensions[axis]),
                         n};
+  }
   for (int j = 0; j < INPUTS; ++j) {
     inputs_.emplace_back();
     inputs_.back().array.layout = layouts_.size();
@@ -195,7 +198,7 @@ bool Plan::reprogram(const py::list& programs, const py::list& numbers) {
     const Program& old = *programs_[fresh.size()];
     if (program.arrays != old.arrays || program.works != old.works ||
         program.phases != old.phases || program.measured_sums != old.measured_sums ||
-        program.scratch != old.scratch || program.sums != old.sums || program.by_row != old.by_row)
+        program.scratch != old.scratch || program.sums != old.sums || program.over != old.over)
       return false;
     fresh.push_back(&program);
   }
@@ -282,7 +285,7 @@ void Plan::change_level() {
 
 void bind_plan(py::module_& module) {
   numpy();
-  py::class_<Program>(module, "Program").def(py::init<const py::list&, int, int, int, int, bool>());
+  py::class_<Program>(module, "Program").def(py::init<const py::list&, int, int, int, int, int>());
   py::class_<Plan>(module, "Plan")
       .def(py::init<const py::object&>())
       .def("take", &Plan::take)

@@ -68,7 +68,7 @@ class Plan {
     const Proxy* parameter;
     std::size_t elements, first_operand;
     int compute, operand_count;
-    Rows rows;  // all of them, where each has sums of its own; otherwise none
+    Rows rows;  // or columns: all, where each has sums of its own; otherwise none
   };
   // While there is one, this caller alone uses the plan, and what the step reads is held.
   class Use {

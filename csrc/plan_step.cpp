@@ -261,7 +261,9 @@ bool Plan::read_mean(std::size_t k, Mean& mean, Operand& operand) const {
 }
 
 bool Plan::read_rows(Slot slot, std::size_t k, PyObject* o, Operand& operand) {
-  if (PyTuple_GET_SIZE(o) != 3 || (program(k).phases > 1 && !own_[k].rows.rows)) return false;
+  if (PyTuple_GET_SIZE(o) != 3 ||
+      (program(k).phases > 1 && (program(k).over != Over::ROW || !own_[k].rows.rows)))
+    return false;
   const Proxy* parts[3];
   for (int j = 0; j < 3; ++j)
     if (!(parts[j] = as_array(PyTuple_GET_ITEM(o, j)))) return false;
@@ -399,7 +401,7 @@ void Plan::take_measures() {
           static_cast<std::size_t>(program(k).first_measured() - program(k).first_sum());
       const double* const own = result_ + k * columns() + Policy::FIRST_SUM + first;
       sums.assign(own, own + count);
-      if (program(k).by_row && !leaf.elements) rows = 0;
+      if (program(k).over != Over::LEAF && !leaf.elements) rows = 0;
     }
     const auto group = static_cast<std::size_t>(groups_[k]);
     measured_scalars_.push_back(leaf_scalars_[k]->with(

@@ -40,8 +40,8 @@ const Operation& operation_named(const Table& table, const std::string& name) {
   return *op;
 }
 
-Program::Program(const py::list& rows, int arrays, int works, int scratch, int sums, bool by_row)
-    : arrays(arrays), works(works), scratch(scratch), sums(sums), by_row(by_row) {
+Program::Program(const py::list& rows, int arrays, int works, int scratch, int sums, int over)
+    : arrays(arrays), works(works), scratch(scratch), sums(sums), over(static_cast<Over>(over)) {
   const int slot_count = INPUTS + arrays + scratch + sums;
   if (arrays < 1 || works < 0 || works >= arrays || scratch < 0 || sums < 0 ||
       slot_count > MAX_OPERANDS)
@@ -82,7 +82,8 @@ Program::Program(const py::list& rows, int arrays, int works, int scratch, int s
       measured_sums = op->written;
     }
   }
-  if ((measures && (phases != 2 || works || measured_sums > sums)) || (by_row && !measures))
+  if ((measures && (phases != 2 || works || measured_sums > sums)) ||
+      (this->over != Over::LEAF && !measures))
     throw py::value_error("a program measures in the first of two phases, without work space");
 }
 
@@ -188,7 +189,7 @@ Scalars Scalars::with(const Program& program, const Numbers& numbers, std::int64
   const std::size_t count = sums.size() / rows;
   const py::object fold = numbers.folds[numbers.folds.size() - 1];
   py::object given;
-  if (program.by_row) {
+  if (program.over != Over::LEAF) {
     given = py::array_t<double>({count, rows}, sums.data());
   } else {
     py::tuple numbers_given(count);
@@ -202,7 +203,7 @@ Scalars Scalars::with(const Program& program, const Numbers& numbers, std::int64
     end += operation.scalars;
     if (!op.measured) continue;
     const int from = end - op.measured;
-    if (program.by_row)
+    if (program.over != Over::LEAF)
       result.put_rows(from, measured, op.measured, rows, operation.name);
     else
       result.put_all(from, measured, op.measured, operation.name);

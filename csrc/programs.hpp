@@ -23,6 +23,9 @@ enum Slot { GRADIENT, HESSIAN, INPUTS, PARAMETER = INPUTS };
 // The operation of that name; KeyError where the table has none.
 const Operation& operation_named(const Table& table, const std::string& name);
 
+// Whose sums are measured: those of a leaf, or of each of its rows or columns.
+enum class Over { LEAF, ROW, COLUMN };
+
 // One rule's operations, by their place in the table, or in the program itself.
 struct Program {
   struct Op {
@@ -34,15 +37,16 @@ struct Program {
   std::vector<Op> ops;
   std::deque<std::pair<std::string, Operation>> foreign;  // with their names, which do not move
   int scalar_count = 0, phases = 1, arrays, works, scratch, sums;
-  bool by_row, takes_hessian = false, filtered = false, measures = false;
+  Over over;
+  bool takes_hessian = false, filtered = false, measures = false;
 
   // Rows: (name, mode, phase, input that it needs or -1, measured, operand slots, foreign), the
   // last of them None, or for a rule that is not in the table (sums that it adds to, how many of
   // these, the last ones, are maxima, scalars, addresses of its tile function in that mode, for
   // each compute type); whoever passes these keeps the functions alive. arrays, scratch, sums: how
   // many slots each of these have; works: how many of the arrays, the last ones, are work space;
-  // by_row: what is measured is that of each row of a leaf. A program that measures has two phases.
-  Program(const py::list& rows, int arrays, int works, int scratch, int sums, bool by_row);
+  // over: an `Over`. A program that measures has two phases.
+  Program(const py::list& rows, int arrays, int works, int scratch, int sums, int over);
 
   // The operation of the instruction set in use, where it is in the table.
   const Operation& operation(int index) const {

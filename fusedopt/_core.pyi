@@ -20,7 +20,7 @@ class Program:
         works: int,
         scratch: int,
         sums: int,
-        by_row: bool,
+        over: int,
         /,
     ) -> None: ...
 

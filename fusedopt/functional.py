@@ -10,7 +10,7 @@ import numpy as np
 from .arrays import host
 from .arrays.device_interface import on_device
 from .arrays.formats import compute_dtype
-from .arrays.rows import check_rows
+from .arrays.rows import check_slices
 from .arrays.stored import Stored
 from .arrays.trees import leaves_of, values_of
 from .backends import default_backend, get_backend
@@ -112,9 +112,10 @@ def _check(
         stored = device.check_state(name, state)
         _check_fit(name, stored, checked[0], sides.get(name))
         checked.append(stored)
-    if rule.program.rows(p.shape):
+    axis = rule.program.axis
+    if axis is not None and rule.program.slices(p.shape):
         formats = {name: s.format for name, s in zip(states, checked[1:], strict=True)}
-        check_rows("p", type(rule).__name__, p.shape, formats)
+        check_slices("p", type(rule).__name__, p.shape, formats, axis)
     labels = ["p", *states]
     pieces = [(name, a) for name, s in zip(labels, checked, strict=True) for a in s.arrays]
     device.check_apart([name for name, _ in pieces], [a for _, a in pieces])

@@ -13,10 +13,16 @@ from ..system.extension import Mean
 from .device_interface import on_device
 from .foreign import host_array, read_only, remedy
 from .formats import DTYPES
-from .order import axes_of, memory_order, rows_are_dense, turned, turned_back
+from .order import axes_of, memory_order, slices_are_dense, turned, turned_back
 from .trees import Fixed
 
 EXPECTED = "float32, float64, bfloat16 (of ml_dtypes) or float16"
+
+SLICES = {
+    0: ("rows", "C order, made with np.ascontiguousarray"),
+    -1: ("columns", "Fortran order, made with np.asfortranarray"),
+}
+"""What an index of the first axis and of the last one selects, and the order that has it dense."""
 
 
 class Refusing(Protocol):
@@ -122,11 +128,13 @@ def check_rule(label: str, dense: Any, rule: Refusing) -> None:
             f"{type(rule).__name__} updates matrices in C or Fortran order, and in memory the axes"
             f" are in the order ({axes}); pass the view a.transpose({axes}), and gradients alike"
         )
-    if not reason and rule.program.rows(dense.shape) and not rows_are_dense(dense.shape, order):
+    axis = rule.program.axis if rule.program.slices(dense.shape) else None
+    if not reason and axis is not None and not slices_are_dense(dense.shape, order, axis):
+        what, remedy = SLICES[axis]
         reason = (
-            f"{type(rule).__name__} takes sums over rows, each of which must be dense, and in"
-            f" memory the axes are in the order {axes_of(order, dense.ndim)}; pass a copy in C"
-            " order, made with np.ascontiguousarray"
+            f"{type(rule).__name__} takes sums over {what}, each of which must be dense, and in"
+            f" memory the axes are in the order {axes_of(order, dense.ndim)}; pass a copy in"
+            f" {remedy}, and gradients alike"
         )
     if reason:
         raise ValueError(f"{label}: {reason}")

@@ -48,10 +48,12 @@ def axes_of(order: str, ndim: int) -> tuple[int, ...]:
     return tuple(range(ndim))[::-1] if order == "F" else tuple(map(int, order.split(",")))
 
 
-def rows_are_dense(shape: Sequence[int], order: str) -> bool:
-    """Return whether what each index of the first axis selects is one piece of memory."""
+def slices_are_dense(shape: Sequence[int], order: str, axis: int) -> bool:
+    """Return whether what each index of the first axis, 0, or of the last, -1, selects is one piece
+    of memory.
+    """
     long = [k for k in axes_of(order, len(shape)) if shape[k] != 1]
-    return shape[0] == 1 or long[0] == 0
+    return shape[axis] == 1 or long[0] == axis % len(shape)
 
 
 def turned(a: Any, order: str) -> Any:

@@ -167,26 +167,34 @@ def check_indices(label: str, indices: Any, shape: Sequence[int]) -> np.ndarray:
     return wide
 
 
-def cut_by_rows(shape: Sequence[int], formats: Mapping[str, Format]) -> str | None:
-    """Return why rows cannot be updated one by one, by the formats of what is stored, or None."""
-    length = math.prod(shape[1:])
+def cut_by_slices(shape: Sequence[int], formats: Mapping[str, Format], axis: int = 0) -> str | None:
+    """Return why rows, or with axis -1 columns, cannot be updated one by one, or None.
+
+    formats: of what is stored.
+    """
+    what = "columns" if axis else "rows"
+    length = math.prod([n for k, n in enumerate(shape) if k != axis % len(shape)])
     for name, format in formats.items():
         unit = TILE if format.random else format.block
-        if length % unit and shape[0] > 1:
+        if length % unit and shape[axis] > 1:
             why = "random bits" if format.random else "blocks"
             return (
-                f"{name} is stored as {format.name}, whose {why} need rows of a multiple of {unit}"
-                f" elements, and these have {length}"
+                f"{name} is stored as {format.name}, whose {why} need {what} of a multiple of"
+                f" {unit} elements, and these have {length}"
             )
     return None
 
 
-def check_rows(label: str, rule: str, shape: Sequence[int], formats: Mapping[str, Format]) -> None:
-    """Raise ValueError where a rule of rows meets formats that rows would cut."""
-    cut = cut_by_rows(shape, formats)
+def check_slices(
+    label: str, rule: str, shape: Sequence[int], formats: Mapping[str, Format], axis: int
+) -> None:
+    """Raise ValueError where a rule with sums of rows or columns meets formats that these cut."""
+    cut = cut_by_slices(shape, formats, axis)
     if cut:
+        what = "columns" if axis else "rows"
         raise ValueError(
-            f"{label}: {rule} takes sums over rows, but {cut}; take another state_dtype or rounding"
+            f"{label}: {rule} takes sums over {what}, but {cut}; take another state_dtype or"
+            " rounding"
         )
 
 

@@ -25,7 +25,7 @@ from .formats import (
     RandomKey,
     compute_dtype,
 )
-from .rows import check_rows
+from .rows import check_slices
 from .stored import WEIGHTS, ArraySpec, Block, LeafState, Stored, allocate, in_memory
 
 StateDtype = str | Mapping[str, str] | None
@@ -126,11 +126,11 @@ class Storage:
                 "rounding: 'kahan' is for bfloat16 parameters, of which there are none"
             )
         for label, dtype, shape, rule in zip(labels, dtypes, shapes, rules, strict=True):
-            if rule.program.rows(shape):
+            if rule.program.slices(shape):
                 size = math.prod(shape)
                 formats = {"the parameter": self.parameter(dtype)}
                 formats |= {s: self.state(rule, s, dtype, size) for s in rule.states}
-                check_rows(label, type(rule).__name__, shape, formats)
+                check_slices(label, type(rule).__name__, shape, formats, rule.program.axis)
         if self.rounding == "stochastic":
             stored = [
                 f for rule, d in zip(rules, dtypes, strict=True) for f in self._formats(rule, d)

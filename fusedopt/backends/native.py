@@ -14,7 +14,7 @@ from ..plan.extras import EVERYTHING, Extras
 from ..plan.interface import Plan
 from ..plan.pools import Pools
 from ..plan.spec import INPUTS, PlanSpec
-from ..programs.program import MODES, Operation, Program
+from ..programs.program import AXES, MODES, Operation, Program
 from ..rules import RULES, Rule
 from ..rules.groups import Group
 from ..system.extension import core, reason
@@ -55,7 +55,7 @@ def _compile(program: Program) -> Any:
         len(program.works),
         len(program.temporaries),
         len(program.sums),
-        program.by_row,
+        (None, *AXES.values()).index(program.axis),
     )
 
 

@@ -104,7 +104,7 @@ def _ends(loads: Sequence[float], rest: float) -> list[float]:
 
 def _unit(p: np.ndarray, rule: Rule) -> tuple[int, int]:
     """The number of elements at whose multiples a leaf may be cut; that of a row, if it is kept."""
-    by_row = rule.program.rows(p.shape) > 0 and memory_order(p) == "C"
+    by_row = rule.program.axis == 0 and rule.program.slices(p.shape) > 0 and memory_order(p) == "C"
     if p.ndim == 0 or p.size == 0 or (rule.program.phases > 1 and not by_row):
         return max(p.size, 1), 0
     row = p.size // p.shape[0]

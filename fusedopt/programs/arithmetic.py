@@ -58,18 +58,23 @@ def moved(x: Array, function: Callable[[np.ndarray], np.ndarray]) -> Array:
     return function(x) if isinstance(x, np.ndarray) else x.moved(function)
 
 
-def stacked(rows: Sequence[Array], ndim: int) -> Array:
-    """The array with `ndim` axes that has these rows along its first one.
+def slice_of(a: Any, axis: int, k: int) -> Any:
+    """Return what index k of the first axis, 0, or of the last one, -1, selects."""
+    return a[k] if axis == 0 else a[..., k]
 
-    Candidates of a sign stand on an axis before it, of all rows as of those that have some.
+
+def stacked(slices: Sequence[Array], ndim: int, axis: int) -> Array:
+    """The array with `ndim` axes that has these slices along its first one, 0, or its last one, -1.
+
+    Candidates of a sign stand on an axis before all, of all slices as of those that have some.
     """
 
-    def stack(*rows: np.ndarray) -> np.ndarray:
-        return np.stack(np.broadcast_arrays(*rows), axis=-ndim)
+    def stack(*slices: np.ndarray) -> np.ndarray:
+        return np.stack(np.broadcast_arrays(*slices), axis=-ndim if axis == 0 else -1)
 
-    if isinstance(rows[0], (np.ndarray, np.generic)):
-        return stack(*rows)
-    return rows[0].moved(stack, *rows[1:])
+    if isinstance(slices[0], (np.ndarray, np.generic)):
+        return stack(*slices)
+    return slices[0].moved(stack, *slices[1:])
 
 
 def by_sign(sign: Array, negative: Array, zero: Array, positive: Array) -> Array:

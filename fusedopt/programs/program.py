@@ -39,6 +39,10 @@ def loop_lines(mode: str, target: str, decay: str = "decay") -> tuple[str, str, 
     return lines[mode]
 
 
+AXES = {"row": 0, "column": -1}
+"""The axes of which an index selects what has sums of its own, by a rule's `over`."""
+
+
 class Operation(NamedTuple):
     """One operation of a rule's program, run on each tile (csrc/rules.hpp holds the kernels).
 
@@ -153,11 +157,12 @@ class Program:
 
     arrays: names; work space is added where there is some between phases. temporaries: names of
     tiles that live as long as a tile is worked on; sums: of sums over a leaf, those that the rule
-    itself reads last; told: the others. by_row: whether the rule reads those of each row. folds: of
-    each operation its function from (t, lr), and where the rule measures, that from (t, lr, sums).
-    head: (factor, a, b); the scalars of a rule stand behind the factor on the gradient and the
-    coefficient a + b lr of weight decay. numbers: both, all that depends on hyperparameters that
-    are numbers. form: what does not, hashable where operations have kernels.
+    itself reads last; told: the others. axis: the one of which an index selects what has sums of
+    its own, or None. folds: of each operation its function from (t, lr), and where the rule
+    measures, that from (t, lr, sums). head: (factor, a, b); the scalars of a rule stand behind the
+    factor on the gradient and the coefficient a + b lr of weight decay. numbers: both, all that
+    depends on hyperparameters that are numbers. form: what does not, hashable where operations have
+    kernels.
     """
 
     def __init__(
@@ -172,12 +177,12 @@ class Program:
         own = tuple([name for op in operations if op.loop == "measure" for name in op.sums])
         self.sums, self.measures = (*self.told, *own), len(own)
         self.phases = 1 + max([op.phase for op in operations])
-        self.by_row = rule.over == "row" and self.measures > 0
+        self.axis = AXES.get(rule.over) if self.measures else None
         self.works = rule.works
         self.arrays = (*arrays, *self.works)
         self._decay = _decay(rule)
         self._forms = _forms(operations)
-        self.form = (self._forms, self.arrays, temporaries, self.sums, self._decay, self.by_row)
+        self.form = (self._forms, self.arrays, temporaries, self.sums, self._decay, self.axis)
         self.native: Any = None  # what the native backend compiled it to
         self._renumber(rule, operations)
 
@@ -232,16 +237,18 @@ class Program:
         head = {0: (), 1: (signed,), 2: rule}[HEAD[op.loop]]
         return (*head, *op.scalars(t, lr), *[0.0] * op.measured)
 
-    def rows(self, shape: tuple[int, ...]) -> int:
-        """Return how many rows of a parameter have their own sums; 0 where it is taken as a whole.
+    def slices(self, shape: tuple[int, ...]) -> int:
+        """Return how many rows or columns of a parameter have their own sums; 0 where it has them.
 
-        An array with one axis is one row.
+        An array with one axis is one row, or one column.
         """
-        return shape[0] if self.by_row and len(shape) > 1 and 0 not in shape else 0
+        if self.axis is None or len(shape) < 2 or 0 in shape:
+            return 0
+        return shape[self.axis]
 
     def fits(self, other: Program) -> bool:
         """Whether this program runs on the arrays that another was laid out for."""
-        names = ("arrays", "temporaries", "sums", "phases", "measures", "by_row")
+        names = ("arrays", "temporaries", "sums", "phases", "measures", "axis")
         return all(getattr(self, name) == getattr(other, name) for name in names)
 
     def mode(self, op: Operation) -> str:

@@ -12,9 +12,9 @@ import numpy as np
 from ..arrays.devices import device_of
 from ..arrays.storage import StateDtype, Storage
 from ..linalg.newton_schulz import Stack
-from ..programs.arithmetic import Array, Pooling, alone, stacked, unless_opposed
+from ..programs.arithmetic import Array, Pooling, alone, slice_of, stacked, unless_opposed
 from ..programs.elements import Element
-from ..programs.program import MEASURE, Operation, Program
+from ..programs.program import AXES, MEASURE, Operation, Program
 from .conventions import CONVENTIONS, Convention, hyperparameters_of
 from .hyperparameters import (
     LearningRate,
@@ -77,11 +77,13 @@ class Rule:
     settled: ClassVar[tuple[str, ...]] = ()
     """Hyperparameters that say what the states hold, so that no step may change them."""
 
-    over: ClassVar[Literal["row", "parameter", "group", "optimizer"]] = "parameter"
-    """The arrays over which `measure` is taken: each row of a parameter, a parameter, those of its
-    group, or those of all groups of the optimizer with a rule of this class.
+    over: ClassVar[Literal["row", "column", "parameter", "group", "optimizer"]] = "parameter"
+    """The arrays over which `measure` is taken: each row or each column of a parameter, a
+    parameter, those of its group, or those of all groups of the optimizer that have a rule of this
+    class.
 
-    A row is what one index of the first axis selects; a parameter with one axis is one row.
+    A row is what one index of the first axis selects, a column what one of the last axis does; a
+    parameter with one axis is one row, and one column.
     """
 
     maxima: ClassVar[int] = 0
@@ -269,30 +271,31 @@ class Rule:
 
     def measured_count(self, sums: int) -> int:
         """Return how many scalars come from as many sums."""
-        if self.over != "row":
+        if self.over not in AXES:
             return len(self.from_sums(1, 0.1, (1.0,) * sums))
         try:
             return len(self.from_sums(1, 0.1, np.ones((sums, 2))))
         except (TypeError, ValueError) as error:
             raise TypeError(
-                f"{type(self).__name__}.measured: with over = 'row' each sum is an array with a"
-                " number for each row, and a tuple of such arrays or numbers is expected"
-                f" ({error}); take np.sqrt and np.where in place of math.sqrt and if"
+                f"{type(self).__name__}.measured: with over = {self.over!r} each sum is an array"
+                f" with a number for each {self.over}, and a tuple of such arrays or numbers is"
+                f" expected ({error}); take np.sqrt and np.where in place of math.sqrt and if"
             ) from error
 
     def from_sums(self, t: int, lr: float, sums: Any, *kept: float) -> Any:
         """`measured` without the new values of the numbers that are kept.
 
-        With sums of each row, these and the scalars are float64 arrays with a column for each row.
+        With sums of each row or column, these and the scalars are float64 arrays whose last axis
+        has a number for each.
         """
-        if self.over == "row":
+        if self.over in AXES:
             with np.errstate(all="ignore"):
                 found: Any = self.measured(t, lr, tuple(sums))
             if not isinstance(found, tuple):
                 raise TypeError(f"got {found!r}")
-            rows = sums.shape[1]
-            every = [np.broadcast_to(x, rows) for x in found]
-            return np.array(every, np.float64).reshape(len(found), rows)
+            count = sums.shape[1]
+            every = [np.broadcast_to(x, count) for x in found]
+            return np.array(every, np.float64).reshape(len(found), count)
         if not self.kept:
             return self.measured(t, lr, sums)
         found = self.measured(t, lr, sums, *(kept or map(self.initial, self.kept)))
@@ -353,7 +356,9 @@ class Rule:
 
     def note(self, shape: tuple[int, ...]) -> str | None:
         """Return how parameters of this shape are updated, where that depends on the shape."""
-        return f"{type(self).__name__}: with sums of each row" if self.program.by_row else None
+        if self.program.axis is None:
+            return None
+        return f"{type(self).__name__}: with sums of each {self.over}"
 
     @property
     def pooled(self) -> bool:
@@ -443,20 +448,21 @@ class Rule:
         self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float, pool: Pooling
     ) -> tuple[Array, tuple[Array, ...]]:
         """`reference` of a parameter whose sums are taken together with those of others."""
-        found = [
-            self._updated(p[k], g[k], tuple([s[k] for s in states]), t=t, lr=lr, pool=pool)
-            for k in range(self.program.rows(p.shape))
-        ]
-        if not found:
+        count, axis = self.program.slices(p.shape), self.program.axis
+        if not count or axis is None:
             return self._updated(p, g, states, t=t, lr=lr, pool=pool)
+        found = []
+        for k in range(count):
+            w, gradient, *own = [slice_of(a, axis, k) for a in (p, g, *states)]
+            found.append(self._updated(w, gradient, tuple(own), t=t, lr=lr, pool=pool))
         new, after = zip(*found, strict=True)
-        own = tuple([stacked(rows, p.ndim) for rows in zip(*after, strict=True)])
-        return stacked(new, p.ndim), own
+        new_states = tuple([stacked(each, p.ndim, axis) for each in zip(*after, strict=True)])
+        return stacked(new, p.ndim, axis), new_states
 
     def _updated(
         self, p: Array, g: Array, states: tuple[Array, ...], *, t: int, lr: float, pool: Pooling
     ) -> tuple[Array, tuple[Array, ...]]:
-        """`reference_over` of what has sums of its own: a parameter, or one of its rows."""
+        """`reference_over` of what has sums of its own: a parameter, or a row or column of it."""
         if self.maximize:
             g = -g
         # Not from `decay_line`, which it is there to check.

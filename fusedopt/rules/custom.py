@@ -12,6 +12,7 @@ import numpy as np
 
 from ..programs.arithmetic import Array, Pooling, Sums, plain, summed
 from ..programs.element_source import inexact, on_arrays
+from ..programs.program import AXES
 from .base import Rule
 
 _RESERVED = {
@@ -59,10 +60,11 @@ class CustomRule(Rule):
     attribute `maxima` = 1 the last of these values is no sum but the largest, with 2 the last two.
     `over` = "group" takes all over the parameter group, "optimizer" over all groups of this rule.
 
-    `over` = "row" takes them over each row: what one index of the first axis selects, and of a
-    parameter with one axis all of it. Each sum is then an array with a number for each row, and
-    `measured` returns such arrays or numbers, of which the row's own go to `element`; `Rows` update
-    the rows that they have. Rows are to be dense in memory, as in C order, and storage formats with
+    `over` = "row" takes them over each row, what one index of the first axis selects, and "column"
+    over each column, what one of the last axis selects; of a parameter with one axis that is all of
+    it. Each sum is then an array with a number for each row or column, and `measured` returns such
+    arrays or numbers, of which its own go to `element`; `Rows` update the rows that they have. Rows
+    are to be dense in memory, as in C order, and columns as in Fortran order; storage formats with
     blocks or random bits take none that they would cut.
 
     `kept` names numbers that a rule over more than a parameter keeps from step to step: `scalars`
@@ -154,7 +156,7 @@ class CustomRule(Rule):
                     f"{where}.maxima: expected at most the {len(sums)} values of `measure`, got"
                     f" {self.maxima!r}"
                 )
-            if self.over == "row":
+            if self.over in AXES:
                 scalars += (1.0,) * self.measured_count(len(sums))
             else:
                 begun = tuple(map(self.initial, self.kept))
@@ -175,9 +177,9 @@ class CustomRule(Rule):
     def _check_attributes(self) -> None:
         """Raise ValueError where what a class says of its sums does not fit."""
         where = type(self).__name__
-        if self.over not in ("row", "parameter", "group", "optimizer"):
+        if self.over not in (*AXES, "parameter", "group", "optimizer"):
             raise ValueError(
-                f"{where}.over: expected 'row', 'parameter', 'group' or 'optimizer', got"
+                f"{where}.over: expected 'row', 'column', 'parameter', 'group' or 'optimizer', got"
                 f" {self.over!r}"
             )
         if self.measure is None and (self.over != "parameter" or self.maxima or self.kept):
@@ -220,7 +222,7 @@ class CustomRule(Rule):
                 arrays = map(plain, (p, g, *states))
                 addends = on_arrays(self.measure)(*arrays, *scalars)
                 sums = pool(self._measured_of(addends, p.shape))
-                if self.over == "row":
+                if self.over in AXES:
                     found = tuple(self.from_sums(t, lr, np.array(sums)[:, None])[:, 0].tolist())
                 else:
                     found = self.measured(t, lr, sums, *kept)
@@ -252,5 +254,5 @@ class CustomRule(Rule):
     def note(self, shape: tuple[int, ...]) -> str:
         called = sorted(set(inexact(self.element)))
         beyond = f"; {', '.join(called)} may give other bits on other machines" if called else ""
-        rows = ", with sums of each row" if self.program.by_row else ""
-        return f"{type(self).__name__}: its element function, compiled by Numba{rows}{beyond}"
+        own = f", with sums of each {self.over}" if self.program.axis is not None else ""
+        return f"{type(self).__name__}: its element function, compiled by Numba{own}{beyond}"

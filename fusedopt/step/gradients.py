@@ -9,7 +9,7 @@ import numpy as np
 
 from ..arrays.checks import GradientChecks
 from ..arrays.foreign import host_array
-from ..arrays.rows import Rows, UniqueRows, as_rows, cut_by_rows, values_of
+from ..arrays.rows import Rows, UniqueRows, as_rows, cut_by_slices, values_of
 from ..arrays.stored import SLOW, LeafState
 from ..arrays.trees import Tree
 from ..plan.interface import Plan
@@ -190,7 +190,7 @@ class GradientReader:
 def refuses_rows(rule: Rule, leaf_state: LeafState) -> str | None:
     """Return why a leaf takes no gradient of some rows, or None."""
     p = leaf_state.caller
-    if rule.program.phases > 1 and not rule.program.rows(p.shape):
+    if rule.program.phases > 1 and (rule.program.axis != 0 or not rule.program.slices(p.shape)):
         what = "measures parameters" if rule.program.measures else "updates matrices"
         return f"{type(rule).__name__} {what} as a whole, not some of their rows"
     if SLOW in leaf_state.states:
@@ -198,4 +198,4 @@ def refuses_rows(rule: Rule, leaf_state: LeafState) -> str | None:
     if not p.flags.c_contiguous:
         return "rows of a parameter that is not in C order are not dense"
     stored = {"the parameter": leaf_state.parameter, **leaf_state.states}
-    return cut_by_rows(p.shape, {name: each.format for name, each in stored.items()})
+    return cut_by_slices(p.shape, {name: each.format for name, each in stored.items()})

@@ -110,8 +110,8 @@ def judge(
     rows: what alone may have changed, if given. pool: see `Rule.reference_over`.
     """
     dtype, order = before[0].dtype, after[0].order
-    # Matrices and rows, which the reference needs in their shape.
-    shaped = rule.program.matrices or rule.program.by_row
+    # Matrices, rows and columns, which the reference needs in their shape.
+    shaped = rule.program.matrices or rule.program.axis is not None
 
     def lift(a: np.ndarray) -> Bounded:
         return Bounded.exact(a if shaped else flattened(a, order), dtype)

@@ -83,7 +83,7 @@ class Bounded(NDArrayOperatorsMixin):
 
         return self._map(flat)
 
-    def __getitem__(self, k: int) -> Bounded:
+    def __getitem__(self, k: Any) -> Bounded:
         return self._map(lambda a: a[k])
 
     @property

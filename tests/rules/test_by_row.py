@@ -427,7 +427,7 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="RowLARS measures parameters as a whole, not some"):
         opt.step({"w": None, "b": fo.Rows(np.array([1]), np.ones(1))})
     for members, message in (
-        ({"over": "column"}, "over: expected 'row', 'parameter', 'group' or 'optimizer', got 'col"),
+        ({"over": "line"}, "over: expected 'row', 'column', 'parameter', 'group' or 'optimizer'"),
         ({"kept": ("d",)}, "kept: numbers are kept over a group or an optimizer"),
         ({"measure": None}, "`over`, `maxima` and `kept` are for rules that `measure`"),
     ):

@@ -272,7 +272,7 @@ class NumbaPlan(ExclusiveUse):
 
         first = 3 + len(program.told)
         own_sums = spec.results[k, first : first + program.measures]
-        if program.by_row:
+        if program.axis is not None:
             sums = self._row_sums.get(k, own_sums[:, None])
             if not sums.size or not spec.leaves[k].parameter.size:  # there are no rows
                 return scalars
@@ -323,7 +323,7 @@ class NumbaPlan(ExclusiveUse):
                 zeroed = int(self._spec.zero_grads) << GRADIENT
                 used, written = used | copies, written | copies | zeroed
             p = self._spec.leaves[k].parameter
-            rows = self._programs[self._spec.group_of[k]].rows(p.shape)
+            rows = self._programs[self._spec.group_of[k]].slices(p.shape)
             leaf = table.add_leaf(
                 p.size, first, count, steps, used, written, sums, maxima, grads[k], rows
             )
