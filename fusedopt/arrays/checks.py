@@ -22,7 +22,7 @@ SLICES = {
     0: ("rows", "C order, made with np.ascontiguousarray"),
     -1: ("columns", "Fortran order, made with np.asfortranarray"),
 }
-"""What an index of the first axis and of the last one selects, and the order that has it dense."""
+"""Names of what an index of the first or last axis selects, and the order in which it is dense."""
 
 
 class Refusing(Protocol):
