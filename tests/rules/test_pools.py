@@ -240,7 +240,10 @@ def test_refusals() -> None:
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ({"over": "all"}, "over: expected 'row', 'parameter', 'group' or 'optimizer', got 'all'"),
+        (
+            {"over": "all"},
+            "over: expected 'row', 'column', 'parameter', 'group' or 'optimizer', got 'all'",
+        ),
         ({"over": "parameter"}, "kept: numbers are kept over a group"),
         ({"maxima": 4}, "maxima: expected at most the 3 values of `measure`, got 4"),
         ({"kept": ("most", "average")}, "kept: a number cannot be called 'average'"),
