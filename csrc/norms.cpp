@@ -65,8 +65,8 @@ void SquareSums::find(int threads, ThreadChoice* choice) {
   if (!wide_) return;
   again_.inputs.clear();
   for (Measured* const m : all_.inputs) {
-    if (m->compute != F64 || (m->sum >= 0x1p-900 && m->sum <= 0x1p1023)) continue;
-    m->scale = m->sum < 1 ? 0x1p600 : 0x1p-600;
+    if (m->compute != F64 || rescaling(m->sum) == 1) continue;
+    m->scale = rescaling(m->sum);
     again_.inputs.push_back(m);
   }
   if (again_.inputs.empty()) return;

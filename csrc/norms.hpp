@@ -64,6 +64,13 @@ struct Measured {
   double sum = 0, scale = 1;
 };
 
+// The factor of float64's elements with which a sum of their squares stays in range; 1 where it has
+// without.
+inline double rescaling(double sum) {
+  if (sum >= 0x1p-900 && sum <= 0x1p1023) return 1;
+  return sum < 1 ? 0x1p600 : 0x1p-600;
+}
+
 // The sums of arrays, found again and again.
 class SquareSums {
  public:

@@ -138,6 +138,9 @@ class Plan {
   bool take_numbers(const py::list* given);
   bool find_rates(const py::object& ask);
   std::vector<double> norms(double factor) const;
+  // Run no Python. Until they are taken back, operands describe the transformed gradients.
+  void transform_gradients(double factor);
+  void take_transforms_back(bool zero);
   // Runs no Python.
   void decide(double factor, Found& found);
   py::object stats_of(double factor);

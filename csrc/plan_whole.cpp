@@ -36,14 +36,20 @@ py::object Plan::whole_step(const py::object& gradients, const py::object& hessi
   const Policy& policy = *policy_;
   Found found;
   found.scales.assign(policy.limits.size(), 1.0);
+  bool stepped = false;
+  const std::unique_ptr<Plan, void (*)(Plan*)> untransformed(
+      policy.transforms ? this : nullptr, [](Plan* plan) { plan->take_transforms_back(false); });
   unlocked_if_long(elements_, [&] {
+    if (policy.transforms) transform_gradients(factor);
     if (policy.measures) {
       measure_gradients();
       decide(factor, found);
     } else {
       begin_results();
     }
-    if (!found.skipped && !found.refused && found.fits) run_phase(active_of(-1), -1, &choice_);
+    stepped = !found.skipped && !found.refused && found.fits;
+    if (stepped) run_phase(active_of(-1), -1, &choice_);
+    if (policy.transforms) take_transforms_back(stepped && zero_grads_);
   });
   if (found.refused) {
     const py::object error = called(policy.refusal, py::make_tuple(found.bad));
@@ -59,6 +65,23 @@ py::object Plan::whole_step(const py::object& gradients, const py::object& hessi
     if (!policy.measures) found.norms = norms(factor);
   }
   return policy.told(counts_[0], rates, found, stats);
+}
+
+void Plan::transform_gradients(double factor) {
+  std::vector<Transformed> leaves;
+  for (const std::size_t k : active_) {
+    const Proxy* const p = own_[k].parameter;
+    const std::size_t rows =
+        p->nd > 1 && own_[k].elements ? static_cast<std::size_t>(p->dimensions[0]) : 1;
+    leaves.push_back({operands(k) + GRADIENT, operands(k) + PARAMETER, own_[k].elements, rows,
+                      own_[k].compute, p->nd});
+  }
+  if (policy_->transforms->apply(leaves, factor, threads())) measured_read_ = 0;
+}
+
+void Plan::take_transforms_back(bool zero) {
+  policy_->transforms->restore(zero);
+  measured_read_ = 0;
 }
 
 // `ask`, if not None, knows how; otherwise they are the core's to compute.

@@ -30,6 +30,10 @@ Policy::Policy(const py::object& description)
   info_ = reinterpret_cast<PyTypeObject*>(held_.ptr());
   if (!PyType_Check(held_.ptr()) || !PyType_IsSubtype(info_, &PyTuple_Type))
     throw py::type_error("policy: info is no type of tuples");
+  if (const py::object given = description.attr("transforms"); !given.is_none()) {
+    const auto [leaf, adaptive, centralize] = given.cast<std::tuple<double, double, bool>>();
+    transforms = std::make_unique<GradientTransforms>(leaf, adaptive, centralize);
+  }
   for (const py::handle formula : description.attr("schedules")) {
     schedules.emplace_back();
     if (!formula.is_none()) schedules.back().emplace(formula);

@@ -4,10 +4,12 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <utility>
 #include <vector>
 
+#include "gradient_transforms.hpp"
 #include "schedules.hpp"
 
 namespace fusedopt {
@@ -44,6 +46,7 @@ class Policy {
   std::vector<double> limits;
   std::vector<std::pair<std::size_t, std::vector<std::size_t>>> gradient_sums;
   bool by_group, clips, skips, measures, moving;
+  std::unique_ptr<GradientTransforms> transforms;  // or null
 
   // Whether a step differs from the one before in more than learning rates and gradients.
   bool changes() const { return moving || scheduled_; }

@@ -46,7 +46,8 @@ class Policy(NamedTuple):
     found before, and the leaves that have them. rates:
     `fusedopt.step.rates.Rates`. numbers: of each group's rule `numbers_of` its class. scheduled:
     of each group the other numbers that have schedules, with their formulas or None; moving:
-    whether what is around the rules differs from step to step.
+    whether what is around the rules differs from step to step. transforms: of each gradient, before
+    anything else: (clip_leaf or 0.0, clip_adaptive or 0.0, centralize), or None.
     """
 
     info: type
@@ -66,6 +67,7 @@ class Policy(NamedTuple):
     numbers: list[Any]
     scheduled: list[dict[str, Any]]
     moving: bool
+    transforms: tuple[float, float, bool] | None
 
 
 class Device(Protocol):

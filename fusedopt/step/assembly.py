@@ -30,7 +30,7 @@ from ..verification.plan import VerifiedPlan
 from .accumulate import ACCUMULATED, Accumulator
 from .checkpoint import Snapshot
 from .clipping import GradientClipper
-from .gradient_transforms import GradientTransforms
+from .gradient_transforms import GradientTransforms, rows_in_place
 from .gradients import GradientReader
 from .info import StepInfo, StepInfoBuilder
 from .lazy_rows import LazyRows
@@ -259,7 +259,9 @@ class Assembly:
 
     def _whole_step(self, formulas: list[Any], numbers: list[dict[str, Any]]) -> Any:
         options, plan = self.options, self.plan
-        if options.transforms or (options.slow_weights and options.slow_weights.reset):
+        if options.slow_weights and options.slow_weights.reset:
+            return None
+        if self._transforms and not all(map(rows_in_place, self.leaf_states)):
             return None
         if options.exact or options.verify or self.state_file or self._shared_out:
             return None
@@ -270,7 +272,8 @@ class Assembly:
                 plan.settle(self._policy(formulas, numbers))
                 self._settled = formulas, numbers
             return plan.whole_step
-        simple = not (self.decides or options.stats or self.rates.scheduled or self._scheduled)
+        asked = self.decides or options.stats or options.transforms
+        simple = not (asked or self.rates.scheduled or self._scheduled)
         return self._simple_step if simple and hasattr(plan, "step_alone") else None
 
     def _policy(self, formulas: list[Any], numbers: list[dict[str, Any]]) -> Policy:
@@ -293,6 +296,7 @@ class Assembly:
             numbers=[numbers_of(type(group.rule)) for group in self.groups],
             scheduled=numbers,
             moving=self.rates.extras_given.scheduled,
+            transforms=self._transforms.numbers if self._transforms else None,
         )
 
     @property

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from ..arrays.formats import compute_dtype
+from ..arrays.order import memory_order, slices_are_dense
 from ..arrays.rows import UniqueRows
+from ..arrays.stored import LeafState
 from ..plan.interface import Backend
 
 LEAST_ROW = 1e-3
@@ -21,9 +23,9 @@ LANES = 16
 class GradientTransforms:
     """Centralisation of gradients, adaptive clipping of their rows, and clipping of each leaf.
 
-    clip_leaf, clip_adaptive, centralize: as `Optimizer` has
-    them. factor: the inverse of the scale of the gradients. A gradient that is not finite stays
-    that, for those that look for it.
+    clip_leaf, clip_adaptive, centralize: as `Optimizer` has them. factor: the inverse of the scale
+    of the gradients. A gradient that is not finite stays that, for those that look for it. Where a
+    whole step is one call of the core, it does the same (csrc/gradient_transforms.hpp).
     """
 
     def __init__(
@@ -37,6 +39,11 @@ class GradientTransforms:
         self._backend, self._factor = backend, factor
         self._clip_leaf, self._clip_adaptive = clip_leaf, clip_adaptive
         self._centralize = centralize
+
+    @property
+    def numbers(self) -> tuple[float, float, bool]:
+        """Return clip_leaf, clip_adaptive, either or both 0.0 for none, and centralize."""
+        return self._clip_leaf or 0.0, self._clip_adaptive or 0.0, self._centralize
 
     def __call__(
         self, labels: Sequence[str], parameters: Sequence[np.ndarray], grads: Sequence[Any]
@@ -87,6 +94,13 @@ class GradientTransforms:
         sums, scales = np.array(found, np.float64).reshape(-1, 2).T
         norms: np.ndarray = np.sqrt(sums) / scales
         return norms
+
+
+def rows_in_place(leaf_state: LeafState) -> bool:
+    """Return whether the rows of a parameter are dense, and stored without anything beside them."""
+    p, arrays = leaf_state.caller, leaf_state.parameter.arrays
+    alone = len(arrays) == 1 and arrays[0] is p
+    return alone and (p.ndim < 2 or not p.size or slices_are_dense(p.shape, memory_order(p), 0))
 
 
 def _rows(a: np.ndarray) -> list[np.ndarray]:

@@ -27,11 +27,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def draw(seed: int, dtype: Any = np.float32, scale: float = 1.0) -> dict[str, Array]:
+def draw(
+    seed: int, dtype: Any = np.float32, scale: float = 1.0, order: Any = "F"
+) -> dict[str, Array]:
     rng = np.random.default_rng(seed)
     made = {k: np.asarray(scale * rng.standard_normal(s)) for k, s in SHAPES.items()}
     made["w"][::3] *= 1e-3  # rows within their limits
-    made["w"] = np.asfortranarray(made["w"])
+    made["w"] = np.asarray(made["w"], order=order)
     return {k: a.astype(dtype) for k, a in made.items()}
 
 
@@ -57,8 +59,9 @@ def transformed(p: Array, g: Array, options: dict[str, Any], scale: float) -> Ar
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_values(backend: str, dtype: Any, options: dict[str, Any]) -> None:
-    params, grads = draw(0, dtype), draw(1, np.float32, scale=8.0)
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_values(order: str, backend: str, dtype: Any, options: dict[str, Any]) -> None:
+    params, grads = draw(0, dtype, order=order), draw(1, np.float32, 8.0, order)
     start = {k: p.astype(np.float64) for k, p in params.items()}
     before = {k: g.tobytes() for k, g in grads.items()}
     opt = fo.Optimizer(params, fo.SGD(lr=0.5), backend=backend, **options)
@@ -71,18 +74,104 @@ def test_values(backend: str, dtype: Any, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-def test_backends_have_the_same_bits(dtype: Any, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_backends_have_the_same_bits(order: str, dtype: Any, options: dict[str, Any]) -> None:
     found = set()
     for backend, threads in (("native", 1), ("native", 2), ("numba", 2)):
-        params = draw(0, dtype)
+        params = draw(0, dtype, order=order)
         opt = fo.Optimizer(
             params, fo.AdamW(lr=0.1, weight_decay=0.1), clip_norm=1.5, stats=True,
             backend=backend, threads=threads, **options,
         )  # fmt: skip
         for seed in range(3):
-            info = opt.step(draw(seed + 1, dtype, scale=3.0))
+            info = opt.step(draw(seed + 1, dtype, 3.0, order))
         found.add((opt.fingerprint(), repr(info)))
     assert len(found) == 1
+
+
+def large(seed: int, dtype: Any, scale: float = 1.0) -> dict[str, Array]:
+    """Rows beyond a segment, many rows, tails, and leaves that no limit changes."""
+    rng = np.random.default_rng(seed)
+    shapes: Any = {"long": (3, 40_001), "many": (7000, 19), "flat": (70_001,), "thin": (9, 1)}
+    made = {k: scale * rng.standard_normal(s) for k, s in shapes.items()}
+    made["many"][1::2] *= 1e-6
+    return {k: a.astype(dtype) for k, a in made.items()} | {"zero": np.zeros((4, 3), dtype)}
+
+
+KINDS: list[tuple[Any, Any, float]] = [
+    (np.float32, np.float32, 1.0),
+    (np.float32, np.float16, 1.0),
+    (ml_dtypes.bfloat16, ml_dtypes.bfloat16, 1.0),
+    (np.float64, np.float64, 1.0),
+    (np.float64, np.float32, 1.0),
+    (np.float64, np.float64, 1e-200),
+    (np.float64, np.float64, 1e200),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(("dtype", "given", "scale"), KINDS)
+def test_the_core_has_the_bits_of_numpy(
+    dtype: Any, given: Any, scale: float, options: dict[str, Any]
+) -> None:
+    """In one call of the core, and in NumPy, where a leaf in Fortran order is among the others."""
+    found = []
+    for more in (
+        {"threads": 1},
+        {"threads": 2},
+        {"threads": 2, "zero_grads": True},
+        {"backend": "numba"},
+        {"stats": True},
+    ):
+        params = large(0, dtype, scale)
+        arguments: dict[str, Any] = {"clip_leaf": scale} | options | dict(more)
+        opt = fo.Optimizer(
+            params, fo.SGD(lr=0.25), clip_norm=scale * 3.0, skip_nonfinite=True, **arguments
+        )
+        norms = []
+        for seed in (1, 2, 3):
+            grads = large(seed, given, scale * (1e-3 if seed == 2 else 5.0))
+            before = {k: g.tobytes() for k, g in grads.items()}
+            norms.append(opt.step(grads, grad_scale=2.0).grad_norm)
+            for k, g in grads.items():
+                assert not g.any() if "zero_grads" in more else g.tobytes() == before[k]
+            grads["long"][1, 2] = np.nan
+            assert opt.step(grads).skipped
+            assert np.isnan(grads["long"][1, 2])  # not zeroed
+        found.append((opt.fingerprint(), norms))
+    assert all(each == found[0] for each in found)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_step_that_is_not_taken_leaves_gradients(options: dict[str, Any]) -> None:
+    params, grads = draw(0, order="C"), draw(1, np.float32, 3.0, "C")
+    opt = fo.Optimizer(params, fo.AdamW(), clip_norm=1.0, zero_grads=True, **options)
+    opt.step(draw(2, np.float32, 3.0, "C"))
+    mark, before = opt.fingerprint(), {k: g.copy() for k, g in grads.items()}
+    grads["w"][5, 7] = before["w"][5, 7] = np.inf
+    with pytest.raises(FloatingPointError, match="in w"):
+        opt.step(grads)
+    assert opt.fingerprint() == mark
+    assert all(g.tobytes() == before[k].tobytes() for k, g in grads.items())
+    grads["w"][5, 7] = 1.0
+    opt.step(grads)
+    assert not any(g.any() for g in grads.values())
+
+
+def test_one_call_of_the_core() -> None:
+    """Where rows are dense; masters and other orders are NumPy's."""
+    options: Any = {"clip_leaf": 1.0, "clip_adaptive": 0.1, "centralize": True}
+    plain, turned = np.ones((4, 3), np.float32), np.ones((4, 3), np.float32, order="F")
+    half = np.ones((4, 3), ml_dtypes.bfloat16)
+    for p, more, alone in (
+        (plain, {}, True),
+        (plain[0], {}, True),
+        (half, {"state_dtype": "bfloat16"}, True),
+        (turned, {}, False),
+        (half, {"master": "float32"}, False),
+    ):
+        opt = fo.Optimizer(p.copy(order="K"), fo.AdamW(), **options, **more)
+        assert (opt._assembly.whole_step is not None) == alone
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
