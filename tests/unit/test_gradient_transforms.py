@@ -170,7 +170,7 @@ def test_one_call_of_the_core() -> None:
         (turned, {}, False),
         (half, {"master": "float32"}, False),
     ):
-        opt = fo.Optimizer(p.copy(order="K"), fo.AdamW(), **options, **more)
+        opt = fo.Optimizer(p.copy(order="K"), fo.AdamW(), **(options | more))
         assert (opt._assembly.whole_step is not None) == alone
 
 
