@@ -106,7 +106,7 @@ struct Unit {
   std::size_t leaf, first, last;
 };
 
-// In units of about so many elements; `size` gives the number of equal pieces of a leaf.
+// In units of about a segment; `size` gives the number of equal pieces of a leaf.
 template <class Size>
 std::vector<Unit> units_of(const std::vector<Transformed>& leaves, const Size& size) {
   std::vector<Unit> units;
