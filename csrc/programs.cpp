@@ -101,6 +101,7 @@ int Program::adopt(const std::string& name, int mode, int operands, const Outsid
                measures ? measures : operands - 2,
                scalars,
                {},
+               {},
                {}};
   for (int compute = 0; compute < COMPUTE_TYPES; ++compute)
     operation.compute[compute].mode[mode] =
