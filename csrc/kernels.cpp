@@ -14,6 +14,22 @@ namespace {
 
 using namespace fusedopt;
 
+// A rule or another operation from its scalars.
+template <class Op>
+Op from_scalars(const void* scalars) {
+  static_assert(__is_trivially_copyable(Op), "its fields are copied");
+  Op op;
+  if constexpr (!__is_empty(Op)) {
+    std::memcpy(&op, scalars, sizeof op);
+#if defined(__GNUC__)
+    // GCC would keep four fields in registers, take them out of there in every round of a
+    // loop, and not vectorise that: Rprop took eight times as long.
+    if constexpr (sizeof op == 4 * alignof(Op)) asm("" : "+m"(op));
+#endif
+  }
+  return op;
+}
+
 template <class Rule>
 constexpr auto written(int) -> decltype(Rule::written) {
   return Rule::written;
@@ -76,9 +92,7 @@ template <class Rule, class T, Mode mode, std::size_t... S>
 inline void unpack_rule(void* const* x, const void* scalars, std::size_t n,
                         std::index_sequence<S...>) {
   const T* fields = static_cast<const T*>(scalars);
-  static_assert(__is_trivially_copyable(Rule), "its fields are copied");
-  Rule rule;
-  std::memcpy(&rule, fields + 2, sizeof rule);
+  const Rule rule = from_scalars<Rule>(fields + 2);
   constexpr bool peek = mode == PEEK || mode == PEEK_L2;
   T* const out = peek ? static_cast<T*>(x[2 + sizeof...(S)]) : nullptr;
   const auto run = [&](auto scaled) {
@@ -106,8 +120,7 @@ inline void apply_direct(std::index_sequence<K...>, const Place* x, const void* 
   using P = Chunks<typename F::Parameter>;
   using C = Chunks<typename F::Copy>;
   const float* const fields = static_cast<const float*>(scalars);
-  Rule rule;
-  std::memcpy(&rule, fields + 2, sizeof rule);
+  const Rule rule = from_scalars<Rule>(fields + 2);
   const float factor = fields[0], decay = fields[1];
   const Place parameter = x[0], gradient = x[1], copy = x[2 + sizeof...(K)];
   const Place own[sizeof...(K) + 1] = {x[2 + K]...};
@@ -140,14 +153,6 @@ void direct_loop(const Place* x, const void* scalars, std::size_t n) {
 template <template <class> class R>
 constexpr int fields() {
   return __is_empty(R<float>) ? 0 : static_cast<int>(sizeof(R<float>) / sizeof(float));
-}
-
-template <class Op>
-Op from_scalars(const void* scalars) {
-  static_assert(__is_trivially_copyable(Op), "its fields are copied");
-  Op op;
-  if constexpr (!__is_empty(Op)) std::memcpy(&op, scalars, sizeof op);
-  return op;
 }
 
 template <class Op, class T>

@@ -249,10 +249,14 @@ struct Rprop {
   static constexpr int states = 2;
   T down, up, low, high;
   T operator()(T, T g, T& prev, T& s) const {
-    const T agreement = signed_like(prev, g);
-    s = agreement > T(0) ? up * s : (agreement < T(0) ? down * s : s);
-    s = s < low ? low : (s > high ? high : s);
-    prev = agreement < T(0) ? T(0) : g;
+    const bool agree = ((prev > T(0)) & (g > T(0))) | ((prev < T(0)) & (g < T(0)));
+    const bool turned = opposed(prev, g);
+    T by = agree ? up : T(1);
+    by = turned ? down : by;
+    s = s * by;
+    s = s < low ? low : s;
+    s = s > high ? high : s;
+    prev = turned ? T(0) : g;
     return signed_like(s, prev);
   }
 };
