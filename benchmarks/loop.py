@@ -11,14 +11,14 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 import fusedopt as fo
 from fusedopt.lab.bench.measure import interleaved
-from fusedopt.lab.bench.problems import Step
+from fusedopt.lab.bench.problems import Array, Step
 from targets import Parts, Row, main
 
 VOCABULARY, WIDTH, ROWS = 50_000, 64, 65_536
@@ -152,6 +152,49 @@ def tensors(rounds: int) -> Iterator[Row]:
         yield Row(f"{over}: {name}, over one flat tensor", ratio, 1.15, own, False)
 
 
+def transforms(rounds: int) -> Iterator[Row]:
+    """What is done to each gradient on its own, against NumPy's own passes before a plain step."""
+    rng = np.random.default_rng(0)
+    params, grads = (list(rng.standard_normal((100, 25, 40), np.float32)) for _ in range(2))
+
+    def clipped(g: Array, limit: Any, norm: Any) -> Array:
+        return np.asarray(g * np.minimum(1.0, limit / norm).astype(np.float32))
+
+    def by_leaf(p: Array, g: Array) -> Array:
+        return clipped(g, 1.0, np.sqrt(np.vdot(g, g)))
+
+    def by_row(p: Array, g: Array) -> Array:
+        limit = np.maximum(np.linalg.norm(p, axis=1, keepdims=True), 1e-3)
+        return clipped(g, 0.01 * limit, np.linalg.norm(g, axis=1, keepdims=True))
+
+    def centred(p: Array, g: Array) -> Array:
+        return np.asarray(g - g.mean(axis=1, keepdims=True))
+
+    def ours(**options: Any) -> Step:
+        optimizer = fo.Optimizer([p.copy() for p in params], fo.AdamW(), **options)
+        return lambda: optimizer.step(grads)
+
+    def numpys(change: Callable[[Array, Array], Array]) -> Step:
+        own = [p.copy() for p in params]
+        optimizer = fo.Optimizer(own, fo.AdamW())
+        return lambda: optimizer.step([change(p, g) for p, g in zip(own, grads, strict=True)])
+
+    kinds: dict[str, tuple[dict[str, Any], Callable[[Array, Array], Array]]] = {
+        "clip_leaf": ({"clip_leaf": 1.0}, by_leaf),
+        "clip_adaptive": ({"clip_adaptive": 0.01}, by_row),
+        "centralize": ({"centralize": True}, centred),
+    }
+    steps: dict[str, Step] = {"plain": ours()}
+    for name, (options, change) in kinds.items():
+        steps |= {name: ours(**options), f"NumPy {name}": numpys(change)}
+    times = interleaved(steps, rounds)
+    medians = times.medians()
+    for name in kinds:
+        own = {k: medians[k] for k in (name, f"NumPy {name}", "plain")}
+        target = f"adamw, 100 matrices of 25 x 40: {name}, over NumPy's and a plain step"
+        yield Row(target, times.ratio(name, f"NumPy {name}"), 1.0, own, at_least=False)
+
+
 def changes(rounds: int) -> Iterator[Row]:
     """What changes between steps: numbers that are set or scheduled, and a rule that is made."""
     values = itertools.cycle(np.random.default_rng(0).uniform(1e-4, 1e-3, 10**5).tolist())
@@ -232,7 +275,9 @@ def imports(rounds: int) -> Iterator[Row]:
     yield Row("import: time over NumPy's", added, 25, seconds, at_least=False, unit="ms")
 
 
-PARTS: Parts = {part.__name__: part for part in (guarded, tensors, changes, duplicates, imports)}
+PARTS: Parts = {
+    part.__name__: part for part in (guarded, tensors, transforms, changes, duplicates, imports)
+}
 
 if __name__ == "__main__":
     main("Measures the targets of a training loop.", PARTS)
