@@ -58,7 +58,7 @@ struct Step {
   const DirectFunction* direct = nullptr;  // of each combination of formats; null: of none
   const Combination* combinations = nullptr;
   std::size_t each = 0;  // bytes from one row's scalars to the next one's; 0: all have the same
-  TileFunction segment = nullptr;  // of a sum
+  TileFunction segment = nullptr;  // of a sum: see `Operation`
 };
 
 // Rows of a leaf that alone are touched, in ascending order: rows[k] has row from[k] of the inputs.

@@ -11,7 +11,8 @@
 namespace fusedopt {
 namespace {
 
-// The least norm that a row of a parameter is taken to have, so that one of zeros can move.
+// The least norm that a row of a parameter is taken to have, so that one of zeros can move: the
+// same as in fusedopt/step/gradient_transforms.py.
 constexpr double LEAST_ROW = 1e-3;
 
 alignas(64) thread_local char decoded_segment[SEGMENT * sizeof(double)];
@@ -137,7 +138,8 @@ bool GradientTransforms::apply(std::vector<Transformed>& leaves, double factor, 
   return !changes_.empty();
 }
 
-void GradientTransforms::restore(bool zero) {
+bool GradientTransforms::restore(bool zero) {
+  const bool changed = !changes_.empty();
   // The last change of a leaf comes first: what was there before it may be another one.
   for (auto change = changes_.rbegin(); change != changes_.rend(); ++change)
     *change->place = change->before;
@@ -145,6 +147,7 @@ void GradientTransforms::restore(bool zero) {
     for (const Change& change : changes_)
       std::memset(change.place->data, 0, change.elements * change.place->bits / 8);
   changes_.clear();
+  return changed;
 }
 
 char* GradientTransforms::buffer(std::size_t k, const Transformed& leaf) {

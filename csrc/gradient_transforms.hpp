@@ -27,8 +27,9 @@ class GradientTransforms {
   // factor: the inverse of the gradients' scale. Returns whether any gradient is another one now;
   // until `restore`. May raise std::bad_alloc, and runs no Python.
   bool apply(std::vector<Transformed>& leaves, double factor, int threads);
-  // zero: and fill with zeros those that others have stood for.
-  void restore(bool zero);
+  // Lets all operands describe what they did before `apply`, and returns whether any did not. zero:
+  // then also fills with zeros the gradients whose place a new one had taken.
+  bool restore(bool zero);
 
  private:
   struct Change {

@@ -80,8 +80,7 @@ void Plan::transform_gradients(double factor) {
 }
 
 void Plan::take_transforms_back(bool zero) {
-  policy_->transforms->restore(zero);
-  measured_read_ = 0;
+  if (policy_->transforms->restore(zero)) measured_read_ = 0;
 }
 
 // `ask`, if not None, knows how; otherwise they are the core's to compute.

@@ -82,6 +82,8 @@ Program::Program(const py::list& rows, int arrays, int works, int scratch, int s
       measured_sums = op->written;
     }
   }
+  if (over < 0 || over > static_cast<int>(Over::COLUMN))
+    throw py::value_error("a program's sums are of a leaf (0), of rows (1) or of columns (2)");
   if ((measures && (phases != 2 || works || measured_sums > sums)) ||
       (this->over != Over::LEAF && !measures))
     throw py::value_error("a program measures in the first of two phases, without work space");

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -11,7 +11,7 @@ import pytest
 import fusedopt as fo
 from exactness import SERIAL
 from fusedopt.system.isa import isas
-from own_rules import OwnLARS
+from own_rules import Extremes, OwnRowLARS, RowLARS
 
 pytest.importorskip("numba")
 
@@ -31,58 +31,17 @@ SHAPES: dict[str, tuple[int, ...]] = {
 }
 
 
-def ratios(self: Any, sums: Any) -> Any:
-    p, g = np.sqrt(sums)
-    return np.where((p > 0) & (g > 0), self.trust * p / (g + self.eps), 1.0)
+def by_column(rule: Any) -> Any:
+    """Return a rule that differs from one of rows in that its sums are those of columns."""
+    return type(rule.__name__.replace("Row", "Column"), (rule,), {"over": "column"})
 
 
-class BuiltIn(fo.LARS):
-    """One trust ratio for each column."""
-
-    over: ClassVar[Any] = "column"
-
-    def measured(self, t: int, lr: float, sums: Any) -> tuple[Any, ...]:
-        return (lr * ratios(self, sums),)
-
-
-class Own(OwnLARS):
-    """The arithmetic of `BuiltIn`."""
-
-    over: ClassVar[Any] = "column"
-    eps: ClassVar[float] = 0.0
-
-    def measured(self, t: int, lr: float, sums: Any) -> tuple[Any, ...]:
-        return (lr * ratios(self, sums),)
-
-
-class Extremes(fo.CustomRule):
-    """Steps by the mean of each column's gradient, its largest and its smallest element."""
-
-    over: ClassVar[Any] = "column"
-    maxima = 2
-
-    def scalars(self, t: int, lr: float) -> tuple[float, ...]:
-        return ()
-
-    @staticmethod
-    def measure(p: float, g: float) -> tuple[float, float, float, float]:
-        return g, 1.0, g, -g
-
-    def measured(self, t: int, lr: float, sums: Any) -> tuple[Any, ...]:
-        total, count, largest, smallest = sums
-        return total / count, largest, -smallest
-
-    @staticmethod
-    def element(p: float, g: float, mean: float, largest: float, smallest: float) -> float:
-        return mean + largest - smallest
-
-
-def by_row(rule: Any) -> Any:
-    """The same class with the sums of rows."""
-    return type(rule.__name__, (rule,), {"over": "row"})
-
-
-RULES: list[tuple[Any, dict[str, Any]]] = [(BuiltIn, NUMBERS), (Own, NUMBERS), (Extremes, {})]
+RULES: list[tuple[Any, dict[str, Any]]] = [
+    (RowLARS, NUMBERS),
+    (OwnRowLARS, NUMBERS),
+    (Extremes, {}),
+]
+ColumnLARS, OwnColumnLARS = by_column(RowLARS), by_column(OwnRowLARS)
 
 
 def tree(seed: int, dtype: Any = np.float32) -> dict[str, Any]:
@@ -116,10 +75,10 @@ def contents(opt: fo.Optimizer) -> dict[str, Any]:
 @pytest.mark.parametrize(("rule", "numbers"), RULES, ids=lambda x: getattr(x, "__name__", ""))
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, ml_dtypes.bfloat16])
 def test_columns_have_the_bits_of_rows(rule: Any, numbers: Any, dtype: Any) -> None:
-    wanted = contents(stepped(by_row(rule)(**numbers), transposed, dtype, threads=1))
+    wanted = contents(stepped(rule(**numbers), transposed, dtype, threads=1))
     assert any(len(arrays) > 1 for arrays in wanted.values()) or rule is Extremes
     for options in ({}, {"threads": 1}, {"backend": "numba"}, {"verify": True}):
-        found = contents(stepped(rule(**numbers), dict, dtype, **options))
+        found = contents(stepped(by_column(rule)(**numbers), dict, dtype, **options))
         for name, arrays in found.items():
             for mine, theirs in zip(arrays, wanted[name], strict=True):
                 assert mine.T.tobytes() == theirs.tobytes(), (name, options)
@@ -128,8 +87,8 @@ def test_columns_have_the_bits_of_rows(rule: Any, numbers: Any, dtype: Any) -> N
 @pytest.mark.parametrize("options", [{"state_dtype": "bfloat16"}, {"state_dtype": "float64"}])
 @pytest.mark.parametrize("backend", ["native", "numba"])
 def test_formats(options: Any, backend: str) -> None:
-    wanted = contents(stepped(by_row(BuiltIn)(**NUMBERS), transposed, **options))
-    found = contents(stepped(BuiltIn(**NUMBERS), dict, backend=backend, **options))
+    wanted = contents(stepped(RowLARS(**NUMBERS), transposed, **options))
+    found = contents(stepped(ColumnLARS(**NUMBERS), dict, backend=backend, **options))
     for name, arrays in found.items():
         for mine, theirs in zip(arrays, wanted[name], strict=True):
             assert mine.T.tobytes() == theirs.tobytes(), name
@@ -137,17 +96,17 @@ def test_formats(options: Any, backend: str) -> None:
 
 @pytest.mark.parametrize("isa", isas())
 def test_every_instruction_set_has_the_same_bits(isa: str) -> None:
-    wanted = stepped(BuiltIn(**NUMBERS), dict).fingerprint()
+    wanted = stepped(ColumnLARS(**NUMBERS), dict).fingerprint()
     before = fo.get_isa()
     try:
         fo.set_isa(isa)
-        assert stepped(BuiltIn(**NUMBERS), dict).fingerprint() == wanted
+        assert stepped(ColumnLARS(**NUMBERS), dict).fingerprint() == wanted
     finally:
         fo.set_isa(before)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("rule", [BuiltIn, Own])
+@pytest.mark.parametrize("rule", [ColumnLARS, OwnColumnLARS])
 def test_it_is_the_textbook_of_each_column(rule: Any, backend: str) -> None:
     opt = stepped(rule(**NUMBERS, decay="decoupled"), dict, backend=backend)
     for name, start in tree(0).items():
@@ -165,7 +124,7 @@ def test_it_is_the_textbook_of_each_column(rule: Any, backend: str) -> None:
 
 
 def test_one_tensor_alone_and_from_a_checkpoint(tmp_path: Any) -> None:
-    wanted, rule = stepped(BuiltIn(**NUMBERS), dict), BuiltIn(**NUMBERS)
+    wanted, rule = stepped(ColumnLARS(**NUMBERS), dict), ColumnLARS(**NUMBERS)
     for name, p in tree(0).items():
         states = rule.init(p)
         for t in (1, 2, 3):
@@ -183,11 +142,11 @@ def test_one_tensor_alone_and_from_a_checkpoint(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_refusals(backend: str) -> None:
-    p, rule = np.ones((6, 5)), BuiltIn(**NUMBERS)
+    p, rule = np.ones((6, 5)), ColumnLARS(**NUMBERS)
     for wrong, axes in ((p, r"\(0, 1\)"), (np.ones((4, 3, 2)), r"\(0, 1, 2\)")):
         message = (
-            rf"BuiltIn takes sums over columns, .* the order {axes}; pass a copy in Fortran order,"
-            " made with np.asfortranarray, and gradients alike"
+            rf"ColumnLARS takes sums over columns, .* the order {axes}; pass a copy in Fortran"
+            " order, made with np.asfortranarray, and gradients alike"
         )
         with pytest.raises(ValueError, match=message):
             fo.Optimizer(wrong, rule, backend=backend)
@@ -196,7 +155,7 @@ def test_refusals(backend: str) -> None:
     fo.Optimizer(np.ones((5, 1)), rule, backend=backend).step(np.ones((5, 1)))
     # One row of one column more is in both orders, and still no table with rows.
     opt = fo.Optimizer(np.ones((1, 5)), rule, backend=backend)
-    with pytest.raises(ValueError, match="BuiltIn measures parameters as a whole, not some"):
+    with pytest.raises(ValueError, match="ColumnLARS measures parameters as a whole, not some"):
         opt.step(fo.Rows(np.array([0]), np.ones((1, 5))))
     assert opt.step_count == 0
     blocks: Any = {"state_dtype": "float8"}
@@ -204,12 +163,14 @@ def test_refusals(backend: str) -> None:
         ValueError, match=r"takes sums over columns, but v is .* need columns of a mu.* have 100"
     ):
         fo.Optimizer(np.ones((100, 64), np.float32, order="F"), rule, backend=backend, **blocks)
-    unlike = type("Unlike", (Own,), {"measured": lambda self, t, lr, sums: sums[0]})(lr=0.1)
+    unlike = type("Unlike", (OwnColumnLARS,), {"measured": lambda self, t, lr, sums: sums[0]})(
+        lr=0.1
+    )
     with pytest.raises(TypeError, match=r"over = 'column' each sum is an array with a number for"):
         fo.Optimizer(np.ones(3), unlike, backend=backend)
 
 
 def test_what_says_so() -> None:
-    opt = fo.Optimizer(np.ones((3, 2), order="F"), BuiltIn(**NUMBERS))
+    opt = fo.Optimizer(np.ones((3, 2), order="F"), ColumnLARS(**NUMBERS))
     assert "with sums of each column" in opt.describe()
-    assert "with sums of each column" in fo.Optimizer(np.ones(3), Own(lr=0.1)).describe()
+    assert "with sums of each column" in fo.Optimizer(np.ones(3), OwnColumnLARS(lr=0.1)).describe()

@@ -15,54 +15,11 @@ from fusedopt.arrays.stored import Stored
 from fusedopt.system.isa import isas
 from fusedopt.verification.judge import judge
 from fusedopt.verification.running_error import Bounded
-from own_rules import OwnLARS
+from own_rules import Extremes, OwnRowLARS, RowLARS
 
 pytest.importorskip("numba")
 
 BACKENDS = ["native", "numba", "reference"]
-
-
-class RowLARS(fo.LARS):
-    """The built-in rule with one trust ratio for each row."""
-
-    over: ClassVar[Any] = "row"
-
-    def measured(self, t: int, lr: float, sums: Any) -> tuple[Any, ...]:
-        p, g = np.sqrt(sums)
-        moves = (p > 0) & (g > 0)
-        return (lr * np.where(moves, self.trust * p / (g + self.eps), 1.0),)
-
-
-class Own(OwnLARS):
-    """The arithmetic of `RowLARS`."""
-
-    over: ClassVar[Any] = "row"
-
-    def measured(self, t: int, lr: float, sums: Any) -> tuple[Any, ...]:
-        p, g = np.sqrt(sums)
-        return (lr * np.where((p > 0) & (g > 0), self.trust * p / g, 1.0),)
-
-
-class Extremes(fo.CustomRule):
-    """Steps by the mean of each row's gradient, its largest and its smallest element."""
-
-    over: ClassVar[Any] = "row"
-    maxima = 2
-
-    def scalars(self, t: int, lr: float) -> tuple[float, ...]:
-        return ()
-
-    @staticmethod
-    def measure(p: float, g: float) -> tuple[float, float, float, float]:
-        return g, 1.0, g, -g
-
-    def measured(self, t: int, lr: float, sums: Any) -> tuple[Any, ...]:
-        total, count, largest, smallest = sums
-        return total / count, largest, -smallest
-
-    @staticmethod
-    def element(p: float, g: float, mean: float, largest: float, smallest: float) -> float:
-        return mean + largest - smallest
 
 
 LENGTHS = (1, 7, 255, 257, 16385)
@@ -102,7 +59,7 @@ def rows_of(values: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("decay", ["l2", "decoupled", "decoupled_first", "cautious"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("rule", [RowLARS, Own])
+@pytest.mark.parametrize("rule", [RowLARS, OwnRowLARS])
 def test_each_row_has_the_bits_that_it_has_alone(rule: Any, dtype: Any, decay: Any) -> None:
     alone = fo.Optimizer(rows_of(tree(0, dtype)), fo.LARS(**NUMBERS, decay=decay, maximize=True))
     for step in range(3):
@@ -119,7 +76,7 @@ def test_each_row_has_the_bits_that_it_has_alone(rule: Any, dtype: Any, decay: A
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("rule", [RowLARS, Own])
+@pytest.mark.parametrize("rule", [RowLARS, OwnRowLARS])
 def test_it_is_the_textbook_of_each_row(rule: Any, backend: str) -> None:
     opt = stepped(rule(**NUMBERS, decay="decoupled"), backend=backend)
     for name, start in tree(0).items():
@@ -150,7 +107,7 @@ def test_it_is_the_textbook_of_each_row(rule: Any, backend: str) -> None:
 def test_formats_have_the_same_bits_everywhere(dtype: Any, options: Any) -> None:
     wanted = stepped(RowLARS(**NUMBERS), dtype, threads=1, **options).fingerprint()
     for others in ({"threads": 2}, {"backend": "numba"}, {"verify": True}):
-        for rule in (RowLARS(**NUMBERS), Own(**NUMBERS)):
+        for rule in (RowLARS(**NUMBERS), OwnRowLARS(**NUMBERS)):
             assert stepped(rule, dtype, **options, **others).fingerprint() == wanted, others
 
 
@@ -185,7 +142,9 @@ def test_sums_and_maxima_are_those_of_the_row(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("rule", [RowLARS(**NUMBERS), Own(**NUMBERS)], ids=["built in", "own"])
+@pytest.mark.parametrize(
+    "rule", [RowLARS(**NUMBERS), OwnRowLARS(**NUMBERS)], ids=["built in", "own"]
+)
 def test_rows_that_have_a_gradient_are_updated_alone(rule: Any, backend: str) -> None:
     rng = np.random.default_rng(0)
     start, values = rng.standard_normal((9, 257)), rng.standard_normal((5, 257))
@@ -225,7 +184,7 @@ def test_rows_catch_up(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_is_written_where_the_sums_of_one_row_are_refused(backend: str) -> None:
-    class Refusing(Own):
+    class Refusing(OwnRowLARS):
         def measured(self, t: int, lr: float, sums: Any) -> tuple[Any, ...]:
             if (sums[1] > 1000).any():
                 raise OverflowError("too large")
@@ -248,7 +207,7 @@ def test_nothing_is_written_where_the_sums_of_one_row_are_refused(backend: str) 
 
 @pytest.mark.parametrize("backend", ["native", "numba"])
 def test_scalars_that_do_not_fit_are_refused_unless_a_row_is_not_finite(backend: str) -> None:
-    class Large(Own):
+    class Large(OwnRowLARS):
         def measured(self, t: int, lr: float, sums: Any) -> tuple[Any, ...]:
             return (1e38 * sums[0],)
 
@@ -378,7 +337,7 @@ def test_parts_of_a_step_and_new_numbers() -> None:
 def test_one_tensor_alone() -> None:
     start, g = tree(0)["kernels"], tree(1)["kernels"]
     p, whole = start.copy(), start.copy()
-    rule = Own(**NUMBERS)
+    rule = OwnRowLARS(**NUMBERS)
     fo.update(rule, 1, p, g, *rule.init(p))
     fo.Optimizer(whole, rule).step(g)
     assert p.tobytes() == whole.tobytes()
@@ -419,7 +378,10 @@ def test_a_sign_that_is_up_to_rounding_is_judged_in_its_row() -> None:
 def test_what_says_so() -> None:
     opt = fo.Optimizer({"w": np.ones((3, 2)), "b": np.ones(2)}, RowLARS(lr=0.5))
     assert opt.describe().count("RowLARS: with sums of each row") == 1
-    assert "compiled by Numba, with sums of each row" in fo.Optimizer(np.ones(2), Own()).describe()
+    assert (
+        "compiled by Numba, with sums of each row"
+        in fo.Optimizer(np.ones(2), OwnRowLARS()).describe()
+    )
 
 
 def test_refusals() -> None:
@@ -432,14 +394,14 @@ def test_refusals() -> None:
         ({"measure": None}, "`over`, `maxima` and `kept` are for rules that `measure`"),
     ):
         with pytest.raises(ValueError, match=message):
-            fo.Optimizer(np.ones(3), type("Wrong", (Own,), members)(lr=0.1))
+            fo.Optimizer(np.ones(3), type("Wrong", (OwnRowLARS,), members)(lr=0.1))
     for measured in (
         lambda self, t, lr, sums: (math.sqrt(sums[0]),),
         lambda self, t, lr, sums: (lr if sums[0] else 0.0,),
         lambda self, t, lr, sums: sums[0],
         lambda self, t, lr, sums: (np.ones(3),),
     ):
-        for base in (Own, RowLARS):
+        for base in (OwnRowLARS, RowLARS):
             with pytest.raises(
                 TypeError, match=r"measured: with over = 'row' each sum is an arr.*"
             ):
@@ -448,7 +410,7 @@ def test_refusals() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_numbers_stand_for_all_rows_and_sums_may_be_written(backend: str) -> None:
-    class Writing(Own):
+    class Writing(OwnRowLARS):
         def measured(self, t: int, lr: float, sums: Any) -> tuple[Any, ...]:
             sums[0][...] = np.nan
             return (lr * t,)

@@ -114,7 +114,7 @@ KINDS: list[tuple[Any, Any, float]] = [
 def test_the_core_has_the_bits_of_numpy(
     dtype: Any, given: Any, scale: float, options: dict[str, Any]
 ) -> None:
-    """In one call of the core, and in NumPy, where a leaf in Fortran order is among the others."""
+    """One call of the core, on one thread and two, and NumPy's passes before Numba's step."""
     found = []
     for more in (
         {"threads": 1},
