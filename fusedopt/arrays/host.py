@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from .checks import GradientChecks, check_apart, check_input, check_parameter, check_target
-from .formats import PLAIN, compute_dtype
+from .formats import PLAIN_OF, compute_dtype
 from .rows import added_up, as_rows, unique_rows
 from .storage import Storage
 from .stored import ArraySpec, Quantized, Stored
@@ -54,4 +54,4 @@ def check_summed(label: str, gradient: Any) -> np.ndarray:
 
 def blank(parameters: Sequence[np.ndarray]) -> list[Stored]:
     """New arrays like these, in the types that they are computed in."""
-    return new([ArraySpec(PLAIN[compute_dtype(p.dtype).name], p) for p in parameters])
+    return new([ArraySpec(PLAIN_OF[compute_dtype(p.dtype)], p) for p in parameters])

@@ -17,6 +17,7 @@ from .formats import (
     FLOAT16,
     KAHAN,
     PLAIN,
+    PLAIN_OF,
     QUANTIZED,
     QUANTIZED_STOCHASTIC,
     SPLIT16,
@@ -148,7 +149,7 @@ class Storage:
     def parameter(self, dtype: np.dtype) -> Format:
         """Return the format in which a parameter is computed."""
         if dtype not in LOW:
-            return PLAIN[dtype.name]
+            return PLAIN_OF[dtype]
         if self.master:
             return SPLIT16 if self.master == "split16" else PLAIN["float32"]
         if self.rounding == "kahan" and dtype == BFLOAT16:
@@ -158,7 +159,7 @@ class Storage:
     def state(self, rule: StateSpec, name: str, dtype: np.dtype, size: int) -> Format:
         """Return the format of a state, for a parameter of this dtype and size."""
         if name in WEIGHTS:
-            return PLAIN[compute_dtype(dtype).name]
+            return PLAIN_OF[compute_dtype(dtype)]
         chosen = self.state_dtype
         if isinstance(chosen, Mapping):
             chosen = chosen.get(name)
@@ -167,7 +168,7 @@ class Storage:
         if chosen in PLAIN:
             return self._rounded(chosen)
         if size < QUANTIZED_FROM:
-            return PLAIN[compute_dtype(dtype).name]
+            return PLAIN_OF[compute_dtype(dtype)]
         formats = QUANTIZED_STOCHASTIC if self.rounding == "stochastic" else QUANTIZED
         return formats[chosen][name in rule.nonnegative]
 
@@ -236,7 +237,7 @@ class Storage:
                 )
                 for s in states_of(rule)
             ]
-            plain = PLAIN[compute_dtype(p.dtype).name]
+            plain = PLAIN_OF[compute_dtype(p.dtype)]
             wanted += [
                 ArraySpec(plain, p, rule.initial(name), shape=shape)
                 for name, shape in rule.sides(p.shape).items()

@@ -10,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from .formats import PLAIN, Format, Values
+from .formats import PLAIN_OF, Format, Values
 from .order import flattened, memory_order, shaped
 
 LINE = 64  # bytes: of a cache line, and of the widest vector
@@ -44,7 +44,7 @@ class Stored:
     @classmethod
     def plain(cls, array: np.ndarray) -> Stored:
         """A dense array of NumPy's own as it is."""
-        return cls(PLAIN[array.dtype.name], array, None, array.shape, memory_order(array))
+        return cls(PLAIN_OF[array.dtype], array, None, array.shape, memory_order(array))
 
     @property
     def arrays(self) -> list[np.ndarray]:

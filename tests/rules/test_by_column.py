@@ -20,7 +20,7 @@ NUMBERS: dict[str, Any] = {"lr": 0.5, "trust": 0.1, "weight_decay": 0.125}
 SHAPES: dict[str, tuple[int, ...]] = {
     "long columns": (16_385, 3),
     "tails": (257, 5),
-    "many": (70, SERIAL // 64),
+    "many": (560, SERIAL // 512),
     "kernels": (3, 3, 5, 6),
     "one column": (300, 1),
     "one row": (1, 9),

@@ -25,7 +25,7 @@ BACKENDS = ["native", "numba", "reference"]
 LENGTHS = (1, 7, 255, 257, 16385)
 SHAPES: dict[str, tuple[int, ...]] = {
     **{f"rows of {n}": (3, n) for n in LENGTHS},
-    "many": (SERIAL // 64, 70),
+    "many": (SERIAL // 512, 560),
     "kernels": (6, 5, 3, 3),
     "one row": (1, 300),
     "vector": (1000,),

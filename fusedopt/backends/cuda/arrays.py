@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...arrays import device_interface
-from ...arrays.formats import BFLOAT16, FLOAT32, PLAIN
+from ...arrays.formats import BFLOAT16, FLOAT32, PLAIN_OF
 from ...arrays.order import flattened, inverse, shaped, turned_shape
 from ...arrays.stored import Quantized, Stored
 from .buffers import Memory, on_device
@@ -179,4 +179,4 @@ class DeviceQuantized(DeviceStored, Quantized):
 def stored(a: DeviceArray) -> Stored:
     """An array as it is."""
     data: Any = a
-    return DeviceStored(PLAIN[a.dtype.name], data, None, a.shape, a.order)
+    return DeviceStored(PLAIN_OF[a.dtype], data, None, a.shape, a.order)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...arrays.formats import PLAIN, compute_dtype
+from ...arrays.formats import PLAIN_OF, compute_dtype
 from ...arrays.storage import Storage, own_states
 from ...arrays.storage import synchronize as take_parameter
 from ...arrays.stored import WEIGHTS, ArraySpec, LeafState, Stored
@@ -99,7 +99,7 @@ def allocate(
             wanted.append(
                 ArraySpec(storage.state(rule, name, p.dtype, p.size), p, rule.initial(name))
             )
-        plain = PLAIN[compute_dtype(p.dtype).name]
+        plain = PLAIN_OF[compute_dtype(p.dtype)]
         wanted += [ArraySpec(plain, p, shape=shape) for shape in rule.sides(p.shape).values()]
     fresh = iter(new_arrays(wanted))
     made = []
@@ -157,7 +157,7 @@ def _made(w: ArraySpec, block: Bytes, addresses: Sequence[int]) -> Stored:
 def blank(parameters: Sequence[DeviceArray]) -> list[Stored]:
     """New arrays like these, in the types that they are computed in."""
     likes: Any = parameters
-    return new_arrays([ArraySpec(PLAIN[compute_dtype(p.dtype).name], p) for p in likes])
+    return new_arrays([ArraySpec(PLAIN_OF[compute_dtype(p.dtype)], p) for p in likes])
 
 
 def same(a: DeviceArray, b: DeviceArray) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ...arrays.formats import FLOAT64, PLAIN, SEGMENT, compute_dtype
+from ...arrays.formats import FLOAT64, PLAIN_OF, SEGMENT, compute_dtype
 from ...arrays.rows import UniqueRows, values_of
 from ...arrays.stored import Stored
 from ...jit.tiles import LANES
@@ -130,7 +130,7 @@ def convert(target: Placed, source: Stored) -> None:
     """Write the elements of an array of the same shape and order, rounded to the nearest."""
     types = [compute_dtype(target.dtype), compute_dtype(source.format.dtype)]
     wide = FLOAT64 if FLOAT64 in types else types[0]
-    formats = (("g", source.format), ("p", PLAIN[target.dtype.name]))
+    formats = (("g", source.format), ("p", PLAIN_OF[target.dtype]))
     step = Step(keep, "other", ("p", "g"), ("p",), 0, "", False)
     there: Any = source.data
     stream, other = target.stream, there.stream
@@ -146,7 +146,7 @@ class Squares:
 
     def __init__(self, dtype: np.dtype, arrays: Sequence[Placed], stream: int) -> None:
         self.dtype, self._device = dtype, arrays[0].device
-        self._kernel = squares_kernel(PLAIN[arrays[0].dtype.name], dtype)
+        self._kernel = squares_kernel(PLAIN_OF[arrays[0].dtype], dtype)
         self._table = Table.of([(a.size, a.address) for a in arrays], SEGMENT, stream)
         self._partials = Memory.reused(8 * self._table.count, stream)
         counts = np.array([-(-a.size // SEGMENT) for a in arrays])
@@ -169,7 +169,7 @@ class RowSquares:
     def __init__(self, dtype: np.dtype, grads: Sequence[UniqueRows], stream: int) -> None:
         first: Any = grads[0].values
         self.dtype, self._device = dtype, first.device
-        self._kernel = row_squares_kernel(PLAIN[first.dtype.name], dtype)
+        self._kernel = row_squares_kernel(PLAIN_OF[first.dtype], dtype)
         parts, pairs, counts, before = [], [], [], 0
         for g in grads:
             values: Any = g.values

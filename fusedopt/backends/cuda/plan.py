@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...arrays import device_interface
-from ...arrays.formats import FLOAT32, FLOAT64, PLAIN, compute_dtype
+from ...arrays.formats import FLOAT32, FLOAT64, PLAIN_OF, compute_dtype
 from ...arrays.rows import UniqueRows, values_of
 from ...arrays.trees import Fixed, opened
 from ...plan.extras import Extras
@@ -357,19 +357,19 @@ class CudaPlan(ExclusiveUse):
 
     def _variant(self, k: int, phase: int, ahead: bool, g: Any, estimate: Any) -> Variant:
         program, memory = self._programs[self._spec.group_of[k]], self._spec.leaves[k]
-        formats = [("g", PLAIN[values_of(g).dtype.name]), ("p", memory.parameter.format)]
+        formats = [("g", PLAIN_OF[values_of(g).dtype]), ("p", memory.parameter.format)]
         if estimate is not None:
-            formats.append(("hessian", PLAIN[values_of(estimate).dtype.name]))
+            formats.append(("hessian", PLAIN_OF[values_of(estimate).dtype]))
         formats += [(name, state.format) for name, state in memory.states.items()]
         works = self._matrices.works.get(k, ())
-        formats += [(name, PLAIN[self._dtypes[k].name]) for name in works]
+        formats += [(name, PLAIN_OF[self._dtypes[k]]) for name in works]
         _, steps = operations_at(program, phase, ahead, estimate is not None)
         return Variant(
             steps,
             program.temporaries,
             self._dtypes[k],
             tuple(formats),
-            tuple(PLAIN[a.dtype.name] for a in memory.mirrors),
+            tuple(PLAIN_OF[a.dtype] for a in memory.mirrors),
             self._spec.zero_grads,
             self._clipper is not None,
         )

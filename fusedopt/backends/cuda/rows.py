@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...arrays import device_interface
-from ...arrays.formats import PLAIN, TILE, Format, compute_dtype
+from ...arrays.formats import PLAIN_OF, TILE, Format, compute_dtype
 from ...arrays.rows import Rows, UniqueRows, check_indices
 from .arrays import DeviceArray
 from .buffers import Memory, on_device, wait_for
@@ -108,7 +108,7 @@ def _added(
         memory.written_on, other = stream, values.stream
         wait_for(stream, other)
         words = (values.address, order.address, bounds.address, memory.address, length)
-        kernel = added_kernel(PLAIN[values.dtype.name], dtype)
+        kernel = added_kernel(PLAIN_OF[values.dtype], dtype)
         kernel.launch(counts.size, THREADS, (p.device, stream), words)
         wait_for(other, stream)
     return values.like(memory.address, dtype, memory, (counts.size, *values.shape[1:]))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...arrays import host
-from ...arrays.formats import DTYPES, PLAIN, TILE, RandomKey, compute_dtype
+from ...arrays.formats import DTYPES, PLAIN_OF, TILE, RandomKey, compute_dtype
 from ...arrays.rows import UniqueRows, values_of
 from ...arrays.stored import Stored
 from ...jit import unavailable
@@ -175,7 +175,7 @@ class NumbaPlan(ExclusiveUse):
             row["aux_bytes"] = TILE // stored.format.block * stored.aux.itemsize
         if copy:
             row["source"] = PARAMETER
-        elif stored.format is PLAIN[dtype.name]:
+        elif stored.format is PLAIN_OF[dtype]:
             return  # used where it lies
         else:
             row["decode"] = tiles.decoder(stored.format, dtype).address

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ...arrays.formats import FLOAT64, PLAIN, SEGMENT, compute_dtype
+from ...arrays.formats import FLOAT64, PLAIN_OF, SEGMENT, compute_dtype
 from ...arrays.rows import UniqueRows, values_of
 from ...jit import tiles
 from ...jit.driver import INPUT, LEAF, MAX_OPERANDS, OPERAND, STEP, SUMS, run_part
@@ -126,6 +126,8 @@ class Table:
             at, parts, each, largest = self._places[leaf, operand]
             if not by_row:
                 parts, each = 1, parts * each
+                if each == 1:
+                    return float(partials[at])
             found = partials[at : at + parts * each].reshape(parts, each)
             if largest:
                 totals = np.max(found, axis=1, initial=-np.inf)
@@ -194,7 +196,7 @@ def elements_of(a: Any) -> int:
 
 def take_input(row: Any, a: np.ndarray, dtype: np.dtype, zeroed: bool = False) -> None:
     """Make an operand of an array that comes with a step; zeroed: it is to be set to zero."""
-    format = PLAIN[a.dtype.name]
+    format = PLAIN_OF[a.dtype]
     row["data"], row["bits"] = address(a), format.bits
     row["decode"] = 0 if a.dtype == dtype else tiles.decoder(format, dtype).address
     row["encode"] = tiles.zeroer(a.dtype).address if zeroed else 0
