@@ -499,7 +499,7 @@ class UnsignedDynamic4(Blocks):
 
 PLAIN = {dtype.name: Plain(dtype) for dtype in DTYPES}
 PLAIN_OF = {format.dtype: format for format in PLAIN.values()}
-"""The same by dtype, whose name takes NumPy 5 us to find."""
+"""`PLAIN` by dtype, whose name takes NumPy 5 us to find."""
 STOCHASTIC = {dtype.name: Stochastic(dtype) for dtype in (BFLOAT16, FLOAT16)}
 SPLIT16, KAHAN = Split16(), Kahan()
 
