@@ -79,13 +79,15 @@ inline __m512i signs_of(const __m512 (&x)[4]) {
 // Rounds y, a magnitude, to four significant bits, ties to even, the first of which stands for
 // `power`: the sum has room for no more. In the lowest byte of the result these bits and eight
 // times the power's biased exponent are added up, and 4 + 8 * 20.
-inline __m512i four_places(__m512 power, __m512 y) {
-  const __m512i sum = bits_of(_mm512_add_ps(_mm512_mul_ps(power, all_of(1572864.0f)), y));
+inline __m512i four_places(__m512i power, __m512 y) {
+  // Added to a power of two, these bits multiply it by 1.5 * 2^20.
+  const __m512 room = float_of(_mm512_add_epi32(power, all_of((20u << 23) + (1u << 22))));
+  const __m512i sum = bits_of(_mm512_add_ps(room, y));
   return _mm512_add_epi32(sum, _mm512_srli_epi32(sum, 20));
 }
 // What is too much there where numbers begin with the bits alone at that biased exponent.
 constexpr std::uint32_t too_much(std::uint32_t exponent) { return 8 * (exponent + 20) + 4; }
-inline __m512 exponent_of(__m512 x) { return _mm512_and_ps(x, float_of(all_of(INFINITE))); }
+inline __m512i exponent_of(__m512 x) { return _mm512_and_si512(bits_of(x), all_of(INFINITE)); }
 
 template <>
 struct Sixteen<E4M3> {
@@ -111,7 +113,8 @@ struct Sixteen<E4M3> {
  private:
   static __m512i rounded(__m512 x) {
     // Denormals have the distance of the smallest normal numbers.
-    return four_places(_mm512_max_ps(exponent_of(x), all_of(0.015625f)), magnitude(x));
+    const __m512i power = _mm512_max_epu32(exponent_of(x), bits_of(all_of(0.015625f)));
+    return four_places(power, magnitude(x));
   }
 };
 
