@@ -1,5 +1,6 @@
 """Configuration of Sphinx; the pages of the rules are written by `rule_pages.py` at each build."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -33,6 +34,8 @@ numpydoc_class_members_toctree = False
 html_theme = "pydata_sphinx_theme"
 html_title = "fusedopt"
 html_theme_options = {"navigation_with_keys": False, "show_nav_level": 2}
+if "GITHUB_REPOSITORY" in os.environ:  # where a workflow builds the documentation
+    html_theme_options["github_url"] = "{GITHUB_SERVER_URL}/{GITHUB_REPOSITORY}".format(**os.environ)
 html_show_sourcelink = False
 
 
