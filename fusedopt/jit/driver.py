@@ -199,10 +199,12 @@ def _run_span(
 @jit
 def _turn(lanes: Any, by: int) -> None:
     """A tile's first element goes to the first lane, whichever is the turn of that element."""
-    by %= LANES
-    if by:
+    for _ in range(by % LANES):
         for k in range(MAX_OPERANDS):
-            lanes[k] = np.concatenate((lanes[k, by:], lanes[k, :by]))
+            first = lanes[k, 0]
+            for lane in range(LANES - 1):
+                lanes[k, lane] = lanes[k, lane + 1]
+            lanes[k, LANES - 1] = first
 
 
 maximum = device(elements.maximum)

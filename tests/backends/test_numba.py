@@ -37,6 +37,18 @@ def crowded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     threads.use(before)
 
 
+COMPILED_LONG = {
+    *("dynamic8", "dynamic4", "mixed states", "mixed quantised", "wide gradients"),
+    *("narrow gradients", "copies"),
+}
+"""Ways with block formats beside float8, each of which takes Numba two to four seconds."""
+
+
+def way_of(name: str, *more: Any) -> Any:
+    marks = pytest.mark.slow if name in COMPILED_LONG else []
+    return pytest.param(name, *more, marks=marks)
+
+
 VARIANTS = UNDECAYED | DECAYED
 
 
@@ -56,7 +68,7 @@ def test_every_kernel_in_float64(rule: fo.Rule) -> None:
 
 
 @pytest.mark.parametrize("name", formatted.RULES)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [way_of(name) for name in WAYS])
 def test_every_format(way: str, name: str, crowded: None) -> None:
     leaves = {"a": 0, "b": 1, "c": 255, "d": 4096, "e": 5003, "f": 4096 + 128}
     rule = formatted.RULES[name]
@@ -115,9 +127,10 @@ def test_all_that_a_step_does_besides(clip: str, name: str, way: str, crowded: N
 
 
 ROWS = [(way, n) for way in ("float32", "float64", "bfloat16") for n in (1, 37, 700)]
+BLOCKS = [way_of("dynamic8", 256), way_of("dynamic4", 512)]
 
 
-@pytest.mark.parametrize(("way", "length"), [*ROWS, ("dynamic8", 256), ("dynamic4", 512)])
+@pytest.mark.parametrize(("way", "length"), [*ROWS, *BLOCKS])
 @pytest.mark.parametrize("name", ["adamw", "sophia"])
 def test_gradients_of_some_rows(name: str, way: str, length: int, crowded: None) -> None:
     rule, w = formatted.RULES[name], WAYS[way]
@@ -201,6 +214,7 @@ print(optimizer.fingerprint(), flush=True)
 """
 
 
+@pytest.mark.slow
 def test_fork_after_a_parallel_region() -> None:
     done = run_python(FORK)
     assert done.returncode == 0, done.stderr

@@ -248,6 +248,7 @@ def test_every_rule_is_raced_or_left_out_with_a_reason() -> None:
 # Pictures.
 
 
+@pytest.mark.slow
 @each_scene
 def test_no_text_is_cut_off_or_covers_another(scene: Scene) -> None:
     made, _ = draw(scene, list(scene.walk().values()))

@@ -140,6 +140,7 @@ def test_a_seed_has_the_run_that_it_has_alone(small: RaceOptions) -> None:
         assert losses(of_both.runs[1]) == losses(of_one.runs[0])
 
 
+@pytest.mark.slow
 def test_a_rate_between_no_worse_ones_is_said_to_be(small: RaceOptions) -> None:
     result = race(replace(small, steps=2), console()[0])
     for tried, said in (

@@ -13,7 +13,6 @@ from mpi_places import PLACES
 from mpi_ranks import run_ranks
 
 HERE = Path(__file__).parent
-QUICK = ("step, in the reduction",)
 
 
 def test_some_cases(tmp_path: Path) -> None:
@@ -48,9 +47,8 @@ def check_cases(ranks: int, folder: Path, *names: str) -> int:
     return len(found[0])
 
 
-@pytest.mark.parametrize(
-    "place", [*QUICK, *(pytest.param(p, marks=pytest.mark.slow) for p in PLACES if p not in QUICK)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("place", PLACES)
 def test_a_rank_that_is_killed_is_an_error_on_the_others(place: str, tmp_path: Path) -> None:
     program = [str(HERE / "guarded.py"), str(HERE / "killed.py"), place]
     done = run_ranks(3, program, launcher=["-disable-auto-cleanup"], cwd=tmp_path)

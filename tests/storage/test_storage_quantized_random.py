@@ -63,6 +63,7 @@ def test_larger_elements_never_get_smaller_codes(name: str) -> None:
         assert (ends[0] <= ends[1]).all()
 
 
+@pytest.mark.slow
 @each
 def test_verified_steps_pass(name: str) -> None:
     rng = np.random.default_rng(3)

@@ -161,6 +161,7 @@ KINDS: dict[str, Callable[..., tuple[fo.Optimizer, Any]]] = {
 KIND = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 
+@pytest.mark.slow
 @BACKEND
 @KIND
 def test_a_step_of_sums(kind: Any, backend: str) -> None:
@@ -183,6 +184,7 @@ def test_a_step_in_parts(backend: str) -> None:
     )
 
 
+@pytest.mark.slow
 @BACKEND
 @KIND
 def test_states_that_come_and_go(kind: Any, backend: str, tmp_path: Path) -> None:

@@ -256,6 +256,7 @@ def test_right_steps_of_every_magnitude_are_accepted(name: str, lr: float) -> No
                     break
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("name", [name for name in fo.RULES if name not in ELEMENTWISE])
 def test_right_steps_of_matrices_of_changing_magnitude_are_accepted(name: str, dtype: Any) -> None:
