@@ -35,7 +35,8 @@ html_theme = "pydata_sphinx_theme"
 html_title = "fusedopt"
 html_theme_options = {"navigation_with_keys": False, "show_nav_level": 2}
 if "GITHUB_REPOSITORY" in os.environ:  # where a workflow builds the documentation
-    html_theme_options["github_url"] = "{GITHUB_SERVER_URL}/{GITHUB_REPOSITORY}".format(**os.environ)
+    address = "{GITHUB_SERVER_URL}/{GITHUB_REPOSITORY}".format(**os.environ)
+    html_theme_options["github_url"] = address
 html_show_sourcelink = False
 
 
