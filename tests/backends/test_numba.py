@@ -45,8 +45,7 @@ COMPILED_LONG = {
 
 
 def way_of(name: str, *more: Any) -> Any:
-    marks = pytest.mark.slow if name in COMPILED_LONG else []
-    return pytest.param(name, *more, marks=marks)
+    return pytest.param(name, *more, marks=[pytest.mark.slow] * (name in COMPILED_LONG))
 
 
 VARIANTS = UNDECAYED | DECAYED
