@@ -45,7 +45,7 @@ Plan::Plan(const py::object& description)
       factors_(description.attr("factors")),
       counters_(description.attr("counters")),
       combine_(description.attr("combine")),
-      keep_(description.attr("keep")),
+      after_kept_(description.attr("after_kept")),
       before_(description.attr("before")),
       between_(description.attr("between")),
       results_(description.attr("results")),

@@ -190,8 +190,14 @@ class Plan {
   // All phases of a batch of matrices. It may raise, and has written by then.
   void run_batch(int batch, bool flat, bool& begun);
   void take_sums(const std::vector<std::size_t>& members);
-  // The sums that rules read, and the scalars that come from them; runs Python.
+  // Whether a leaf that takes part has a rule that reads sums.
+  bool active_measure() const;
+  // These sums, and the scalars that come from them; runs Python.
   void take_measures();
+  // Takes pairs of a place and a number that is to be kept there.
+  void take_kept(py::object pairs);
+  // Stores these numbers; runs no Python.
+  void store_kept();
   int threads() const;
   std::size_t columns() const { return Policy::FIRST_SUM + static_cast<std::size_t>(sums_); }
 
@@ -204,7 +210,8 @@ class Plan {
   Node tree_;
   std::vector<int> groups_, batches_;
   std::vector<Numbers> numbers_;
-  py::object rates_, factors_, counters_, combine_, keep_, before_, between_, results_, decide_;
+  py::object rates_, factors_, counters_, combine_, after_kept_, before_, between_, results_,
+      decide_;
   const bool sided_;  // leaves have side states
   const bool zero_grads_;
   const int threads_;
@@ -250,6 +257,14 @@ class Plan {
   std::deque<Scalars> scalars_;
   std::vector<const Scalars*> leaf_scalars_;
   std::deque<Scalars> measured_scalars_;  // of leaves that have their own
+  // Numbers that are stored when all else of a step has been written, and their places.
+  struct Kept {
+    char* place;
+    const char* value;
+    std::size_t size;
+  };
+  std::vector<Kept> kept_;
+  py::object kept_arrays_;  // of these
   std::vector<Step> steps_;
   std::vector<Leaf> leaves_;
   Partials partials_;  // of `leaves_`

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <bitset>
 #include <cstdint>
+#include <cstring>
 #include <iterator>
 #include <memory>
 #include <stdexcept>
@@ -70,8 +71,7 @@ bool Plan::update(bool flat) {
   }
   if (!read(flat)) return false;
   if (!measured_) begin_results();
-  const bool measures = std::any_of(active_.begin(), active_.end(),
-                                    [&](std::size_t k) { return program(k).measures; });
+  const bool measures = active_measure();
   if (measures) {
     take_measures();
     if (!read(flat)) return false;
@@ -81,7 +81,10 @@ bool Plan::update(bool flat) {
     for (int batch = 0; batch < batch_count_; ++batch) run_batch(batch, flat, begun);
     unlocked_if_long(elements_, [this] { run_phase(active_of(-1), -1, &choice_); });
     begun = true;
-    if (!keep_.is_none()) called(keep_, py::tuple());
+    if (measures) {
+      store_kept();
+      if (!after_kept_.is_none()) called(after_kept_, py::tuple());
+    }
   } catch (...) {
     if (begun) counts_[0] = HALFWAY;
     throw;
@@ -375,14 +378,21 @@ bool Plan::use_factors() {
   return fit;
 }
 
+bool Plan::active_measure() const {
+  return std::any_of(active_.begin(), active_.end(),
+                     [this](std::size_t k) { return program(k).measures; });
+}
+
 void Plan::take_measures() {
   std::vector<std::size_t> members;
   for (const std::size_t k : active_)
     if (program(k).measures) members.push_back(k);
   unlocked_if_long(elements_, [&] { run_phase(members, 0, &measure_choice_); });
-  if (!combine_.is_none()) called(combine_, py::make_tuple(members));
+  kept_.clear();
+  if (!combine_.is_none()) take_kept(called(combine_, py::make_tuple(members)));
   measured_scalars_.clear();
-  std::vector<double> sums;
+  std::vector<double> sums, sums_before;
+  const Scalars* scalars_before = nullptr;
   std::size_t last = 0;  // of a leaf's sums, among those of all; its rule's own are its last
   for (std::size_t j = 0; j < members.size(); ++j) {
     const std::size_t k = members[j];
@@ -403,11 +413,34 @@ void Plan::take_measures() {
       sums.assign(own, own + count);
       if (program(k).over != Over::LEAF && !leaf.elements) rows = 0;
     }
-    const auto group = static_cast<std::size_t>(groups_[k]);
-    measured_scalars_.push_back(leaf_scalars_[k]->with(
-        program(k), numbers_[group], counts_[k + 1] + 1, rate_[group], sums, rows));
+    // Leaves whose measures are taken together have the same sums.
+    if (rows != 1 || leaf_scalars_[k] != scalars_before || sums != sums_before) {
+      const auto group = static_cast<std::size_t>(groups_[k]);
+      measured_scalars_.push_back(leaf_scalars_[k]->with(
+          program(k), numbers_[group], counts_[k + 1] + 1, rate_[group], sums, rows));
+      scalars_before = rows == 1 ? leaf_scalars_[k] : nullptr;
+      sums_before = sums;
+    }
     leaf_scalars_[k] = &measured_scalars_.back();
   }
+}
+
+void Plan::take_kept(py::object pairs) {
+  for (const py::handle pair : pairs) {
+    const bool two = PyTuple_Check(pair.ptr()) && PyTuple_GET_SIZE(pair.ptr()) == 2;
+    const Proxy* const place = two ? as_array(PyTuple_GET_ITEM(pair.ptr(), 0)) : nullptr;
+    const Proxy* const value = two ? as_array(PyTuple_GET_ITEM(pair.ptr(), 1)) : nullptr;
+    const int format = format_of(place);
+    if (format < 0 || format_of(value) != format || elements_of(place) != 1 ||
+        elements_of(value) != 1)
+      throw py::value_error("plan: what is kept is one number in the format of its place");
+    kept_.push_back({place->data, value->data, SIZES[format]});
+  }
+  kept_arrays_ = std::move(pairs);
+}
+
+void Plan::store_kept() {
+  for (const Kept& kept : kept_) std::memcpy(kept.place, kept.value, kept.size);
 }
 
 void Plan::run_phase(const std::vector<std::size_t>& members, int phase, ThreadChoice* choice) {

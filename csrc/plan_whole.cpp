@@ -13,9 +13,13 @@
 namespace fusedopt {
 
 void Plan::settle(const py::object& policy) {
-  for (const Program* program : programs_)
-    if (program->phases > 1) throw py::value_error("settle: Python has its part in several phases");
-  policy_ = std::make_unique<Policy>(policy);
+  auto settled = std::make_unique<Policy>(policy);
+  for (const Program* program : programs_) {
+    const bool alone = program->measures && after_kept_.is_none() && !settled->transforms;
+    if (program->phases > 1 && !alone)
+      throw py::value_error("settle: Python has its part in several phases");
+  }
+  policy_ = std::move(settled);
 }
 
 py::object Plan::whole_step(const py::object& gradients, const py::object& hessian,
@@ -39,6 +43,12 @@ py::object Plan::whole_step(const py::object& gradients, const py::object& hessi
   bool stepped = false;
   const std::unique_ptr<Plan, void (*)(Plan*)> untransformed(
       policy.transforms ? this : nullptr, [](Plan* plan) { plan->take_transforms_back(false); });
+  const bool measures = active_measure();
+  const auto update = [&] {
+    if (stepped) run_phase(active_of(-1), -1, &choice_);
+    if (stepped && measures) store_kept();
+    if (policy.transforms) take_transforms_back(stepped && zero_grads_);
+  };
   unlocked_if_long(elements_, [&] {
     if (policy.transforms) transform_gradients(factor);
     if (policy.measures) {
@@ -48,9 +58,13 @@ py::object Plan::whole_step(const py::object& gradients, const py::object& hessi
       begin_results();
     }
     stepped = !found.skipped && !found.refused && found.fits;
-    if (stepped) run_phase(active_of(-1), -1, &choice_);
-    if (policy.transforms) take_transforms_back(stepped && zero_grads_);
+    if (!measures) update();
   });
+  if (measures && stepped) {
+    take_measures();
+    if (!read(false)) return py::none();
+    unlocked_if_long(elements_, update);
+  }
   if (found.refused) {
     const py::object error = called(policy.refusal, py::make_tuple(found.bad));
     PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());

@@ -12,7 +12,7 @@ from ..arrays.formats import FLOAT32, FLOAT64, FORMATS, RandomKey
 from ..arrays.state_file import StateFile
 from ..plan.extras import EVERYTHING, Extras
 from ..plan.interface import Plan
-from ..plan.pools import Pools
+from ..plan.pools import Kept, Pools
 from ..plan.spec import INPUTS, PlanSpec
 from ..programs.program import AXES, MODES, Operation, Program
 from ..rules import RULES, Rule
@@ -134,9 +134,10 @@ class PlanDescription(NamedTuple):
     each leaf the place of its group. batches: of each leaf -1, or the number of the batch of
     matrices whose products come between its phases. programs, numbers: of each group its program,
     and `Program.numbers`. beside: dense, what else no gradient may overlap. watched: the caller's
-    own arrays, and those whose memory they use. combine(leaves), keep(): those of `Pools`, or None:
-    called when leaves have been measured, and when all else has been written. before(leaves), or
-    None: called before anything is written. between(batch, phase, leaves): called after each phase
+    own arrays, and those whose memory they use. combine(leaves): that of `Pools`, or None: called
+    when leaves have been measured. after_kept(), or None: called when what it gave has been stored,
+    which is when all else has been written. before(leaves), or None: called before anything is
+    written. between(batch, phase, leaves): called after each phase
     but the last. threads: the most that a step may use; 0: all.
     The rest is as in `PlanSpec`.
     """
@@ -155,8 +156,8 @@ class PlanDescription(NamedTuple):
     results: np.ndarray
     beside: list[np.ndarray]
     watched: list[np.ndarray]
-    combine: Callable[[Sequence[int]], None] | None
-    keep: Callable[[], None] | None
+    combine: Callable[[Sequence[int]], list[Kept]] | None
+    after_kept: Callable[[], None] | None
     before: Callable[[Sequence[int]], None] | None
     between: Callable[[int, int, Sequence[int]], None]
     sided: bool
@@ -191,7 +192,7 @@ def _described(spec: PlanSpec, pools: Pools, matrices: Matrices) -> PlanDescript
         ],
         watched=spec.watch.arrays if spec.watch is not None else [],
         combine=pools.combine if pools else None,
-        keep=pools.keep if pools else None,
+        after_kept=pools.release if pools.keeps and spec.state_file else None,
         before=matrices.before if matrices.batches else None,
         between=matrices.between,
         sided=matrices.sided,

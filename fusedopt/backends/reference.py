@@ -14,7 +14,7 @@ from ..arrays.rows import UniqueRows, selected, values_of, whole
 from ..arrays.stored import LeafState, Stored
 from ..plan.extras import NOTHING, Extras
 from ..plan.interface import ExclusiveUse, Plan
-from ..plan.pools import Pools, together
+from ..plan.pools import Kept, Pools, together
 from ..plan.spec import PlanSpec
 from ..programs.arithmetic import Pooling, alone
 from ..programs.program import narrowed
@@ -135,11 +135,12 @@ class ReferencePlan(ExclusiveUse):
             )
 
         new: dict[int, Any] = {}
+        kept: list[Kept] = []
         for pool, members in pools.active(active):
             new |= together(members, pool.rule, found)
             if pool.rule.kept:
                 sides = new[pools.widest(members)][0][-len(pool.rule.kept) :]
-                pools.renew(pool, tuple([float(side) for side in sides]))
+                kept += pools.to_keep(pool, [float(side) for side in sides])
         new |= {k: found(k) for k in active if k not in new}
         for k in active:
             self._sum(k, grads[k], new[k][0])
@@ -151,7 +152,7 @@ class ReferencePlan(ExclusiveUse):
             if spec.zero_grads:
                 values_of(grads[k])[...] = 0
             spec.counters[k + 1] += 1
-        pools.keep()
+        pools.keep(kept)
         spec.counters[0] += 1
         return int(spec.counters[0])
 

@@ -18,43 +18,49 @@ from .spec import PlanSpec
 
 T = TypeVar("T")
 
+Kept = tuple[np.ndarray, np.ndarray]
+"""A place in memory, and what is to be stored there: each one number of the same type."""
+
 OWN = ("lr", "weight_decay", "decay", "maximize")
 """Hyperparameters in which the groups of one optimizer may differ though they share their sums."""
 
 
 class Pool(NamedTuple):
-    """Leaves whose measures are taken together. rule: that of the first."""
+    """Leaves whose measures are taken together. rule: that of the first. widest: the first of those
+    that are computed in the widest type."""
 
     rule: Rule
     leaves: list[int]
+    widest: int
 
 
 class Pools:
     """The pools of an optimizer.
 
     After a step has measured, and before it writes anything, `combine` gives each leaf the sums and
-    maxima of its pool, and finds the numbers that the rule will keep; `keep` stores these when all
-    else of the step has been written. They are side states of every leaf of the pool, with or
-    without a gradient, and are read from one of the widest type. `programs` are those of the
-    groups.
+    maxima of its pool, and finds the numbers that the rule will keep; they are stored when all else
+    of the step has been written. They are side states of every leaf of the pool, with or without a
+    gradient, and are read from one of the widest type. `programs` are those of the groups.
     """
 
     def __init__(self, spec: PlanSpec) -> None:
         self._spec = spec
-        found: dict[Any, Pool] = {}
+        found: dict[Any, tuple[Rule, list[int]]] = {}
         for k, g in enumerate(spec.group_of):
             rule = spec.groups[g].rule
             if rule.pooled:
                 key = g if rule.over == "group" else type(rule)
-                found.setdefault(key, Pool(rule, [])).leaves.append(k)
-                _check_alike(found[key].rule, rule, spec.groups[g].label)
-        self._pools = list(found.values())
+                first, leaves = found.setdefault(key, (rule, []))
+                leaves.append(k)
+                _check_alike(first, rule, spec.groups[g].label)
+        self._pools = [
+            Pool(rule, members, self.widest(members)) for rule, members in found.values()
+        ]
         self.programs = [spec.extras.program(group.rule) for group in spec.groups]
         for pool in self._pools:
             for g in {spec.group_of[k] for k in pool.leaves} if pool.rule.kept else ():
                 recall = functools.partial(self._kept, pool)
                 self.programs[g] = self.programs[g].recalling(recall)
-        self._fresh: list[tuple[Pool, tuple[float, ...]]] = []
 
     def __bool__(self) -> bool:
         return bool(self._pools)
@@ -67,10 +73,17 @@ class Pools:
         """Become what another is."""
         self.__dict__.update(other.__dict__)
 
-    def combine(self, leaves: Sequence[int]) -> None:
-        """Put the sums of each pool into the results of its leaves that take part in the step."""
-        spec = self._spec
-        self._fresh = []
+    @property
+    def keeps(self) -> bool:
+        """Whether a rule keeps numbers."""
+        return any(pool.rule.kept for pool in self._pools)
+
+    def combine(self, leaves: Sequence[int]) -> list[Kept]:
+        """Put the sums of each pool into the results of its leaves that take part in the step.
+
+        Returns what is to be kept when all else has been written.
+        """
+        spec, kept = self._spec, list[Kept]()
         for pool, members in self.active(leaves):
             group = spec.group_of[members[0]]
             program = self.programs[group]
@@ -83,7 +96,8 @@ class Pools:
                 t, lr = int(spec.counters[members[0] + 1]) + 1, float(spec.rates[group])
                 rule = spec.groups[group].rule
                 found = rule.measured(t, lr, total, *self._kept(pool))
-                self.renew(pool, found[-len(rule.kept) :])
+                kept += self.to_keep(pool, found[-len(rule.kept) :])
+        return kept
 
     def active(self, leaves: Sequence[int]) -> Iterator[tuple[Pool, list[int]]]:
         """Yield the pools of leaves that take part in a step, and these."""
@@ -97,27 +111,31 @@ class Pools:
         """Return the first of those leaves that are computed in the widest type."""
         return max(leaves, key=lambda k: compute_dtype(self._spec.leaves[k].caller.dtype).itemsize)
 
-    def renew(self, pool: Pool, numbers: tuple[float, ...]) -> None:
-        """Let `keep` store other numbers of a pool."""
-        self._fresh.append((pool, numbers))
-
-    def keep(self) -> None:
-        """Store the numbers that rules keep."""
-        spec = self._spec
-        for pool, numbers in self._fresh:
+    def to_keep(self, pool: Pool, numbers: Sequence[float]) -> list[Kept]:
+        """Return other numbers of a pool, and their places in the states of its leaves."""
+        kept = []
+        for name, number in zip(pool.rule.kept, numbers, strict=True):
+            values: dict[np.dtype, np.ndarray] = {}
             for k in pool.leaves:
-                for name, number in zip(pool.rule.kept, numbers, strict=True):
-                    side = spec.leaves[k].sides[name].data
-                    with np.errstate(all="ignore"):
-                        side[...] = number
-                    if abs(side) < np.finfo(side.dtype).smallest_normal:
-                        side[...] = 0
-        if self._fresh and spec.state_file:
-            spec.state_file.release()
-        self._fresh = []
+                place = self._spec.leaves[k].sides[name].data
+                if place.dtype not in values:
+                    values[place.dtype] = _without_denormals(number, place.dtype)
+                kept.append((place, values[place.dtype]))
+        return kept
+
+    def keep(self, kept: Sequence[Kept]) -> None:
+        """Store the numbers that rules keep."""
+        for place, value in kept:
+            place[...] = value
+        self.release()
+
+    def release(self) -> None:
+        """Let the system take back the memory of states in a file, where numbers were stored."""
+        if self.keeps and self._spec.state_file:
+            self._spec.state_file.release()
 
     def _kept(self, pool: Pool) -> tuple[float, ...]:
-        sides = self._spec.leaves[self.widest(pool.leaves)].sides
+        sides = self._spec.leaves[pool.widest].sides
         return tuple([float(sides[name].data) for name in pool.rule.kept])
 
 
@@ -147,6 +165,12 @@ def together(members: Sequence[int], rule: Rule, step: Callable[[int, Pooling], 
         step(k, learn)
     total = combined(found, rule)
     return {k: step(k, lambda sums: total) for k in members}
+
+
+def _without_denormals(number: float, dtype: np.dtype) -> np.ndarray:
+    with np.errstate(all="ignore"):
+        value = np.array(number, dtype)
+    return np.zeros_like(value) if abs(value) < np.finfo(dtype).smallest_normal else value
 
 
 def _check_alike(first: Rule, rule: Rule, label: str) -> None:

@@ -265,7 +265,7 @@ class Assembly:
             return None
         if options.exact or options.verify or self.state_file or self._shared_out:
             return None
-        if not self._one_phase:  # Python has its part in them
+        if not self._one_phase and not self._only_measures(any(numbers)):
             return None
         if hasattr(plan, "settle"):
             if self._settled != (formulas, numbers):
@@ -275,6 +275,14 @@ class Assembly:
         asked = self.decides or options.stats or options.transforms
         simple = not (asked or self.rates.scheduled or self._scheduled)
         return self._simple_step if simple and hasattr(plan, "step_alone") else None
+
+    def _only_measures(self, scheduled: bool) -> bool:
+        """Whether Python has its part in phases only before anything is written, when sums have
+        been measured; and with rules that the core can give other hyperparameters, if scheduled."""
+        rules = [group.rule for group in self.current]
+        if self._transforms or (scheduled and any(rule.pooled for rule in rules)):
+            return False
+        return all(rule.program.phases == 1 or rule.program.measures for rule in rules)
 
     def _policy(self, formulas: list[Any], numbers: list[dict[str, Any]]) -> Policy:
         options = self.options

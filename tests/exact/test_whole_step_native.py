@@ -129,6 +129,10 @@ RULES: list[Callable[[Any], fo.Rule]] = [
     lambda lr: fo.SGD(lr=lr, weight_decay=0.1),
     lambda lr: fo.Sophia(lr=lr),
     lambda lr: fo.Lion(lr=lr, maximize=True),
+    # Of sums over a parameter, and, with numbers that are kept, over all.
+    lambda lr: fo.LAMB(lr=lr, weight_decay=0.1),
+    lambda lr: fo.CautiousAdamW(lr=lr),
+    lambda lr: fo.Prodigy(lr=lr, d0=0.1),
 ]
 SIZES = (0, 1, 5, 300)
 UNITS = (1.0, 1e-3, 1e-30, 5e-324, 1e-160, 1e30, 1e160, 1e300, 0.0)
@@ -204,7 +208,17 @@ def copied(tree: dict[str, Any]) -> dict[str, Any]:
     return {name: g.copy(order="K") if isinstance(g, np.ndarray) else g for name, g in tree.items()}
 
 
-@settings(max_examples=300, deadline=None)
+@pytest.mark.parametrize("name", fo.RULES)
+def test_every_rule_but_those_of_matrices_is_one_call(name: str) -> None:
+    rule = fo.RULES[name]()
+    p = np.ones((4, 3))
+    alone = fo.Optimizer({"p": p}, rule, clip_norm=1.0, stats=True)
+    assert (alone._assembly.whole_step is None) == rule.program.matrices
+    if rule.program.measures:
+        assert fo.Optimizer({"p": p}, rule, centralize=True)._assembly.whole_step is None
+
+
+@settings(max_examples=400, deadline=None)
 @given(st.data())
 def test_a_native_step_is_that_of_python(data: st.DataObject) -> None:
     params, rule, options = data.draw(optimizers())

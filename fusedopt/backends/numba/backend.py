@@ -200,9 +200,10 @@ class NumbaPlan(ExclusiveUse):
             self._operands[at]["key"] = key.after(int(spec.counters[k + 1]))
         scalars = self._folded(active)
         measuring = [k for k in active if self._programs[spec.group_of[k]].measures]
+        kept = []
         if measuring:
             self._run(measuring, 0, scalars, grads)
-            self._pools.combine(measuring)
+            kept = self._pools.combine(measuring)
             scalars.update({k: self._with_measured(k, scalars[k]) for k in measuring})
         batches = self._matrices.batches
         if batches:
@@ -220,7 +221,7 @@ class NumbaPlan(ExclusiveUse):
                 self._run(members, None, scalars, grads)
             self._run([k for k in active if k not in batches], None, scalars, grads)
             begun = True
-            self._pools.keep()
+            self._pools.keep(kept)
         except BaseException:
             if begun:
                 spec.counters[0] = HALFWAY
