@@ -14,7 +14,7 @@ from ..programs.arithmetic import Array, ratio, squares
 from ..programs.program import Operation
 from .base import DecayForm
 from .hyperparameters import Count, LearningRate, NonNegative, Positive, UpToOne
-from .matrix import MatrixRule, Member, one, without_denormals
+from .matrix import MatrixRule, Member, limits, one, without_denormals
 from .sgd import SGD
 
 RUN = 256
@@ -161,16 +161,17 @@ class Adafactor(MatrixRule):
             g, root = u[k, ...], spare[k, ...]
             self._roots(root, g, member)
             g /= root
-            step = 1.0 / np.maximum(1.0, _size(g) / self.clip)
+            step = 1.0 / _at_least(1.0, _size(g) / self.clip)
             if self.scale_parameter:
-                step *= np.maximum(self.eps_scale, _size(kept[k, ...]))
-            g *= float(np.minimum(step, np.finfo(g.dtype).max))  # 0 remains 0
+                step *= _at_least(self.eps_scale, _size(kept[k, ...]))
+            largest = limits(g.dtype)[1]
+            g *= largest if step > largest else step  # 0 remains 0
         workspace.closed(work, u)
 
     def _roots(self, root: np.ndarray, g: np.ndarray, member: Member) -> None:
         """Update the averages of a leaf, and find the roots of its second moments."""
         w, (added, least), sides = member.t**-self.beta2_decay, self._floors(), member.sides
-        least = max(least, float(np.finfo(g.dtype).smallest_normal))
+        least = max(least, limits(g.dtype)[0])
         np.multiply(g, g, out=root)
         if "v" in sides:
             root += added
@@ -178,9 +179,9 @@ class Adafactor(MatrixRule):
             np.sqrt(sides["v"], out=root)
         else:
             row, col = sides["row"], sides["col"]
-            _average(row, root.mean(axis=-1, keepdims=True) + added, w)
-            _average(col, root.mean(axis=-2, keepdims=True) + added, w)
-            share = row / np.maximum(row.mean(axis=-2, keepdims=True), least)
+            _average(row, _mean(root, -1) + added, w)
+            _average(col, _mean(root, -2) + added, w)
+            share = row / np.maximum(_mean(row, -2), least)
             np.multiply(np.sqrt(share), np.sqrt(col), out=root)
         if root.min(initial=least) < least:  # which takes a fifth of the time of the maximum
             np.maximum(root, least, out=root)
@@ -210,12 +211,28 @@ class Adafactor(MatrixRule):
 
 def _size(x: np.ndarray) -> float:
     """The root mean square."""
-    flat, whole = x.ravel("K"), x.size - x.size % RUN
-    runs, rest = flat[:whole].reshape(-1, RUN), flat[whole:]
-    found = np.einsum("ij,ij->i", runs, runs).sum(dtype=np.float64) + np.einsum("i,i", rest, rest)
-    if not x.size * float(np.finfo(x.dtype).smallest_normal) <= found < np.inf:
-        found = np.einsum("i,i", flat, flat, dtype=np.float64)
+    flat, whole, found = x.ravel("K"), x.size - x.size % RUN, 0.0
+    if whole:
+        runs = flat[:whole].reshape(-1, RUN)
+        found = float(np.add.reduce(np.einsum("ij,ij->i", runs, runs), dtype=np.float64))
+    if x.size > whole:
+        rest = flat[whole:]
+        found += float(np.einsum("i,i", rest, rest))
+    if not x.size * limits(x.dtype)[0] <= found < math.inf:
+        found = float(np.einsum("i,i", flat, flat, dtype=np.float64))
     return math.sqrt(found / max(x.size, 1))
+
+
+def _at_least(least: float, x: float) -> float:
+    """Return the larger number; NaN where x is."""
+    return least if x <= least else x
+
+
+def _mean(x: np.ndarray, axis: int) -> np.ndarray:
+    """`np.mean`, which takes 3 us more."""
+    total: np.ndarray = np.add.reduce(x, axis=axis, keepdims=True)
+    total /= x.shape[axis]
+    return total
 
 
 def _textbook_size(x: Array) -> Array:
