@@ -47,6 +47,14 @@ class CarefulAdamW:
             factor *= min(1.0, 1.0 / norm)
         if factor != 1.0:
             g = np.multiply(g, np.float32(factor), out=self.b)
+        self.direction(g)
+        np.multiply(a, np.float32(lr / (1.0 - 0.9**self.t)), out=a)
+        np.multiply(self.p, np.float32(1.0 - lr * 0.01), out=self.p)
+        np.subtract(self.p, a, out=self.p)
+
+    def direction(self, g: np.ndarray) -> None:
+        """Update the averages, and find their quotient, without the first one's correction."""
+        a = self.a
         self.t += 1
         np.multiply(self.m, np.float32(0.9), out=self.m)
         np.multiply(g, np.float32(0.1), out=a)
@@ -59,8 +67,16 @@ class CarefulAdamW:
         np.sqrt(a, out=a)
         np.add(a, np.float32(1e-8), out=a)
         np.divide(self.m, a, out=a)
-        np.multiply(a, np.float32(lr / (1.0 - 0.9**self.t)), out=a)
-        np.multiply(self.p, np.float32(1.0 - lr * 0.01), out=self.p)
+
+    def lamb(self, lr: float = 1e-3) -> None:
+        """Take a step of LAMB, whose length is that of the parameter."""
+        a, b = self.a, self.b
+        self.direction(self.g)
+        np.multiply(a, np.float32(1.0 / (1.0 - 0.9**self.t)), out=a)
+        np.multiply(self.p, np.float32(0.01), out=b)
+        np.add(a, b, out=a)
+        ratio = math.sqrt(np.dot(self.p, self.p)) / math.sqrt(np.dot(a, a))
+        np.multiply(a, np.float32(lr * ratio), out=a)
         np.subtract(self.p, a, out=self.p)
 
     def stats(self) -> tuple[float, float]:
@@ -118,6 +134,39 @@ def guarded(rounds: int) -> Iterator[Row]:
         label = names[name][1] if name in names else "plain"
         target = f"adamw, one tensor of {SMALL}: {label}, time over careful NumPy"
         yield Row(target, times.ratio(name, f"NumPy {name}"), 1.0, own, at_least=False)
+
+
+def measured(rounds: int) -> Iterator[Row]:
+    """Rules that read sums before they step: norms, counts, and what all parameters share."""
+    rng = np.random.default_rng(0)
+    bounds = {"lars": 2.0, "lamb": 3.0, "cautiousadamw": 3.0, "tiger": 2.0, "prodigy": 15.0}
+    rules = {name: fo.RULES[name]() for name in bounds} | {"adamw": fo.AdamW()}
+
+    def ours(rule: fo.Rule, count: int) -> Step:
+        params, grads = (list(rng.standard_normal((count, SMALL), np.float32)) for _ in range(2))
+        optimizer = fo.Optimizer(params, rule, threads=1)
+        return lambda: optimizer.step(grads)
+
+    for count, what in ((1, "one tensor"), (100, "100 tensors")):
+        params, grads = (list(rng.standard_normal((count, SMALL), np.float32)) for _ in range(2))
+        careful = [CarefulAdamW(p, g) for p, g in zip(params, grads, strict=True)]
+
+        def lamb(careful: list[CarefulAdamW] = careful) -> None:
+            for one in careful:
+                one.lamb()
+
+        steps = {name: ours(rule, count) for name, rule in rules.items()}
+        times = interleaved({**steps, "NumPy lamb": lamb}, rounds)
+        medians = times.medians()
+        for name, bound in bounds.items():
+            own = {k: medians[k] for k in (name, "adamw")}
+            # Python makes numbers of each tensor's sums, in a microsecond.
+            target = f"{name}, {what} of {SMALL}: time over adamw's plain step"
+            limit = bound if count == 1 else max(bound, 6.0)
+            yield Row(target, times.ratio(name, "adamw"), limit, own, at_least=False)
+        own = {k: medians[k] for k in ("lamb", "NumPy lamb")}
+        target = f"lamb, {what} of {SMALL}: time over careful NumPy"
+        yield Row(target, times.ratio("lamb", "NumPy lamb"), 1.0, own, at_least=False)
 
 
 def tensors(rounds: int) -> Iterator[Row]:
@@ -276,7 +325,8 @@ def imports(rounds: int) -> Iterator[Row]:
 
 
 PARTS: Parts = {
-    part.__name__: part for part in (guarded, tensors, transforms, changes, duplicates, imports)
+    part.__name__: part
+    for part in (guarded, measured, tensors, transforms, changes, duplicates, imports)
 }
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 
 import fusedopt as fo
 from exactness import Array
+from own_rules import OwnLARS
 
 BACKEND = pytest.mark.parametrize("backend", ["native", "numba", "reference"])
 N = 20000
@@ -120,6 +122,53 @@ def test_rebind_takes_other_memory(kind: str, backend: str) -> None:
     optimizer.rebind(p)
     optimizer.step(g)
     assert (np.asarray(p) == 2.5).all()
+
+
+class Acting(OwnLARS):
+    """A rule whose numbers, when sums have been measured, are found after `action`, once."""
+
+    action: ClassVar[Callable[[], None] | None] = None
+
+    def measured(self, t: int, lr: float, sums: tuple[float, ...]) -> tuple[float, ...]:
+        action, Acting.action = Acting.action, None
+        if action is not None:
+            action()
+        return super().measured(t, lr, sums)
+
+
+@pytest.mark.parametrize("change", ["resized", "integers", "other floats", "other shape"])
+@pytest.mark.parametrize("options", [{}, {"clip_norm": 1.0, "stats": True}])
+def test_a_parameter_that_changes_while_a_rule_reads_sums(options: Any, change: str) -> None:
+    p, q, g = np.ones((2, N), np.float32), np.ones(5, np.float32), np.ones(5, np.float32)
+    optimizer = fo.Optimizer([p, q], Acting(lr=0.1), **options)
+    optimizer.step([np.ones_like(p), g])
+    before = q.copy()
+    Acting.action = lambda: CHANGES[change][0](p)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        with pytest.raises((TypeError, ValueError), match="params"):
+            optimizer.step([np.ones((2, N), np.float32), g])
+    assert Acting.action is None
+    assert optimizer.step_count == 1
+    assert q.tobytes() == before.tobytes()
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_norm": 1.0, "stats": True}])
+def test_a_gradient_that_changes_while_a_rule_reads_sums(options: Any) -> None:
+    """The step is taken with the array as it is, from the beginning."""
+    found = []
+    for early in (True, False):
+        p, g = np.ones((2, N), np.float32), np.full((2, N), 2.0, np.float32)
+        optimizer = fo.Optimizer(p, Acting(lr=0.1), **options)
+        optimizer.step(g)
+        if early:
+            resize(g)
+        else:
+            Acting.action = functools.partial(resize, g)
+        optimizer.step(g)
+        assert Acting.action is None
+        found.append(optimizer.fingerprint())
+    assert found[0] == found[1]
 
 
 class Key(str):
