@@ -89,8 +89,8 @@ class Matrices:
 
     def between(self, batch: int, phase: int, leaves: Sequence[int]) -> None:
         """Do what comes after a phase, for the leaves of a batch that take part."""
-        made = self._made[batch]
-        members = [self._member(k) if k in leaves else None for k in made.members]
+        made, active = self._made[batch], set(leaves)
+        members = [self._member(k) if k in active else None for k in made.members]
         if phase == 0:
             for k, member in zip(made.members, members, strict=True):
                 for name, value in self._fresh.pop(k, {}).items():

@@ -149,13 +149,13 @@ def _by_pattern(leaves: Sequence[Leaf], rules: Mapping[str, Rule]) -> tuple[list
             raise ValueError(f"rule[{pattern!r}]: matches no leaf; the leaves are {_some(paths)}")
     group_of = []
     for leaf in leaves:
-        found = [k for k, pattern in enumerate(rules) if matches(leaf.path, pattern)]
-        if not found:
+        first = next((k for k, pattern in enumerate(rules) if matches(leaf.path, pattern)), None)
+        if first is None:
             raise ValueError(
                 f"{leaf.label}: no pattern of {list(rules)} matches its path {leaf.path!r}; add '*'"
                 " for the rest"
             )
-        group_of.append(found[0])
+        group_of.append(first)
     return groups, group_of
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -544,7 +544,7 @@ class Assembly:
 
     def _numbers(self, paths: Sequence[str]) -> list[int]:
         """The leaves of paths, which have had no part of this step yet."""
-        known = {path: k for k, path in enumerate(self.paths)}
+        known = self._places
         for path in paths:
             if path not in known:
                 raise ValueError(f"step_part: expected one of the paths {self.paths}, got {path!r}")
@@ -552,6 +552,10 @@ class Assembly:
         if len({*numbers, *self.parted}) < len(numbers) + len(self.parted):
             raise ValueError(f"step_part: a path comes twice in one step: {list(paths)}")
         return numbers
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {path: k for k, path in enumerate(self.paths)}
 
     @property
     def accumulated(self) -> bool:
