@@ -177,13 +177,18 @@ class Adafactor(MatrixRule):
             root += added
             _average(sides["v"], root, w)
             np.sqrt(sides["v"], out=root)
+            lowest = root.min(initial=least)
         else:
             row, col = sides["row"], sides["col"]
             _average(row, _mean(root, -1) + added, w)
             _average(col, _mean(root, -2) + added, w)
             share = row / np.maximum(_mean(row, -2), least)
-            np.multiply(np.sqrt(share), np.sqrt(col), out=root)
-        if root.min(initial=least) < least:  # which takes a fifth of the time of the maximum
+            first, second = np.sqrt(share), np.sqrt(col)
+            np.multiply(first, second, out=root)
+            # The lowest of the products, without a look at all of them: rounding keeps their order.
+            lowests = first.min(axis=-2, initial=np.inf) * second.min(axis=-1, initial=np.inf)
+            lowest = lowests.min(initial=least)
+        if lowest < least:
             np.maximum(root, least, out=root)
 
     def textbook(
