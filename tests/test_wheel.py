@@ -110,7 +110,8 @@ def test_recorded_bits_on_every_instruction_set(name: str) -> None:
     try:
         for isa in fo.info()["isas"]:
             fo.set_isa(isa)
-            assert digest(rule_of(name)) == DIGESTS.get(name), isa
+            found = digest(rule_of(name))
+            assert found == DIGESTS.get(name), f"{isa}; of a new rule {found!r} is to be in DIGESTS"
         assert digest(rule_of(name), threads=1) == DIGESTS.get(name), "one thread"
     finally:
         fo.set_isa(before)

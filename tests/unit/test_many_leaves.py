@@ -75,7 +75,10 @@ def _in_this_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assembly, "uninterrupted", lambda function: function())
 
 
-@pytest.mark.parametrize("backend", ["native", "numba", "reference"])
+@pytest.mark.parametrize(
+    "backend",
+    ["native", *(pytest.param(b, marks=pytest.mark.slow) for b in ("numba", "reference"))],
+)
 @pytest.mark.parametrize("name", fo.RULES)
 def test_a_step_of_every_rule(name: str, backend: str) -> None:
     if backend == "numba":
