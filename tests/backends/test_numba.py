@@ -104,7 +104,13 @@ def test_parts_are_handed_out(crowded: None, monkeypatch: pytest.MonkeyPatch) ->
     assert (p == -1).all()
 
 
-@pytest.mark.parametrize("way", ["float32", "float64", "bfloat16", "split and copies"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        *("float32", "split and copies"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("float64", "bfloat16")),
+    ],
+)
 @pytest.mark.parametrize("name", ["adamw", "sophia"])
 @pytest.mark.parametrize("clip", ["clip_norm", "clip_value"])
 def test_all_that_a_step_does_besides(clip: str, name: str, way: str, crowded: None) -> None:

@@ -73,7 +73,10 @@ def contents(opt: fo.Optimizer) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("rule", "numbers"), RULES, ids=lambda x: getattr(x, "__name__", ""))
-@pytest.mark.parametrize("dtype", [np.float32, np.float64, ml_dtypes.bfloat16])
+@pytest.mark.parametrize(
+    "dtype",
+    [np.float32, ml_dtypes.bfloat16, pytest.param(np.float64, marks=pytest.mark.slow)],
+)
 def test_columns_have_the_bits_of_rows(rule: Any, numbers: Any, dtype: Any) -> None:
     wanted = contents(stepped(rule(**numbers), transposed, dtype, threads=1))
     assert any(len(arrays) > 1 for arrays in wanted.values()) or rule is Extremes

@@ -103,7 +103,7 @@ RULES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [np.float32, pytest.param(np.float64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_the_same_bits_everywhere(rule: Any, dtype: Any) -> None:
     wanted = stepped(rule, dtype=dtype, backend="native", threads=1)
