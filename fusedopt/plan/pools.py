@@ -112,7 +112,7 @@ class Pools:
         return max(leaves, key=lambda k: compute_dtype(self._spec.leaves[k].caller.dtype).itemsize)
 
     def to_keep(self, pool: Pool, numbers: Sequence[float]) -> list[Kept]:
-        """Return other numbers of a pool, and their places in the states of its leaves."""
+        """Return the places of a pool's numbers in the states of its leaves, with new values."""
         kept = []
         for name, number in zip(pool.rule.kept, numbers, strict=True):
             values: dict[np.dtype, np.ndarray] = {}

@@ -234,7 +234,7 @@ def _at_least(least: float, x: float) -> float:
 
 
 def _mean(x: np.ndarray, axis: int) -> np.ndarray:
-    """`np.mean`, which takes 3 us more."""
+    """Return the mean along an axis, which is kept; `np.mean` takes 3 us more."""
     total: np.ndarray = np.add.reduce(x, axis=axis, keepdims=True)
     total /= x.shape[axis]
     return total

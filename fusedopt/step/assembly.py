@@ -277,8 +277,11 @@ class Assembly:
         return self._simple_step if simple and hasattr(plan, "step_alone") else None
 
     def _only_measures(self, scheduled: bool) -> bool:
-        """Whether Python has its part in phases only before anything is written, when sums have
-        been measured; and with rules that the core can give other hyperparameters, if scheduled."""
+        """Whether all that Python does within a step comes before anything is written: it makes
+        numbers of sums that were measured.
+
+        scheduled: hyperparameters are; the core cannot renew those of rules whose sums are pooled.
+        """
         rules = [group.rule for group in self.current]
         if self._transforms or (scheduled and any(rule.pooled for rule in rules)):
             return False

@@ -45,7 +45,7 @@ def test_a_plain_run_meets_every_rule_in_many_tests(selected: list[str]) -> None
         test, _, case = line.partition("[")
         for word in re.findall(r"\w+", case.lower()):
             tests.get(word, set()).add(test)
-    assert min(map(len, tests.values())) >= 9, {name: len(met) for name, met in tests.items()}
+    assert min(map(len, tests.values())) >= 12, {name: len(met) for name, met in tests.items()}
 
 
 def test_a_plain_run_verifies_every_storage(selected: list[str]) -> None:
